@@ -1,0 +1,776 @@
+"""The diffusion process: q, p, the variational bound and the samplers, in one self-contained file.
+
+Equation numbers are those of Ho, Jain, Abbeel 2020 ("the paper") unless IDDPM (Nichol & Dhariwal 2021) or DDIM (Song,
+Meng, Ermon 2020) is named. Timesteps are 0-based: t = 0 here is the paper's t = 1. Likelihoods are in nats inside and in
+bits per dimension where a name says so. All tables are float64.
+"""
+
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput, rescale_zero_terminal_snr
+from diffusers.utils.torch_utils import randn_tensor
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "previous")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "iddpm")
+# What diffusers' own classes read in place of a value that they do not know. They cannot sample a network that learned
+# its log variance directly: "fixed_small" makes them stop at the doubled channels instead of sampling NaN.
+STOCK_VALUES = {
+    "timestep_spacing": {"iddpm": "linspace"},
+    "variance_type": {"fixed_large_log": "fixed_large", "learned": "fixed_small"},
+}
+
+
+def _betas_from_alpha_bar(alpha_bar, T, max_beta=0.999):
+    u = np.arange(T + 1) / T
+    values = np.array([alpha_bar(v) for v in u])
+    return np.minimum(1 - values[1:] / values[:-1], max_beta)
+
+
+def _cosine_alpha_bar(u):  # IDDPM eq. 17
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace_alpha_bar(u):  # diffusers' form of Hang et al. 2024
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    return 1 / math.sqrt(1 + math.exp(-log_snr))
+
+
+def _warmup(T, start, end, fraction):
+    betas = np.full(T, end, dtype=np.float64)
+    steps = int(T * fraction)
+    betas[:steps] = np.linspace(start, end, steps)
+    return betas
+
+
+# Name -> float64 betas of T steps. The first three groups: the paper's code, diffusers, IDDPM.
+BETA_SCHEDULES = {
+    "linear": lambda T, start, end: np.linspace(start, end, T),
+    "quad": lambda T, start, end: np.linspace(start**0.5, end**0.5, T) ** 2,
+    "warmup10": lambda T, start, end: _warmup(T, start, end, 0.1),
+    "warmup50": lambda T, start, end: _warmup(T, start, end, 0.5),
+    "const": lambda T, start, end: np.full(T, end, dtype=np.float64),
+    "jsd": lambda T, start, end: 1 / np.linspace(T, 1, T),
+    "scaled_linear": lambda T, start, end: np.linspace(start**0.5, end**0.5, T) ** 2,
+    "squaredcos_cap_v2": lambda T, start, end: _betas_from_alpha_bar(_cosine_alpha_bar, T),
+    "sigmoid": lambda T, start, end: (end - start) / (1 + np.exp(-np.linspace(-6, 6, T))) + start,
+    "laplace": lambda T, start, end: _betas_from_alpha_bar(_laplace_alpha_bar, T),
+    "cosine": lambda T, start, end: _betas_from_alpha_bar(_cosine_alpha_bar, T),
+    "linear_scaled_by_T": lambda T, start, end: np.linspace(start * 1000 / T, end * 1000 / T, T),
+}
+# These reach diffusers' other schedulers, which do not know the names, as `trained_betas`.
+OWN_SCHEDULES = ("quad", "warmup10", "warmup50", "const", "jsd", "laplace", "cosine", "linear_scaled_by_T")
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian over images: each field has the shape of the images.
+
+    `pred_original_sample` is the prediction of x_0 behind it, for p(x_{t-1} | x_t) alone.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+def space_timesteps(num_train_timesteps: int, sections: int | str | list[int]) -> list[int]:
+    """A subsequence of 0 .. num_train_timesteps - 1, evenly strided within equal sections (IDDPM section 4).
+
+    Args:
+        num_train_timesteps: T.
+        sections: how many steps to keep of each of as many contiguous sections: 250 or "250" (one section), "10,15,20"
+            or [10, 15, 20] (three); or "ddim50": 50 steps at the smallest integer stride that gives as many.
+
+    Returns:
+        Original timesteps, ascending; both ends of each section kept, strides rounded half to even.
+
+    Raises:
+        ValueError: where that many steps cannot be kept, or `sections` cannot be read.
+    """
+    T = num_train_timesteps
+    try:
+        if isinstance(sections, str) and sections.startswith("ddim"):
+            count = int(sections.removeprefix("ddim"))
+            for stride in range(1, T):
+                if len(range(0, T, stride)) == count:
+                    return list(range(0, T, stride))
+            raise ValueError(f"sections={sections!r}: no integer stride keeps {count} of {T} timesteps")
+        if isinstance(sections, str):
+            counts = [int(part) for part in sections.split(",")]
+        else:
+            counts = [sections] if isinstance(sections, int) else [int(part) for part in sections]
+    except (TypeError, ValueError) as error:
+        if str(error).startswith("sections"):
+            raise
+        raise ValueError(f"sections={sections!r} cannot be read; give 250, '250', '10,15,20' or 'ddim50'") from None
+    if not counts or min(counts) < 1:
+        raise ValueError(f"sections={sections!r}: each section must keep one timestep at least")
+    kept, start = set(), 0
+    for i, count in enumerate(counts):
+        size = T // len(counts) + (i < T % len(counts))
+        if count > size:
+            raise ValueError(f"sections={sections!r}: cannot keep {count} timesteps of a section of {size}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        offset = 0.0
+        for _ in range(count):
+            kept.add(start + round(offset))
+            offset += stride
+        start += size
+    return sorted(kept)
+
+
+def discretized_gaussian_log_likelihood(
+    x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor, levels: int = 256
+) -> torch.Tensor:
+    """log of the probability that a Gaussian gives to the bin of each grey level: the decoder L_0, eq. 13.
+
+    The grey levels stand at 2 * level / (levels - 1) - 1; bins are as wide as their distance, the outermost two open. The
+    bin of x is that of its nearest level. Computed in float64 by exact log-CDFs (no tanh approximation, no floor), so that
+    far tails are large finite numbers with finite gradients.
+
+    Args:
+        x: the data, values on the grid of the grey levels in [-1, 1], any shape.
+        mean: of the Gaussian, broadcastable to x.
+        log_scale: log of its standard deviation, broadcastable to x.
+        levels: number of grey levels, 2 at least (256 for 8-bit images).
+
+    Returns:
+        Nats, elementwise (0 or below), of the dtype of `mean`, float32 at least.
+
+    Raises:
+        ValueError: levels below 2.
+    """
+    if levels < 2:
+        raise ValueError(f"levels={levels!r}: the data needs two grey levels at least")
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    # float64 is not to be had on Apple's GPUs; float32 there costs precision in the tails
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    x, mean, log_scale = x.to(exact), mean.to(exact), log_scale.to(exact)
+    half_bin = 1 / (levels - 1)
+    centered, inverse_scale = x - mean, torch.exp(-log_scale)
+    upper = (centered + half_bin) * inverse_scale
+    lower = (centered - half_bin) * inverse_scale
+    # By symmetry the bin is taken on the left of the mean, where log Phi does not cancel.
+    flip = centered > 0
+    left, right = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    log_right = torch.special.log_ndtr(right)
+    # log(Phi(right) - Phi(left))
+    inner = log_right + torch.log(-torch.expm1(torch.special.log_ndtr(left) - log_right))
+    log_likelihood = torch.where(
+        x < -1 + half_bin,
+        torch.special.log_ndtr(upper),
+        torch.where(x > 1 - half_bin, torch.special.log_ndtr(-lower), inner),
+    )
+    return log_likelihood.to(dtype)
+
+
+class _Chain:
+    """The tables of q and p on a subsequence of the timesteps (IDDPM section 4), by position in it."""
+
+    def __init__(self, timesteps, betas, alphas_cumprod, variance_type, prediction_type):
+        T = len(betas)
+        self.timesteps = timesteps  # ascending
+        self.position = {t: i for i, t in enumerate(timesteps)}
+        self.tensors = {}
+        self.floats = {}
+        alpha_bar = alphas_cumprod[timesteps]
+        alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+        beta = betas if len(timesteps) == T else 1 - alpha_bar / alpha_bar_prev
+        one_minus = 1 - alpha_bar
+
+        # q(x_t | x_0), eq. 4
+        self.tables = tables = {
+            "positions": np.full(T, len(timesteps)),
+            "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(one_minus),
+            "one_minus_alphas_cumprod": one_minus,
+            "log_one_minus_alphas_cumprod": np.log(one_minus),
+        }
+        tables["positions"][timesteps] = np.arange(len(timesteps))
+
+        # q(x_{t-1} | x_t, x_0), eq. 6-7
+        variance = beta * (1 - alpha_bar_prev) / one_minus
+        # The first step's variance is 0; its logarithm is taken from the second, as in the paper's code: it is the
+        # decoder's scale. A chain of one step has no second: beta stands in.
+        clipped = np.append(variance[1] if len(variance) > 1 else beta[0], variance[1:])
+        tables["posterior_mean_coef1"] = beta * np.sqrt(alpha_bar_prev) / one_minus
+        tables["posterior_mean_coef2"] = (1 - alpha_bar_prev) * np.sqrt(1 - beta) / one_minus
+        tables["posterior_variance"] = variance
+        tables["posterior_log_variance_clipped"] = np.log(clipped)
+
+        # p(x_{t-1} | x_t), eq. 1, where its variance is fixed (section 3.2)
+        large = np.append(clipped[0], beta[1:])
+        model_variance = {"fixed_small": variance, "fixed_small_log": clipped}.get(variance_type, large)
+        tables["model_variance"] = model_variance
+        tables["model_log_variance"] = np.log(clipped if variance_type.startswith("fixed_small") else large)
+        tables["model_std"] = np.append(0.0, np.sqrt(model_variance[1:]))  # the last step adds no noise
+        tables["log_betas"] = np.log(beta)
+        tables["not_first"] = np.append(0.0, np.ones(len(beta) - 1))
+
+        # x_0 as a linear function of x_t and the network's output
+        if prediction_type == "epsilon":
+            # with zero terminal SNR nothing of x_0 is left in epsilon: finite, for the clipping to deal with
+            root = np.sqrt(np.maximum(alpha_bar, 1e-24))
+            of_x_t, of_output = 1 / root, -np.sqrt(one_minus) / root
+        elif prediction_type == "sample":
+            of_x_t, of_output = np.zeros_like(beta), np.ones_like(beta)
+        elif prediction_type == "v_prediction":
+            of_x_t, of_output = np.sqrt(alpha_bar), -np.sqrt(one_minus)
+        else:  # previous: the output is the posterior's mean
+            of_x_t = -tables["posterior_mean_coef2"] / tables["posterior_mean_coef1"]
+            of_output = 1 / tables["posterior_mean_coef1"]
+        tables["x_start_of_x_t"], tables["x_start_of_output"] = of_x_t, of_output
+
+        # DDIM's ODE one step up in t; pure noise after the last
+        self._ddim_tables("reverse", np.append(alpha_bar[1:], 0.0), np.zeros_like(beta))
+
+    def add_ddim(self, eta):
+        """Tables of DDIM eq. 12 with the sigma of eq. 16, which is eta times the posterior's standard deviation."""
+        sigma = eta * np.sqrt(self.tables["posterior_variance"])
+        alpha_bar_prev = np.append(1.0, self.tables["sqrt_alphas_cumprod"][:-1] ** 2)
+        self._ddim_tables(f"ddim {eta}", alpha_bar_prev, sigma)
+
+    def _ddim_tables(self, name, alpha_bar_to, sigma):
+        # epsilon = (x_t - sqrt(abar) x_0) / sqrt(1 - abar) put into eq. 12
+        of_epsilon = np.sqrt(np.maximum(1 - alpha_bar_to - sigma**2, 0.0))
+        of_x_t = of_epsilon / self.tables["sqrt_one_minus_alphas_cumprod"]
+        self.tables[f"{name}: x_t"] = of_x_t
+        self.tables[f"{name}: x_start"] = np.sqrt(alpha_bar_to) - of_x_t * self.tables["sqrt_alphas_cumprod"]
+        self.tables[f"{name}: sigma"] = sigma
+
+    def at(self, name, position, like):
+        """A table's entry: a number for one position; for a tensor of positions (B, 1, ...) to multiply `like` with."""
+        if isinstance(position, int):
+            if name not in self.floats:
+                self.floats[name] = self.tables[name].tolist()
+            return self.floats[name][position]
+        entry = self.on(name, like.device)[position]
+        return entry.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+    def on(self, name, device):
+        """A table as a tensor on `device`, moved there once; one NaN more than its entries, for steps not in the chain."""
+        key = (name, device)
+        if key not in self.tensors:
+            table = torch.as_tensor(self.tables[name])
+            if table.is_floating_point():
+                table = torch.cat((table, table.new_full((1,), math.nan)))
+                table = table.float() if device.type == "mps" else table
+            self.tensors[key] = table.to(device)
+        return self.tensors[key]
+
+
+class VariationalDDPMScheduler(DDPMScheduler):
+    """diffusers' `DDPMScheduler` with the whole of the paper: exact tables, posteriors, the bound and its decoder.
+
+    "The chain" is the list of timesteps last given to `set_timesteps`, all T before any call. q, p, the bound and `step`
+    act on it, with betas and variances recomputed for it. `t` is always an original, 0-based timestep: an int, a 0-d
+    tensor, or an int64 tensor (B,) with one for each image. A `t` outside the chain is a ValueError; in a tensor on an
+    accelerator, where looking would wait for the device, its image becomes NaN instead.
+
+    Args beyond those of `DDPMScheduler`:
+        beta_schedule: also "quad", "warmup10", "warmup50", "const", "jsd" (the paper's code), "cosine" (IDDPM eq. 17) and
+            "linear_scaled_by_T". A schedule is used as given whatever `num_train_timesteps` is; IDDPM scales beta_start
+            and beta_end of its linear schedule by 1000 / T, which is "linear_scaled_by_T".
+        variance_type: "fixed_small" (posterior variance, 0 at the first step), "fixed_large" (beta; the posterior variance
+            of the second step at the first), "learned" (the network's second half of channels is the log variance),
+            "learned_range" (it interpolates between the two, IDDPM eq. 15). "fixed_small_log" and "fixed_large_log" are the
+            same distributions, written by their log variances. In logarithms the first step has the second's posterior
+            variance, as in the paper's code.
+        prediction_type: also "previous": the network gives the mean of x_{t-1} (the paper's mu-tilde prediction).
+        timestep_spacing: also "iddpm": even fractional strides that keep both ends, `space_timesteps(T, n)`.
+        levels: grey levels of the data, 256 for 8 bits, for the decoder L_0.
+
+    `config` holds what diffusers' own classes understand (a schedule that they do not know as `trained_betas`) and the rest
+    under "_ddpm_hf"; `from_config` of any scheduler takes it, and takes it back.
+
+    Raises:
+        ValueError: a value that is not supported, named with what is.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        levels: int = 256,
+    ):
+        for name, value, known in (
+            ("beta_schedule", beta_schedule, tuple(BETA_SCHEDULES)),
+            ("variance_type", variance_type, VARIANCE_TYPES),
+            ("prediction_type", prediction_type, PREDICTION_TYPES),
+            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+        if not isinstance(levels, int) or levels < 2:
+            raise ValueError(f"levels={levels!r}: give the number of grey levels of the data, 2 or more (256 for 8 bits)")
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps}: the process needs one step at least")
+        if trained_betas is not None:
+            betas = np.array(trained_betas, dtype=np.float64)
+            if betas.shape != (num_train_timesteps,):
+                raise ValueError(f"trained_betas has shape {betas.shape}; num_train_timesteps={num_train_timesteps}")
+        else:
+            betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
+        self._make_config_stock(betas, beta_schedule, trained_betas, levels)
+        if rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
+        if not (betas > 0).all() or not (betas <= 1).all():
+            t = int(np.argmin((betas > 0) & (betas <= 1)))
+            raise ValueError(f"beta_schedule={beta_schedule!r} gives beta={betas[t]} at t={t}; betas must be in (0, 1]")
+
+        self.levels = levels
+        self.variance_type = variance_type
+        self.prediction_type = prediction_type
+        self.timestep_spacing = timestep_spacing
+        self.betas = torch.from_numpy(betas)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.one = torch.tensor(1.0)
+        self.init_noise_sigma = 1.0
+
+        self.custom_timesteps = False
+        self.num_inference_steps = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self._all_steps = self._chain = self._make_chain(range(num_train_timesteps))
+
+    # configuration
+
+    def _make_config_stock(self, betas, beta_schedule, trained_betas, levels):
+        own, stock = {"levels": levels}, {}
+        for key, replacements in STOCK_VALUES.items():
+            if self.config[key] in replacements:
+                own[key], stock[key] = self.config[key], replacements[self.config[key]]
+        if trained_betas is not None:
+            stock["trained_betas"] = betas.tolist()
+            stock["beta_schedule"] = "linear" if beta_schedule in OWN_SCHEDULES else beta_schedule
+        elif beta_schedule in OWN_SCHEDULES:
+            stock["trained_betas"] = betas.tolist()
+        config = {**self.config, **stock, "_ddpm_hf": own}
+        del config["levels"]
+        if "_use_default_values" in config:
+            changed = {"levels", *stock}
+            config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in changed]
+        self._internal_dict = FrozenDict(config)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        config_dict = dict(config_dict)
+        config_dict.update(config_dict.pop("_ddpm_hf", {}))
+        if config_dict.get("beta_schedule") in OWN_SCHEDULES:
+            config_dict.pop("trained_betas", None)  # written for diffusers' classes; made again from the name
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as JSON, under the name of the diffusers class that opens it."""
+        config = json.loads(super().to_json_string())
+        return json.dumps({**config, "_class_name": "DDPMScheduler"}, indent=2, sort_keys=True) + "\n"
+
+    # the chain
+
+    @property
+    def chain(self) -> list[int]:
+        """The original timesteps of the chain, ascending."""
+        return list(self._chain.timesteps)
+
+    def _make_chain(self, timesteps, variance_type=None):
+        betas, alphas_cumprod = self.betas.numpy(), self.alphas_cumprod.numpy()
+        return _Chain(list(timesteps), betas, alphas_cumprod, variance_type or self.variance_type, self.prediction_type)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Sets the chain: `num_inference_steps` timesteps by `timestep_spacing`, or exactly `timesteps`.
+
+        Args:
+            num_inference_steps: 1 to num_train_timesteps.
+            device: where `self.timesteps` shall be; on the CPU a loop over it never waits for an accelerator.
+            timesteps: strictly descending original timesteps.
+
+        Raises:
+            ValueError: both or neither given, or timesteps that are not strictly descending in [0, T).
+        """
+        T = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("give one of num_inference_steps and timesteps, not both and not neither")
+        if timesteps is not None:
+            timesteps = [int(t) for t in timesteps]
+            if not timesteps:
+                raise ValueError("timesteps is empty; the chain needs one step at least")
+        elif int(num_inference_steps) < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be 1 to {T}, the steps of the process")
+        if self.timestep_spacing == "iddpm" and timesteps is None and num_inference_steps <= T:
+            super().set_timesteps(device=device, timesteps=space_timesteps(T, int(num_inference_steps))[::-1])
+            self.custom_timesteps = False
+        else:
+            super().set_timesteps(num_inference_steps, device, timesteps)
+        chain = self.timesteps.tolist()[::-1]
+        if chain[0] < 0 or chain[-1] >= T or any(a >= b for a, b in zip(chain, chain[1:])):
+            raise ValueError(
+                f"the chain {chain[0]} to {chain[-1]} must ascend within 0 to {T - 1}; mend timesteps or steps_offset"
+            )
+        self.num_inference_steps = len(chain)
+        if chain != self._chain.timesteps:
+            self._chain = self._all_steps if len(chain) == T else self._make_chain(chain)
+
+    def previous_timestep(self, timestep: int) -> torch.Tensor:
+        """The timestep after `timestep` on the way down the chain, a 0-d tensor; -1 after the last."""
+        position = self._position(timestep)
+        return torch.tensor(self._chain.timesteps[position - 1] if position > 0 else -1)
+
+    def _position(self, t):
+        chain = self._chain
+        if isinstance(t, torch.Tensor) and t.dim() > 0:
+            t = t.long()
+            if t.device.type == "cpu":
+                outside = (t < 0) | (t >= self.config.num_train_timesteps)
+                position = chain.on("positions", t.device)[t.masked_fill(outside, 0)]
+                outside |= position == len(chain.timesteps)
+                if outside.any():
+                    self._refuse(t[outside][0].item())
+                return position
+            return chain.on("positions", t.device)[t]
+        position = chain.position.get(int(t))
+        return position if position is not None else self._refuse(int(t))
+
+    def _refuse(self, t):
+        steps = self._chain.timesteps
+        raise ValueError(
+            f"timestep {t} is not in the chain of {len(steps)} steps from {steps[0]} to {steps[-1]}; see set_timesteps"
+        )
+
+    # q
+
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor | int, noise: torch.Tensor) -> torch.Tensor:
+        """x_t drawn from q(x_t | x_0) with the given noise: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, eq. 4.
+
+        Args:
+            x_start: images (B, C, H, W) in [-1, 1].
+            t: 0-based timesteps of the chain.
+            noise: standard normal, of the shape of x_start.
+
+        Returns:
+            (B, C, H, W), of the dtype of x_start.
+        """
+        return self._noised(self._chain, x_start, self._position(_to(t, x_start)), noise)
+
+    def add_noise(self, original_samples, noise, timesteps):
+        """`q_sample` with diffusers' order of arguments, for any of the T timesteps whatever the chain is.
+
+        Returns:
+            Of the shape and dtype of `original_samples`. timesteps: int64 (B,), 0-based.
+        """
+        return self._noised(self._all_steps, original_samples, _to(timesteps, original_samples), noise)
+
+    def get_velocity(self, sample, noise, timesteps):
+        """The target of v-prediction, sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022); as `add_noise`."""
+        return self._noised(self._all_steps, noise, _to(timesteps, noise), -_working(sample))
+
+    @staticmethod
+    def _noised(chain, a, position, b):
+        dtype, a, b = a.dtype, _working(a), _working(b)
+        return _combine(
+            a,
+            chain.at("sqrt_alphas_cumprod", position, a),
+            b,
+            chain.at("sqrt_one_minus_alphas_cumprod", position, b),
+        ).to(dtype)
+
+    def epsilon_from_x_start(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
+        """The noise that leads from x_0 to x_t: (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t), eq. 9. (B, C, H, W)."""
+        x_start, x_t, position = _working(x_start), _working(x_t), self._position(_to(t, x_t))
+        signal = self._chain.at("sqrt_alphas_cumprod", position, x_t)
+        return (x_t - signal * x_start) / self._chain.at("sqrt_one_minus_alphas_cumprod", position, x_t)
+
+    def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
+        """q(x_t | x_0), eq. 4. x_start: (B, C, H, W) in [-1, 1]; t: 0-based, of the chain."""
+        x_start, position = _working(x_start), self._position(_to(t, x_start))
+        mean = self._chain.at("sqrt_alphas_cumprod", position, x_start) * x_start
+        variance = self._full("one_minus_alphas_cumprod", position, x_start)
+        return Gaussian(mean, variance, self._full("log_one_minus_alphas_cumprod", position, x_start))
+
+    def q_posterior(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
+        """q(x_{t-1} | x_t, x_0), eq. 6-7. Images (B, C, H, W); t: 0-based, of the chain.
+
+        At the chain's first step the variance is 0 and the log variance that of the second step.
+        """
+        x_start, x_t, position = _working(x_start), _working(x_t), self._position(_to(t, x_t))
+        return Gaussian(
+            self._posterior_mean(x_start, x_t, position),
+            self._full("posterior_variance", position, x_t),
+            self._full("posterior_log_variance_clipped", position, x_t),
+        )
+
+    def _posterior_mean(self, x_start, x_t, position):
+        at = self._chain.at
+        return _combine(
+            x_start,
+            at("posterior_mean_coef1", position, x_t),
+            x_t,
+            at("posterior_mean_coef2", position, x_t),
+        )
+
+    def _full(self, name, position, like):
+        entry = self._chain.at(name, position, like)
+        entry = entry if isinstance(entry, torch.Tensor) else like.new_tensor(entry)
+        return entry.expand(like.shape)
+
+    # p
+
+    def p_mean_variance(
+        self,
+        model_output: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor | int,
+        clip_sample: bool | None = None,
+    ) -> Gaussian:
+        """p(x_{t-1} | x_t) by the network's output, eq. 1 and 11, with `.pred_original_sample`.
+
+        Args:
+            model_output: (B, C, H, W), or (B, 2C, H, W) when the variance is learned.
+            x_t: (B, C, H, W).
+            t: 0-based timesteps of the chain.
+            clip_sample: clip (or threshold) the predicted x_0; None for what the config says. With "previous" prediction
+                the mean is the output as it is and clipping touches the predicted x_0 only.
+
+        Raises:
+            ValueError: wrong number of channels in model_output; a timestep outside the chain.
+        """
+        x_t = _working(x_t)
+        position = self._position(_to(t, x_t))
+        output, values = self._split(model_output, x_t)
+        x_start = self._pred_x_start(output, x_t, position, clip_sample)
+        mean = output if self.prediction_type == "previous" else self._posterior_mean(x_start, x_t, position)
+        if values is None:
+            variance = self._full("model_variance", position, x_t)
+            return Gaussian(mean, variance, self._full("model_log_variance", position, x_t), x_start)
+        log_variance = self._learned_log_variance(values, position)
+        return Gaussian(mean, log_variance.exp(), log_variance, x_start)
+
+    def _split(self, model_output, x_t):
+        output, channels = model_output.to(x_t.dtype), x_t.shape[1]
+        learned = self.variance_type in ("learned", "learned_range")
+        if output.shape[1] != channels * (2 if learned else 1):
+            raise ValueError(
+                f"model_output has {output.shape[1]} channels for images of {channels}; variance_type="
+                f"{self.variance_type!r} takes {channels * (2 if learned else 1)}: choose another variance_type"
+            )
+        return output.split(channels, dim=1) if learned else (output, None)
+
+    def _learned_log_variance(self, values, position):
+        return values if self.variance_type == "learned" else self._interpolated_log_variance(values, position)
+
+    def _interpolated_log_variance(self, values, position):
+        # IDDPM eq. 15: v in [-1, 1] interpolates in the logarithm
+        low = self._chain.at("posterior_log_variance_clipped", position, values)
+        high = self._chain.at("log_betas", position, values)
+        return low + (values + 1) * (0.5 * (high - low))
+
+    def _pred_x_start(self, output, x_t, position, clip_sample):
+        if self.prediction_type == "sample":
+            x_start = output
+        else:
+            at = self._chain.at
+            x_start = _combine(x_t, at("x_start_of_x_t", position, x_t), output, at("x_start_of_output", position, x_t))
+        config = self.config
+        if clip_sample is None:
+            clip_sample = config.clip_sample or config.thresholding
+        if not clip_sample:
+            return x_start
+        if config.thresholding:
+            return self._threshold_sample(x_start)
+        return x_start.clamp(-config.clip_sample_range, config.clip_sample_range)
+
+    def _get_variance(self, t, predicted_variance=None, variance_type=None):
+        """The variance of p(x_{t-1} | x_t), always a variance; diffusers' private name, for code that calls it."""
+        variance_type = variance_type or self.variance_type
+        position = self._position(t)
+        if variance_type == "learned":
+            return predicted_variance.exp()
+        if variance_type == "learned_range":
+            return self._interpolated_log_variance(predicted_variance, position).exp()
+        chain = self._chain
+        if variance_type != self.variance_type:
+            chain = self._make_chain(chain.timesteps, variance_type)
+        return torch.tensor(chain.tables["model_variance"][position])
+
+    # the bound
+
+    def vlb_term(
+        self,
+        model_output: torch.Tensor,
+        x_start: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor | int,
+        clip_sample: bool | None = None,
+    ) -> torch.Tensor:
+        """One term of the variational bound for each image, eq. 5: L_{t-1}, or L_0 at the chain's first step.
+
+        Args:
+            model_output: of the network at (x_t, t).
+            x_start: (B, C, H, W) in [-1, 1], on the grid of `levels` grey levels.
+            x_t: drawn from q(x_t | x_start), (B, C, H, W).
+            t: 0-based timesteps of the chain.
+            clip_sample: as in `p_mean_variance`.
+
+        Returns:
+            (B,) bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or the decoder's negative
+            log-likelihood (eq. 13).
+        """
+        x_start = _working(x_start)
+        p = self.p_mean_variance(model_output, x_t, t, clip_sample)
+        position = self._position(_to(t, x_t))
+        first = position == 0
+        if first is not True:
+            q = self.q_posterior(x_start, x_t, t)
+            kl = _bits_per_dim(gaussian_kl(q.mean, q.log_variance, p.mean, p.log_variance))
+            if first is False:
+                return kl
+        decoder = _bits_per_dim(
+            -discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance, self.levels)
+        )
+        return decoder if first is True else torch.where(first, decoder, kl)
+
+    def prior_bits_per_dim(self, x_start: torch.Tensor) -> torch.Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, 1)) of eq. 5, at the chain's last step. x_start: (B, C, H, W); (B,) bits/dim."""
+        q = self.q_mean_variance(x_start, self._chain.timesteps[-1])
+        zero = torch.zeros_like(q.mean)
+        return _bits_per_dim(gaussian_kl(q.mean, q.log_variance, zero, zero))
+
+    # sampling
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        eta: float | None = None,
+        variance_noise: torch.Tensor | None = None,
+    ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """x_t -> the next sample down the chain.
+
+        Args:
+            model_output: of the network at (sample, timestep).
+            timestep: 0-based, of the chain; an int is fastest.
+            sample: x_t, (B, C, H, W). Half precision is computed in float32 and returned in half.
+            generator: one, or a list with one for each image.
+            return_dict: False for a tuple (prev_sample, pred_original_sample).
+            eta: None for ancestral sampling (Algorithm 2); a number in [0, 1] for DDIM (eq. 12 and 16 there), which
+                recomputes epsilon from the clipped x_0.
+            variance_noise: standard normal noise to use in place of drawing it.
+
+        Returns:
+            `DDPMSchedulerOutput` with `.prev_sample` and `.pred_original_sample`, of the dtype of `sample`. The chain's
+            first step returns the mean, which is x_0, with no noise.
+
+        Raises:
+            ValueError: timestep outside the chain; wrong channels; eta outside [0, 1].
+        """
+        x_t = _working(sample)
+        position = self._position(_to(timestep, x_t))
+        output, values = self._split(model_output, x_t)
+        x_start = self._pred_x_start(output, x_t, position, None)
+        if eta is not None:
+            prev_sample, std = self._ddim(x_start, x_t, position, eta)
+        else:
+            previous = self.prediction_type == "previous"
+            prev_sample = output if previous else self._posterior_mean(x_start, x_t, position)
+            std = self._std(values, position, x_t)
+        if not (isinstance(std, float) and std == 0.0):
+            noise = variance_noise
+            if noise is None:
+                noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+            noise = noise.to(x_t.dtype)
+            prev_sample = torch.add(prev_sample, noise, alpha=std) if isinstance(std, float) else prev_sample + std * noise
+        prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, x_start
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_start)
+
+    def _std(self, values, position, like):
+        if values is None or (isinstance(position, int) and position == 0):
+            return self._chain.at("model_std", position, like)  # 0 at the first step
+        not_first = self._chain.at("not_first", position, like)
+        return torch.exp(0.5 * self._learned_log_variance(values, position)) * not_first
+
+    def _ddim(self, x_start, x_t, position, eta):
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
+        chain, name = self._chain, f"ddim {float(eta)}"
+        if f"{name}: sigma" not in chain.tables:
+            chain.add_ddim(float(eta))
+        a, b = chain.at(f"{name}: x_start", position, x_t), chain.at(f"{name}: x_t", position, x_t)
+        return _combine(x_start, a, x_t, b), chain.at(f"{name}: sigma", position, x_t)
+
+    def reverse_step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+    ) -> DDPMSchedulerOutput:
+        """DDIM's ODE one step up the chain, deterministic: for encoding an image (DDIM section 4.3).
+
+        Args:
+            model_output: of the network at (sample, timestep).
+            timestep: the sample's own 0-based timestep, of the chain.
+            sample: (B, C, H, W).
+
+        Returns:
+            `DDPMSchedulerOutput`; `.prev_sample` is the sample at the chain's next timestep, at abar = 0 after the last.
+        """
+        x_t = _working(sample)
+        position = self._position(_to(timestep, x_t))
+        output, _ = self._split(model_output, x_t)
+        x_start = self._pred_x_start(output, x_t, position, None)
+        at = self._chain.at
+        result = _combine(x_start, at("reverse: x_start", position, x_t), x_t, at("reverse: x_t", position, x_t))
+        return DDPMSchedulerOutput(prev_sample=result.to(sample.dtype), pred_original_sample=x_start.to(sample.dtype))
+
+
+def gaussian_kl(mean1, log_variance1, mean2, log_variance2) -> torch.Tensor:
+    """KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))), elementwise, in nats."""
+    ratio = log_variance1 - log_variance2
+    # expm1(r) - r in place of exp(r) - 1 - r: nearly equal variances do not cancel
+    return 0.5 * (torch.expm1(ratio) - ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+
+
+def _bits_per_dim(nats):
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _working(x):
+    """Half precision is computed in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _to(t, x):
+    return t.to(x.device) if isinstance(t, torch.Tensor) and t.dim() > 0 else t
+
+
+def _combine(a, weight_a, b, weight_b):
+    """weight_a * a + weight_b * b, a new tensor; the weights are numbers, or tensors (B, 1, ...)."""
+    if isinstance(weight_b, float):
+        return (a * weight_a).add_(b, alpha=weight_b)
+    return (a * weight_a).addcmul_(b, weight_b)

@@ -1,0 +1,494 @@
+"""The U-Net of denoising diffusion models, in one self-contained file.
+
+The network of Ho, Jain, Abbeel 2020 (appendix B: "the paper") with the switches that Improved DDPM (Nichol & Dhariwal
+2021), ADM (Dhariwal & Nichol 2021) and Score-SDE (Song et al. 2020) added. Config keys, state-dict keys and outputs are
+those of diffusers' `UNet2DModel`, so that either class opens the other's checkpoints.
+"""
+
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+ACTIVATIONS = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
+# block name -> has attention
+DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}
+UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
+CHOICES = {
+    "time_embedding_type": ("positional", "fourier", "learned"),
+    "mid_block_type": ("UNetMidBlock2D", None),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "class_embed_type": (None, "timestep", "identity"),
+    "act_fn": tuple(ACTIVATIONS),
+}
+
+
+class SinusoidalEmbedding(nn.Module):
+    """t -> sines and cosines at geometrically spaced frequencies (Vaswani et al. 2017; the paper, appendix B)."""
+
+    def __init__(self, dim, flip_sin_to_cos, freq_shift):
+        super().__init__()
+        self.dim, self.flip_sin_to_cos, self.freq_shift = dim, flip_sin_to_cos, freq_shift
+
+    def forward(self, t):
+        half = self.dim // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.freq_shift)
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)
+        parts = (angles.cos(), angles.sin()) if self.flip_sin_to_cos else (angles.sin(), angles.cos())
+        return F.pad(torch.cat(parts, dim=-1), (0, self.dim % 2))
+
+
+class FourierEmbedding(nn.Module):
+    """Noise level -> sines and cosines of log(level) at fixed random frequencies (Score-SDE, appendix C.2)."""
+
+    def __init__(self, dim, scale=16.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim) * scale, requires_grad=False)
+
+    def forward(self, t):
+        angles = torch.log(t)[:, None] * self.weight * 2 * math.pi
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class EmbeddingMLP(nn.Module):
+    def __init__(self, in_dim, dim):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+class Downsample(nn.Module):
+    """Halves H and W by a strided 3x3 convolution; padding 0 pads right and below only, as the paper's TensorFlow did."""
+
+    def __init__(self, channels, padding):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.pad = (0, 1, 0, 1) if padding == 0 else None
+
+    def forward(self, x, emb):
+        return self.conv(x if self.pad is None else F.pad(x, self.pad))
+
+
+class Upsample(nn.Module):
+    """Doubles H and W: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, emb):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResidualBlock(nn.Module):
+    """norm, act, conv, + time, norm, act, dropout, conv, + input; `emb` comes in already activated.
+
+    `resample` is "down" (2x2 mean) or "up" (nearest) for the resampling blocks of ADM, which resample both branches.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, emb_dim, *, groups, eps, act_fn, dropout, scale_shift, output_scale, resample=None
+    ):
+        super().__init__()
+        self.scale_shift, self.output_scale, self.resample = scale_shift, output_scale, resample
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1))
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.act = ACTIVATIONS[act_fn]()
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x, emb):
+        h = self.act(self.norm1(x))
+        if self.resample == "down":
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        elif self.resample == "up":
+            x, h = (F.interpolate(y, scale_factor=2.0, mode="nearest") for y in (x, h))
+        h = self.conv1(h)
+        emb = self.time_emb_proj(emb)[:, :, None, None]
+        if self.scale_shift:  # adaptive group norm, ADM section 3
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(self.act(h)))
+        h = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return h if self.output_scale == 1 else h / self.output_scale
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the H*W positions, with a residual connection."""
+
+    # diffusers' loader then renames the keys of 2022 checkpoints (query -> to_q, proj_attn -> to_out.0, ...)
+    _from_deprecated_attn_block = True
+
+    def __init__(self, channels, head_dim, *, groups, eps, output_scale):
+        super().__init__()
+        self.heads, self.output_scale = channels // head_dim, output_scale
+        inner = self.heads * head_dim
+        self.group_norm = nn.GroupNorm(groups, channels, eps) if groups is not None else None
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])  # a list, for the state-dict key
+
+    def forward(self, x):
+        b, c, height, width = x.shape
+        h = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = (to(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.to_out[0](h).transpose(1, 2).reshape(b, c, height, width) + x
+        return h if self.output_scale == 1 else h / self.output_scale
+
+
+class Level(nn.Module):
+    """What every level of the U-Net has: residual blocks, each followed by attention or by nothing."""
+
+    gradient_checkpointing = False
+
+    def __init__(self, resnets, attentions):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def checkpointed(self, module, *args):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(module, *args)
+        return module(*args)
+
+    def layer(self, i, x, emb):
+        x = self.checkpointed(self.resnets[i], x, emb)
+        return self.checkpointed(self.attentions[i], x) if len(self.attentions) else x
+
+
+class DownLevel(Level):
+    def __init__(self, resnets, attentions, downsampler):
+        super().__init__(resnets, attentions)
+        self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
+
+    def forward(self, x, emb, skips):
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, emb)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x, emb)
+            skips.append(x)
+        return x
+
+
+class MidLevel(Level):
+    """A residual block, attention if asked for, and a residual block."""
+
+    def forward(self, x, emb):
+        x = self.checkpointed(self.resnets[0], x, emb)
+        for attention in self.attentions:
+            x = self.checkpointed(attention, x)
+        return self.checkpointed(self.resnets[1], x, emb)
+
+
+class UpLevel(Level):
+    def __init__(self, resnets, attentions, upsampler):
+        super().__init__(resnets, attentions)
+        self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
+
+    def forward(self, x, emb, skips):
+        for i in range(len(self.resnets)):
+            x = self.layer(i, torch.cat((x, skips.pop()), dim=1), emb)
+        for upsample in self.upsamplers:
+            x = upsample(x, emb)
+        return x
+
+
+class DDPMUNet(ModelMixin, ConfigMixin):
+    """A U-Net that predicts, from a noisy image and its timestep, what the scheduler's `prediction_type` says.
+
+    Takes the configuration of diffusers' `UNet2DModel` (same keys and defaults) and its checkpoints, and returns the same
+    outputs. It is saved under that class's name, so that every published folder opens without this package.
+
+    Supported: DownBlock2D, AttnDownBlock2D, UpBlock2D, AttnUpBlock2D, UNetMidBlock2D or None; the values of the other
+    choices are in `CHOICES`. `attention_head_dim=None` means one head over all channels, as in the paper.
+
+    The weights of a new network are drawn as in the paper's code, see `reset_parameters`.
+
+    Raises:
+        ValueError: for a config that is not supported; one line that names the key, the value and what is.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm"]
+    _no_split_modules = ["ResidualBlock", "SelfAttention"]
+    _repeated_blocks = ["ResidualBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+    ):
+        super().__init__()
+        channels = tuple(block_out_channels)
+        down_types = [name.removeprefix("UNetRes") for name in down_block_types]  # the prefix of 2022 configs
+        up_types = [name.removeprefix("UNetRes") for name in up_block_types]
+        act_fn = act_fn.lower()
+        self._check_config(channels, down_types, up_types, act_fn)
+        self.sample_size = sample_size
+        emb_dim = time_embedding_dim or channels[0] * 4
+        scale_shift = resnet_time_scale_shift == "scale_shift"
+        shared = dict(groups=norm_num_groups, eps=norm_eps, act_fn=act_fn, dropout=dropout, scale_shift=scale_shift)
+
+        def resnet(c_in, c_out, output_scale=1, resample=None):
+            return ResidualBlock(c_in, c_out, emb_dim, output_scale=output_scale, resample=resample, **shared)
+
+        def attention(c, groups=norm_num_groups, output_scale=1):
+            return SelfAttention(c, attention_head_dim or c, groups=groups, eps=norm_eps, output_scale=output_scale)
+
+        # time and class embeddings, summed
+        time_dim = channels[0]
+        if time_embedding_type == "positional":
+            self.time_proj = SinusoidalEmbedding(time_dim, flip_sin_to_cos, freq_shift)
+        elif time_embedding_type == "fourier":
+            self.time_proj = FourierEmbedding(time_dim)
+            time_dim = 2 * time_dim
+        else:
+            self.time_proj = nn.Embedding(num_train_timesteps, time_dim)
+        self.time_embedding = EmbeddingMLP(time_dim, emb_dim)
+        self.act = ACTIVATIONS[act_fn]()
+        if class_embed_type == "timestep":
+            self.class_embedding = EmbeddingMLP(time_dim, emb_dim)
+        elif class_embed_type == "identity":
+            self.class_embedding = nn.Identity()
+        else:
+            self.class_embedding = nn.Embedding(num_class_embeds, emb_dim) if num_class_embeds is not None else None
+
+        # down
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        skip_channels = [channels[0]]
+        c_in = channels[0]
+        for i, (name, c) in enumerate(zip(down_types, channels)):
+            resnets = [resnet(c_in if j == 0 else c, c) for j in range(layers_per_block)]
+            attentions = [attention(c) for _ in resnets] if DOWN_BLOCKS[name] else []
+            down = None
+            if i < len(channels) - 1:
+                by_resnet = DOWN_BLOCKS[name] and downsample_type == "resnet"  # plain blocks always convolve
+                down = resnet(c, c, resample="down") if by_resnet else Downsample(c, downsample_padding)
+            self.down_blocks.append(DownLevel(resnets, attentions, down))
+            skip_channels += [c] * (layers_per_block + (down is not None))
+            c_in = c
+
+        # middle
+        self.mid_block = None
+        if mid_block_type is not None:
+            groups = attn_norm_num_groups or (None if scale_shift else norm_num_groups)
+            self.mid_block = MidLevel(
+                [resnet(c_in, c_in, output_scale=mid_block_scale_factor) for _ in range(2)],
+                [attention(c_in, groups, mid_block_scale_factor)] if add_attention else [],
+            )
+
+        # up: each residual block takes one skip connection, last in first out
+        self.up_blocks = nn.ModuleList()
+        for i, (name, c) in enumerate(zip(up_types, reversed(channels))):
+            resnets = []
+            for _ in range(layers_per_block + 1):
+                resnets.append(resnet(c_in + skip_channels.pop(), c))
+                c_in = c
+            attentions = [attention(c) for _ in resnets] if UP_BLOCKS[name] else []
+            up = None
+            if i < len(channels) - 1:
+                up = resnet(c, c, resample="up") if UP_BLOCKS[name] and upsample_type == "resnet" else Upsample(c)
+            self.up_blocks.append(UpLevel(resnets, attentions, up))
+
+        # out; the activation here is SiLU whatever `act_fn` says, as in diffusers
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.reset_parameters()
+
+    def _check_config(self, channels, down_types, up_types, act_fn):
+        config = {**self.config, "act_fn": act_fn}
+        for key, choices in CHOICES.items():
+            if config[key] not in choices:
+                raise ValueError(f"{key}={config[key]!r} is not supported by DDPMUNet; supported: {_listed(choices)}")
+        for key, names, known in (
+            ("down_block_types", down_types, DOWN_BLOCKS),
+            ("up_block_types", up_types, UP_BLOCKS),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{key} names {name!r}, not supported by DDPMUNet; supported: {_listed(known)}")
+            if len(names) != len(channels):
+                raise ValueError(f"{key} has {len(names)} entries and block_out_channels {len(channels)}; one a level each")
+        if config["downsample_padding"] not in (0, 1):
+            raise ValueError(f"downsample_padding={config['downsample_padding']!r} is not supported; supported: 0, 1")
+        if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
+            raise ValueError("time_embedding_type='learned' needs num_train_timesteps (the size of its table), got None")
+        if config["time_embedding_type"] == "positional" and channels[0] // 2 <= config["freq_shift"]:
+            raise ValueError(f"freq_shift={config['freq_shift']} must be below block_out_channels[0] // 2 = {channels[0] // 2}")
+        groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
+        for c in channels:
+            if not isinstance(groups, int) or c % groups:
+                raise ValueError(f"norm_num_groups={groups} must divide every entry of block_out_channels={channels}")
+        attends = [c for c, name in zip(channels, down_types) if DOWN_BLOCKS[name]]
+        attends += [c for c, name in zip(reversed(channels), up_types) if UP_BLOCKS[name]]
+        if config["mid_block_type"] is not None and config["add_attention"]:
+            attends.append(channels[-1])
+        if head_dim is not None and any(head_dim < 1 or head_dim > c for c in attends):
+            raise ValueError(f"attention_head_dim={head_dim} must be 1 to {min(attends)}, the channels where attention is")
+
+    def reset_parameters(self, scheme: str = "paper") -> None:
+        """Draws new weights, in place. It changes no config: loading a checkpoint gives what the checkpoint holds.
+
+        Args:
+            scheme: "paper": Glorot-uniform weights, zero biases, and zeros in the last convolution of each residual block,
+                in attention's output projection and in the output layer, as in the paper's code (there 1e-10 in place of
+                0), so that the network begins as the zero function. "torch": the default of each torch layer, as
+                diffusers' class.
+
+        Raises:
+            ValueError: unknown scheme.
+        """
+        if scheme not in ("paper", "torch"):
+            raise ValueError(f"scheme={scheme!r} is not known; choose 'paper' or 'torch'")
+        zero = {self.conv_out}
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                zero.add(module.conv2)
+            elif isinstance(module, SelfAttention):
+                zero.add(module.to_out[0])
+        for module in self.modules():
+            if scheme == "torch" or isinstance(module, (nn.GroupNorm, nn.Embedding)):
+                if hasattr(module, "reset_parameters") and module is not self:
+                    module.reset_parameters()
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.weight) if module in zero else nn.init.xavier_uniform_(module.weight)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            sample: noisy images (B, in_channels, H, W), floating point; H and W divisible by 2**(levels - 1).
+            timestep: 0-based timestep t as a number, a 0-d tensor or a (B,) tensor (the paper's t is one more); with
+                fourier embedding the noise level instead, above 0.
+            class_labels: with num_class_embeds, int64 (B,) in [0, num_class_embeds); with class_embed_type "timestep",
+                numbers (B,); with "identity", embeddings (B, time embedding width); None for an unconditional network.
+                Ranges are checked for labels and learned timesteps on the CPU only: on an accelerator the check would
+                wait for the device.
+            return_dict: False for a tuple.
+
+        Returns:
+            `UNet2DOutput` with `.sample` (B, out_channels, H, W), of the dtype of the weights.
+
+        Raises:
+            ValueError: a wrong shape, missing, superfluous or out-of-range labels; before anything is computed.
+        """
+        t = torch.as_tensor(timestep, device=sample.device)
+        self._check_input(sample, t, class_labels)
+        config = self.config
+        t = t.expand(sample.shape[0])
+        emb = self.time_embedding(self.time_proj(t))
+        if self.class_embedding is not None:
+            labels = class_labels.to(sample.device)
+            if config.class_embed_type == "timestep":
+                labels = self.time_proj(labels)
+            emb = emb + self.class_embedding(labels).to(emb.dtype)
+        emb = self.act(emb)  # once here, not in each residual block
+
+        x = 2 * sample - 1 if config.center_input_sample else sample
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, emb, skips)
+        if self.mid_block is not None:
+            x = self.mid_block(x, emb)
+        for block in self.up_blocks:
+            x = block(x, emb, skips)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        if config.time_embedding_type == "fourier":  # the network predicts sigma * score
+            x = x / t.reshape(-1, 1, 1, 1)
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def _check_input(self, sample, t, class_labels):
+        config = self.config
+        stride = 2 ** (len(config.block_out_channels) - 1)
+        if sample.dim() != 4 or sample.shape[1] != config.in_channels:
+            shape = tuple(sample.shape)
+            raise ValueError(f"sample has shape {shape}; this network takes (batch, {config.in_channels}, height, width)")
+        if sample.shape[2] % stride or sample.shape[3] % stride:
+            height, width = sample.shape[2:]
+            raise ValueError(f"sample is {height}x{width}; height and width must be multiples of {stride} (pad or resize)")
+        if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, sample.shape[0])):
+            raise ValueError(f"timestep has shape {tuple(t.shape)}; give a number or one for each of {sample.shape[0]} images")
+        if config.time_embedding_type == "learned":
+            _check_range("timestep", t, config.num_train_timesteps)
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("class_labels were given, but this network has no class embedding; leave them out")
+            return
+        if class_labels is None:
+            raise ValueError("class_labels are missing; this network is class-conditional and needs one for each image")
+        if class_labels.shape[:1] != sample.shape[:1]:
+            raise ValueError(f"class_labels has shape {tuple(class_labels.shape)} for a batch of {sample.shape[0]} images")
+        if config.class_embed_type is None:
+            _check_range("class_labels", class_labels, config.num_class_embeds)
+
+    def to_json_string(self) -> str:
+        """The config as JSON, under the name of the diffusers class that opens the same weights."""
+        config = json.loads(super().to_json_string())
+        return json.dumps({**config, "_class_name": "UNet2DModel"}, indent=2, sort_keys=True) + "\n"
+
+
+def _listed(names):
+    return ", ".join(str(name) for name in names)
+
+
+def _check_range(name, values, end):
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # reading the values would wait for the device, or break the graph
+    if values.is_floating_point():
+        raise ValueError(f"{name} has dtype {values.dtype}; it indexes a table and must be of an integer dtype")
+    low, high = values.min().item(), values.max().item()
+    if low < 0 or high >= end:
+        raise ValueError(f"{name} has the value {low if low < 0 else high}; the range is 0 to {end - 1}")

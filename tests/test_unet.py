@@ -1,0 +1,562 @@
+"""`DDPMUNet` against diffusers' `UNet2DModel`: same keys, outputs and gradients, each opening the other's checkpoints."""
+
+import inspect
+import json
+import random
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import save_file
+
+from ddpm_hf.unet import CHOICES, DOWN_BLOCKS, UP_BLOCKS, DDPMUNet
+
+# google/ddpm-cifar10-32, and the one network of ddpm-celebahq-256, ddpm-church-256, ddpm-bedroom-256 and ddpm-cat-256
+CIFAR10 = dict(
+    sample_size=32,
+    in_channels=3,
+    out_channels=3,
+    center_input_sample=False,
+    time_embedding_type="positional",
+    freq_shift=1,
+    flip_sin_to_cos=False,
+    block_out_channels=(128, 256, 256, 256),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=2,
+    downsample_padding=0,
+    mid_block_scale_factor=1,
+    act_fn="silu",
+    attention_head_dim=None,
+    norm_num_groups=32,
+    norm_eps=1e-6,
+)
+SIX_LEVELS = CIFAR10 | dict(
+    sample_size=256,
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+)
+
+BASE = dict(
+    block_out_channels=(16, 32),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+    attention_head_dim=8,
+)
+ATTENTION = dict(down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2)
+LEARNED = dict(time_embedding_type="learned", num_train_timesteps=50)
+
+
+def levels(channels, **overrides):
+    """As many plain levels as channels, attention in the innermost one."""
+    n = len(channels) - 1
+    down, up = ("DownBlock2D",) * n + ("AttnDownBlock2D",), ("AttnUpBlock2D",) + ("UpBlock2D",) * n
+    return dict(block_out_channels=channels, down_block_types=down, up_block_types=up) | overrides
+
+
+def random_config(rng):
+    n, groups = rng.randint(1, 4), rng.choice((1, 4, 5))
+    return dict(
+        in_channels=rng.randint(1, 4),
+        out_channels=rng.randint(1, 6),
+        center_input_sample=rng.random() < 0.5,
+        time_embedding_type=rng.choice(CHOICES["time_embedding_type"]),
+        time_embedding_dim=rng.choice((None, 23, 64)),
+        freq_shift=rng.choice((0, 1)),
+        flip_sin_to_cos=rng.random() < 0.5,
+        down_block_types=tuple(rng.choice(("", "UNetRes")) + rng.choice(list(DOWN_BLOCKS)) for _ in range(n)),
+        mid_block_type=rng.choice(("UNetMidBlock2D", "UNetMidBlock2D", None)),
+        up_block_types=tuple(rng.choice(("", "UNetRes")) + rng.choice(list(UP_BLOCKS)) for _ in range(n)),
+        block_out_channels=tuple(groups * rng.randint(-(-8 // groups), 30 // groups) for _ in range(n)),
+        layers_per_block=rng.randint(1, 3),
+        mid_block_scale_factor=rng.choice((1, 2**0.5)),
+        downsample_padding=rng.choice((0, 1)),
+        downsample_type=rng.choice(CHOICES["downsample_type"]),
+        upsample_type=rng.choice(CHOICES["upsample_type"]),
+        dropout=rng.choice((0.0, 0.3)),
+        act_fn=rng.choice(CHOICES["act_fn"]),
+        attention_head_dim=rng.choice((None, 1, 3, 8)),
+        norm_num_groups=groups,
+        attn_norm_num_groups=rng.choice((None, 1, groups)),
+        norm_eps=rng.choice((1e-6, 1e-5, 0.1)),
+        resnet_time_scale_shift=rng.choice(CHOICES["resnet_time_scale_shift"]),
+        add_attention=rng.random() < 0.7,
+        class_embed_type=(class_embed_type := rng.choice(CHOICES["class_embed_type"])),
+        num_class_embeds=rng.choice((None, 7)) if class_embed_type is None else None,
+        num_train_timesteps=50,
+    )
+
+
+CONFIGS = {
+    "cifar10": CIFAR10 | dict(block_out_channels=(16, 32, 32, 32), norm_num_groups=8),
+    "celebahq-church": SIX_LEVELS | dict(block_out_channels=(16, 16, 32, 32, 48, 48), norm_num_groups=8),
+    "adm-like": ATTENTION
+    | dict(downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift", num_class_embeds=7),
+}
+CONFIGS |= {
+    "base": {},
+    "one-level": levels((16,)),
+    "three-levels": levels((16, 16, 32)),
+    "five-levels": levels((16, 8, 24, 16, 32)),
+    "six-levels": levels((8, 8, 16, 16, 24, 24)),
+    "narrowing": levels((32, 16, 8)),
+    "odd-channels": levels((15, 25), norm_num_groups=5, attention_head_dim=None),
+    "prime-channels": levels((13, 17), norm_num_groups=1, freq_shift=1),
+    "two-layers": dict(layers_per_block=2),
+    "three-layers": dict(layers_per_block=3),
+    "rgba-to-mean-and-variance": dict(in_channels=4, out_channels=8),
+    "attention-everywhere": ATTENTION,
+    "attention-down-only": dict(up_block_types=("UpBlock2D",) * 2),
+    "attention-up-only": dict(down_block_types=("DownBlock2D",) * 2),
+    "2022-names": dict(
+        down_block_types=("UNetResDownBlock2D", "UNetResAttnDownBlock2D"),
+        up_block_types=("UNetResAttnUpBlock2D", "UNetResUpBlock2D"),
+    ),
+    "no-mid-block": dict(mid_block_type=None),
+    "no-mid-attention": dict(add_attention=False),
+    "mid-scale": dict(mid_block_scale_factor=2.5),
+    "resnet-down": ATTENTION | dict(downsample_type="resnet"),
+    "resnet-up": ATTENTION | dict(upsample_type="resnet"),
+    "resnet-resampling-plain-blocks": dict(
+        downsample_type="resnet", upsample_type="resnet", down_block_types=("DownBlock2D",) * 2
+    ),
+    "asymmetric-padding": dict(downsample_padding=0),
+    "dropout": ATTENTION | dict(dropout=0.5, downsample_type="resnet", upsample_type="resnet"),
+    "one-head": dict(attention_head_dim=None),
+    "head-a-channel": dict(attention_head_dim=1),
+    "heads-that-do-not-divide": ATTENTION | dict(attention_head_dim=5),
+    "scale-shift": dict(resnet_time_scale_shift="scale_shift"),
+    "scale-shift-normed-attention": dict(resnet_time_scale_shift="scale_shift", attn_norm_num_groups=2),
+    "mid-attention-groups": dict(attn_norm_num_groups=16),
+    "large-eps": dict(norm_eps=0.5),
+    "centred": dict(center_input_sample=True),
+    "cos-first-shifted": dict(flip_sin_to_cos=True, freq_shift=1),
+    "sin-first-unshifted": dict(flip_sin_to_cos=False, freq_shift=0),
+    "wide-time-embedding": dict(time_embedding_dim=100),
+    "fourier": dict(time_embedding_type="fourier"),
+    "learned": LEARNED,
+    "classes": dict(num_class_embeds=7),
+    "class-timestep": dict(class_embed_type="timestep"),
+    "class-timestep-fourier": dict(class_embed_type="timestep", time_embedding_type="fourier"),
+    "class-timestep-learned": LEARNED | dict(class_embed_type="timestep"),
+    "class-identity": dict(class_embed_type="identity", time_embedding_dim=24),
+}
+CONFIGS |= {f"act-{act}": dict(act_fn=act) for act in ("SiLU", *CHOICES["act_fn"])}
+CONFIGS = {name: BASE | config for name, config in CONFIGS.items()}
+CONFIGS |= {f"random-{i}": random_config(random.Random(i)) for i in range(24)}
+
+
+def randomise(net, seed=0):
+    """Every parameter random and of a size that keeps activations near 1; none is left at 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(0.3 * noise)
+    return net
+
+
+def pair(config, source=UNet2DModel):
+    """A network of `source` with random weights, and one of the other class that loaded them."""
+    target = {UNet2DModel: DDPMUNet, DDPMUNet: UNet2DModel}[source]
+    first, second = randomise(source(**config)), randomise(target(**config), seed=1)
+    second.load_state_dict(first.state_dict(), strict=True)
+    return first, second
+
+
+def make_inputs(net, size=None, batch=2):
+    """Random arguments of forward; the sample is small and not square unless `size` is given."""
+    config, generator = net.config, torch.Generator().manual_seed(2)
+    stride = 2 ** (len(config.block_out_channels) - 1)
+    k = max(1, 8 // stride)
+    size = size or (k * stride, (k + 1) * stride)
+    inputs = {"sample": torch.randn(batch, config.in_channels, *size, generator=generator)}
+    table = config.num_train_timesteps if config.time_embedding_type == "learned" else 1000
+
+    def times():
+        if config.time_embedding_type == "fourier":
+            return torch.rand(batch, generator=generator) * 5 + 0.2
+        return torch.randint(table, (batch,), generator=generator)
+
+    inputs["timestep"] = times()
+    if config.class_embed_type == "timestep":
+        inputs["class_labels"] = times()
+    elif config.class_embed_type == "identity":
+        width = net.time_embedding.linear_2.out_features
+        inputs["class_labels"] = torch.randn(batch, width, generator=generator)
+    elif config.num_class_embeds is not None:
+        inputs["class_labels"] = torch.randint(config.num_class_embeds, (batch,), generator=generator)
+    return inputs
+
+
+def output_and_gradients(net, inputs):
+    """The output, and the gradients of a fixed random projection of it; dropout draws from the same seed each time."""
+    net.zero_grad()
+    sample = inputs["sample"].clone().requires_grad_()
+    torch.manual_seed(3)
+    output = net(**inputs | {"sample": sample}).sample
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(4)))
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return output.detach(), gradients | {"sample": sample.grad}
+
+
+@torch.no_grad()
+def output(net, inputs):
+    return net.eval()(**inputs).sample
+
+
+def assert_close(actual, expected, tolerance, what="output"):
+    """Equal to `tolerance`, relative to the largest entry where that is above 1."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype and expected.isfinite().all(), what
+    error, limit = (actual - expected).abs().max().item(), tolerance * max(1, expected.abs().max().item())
+    assert error <= limit, f"{what} differs by {error:.1e}; the limit is {limit:.1e}"
+
+
+def assert_same_results(actual, expected):
+    assert_close(actual[0], expected[0], 1e-5)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert_close(actual[1][name], gradient, 1e-4, name)
+
+
+def assert_same_weights(net, other):
+    ours, theirs = net.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+
+
+# the same network
+
+
+def test_enough_varied_configs():
+    assert len({json.dumps(config, sort_keys=True) for config in CONFIGS.values()}) == len(CONFIGS) >= 40
+    configs = [DDPMUNet(**config).config for config in CONFIGS.values()]
+    for key, choices in CHOICES.items():
+        assert {config[key] for config in configs} >= set(choices), key
+    assert {len(config.block_out_channels) for config in configs} == {1, 2, 3, 4, 5, 6}
+    assert {config.layers_per_block for config in configs} == {1, 2, 3}
+    assert {config.downsample_padding for config in configs} == {0, 1}
+
+
+@pytest.mark.parametrize("source", [UNet2DModel, DDPMUNet], ids=["theirs-to-ours", "ours-to-theirs"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_outputs_and_gradients(name, source):
+    first, second = pair(CONFIGS[name], source)
+    inputs = make_inputs(first)
+    for training in (True, False):
+        expected = output_and_gradients(first.train(training), inputs)
+        assert_same_results(output_and_gradients(second.train(training), inputs), expected)
+        for key, gradient in expected[1].items():  # no part is idle, where a mistake would not show
+            # softmax is blind to a constant added to all keys
+            assert key.endswith("to_k.bias") or gradient.abs().max() > 1e-3, f"{key} has no influence"
+
+
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.get("dropout")])
+def test_dropout_acts_in_train_mode_only(name):
+    net = randomise(DDPMUNet(**CONFIGS[name]))
+    inputs = make_inputs(net)
+    trained = net.train()(**inputs).sample
+    assert (trained - net.eval()(**inputs).sample).abs().max() > 1e-2
+    assert torch.equal(net(**inputs).sample, net(**inputs).sample)
+
+
+def test_cifar10_at_full_width():
+    theirs, ours = pair(CIFAR10)
+    assert sum(p.numel() for p in ours.parameters()) == pytest.approx(35.7e6, abs=0.05e6)  # the paper, appendix B
+    inputs = make_inputs(ours, size=(32, 32), batch=1)
+    assert_same_results(output_and_gradients(ours, inputs), output_and_gradients(theirs, inputs))
+
+
+def test_six_levels_at_full_width():
+    theirs, ours = pair(SIX_LEVELS, DDPMUNet)[::-1]
+    assert sum(p.numel() for p in ours.parameters()) == pytest.approx(114e6, abs=0.5e6)  # the paper, appendix B
+    inputs = make_inputs(ours, size=(32, 32), batch=1)
+    assert_close(output(ours, inputs), output(theirs, inputs), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "timestep",
+    [0, 37, torch.tensor(37), torch.tensor([37]), torch.tensor([0, 999, 5]), torch.tensor([0, 999, 5]).int()]
+    + [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([0.25, 998.75, 5.5])],
+    ids=repr,
+)
+def test_forms_of_timestep(timestep):
+    theirs, ours = pair(CONFIGS["cifar10"])
+    inputs = make_inputs(ours, batch=3) | {"timestep": timestep}
+    assert_close(output(ours, inputs), output(theirs, inputs), 1e-5)
+    assert (output(ours, inputs) - output(ours, inputs | {"timestep": 400})).abs().max() > 1e-2
+
+
+def test_tuple_output():
+    net = randomise(DDPMUNet(**BASE))
+    inputs = make_inputs(net)
+    result = net(**inputs, return_dict=False)
+    assert isinstance(result, tuple) and len(result) == 1
+    assert torch.equal(result[0], net(**inputs).sample)
+
+
+@pytest.mark.parametrize("name", ["dropout", "adm-like", "no-mid-block"])
+def test_gradient_checkpointing(name):
+    net = randomise(DDPMUNet(**CONFIGS[name])).train()
+    inputs = make_inputs(net)
+    calls = []
+    net.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(0))
+    expected = output_and_gradients(net, inputs)
+    assert len(calls) == 1
+    net.enable_gradient_checkpointing()
+    assert_same_results(output_and_gradients(net, inputs), expected)
+    assert len(calls) == 3  # computed again for the backward pass
+    net.disable_gradient_checkpointing()
+    output_and_gradients(net, inputs)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        dict(num_class_embeds=7),
+        dict(class_embed_type="timestep"),
+        dict(class_embed_type="identity"),
+        LEARNED,
+        dict(time_embedding_type="fourier"),
+        dict(resnet_time_scale_shift="scale_shift"),
+    ],
+    ids=str,
+)
+def test_bfloat16(overrides):
+    net = randomise(DDPMUNet(**BASE | overrides))
+    inputs = make_inputs(net)
+    expected = output(net, inputs)
+    result = output(net.to(torch.bfloat16), inputs | {"sample": inputs["sample"].bfloat16()})
+    assert result.dtype == torch.bfloat16 and result.isfinite().all()
+    if overrides.get("time_embedding_type") != "fourier":  # whose angles are too large for 8 bits
+        assert (result - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+# checkpoints
+
+
+def test_same_config_keys_and_defaults():
+    ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (DDPMUNet, UNet2DModel))
+    assert {k: v.default for k, v in ours.items()} == {k: v.default for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("name", ["cifar10", "celebahq-church", "fourier", "adm-like", "random-3", "random-5"])
+@pytest.mark.parametrize("saver", [UNet2DModel, DDPMUNet])
+def test_each_opens_what_the_other_saved(saver, name, safe, tmp_path):
+    net = randomise(saver(**CONFIGS[name]))
+    net.save_pretrained(tmp_path, safe_serialization=safe)
+    inputs = make_inputs(net)
+    for opener in (UNet2DModel, DDPMUNet):
+        opened = opener.from_pretrained(tmp_path)
+        assert type(opened) is opener and not opened.training
+        assert_same_weights(opened, net)
+        assert_close(output(opened, inputs), output(net, inputs), 1e-5)
+
+
+def test_config_file_is_that_of_diffusers(tmp_path):
+    config = CONFIGS["cifar10"]
+    for cls in (UNet2DModel, DDPMUNet):
+        cls(**config).save_pretrained(tmp_path / cls.__name__)
+    theirs, ours = (json.loads((tmp_path / c.__name__ / "config.json").read_text()) for c in (UNet2DModel, DDPMUNet))
+    assert ours["_class_name"] == "UNet2DModel"
+    assert ours == theirs
+    again = DDPMUNet.from_pretrained(tmp_path / "DDPMUNet")
+    again.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {k: v for k, v in again.items() if k != "_name_or_path"} == ours
+
+
+def test_opens_2022_attention_keys(tmp_path):
+    config = CONFIGS["cifar10"] | dict(
+        down_block_types=["UNetRes" + name for name in CIFAR10["down_block_types"]],
+        up_block_types=["UNetRes" + name for name in CIFAR10["up_block_types"]],
+    )
+    net = randomise(UNet2DModel(**config))
+    renamed = {}
+    for key, value in net.state_dict().items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f".{new}.", f".{old}.")
+        renamed[key] = value.contiguous()
+    assert sum(".proj_attn." in key for key in renamed) == 2 * 6 and not any(".to_" in key for key in renamed)
+    save_file(renamed, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    header = {"_class_name": "UNet2DModel", "_diffusers_version": "0.3.0"}
+    (tmp_path / "config.json").write_text(json.dumps(header | config))
+    opened = DDPMUNet.from_pretrained(tmp_path)
+    assert_same_weights(opened, net)
+    inputs = make_inputs(net)
+    assert_close(output(opened, inputs), output(net, inputs), 1e-5)
+
+
+# new weights
+
+
+def test_paper_weights_make_the_zero_function():
+    net = randomise(DDPMUNet(**CONFIGS["adm-like"]))
+    inputs = make_inputs(net)
+    assert output(net, inputs).abs().max() > 0.1
+    net.reset_parameters("paper")
+    assert not output(net, inputs).any()
+    assert not output(DDPMUNet(**CONFIGS["adm-like"]), inputs).any()  # the default
+    last = {"conv2", "0", "conv_out"}  # "0" is attention's to_out.0
+    for name, module in net.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            assert not module.bias.any(), name
+            if name.split(".")[-1] in last:
+                assert not module.weight.any(), name
+            else:  # uniform, with variance 2 / (fan_in + fan_out)
+                positions = module.weight[0, 0].numel()
+                limit = (6 / ((module.weight.shape[0] + module.weight.shape[1]) * positions)) ** 0.5
+                assert 0.8 * limit < module.weight.abs().max() <= limit, name
+        elif isinstance(module, torch.nn.GroupNorm):
+            assert (module.weight == 1).all() and not module.bias.any(), name
+
+
+def test_torch_weights_are_those_of_each_layer():
+    net = DDPMUNet(**CONFIGS["adm-like"])
+    inputs = make_inputs(net)
+    randomise(net).reset_parameters("torch")
+    assert output(net, inputs).abs().max() > 1e-2
+    for name, module in net.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            limit = module.weight[0].numel() ** -0.5
+            assert 0.8 * limit < module.weight.abs().max() <= limit, name
+            assert 0 < module.bias.abs().max() <= limit, name
+        elif isinstance(module, torch.nn.GroupNorm):
+            assert (module.weight == 1).all() and not module.bias.any(), name
+
+
+@pytest.mark.parametrize("scheme", ["paper", "torch"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_from_pretrained_keeps_the_saved_weights(scheme, low_cpu_mem_usage, tmp_path):
+    net = DDPMUNet(**CONFIGS["fourier"])
+    net.reset_parameters(scheme)
+    net.save_pretrained(tmp_path / "new")
+    randomise(net).save_pretrained(tmp_path / "trained")
+    opened = DDPMUNet.from_pretrained(tmp_path / "trained", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert_same_weights(opened, net)
+    opened.reset_parameters(scheme)  # in memory only
+    assert_same_weights(DDPMUNet.from_pretrained(tmp_path / "trained", low_cpu_mem_usage=low_cpu_mem_usage), net)
+    opened = DDPMUNet.from_pretrained(tmp_path / "new", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert output(opened, make_inputs(net)).any() == (scheme == "torch")
+
+
+def test_unknown_scheme_of_weights():
+    net = randomise(DDPMUNet(**BASE))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="'zeros'.*'paper'.*'torch'"):
+        net.reset_parameters("zeros")
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+# wrong configs
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [(dict([(key, "nonsense")]), (f"{key}='nonsense'", *map(str, CHOICES[key]))) for key in CHOICES]
+    + [
+        (
+            dict(down_block_types=("DownBlock2D", "SkipDownBlock2D")),
+            ("down_block_types", "'SkipDownBlock2D'", *DOWN_BLOCKS),
+        ),
+        (
+            dict(down_block_types=("DownBlock2D", "AttnUpBlock2D")),
+            ("down_block_types", "'AttnUpBlock2D'", *DOWN_BLOCKS),
+        ),
+        (dict(up_block_types=("KUpBlock2D", "UpBlock2D")), ("up_block_types", "'KUpBlock2D'", *UP_BLOCKS)),
+        (dict(down_block_types=("DownBlock2D",)), ("down_block_types", "1", "block_out_channels", "2")),
+        (dict(up_block_types=("UpBlock2D",) * 3), ("up_block_types", "3", "block_out_channels", "2")),
+        (dict(block_out_channels=(16, 32, 32)), ("down_block_types", "2", "block_out_channels", "3")),
+        (dict(mid_block_type="UNetMidBlock2DCrossAttn"), ("mid_block_type='UNetMidBlock2DCrossAttn'", "None")),
+        (dict(resnet_time_scale_shift="spatial"), ("resnet_time_scale_shift='spatial'", "scale_shift")),
+        (dict(act_fn=None), ("act_fn", "None", "silu", "relu")),
+        (dict(downsample_padding=2), ("downsample_padding=2", "0, 1")),
+        (dict(time_embedding_type="learned"), ("num_train_timesteps", "None", "learned")),
+        (dict(freq_shift=8), ("freq_shift=8", "8")),
+        (dict(norm_num_groups=5), ("norm_num_groups=5", "(16, 32)")),
+        (dict(norm_num_groups=0), ("norm_num_groups=0", "(16, 32)")),
+        (dict(norm_num_groups=None), ("norm_num_groups=None", "(16, 32)")),
+        (dict(attn_norm_num_groups=5), ("attn_norm_num_groups=5", "32")),
+        (dict(attention_head_dim=0), ("attention_head_dim=0", "1 to 32")),
+        (dict(attention_head_dim=33), ("attention_head_dim=33", "1 to 32")),
+        (ATTENTION | dict(attention_head_dim=17), ("attention_head_dim=17", "1 to 16")),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_unsupported_config(overrides, words):
+    with pytest.raises(ValueError) as error:
+        DDPMUNet.from_config(BASE | overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("mid", [dict(mid_block_type=None), dict(add_attention=False)], ids=str)
+def test_head_dim_does_not_matter_without_attention(mid):
+    plain = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, attention_head_dim=64)
+    theirs, ours = pair(BASE | plain | mid)
+    assert_close(output(ours, make_inputs(ours)), output(theirs, make_inputs(ours)), 1e-5)
+
+
+# wrong inputs
+
+CLASSES, IDENTITY = dict(num_class_embeds=7), dict(class_embed_type="identity")
+
+
+@pytest.mark.parametrize(
+    "overrides, changes, words",
+    [
+        ({}, dict(sample=torch.zeros(2, 4, 8, 8)), "(2, 4, 8, 8) (batch, 3, height, width)"),
+        ({}, dict(sample=torch.zeros(3, 8, 8)), "(3, 8, 8) (batch, 3, height, width)"),
+        ({}, dict(sample=torch.zeros(2, 3, 9, 8)), "9x8 multiples 2"),
+        ({}, dict(sample=torch.zeros(2, 3, 8, 7)), "8x7 multiples 2"),
+        (levels((8, 8, 8, 8)), dict(sample=torch.zeros(2, 3, 12, 16)), "12x16 multiples 8"),
+        ({}, dict(timestep=torch.tensor([1, 2, 3])), "timestep (3,) 2"),
+        ({}, dict(timestep=torch.ones(2, 1)), "timestep (2, 1) 2"),
+        ({}, dict(class_labels=torch.tensor([0, 1])), "class_labels no class embedding"),
+        (CLASSES, dict(class_labels=None), "class_labels missing"),
+        (dict(class_embed_type="timestep"), dict(class_labels=None), "class_labels missing"),
+        (IDENTITY, dict(class_labels=None), "class_labels missing"),
+        (CLASSES, dict(class_labels=torch.tensor([0, 7])), "class_labels 7 0 to 6"),
+        (CLASSES, dict(class_labels=torch.tensor([-1, 6])), "class_labels -1 0 to 6"),
+        (CLASSES, dict(class_labels=torch.tensor([0.0, 1.0])), "class_labels float32 integer"),
+        (CLASSES, dict(class_labels=torch.tensor([0, 1, 2])), "class_labels (3,) 2"),
+        (CLASSES, dict(class_labels=torch.tensor(0)), "class_labels () 2"),
+        (CLASSES, dict(class_labels=torch.tensor([[0], [1]])), "class_labels (2, 1)"),
+        (dict(class_embed_type="timestep"), dict(class_labels=torch.tensor([[0], [1]])), "class_labels (2, 1)"),
+        (IDENTITY, dict(class_labels=torch.zeros(2, 63)), "class_labels (2, 63) 64"),
+        (IDENTITY, dict(class_labels=torch.zeros(2)), "class_labels (2,) 64"),
+        (LEARNED, dict(timestep=50), "timestep 50 0 to 49"),
+        (LEARNED, dict(timestep=torch.tensor([3, -1])), "timestep -1 0 to 49"),
+        (LEARNED, dict(timestep=torch.tensor([3.0, 1.0])), "timestep float32 integer"),
+        (
+            LEARNED | dict(class_embed_type="timestep"),
+            dict(class_labels=torch.tensor([0, 50])),
+            "class_labels 50 0 to 49",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_input(overrides, changes, words):
+    net = DDPMUNet(**BASE | overrides)
+    inputs = make_inputs(net, size=(8, 8))
+    net(**inputs)  # right without the changes
+    for module in list(net.modules())[1:]:
+        module.register_forward_pre_hook(lambda *_: pytest.fail("computed something before the error"))
+    with pytest.raises(ValueError) as error:
+        net(**inputs | changes)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words.split():
+        assert word in message
