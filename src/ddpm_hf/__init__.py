@@ -1,4 +1,8 @@
+"""Denoising diffusion probabilistic models for Hugging Face diffusers."""
+
 from .likelihood import BitsPerDim, bits_per_dim
+from .objectives import DiffusionObjective
+from .pipeline import DDPMImagePipeline
 from .scheduler import (
     Gaussian,
     VariationalDDPMScheduler,
@@ -6,3 +10,16 @@ from .scheduler import (
     space_timesteps,
 )
 from .unet import DDPMUNet
+
+__version__ = "0.1.0"
+__all__ = [
+    "BitsPerDim",
+    "DDPMImagePipeline",
+    "DDPMUNet",
+    "DiffusionObjective",
+    "Gaussian",
+    "VariationalDDPMScheduler",
+    "bits_per_dim",
+    "discretized_gaussian_log_likelihood",
+    "space_timesteps",
+]

@@ -1,5 +1,6 @@
 """Likelihoods in bits per dimension, by the variational bound of Ho, Jain, Abbeel 2020 (eq. 5)."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ class BitsPerDim(NamedTuple):
     @property
     def standard_error(self) -> float:
         """The standard error of `mean` over the images; NaN for a single one."""
+        if len(self.total) < 2:
+            return math.nan
         return self.total.double().std().item() / len(self.total) ** 0.5
 
 
@@ -63,14 +66,18 @@ def bits_per_dim(
         `BitsPerDim` on the device of x_start.
 
     Raises:
-        ValueError: no image; x_start beyond [-1, 1].
+        ValueError: no image; x_start beyond [-1, 1]; labels of another number.
     """
     if x_start.dim() != 4 or len(x_start) == 0:
         raise ValueError(f"x_start has shape {tuple(x_start.shape)}; give (B, C, H, W) with one image at least")
-    if x_start.abs().max() > 1 + 1e-5:
+    if not x_start.abs().max() <= 1 + 1e-5:  # NaN too
         raise ValueError(f"x_start reaches {x_start.abs().max().item():.4g}; images must be in [-1, 1]")
-    training = getattr(unet, "training", False)
-    if training:
+    if class_labels is not None and len(class_labels) != len(x_start):
+        raise ValueError(f"class_labels has {len(class_labels)} entries for {len(x_start)} images; give one each")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be 1 or more")
+    modes = {module: module.training for module in unet.modules()} if isinstance(unet, torch.nn.Module) else {}
+    if modes:
         unet.eval()
     dtype = getattr(unet, "dtype", x_start.dtype)
     batches = x_start.split(batch_size or len(x_start))
@@ -93,8 +100,8 @@ def bits_per_dim(
                     columns.append(torch.stack((term, *mses)))
                     bar.update()
     finally:
-        if training:
-            unet.train()
+        for module, mode in modes.items():
+            module.training = mode
     # (batches * T) x (3, b) -> three of (B, T)
     T = len(scheduler.chain)
     rows = [torch.stack(columns[i : i + T], dim=-1) for i in range(0, len(columns), T)]

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput, rescale_zero_terminal_snr
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+
+logger = logging.get_logger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "previous")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -63,8 +66,10 @@ BETA_SCHEDULES = {
     "cosine": lambda T, start, end: _betas_from_alpha_bar(_cosine_alpha_bar, T),
     "linear_scaled_by_T": lambda T, start, end: np.linspace(start * 1000 / T, end * 1000 / T, T),
 }
-# These reach diffusers' other schedulers, which do not know the names, as `trained_betas`.
-OWN_SCHEDULES = ("quad", "warmup10", "warmup50", "const", "jsd", "laplace", "cosine", "linear_scaled_by_T")
+# These reach diffusers' other schedulers, not all of which know the names, as `trained_betas`.
+OWN_SCHEDULES = ("quad", "warmup10", "warmup50", "const", "jsd", "sigmoid", "laplace", "cosine", "linear_scaled_by_T")
+# What says which process the network was trained for: carried to every other scheduler class, whose defaults differ.
+PROCESS_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 class Gaussian(NamedTuple):
@@ -214,9 +219,10 @@ class _Chain:
         tables["not_first"] = np.append(0.0, np.ones(len(beta) - 1))
 
         # x_0 as a linear function of x_t and the network's output
+        # with zero terminal SNR nothing of x_0 is left in epsilon: finite, for the clipping to deal with
+        root = np.sqrt(np.maximum(alpha_bar, 1e-24))
+        tables["reciprocal_sqrt_alphas_cumprod"], tables["sqrt_snr"] = 1 / root, root / np.sqrt(one_minus)
         if prediction_type == "epsilon":
-            # with zero terminal SNR nothing of x_0 is left in epsilon: finite, for the clipping to deal with
-            root = np.sqrt(np.maximum(alpha_bar, 1e-24))
             of_x_t, of_output = 1 / root, -np.sqrt(one_minus) / root
         elif prediction_type == "sample":
             of_x_t, of_output = np.zeros_like(beta), np.ones_like(beta)
@@ -286,8 +292,8 @@ class VariationalDDPMScheduler(DDPMScheduler):
         timestep_spacing: also "iddpm": even fractional strides that keep both ends, `space_timesteps(T, n)`.
         levels: grey levels of the data, 256 for 8 bits, for the decoder L_0.
 
-    `config` holds what diffusers' own classes understand (a schedule that they do not know as `trained_betas`) and the rest
-    under "_ddpm_hf"; `from_config` of any scheduler takes it, and takes it back.
+    `config` holds what diffusers' own classes understand (a schedule that they do not all know as `trained_betas`) and the
+    rest under "_ddpm_hf"; `from_config` of any scheduler takes it, and takes it back.
 
     Raises:
         ValueError: a value that is not supported, named with what is.
@@ -315,28 +321,41 @@ class VariationalDDPMScheduler(DDPMScheduler):
     ):
         for name, value, known in (
             ("beta_schedule", beta_schedule, tuple(BETA_SCHEDULES)),
-            ("variance_type", variance_type, VARIANCE_TYPES),
             ("prediction_type", prediction_type, PREDICTION_TYPES),
             ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
         if not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"levels={levels!r}: give the number of grey levels of the data, 2 or more (256 for 8 bits)")
+            raise ValueError(
+                f"levels={levels!r}: give the number of grey levels of the data, 2 or more (256 for 8 bits)"
+            )
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps={num_train_timesteps}: the process needs one step at least")
+        if variance_type not in VARIANCE_TYPES:
+            if variance_type is not None:  # None: in the configs of other schedulers
+                logger.warning(
+                    f"variance_type={variance_type!r} is not known and, as in diffusers, taken for 'fixed_small'; "
+                    f"known are {', '.join(VARIANCE_TYPES)}"
+                )
+            variance_type = "fixed_small"
         if trained_betas is not None:
             betas = np.array(trained_betas, dtype=np.float64)
-            if betas.shape != (num_train_timesteps,):
-                raise ValueError(f"trained_betas has shape {betas.shape}; num_train_timesteps={num_train_timesteps}")
+            if betas.ndim != 1 or len(betas) == 0:
+                raise ValueError(f"trained_betas has shape {betas.shape}; give one beta for each timestep")
+            num_train_timesteps = len(betas)
         else:
             betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
-        self._make_config_stock(betas, beta_schedule, trained_betas, levels)
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
-        if not (betas > 0).all() or not (betas <= 1).all():
-            t = int(np.argmin((betas > 0) & (betas <= 1)))
-            raise ValueError(f"beta_schedule={beta_schedule!r} gives beta={betas[t]} at t={t}; betas must be in (0, 1]")
+        # classes that know no rescaling are given the betas rescaled; twice is once
+        self._make_config_stock(betas, beta_schedule, trained_betas, variance_type, levels)
+        if not (betas > 0).all():
+            t = int(np.argmin(betas > 0))
+            raise ValueError(f"beta_schedule={beta_schedule!r} has beta={betas[t]} at t={t}; betas must be in (0, 1]")
+        if (betas > 1).any():  # diffusers lets them be
+            t = int(np.argmax(betas > 1))
+            logger.warning(f"beta={betas[t]} at t={t} is not in (0, 1]: what needs it is NaN; lower beta_end")
 
         self.levels = levels
         self.variance_type = variance_type
@@ -355,34 +374,37 @@ class VariationalDDPMScheduler(DDPMScheduler):
 
     # configuration
 
-    def _make_config_stock(self, betas, beta_schedule, trained_betas, levels):
-        own, stock = {"levels": levels}, {}
+    def _make_config_stock(self, betas, beta_schedule, trained_betas, variance_type, levels):
+        own, stock = {"levels": levels}, {"num_train_timesteps": len(betas), "variance_type": variance_type}
         for key, replacements in STOCK_VALUES.items():
-            if self.config[key] in replacements:
-                own[key], stock[key] = self.config[key], replacements[self.config[key]]
-        if trained_betas is not None:
+            value = stock.get(key, self.config[key])
+            if value in replacements:
+                own[key], stock[key] = value, replacements[value]
+        if trained_betas is not None or beta_schedule in OWN_SCHEDULES or self.config.rescale_betas_zero_snr:
             stock["trained_betas"] = betas.tolist()
-            stock["beta_schedule"] = "linear" if beta_schedule in OWN_SCHEDULES else beta_schedule
-        elif beta_schedule in OWN_SCHEDULES:
-            stock["trained_betas"] = betas.tolist()
+            if trained_betas is None:
+                own["trained_betas"] = None  # they follow from the schedule's name
         config = {**self.config, **stock, "_ddpm_hf": own}
         del config["levels"]
         if "_use_default_values" in config:
-            changed = {"levels", *stock}
-            config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in changed]
+            told = {"levels", *PROCESS_KEYS, *own}
+            config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in told]
         self._internal_dict = FrozenDict(config)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         config_dict = dict(config_dict)
-        config_dict.update(config_dict.pop("_ddpm_hf", {}))
-        if config_dict.get("beta_schedule") in OWN_SCHEDULES:
-            config_dict.pop("trained_betas", None)  # written for diffusers' classes; made again from the name
+        for key, value in config_dict.pop("_ddpm_hf", {}).items():
+            replaced = STOCK_VALUES.get(key, {}).get(value)
+            # not where another class's user has chosen something else since
+            if replaced is None or config_dict.get(key) == replaced:
+                config_dict[key] = value
         return super().extract_init_dict(config_dict, **kwargs)
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the diffusers class that opens it."""
         config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
         return json.dumps({**config, "_class_name": "DDPMScheduler"}, indent=2, sort_keys=True) + "\n"
 
     # the chain
@@ -394,7 +416,9 @@ class VariationalDDPMScheduler(DDPMScheduler):
 
     def _make_chain(self, timesteps, variance_type=None):
         betas, alphas_cumprod = self.betas.numpy(), self.alphas_cumprod.numpy()
-        return _Chain(list(timesteps), betas, alphas_cumprod, variance_type or self.variance_type, self.prediction_type)
+        variance_type = variance_type or self.variance_type
+        with np.errstate(divide="ignore", invalid="ignore"):  # betas above 1, warned of
+            return _Chain(list(timesteps), betas, alphas_cumprod, variance_type, self.prediction_type)
 
     def set_timesteps(
         self,
@@ -415,25 +439,32 @@ class VariationalDDPMScheduler(DDPMScheduler):
         T = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give one of num_inference_steps and timesteps, not both and not neither")
-        if timesteps is not None:
-            timesteps = [int(t) for t in timesteps]
-            if not timesteps:
-                raise ValueError("timesteps is empty; the chain needs one step at least")
-        elif int(num_inference_steps) < 1:
+        if timesteps is None and not 1 <= num_inference_steps <= T:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be 1 to {T}, the steps of the process")
-        if self.timestep_spacing == "iddpm" and timesteps is None and num_inference_steps <= T:
-            super().set_timesteps(device=device, timesteps=space_timesteps(T, int(num_inference_steps))[::-1])
-            self.custom_timesteps = False
-        else:
-            super().set_timesteps(num_inference_steps, device, timesteps)
-        chain = self.timesteps.tolist()[::-1]
-        if chain[0] < 0 or chain[-1] >= T or any(a >= b for a, b in zip(chain, chain[1:])):
+        chain = self._spaced(num_inference_steps) if timesteps is None else [int(t) for t in timesteps][::-1]
+        if not chain or chain[0] < 0 or chain[-1] >= T or any(a >= b for a, b in zip(chain, chain[1:])):
+            told = "timesteps" if timesteps is not None else f"steps_offset={self.config.steps_offset}"
             raise ValueError(
-                f"the chain {chain[0]} to {chain[-1]} must ascend within 0 to {T - 1}; mend timesteps or steps_offset"
+                f"{told} makes the chain {chain[::-1]}; timesteps must be strictly descending within {T - 1} to 0"
             )
+        self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chain)
+        self.timesteps = torch.tensor(chain[::-1], device=device)
         if chain != self._chain.timesteps:
             self._chain = self._all_steps if len(chain) == T else self._make_chain(chain)
+
+    def _spaced(self, n):
+        """n ascending timesteps (Lin et al. 2024, table 2; "iddpm": IDDPM section 4)."""
+        T = self.config.num_train_timesteps
+        if self.timestep_spacing == "iddpm":
+            return space_timesteps(T, n)
+        if self.timestep_spacing == "linspace":
+            steps = np.linspace(0, T - 1, n).round()
+        elif self.timestep_spacing == "leading":
+            steps = np.arange(n) * (T // n) + self.config.steps_offset
+        else:
+            steps = np.round(T - np.arange(n)[::-1] * (T / n)) - 1
+        return steps.astype(np.int64).tolist()
 
     def previous_timestep(self, timestep: int) -> torch.Tensor:
         """The timestep after `timestep` on the way down the chain, a 0-d tensor; -1 after the last."""
@@ -441,19 +472,23 @@ class VariationalDDPMScheduler(DDPMScheduler):
         return torch.tensor(self._chain.timesteps[position - 1] if position > 0 else -1)
 
     def _position(self, t):
+        """The position of timestep t in the chain: an int for one timestep, a tensor for one for each image."""
         chain = self._chain
         if isinstance(t, torch.Tensor) and t.dim() > 0:
-            t = t.long()
-            if t.device.type == "cpu":
-                outside = (t < 0) | (t >= self.config.num_train_timesteps)
-                position = chain.on("positions", t.device)[t.masked_fill(outside, 0)]
-                outside |= position == len(chain.timesteps)
-                if outside.any():
+            position = self._in_range(t)
+            if chain is not self._all_steps:
+                position = chain.on("positions", t.device)[position]
+                if t.device.type == "cpu" and (outside := position == len(chain.timesteps)).any():
                     self._refuse(t[outside][0].item())
-                return position
-            return chain.on("positions", t.device)[t]
+            return position
         position = chain.position.get(int(t))
         return position if position is not None else self._refuse(int(t))
+
+    def _in_range(self, t):
+        t, T = t.long(), self.config.num_train_timesteps
+        if t.device.type == "cpu" and (outside := (t < 0) | (t >= T)).any():
+            raise ValueError(f"timestep {t[outside].flatten()[0].item()} is not one of the process, 0 to {T - 1}")
+        return t
 
     def _refuse(self, t):
         steps = self._chain.timesteps
@@ -482,11 +517,13 @@ class VariationalDDPMScheduler(DDPMScheduler):
         Returns:
             Of the shape and dtype of `original_samples`. timesteps: int64 (B,), 0-based.
         """
-        return self._noised(self._all_steps, original_samples, _to(timesteps, original_samples), noise)
+        timesteps = self._in_range(torch.as_tensor(timesteps)).reshape(-1).to(original_samples.device)
+        return self._noised(self._all_steps, original_samples, timesteps, noise)
 
     def get_velocity(self, sample, noise, timesteps):
         """The target of v-prediction, sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022); as `add_noise`."""
-        return self._noised(self._all_steps, noise, _to(timesteps, noise), -_working(sample))
+        timesteps = self._in_range(torch.as_tensor(timesteps)).reshape(-1).to(noise.device)
+        return self._noised(self._all_steps, noise, timesteps, -_working(sample))
 
     @staticmethod
     def _noised(chain, a, position, b):
@@ -501,8 +538,29 @@ class VariationalDDPMScheduler(DDPMScheduler):
     def epsilon_from_x_start(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
         """The noise that leads from x_0 to x_t: (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t), eq. 9. (B, C, H, W)."""
         x_start, x_t, position = _working(x_start), _working(x_t), self._position(_to(t, x_t))
-        signal = self._chain.at("sqrt_alphas_cumprod", position, x_t)
-        return (x_t - signal * x_start) / self._chain.at("sqrt_one_minus_alphas_cumprod", position, x_t)
+        # by the same factor that leads to x_0, so that the rounding of the way back is undone
+        unscaled = x_t * self._chain.at("reciprocal_sqrt_alphas_cumprod", position, x_t)
+        return (unscaled - x_start) * self._chain.at("sqrt_snr", position, x_t)
+
+    def prediction_target(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor | int
+    ) -> torch.Tensor:
+        """What the network is trained to give at (x_t, t), by the prediction type. Images (B, C, H, W); t 0-based."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x_start
+        if self.prediction_type == "previous":
+            return self.q_posterior(x_start, x_t, t).mean
+        return self._noised(self._chain, noise, self._position(_to(t, noise)), -_working(x_start))
+
+    def draw_timesteps(
+        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Timesteps of the chain, drawn uniformly: int64 (batch_size,), 0-based original timesteps."""
+        steps = torch.tensor(self._chain.timesteps)
+        drawn = torch.randint(len(steps), (batch_size,), generator=generator)
+        return steps[drawn].to(device)
 
     def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
         """q(x_t | x_0), eq. 4. x_start: (B, C, H, W) in [-1, 1]; t: 0-based, of the chain."""
@@ -706,7 +764,9 @@ class VariationalDDPMScheduler(DDPMScheduler):
             if noise is None:
                 noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
             noise = noise.to(x_t.dtype)
-            prev_sample = torch.add(prev_sample, noise, alpha=std) if isinstance(std, float) else prev_sample + std * noise
+            prev_sample = (
+                torch.add(prev_sample, noise, alpha=std) if isinstance(std, float) else prev_sample + std * noise
+            )
         prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
         if not return_dict:
             return prev_sample, x_start
@@ -725,7 +785,8 @@ class VariationalDDPMScheduler(DDPMScheduler):
         if f"{name}: sigma" not in chain.tables:
             chain.add_ddim(float(eta))
         a, b = chain.at(f"{name}: x_start", position, x_t), chain.at(f"{name}: x_t", position, x_t)
-        return _combine(x_start, a, x_t, b), chain.at(f"{name}: sigma", position, x_t)
+        sigma = chain.at(f"{name}: sigma", position, x_t) if eta > 0 else 0.0
+        return _combine(x_start, a, x_t, b), sigma
 
     def reverse_step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor

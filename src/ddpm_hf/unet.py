@@ -97,7 +97,18 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels, out_channels, emb_dim, *, groups, eps, act_fn, dropout, scale_shift, output_scale, resample=None
+        self,
+        in_channels,
+        out_channels,
+        emb_dim,
+        *,
+        groups,
+        eps,
+        act_fn,
+        dropout,
+        scale_shift,
+        output_scale,
+        resample=None,
     ):
         super().__init__()
         self.scale_shift, self.output_scale, self.resample = scale_shift, output_scale, resample
@@ -354,13 +365,19 @@ class DDPMUNet(ModelMixin, ConfigMixin):
                 if name not in known:
                     raise ValueError(f"{key} names {name!r}, not supported by DDPMUNet; supported: {_listed(known)}")
             if len(names) != len(channels):
-                raise ValueError(f"{key} has {len(names)} entries and block_out_channels {len(channels)}; one a level each")
+                raise ValueError(
+                    f"{key} has {len(names)} entries and block_out_channels {len(channels)}; one a level each"
+                )
         if config["downsample_padding"] not in (0, 1):
             raise ValueError(f"downsample_padding={config['downsample_padding']!r} is not supported; supported: 0, 1")
         if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
-            raise ValueError("time_embedding_type='learned' needs num_train_timesteps (the size of its table), got None")
+            raise ValueError(
+                "time_embedding_type='learned' needs num_train_timesteps (the size of its table), got None"
+            )
         if config["time_embedding_type"] == "positional" and channels[0] // 2 <= config["freq_shift"]:
-            raise ValueError(f"freq_shift={config['freq_shift']} must be below block_out_channels[0] // 2 = {channels[0] // 2}")
+            raise ValueError(
+                f"freq_shift={config['freq_shift']} must be below block_out_channels[0] // 2 = {channels[0] // 2}"
+            )
         groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
         for c in channels:
             if not isinstance(groups, int) or c % groups:
@@ -370,7 +387,9 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         if config["mid_block_type"] is not None and config["add_attention"]:
             attends.append(channels[-1])
         if head_dim is not None and any(head_dim < 1 or head_dim > c for c in attends):
-            raise ValueError(f"attention_head_dim={head_dim} must be 1 to {min(attends)}, the channels where attention is")
+            raise ValueError(
+                f"attention_head_dim={head_dim} must be 1 to {min(attends)}, the channels where attention is"
+            )
 
     def reset_parameters(self, scheme: str = "paper") -> None:
         """Draws new weights, in place. It changes no config: loading a checkpoint gives what the checkpoint holds.
@@ -455,12 +474,18 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         stride = 2 ** (len(config.block_out_channels) - 1)
         if sample.dim() != 4 or sample.shape[1] != config.in_channels:
             shape = tuple(sample.shape)
-            raise ValueError(f"sample has shape {shape}; this network takes (batch, {config.in_channels}, height, width)")
+            raise ValueError(
+                f"sample has shape {shape}; this network takes (batch, {config.in_channels}, height, width)"
+            )
         if sample.shape[2] % stride or sample.shape[3] % stride:
             height, width = sample.shape[2:]
-            raise ValueError(f"sample is {height}x{width}; height and width must be multiples of {stride} (pad or resize)")
+            raise ValueError(
+                f"sample is {height}x{width}; height and width must be multiples of {stride} (pad or resize)"
+            )
         if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, sample.shape[0])):
-            raise ValueError(f"timestep has shape {tuple(t.shape)}; give a number or one for each of {sample.shape[0]} images")
+            raise ValueError(
+                f"timestep has shape {tuple(t.shape)}; give a number or one for each of {sample.shape[0]} images"
+            )
         if config.time_embedding_type == "learned":
             _check_range("timestep", t, config.num_train_timesteps)
         if self.class_embedding is None:
@@ -470,13 +495,16 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         if class_labels is None:
             raise ValueError("class_labels are missing; this network is class-conditional and needs one for each image")
         if class_labels.shape[:1] != sample.shape[:1]:
-            raise ValueError(f"class_labels has shape {tuple(class_labels.shape)} for a batch of {sample.shape[0]} images")
+            raise ValueError(
+                f"class_labels has shape {tuple(class_labels.shape)} for a batch of {sample.shape[0]} images"
+            )
         if config.class_embed_type is None:
             _check_range("class_labels", class_labels, config.num_class_embeds)
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the diffusers class that opens the same weights."""
         config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
         return json.dumps({**config, "_class_name": "UNet2DModel"}, indent=2, sort_keys=True) + "\n"
 
 

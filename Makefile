@@ -1,0 +1,44 @@
+# Two commands on a machine with Python 3.11: `make demo` and `make test`. Both set up .venv themselves.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+# one process, every choice named so that accelerate asks for no configuration; it finds a GPU by itself
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: demo test test-slow bench lint format clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	rm -rf $(DEMO)
+	$(LAUNCH) training/train.py --config digits --output_dir $(DEMO)
+	$(BIN)/python training/sample.py $(DEMO)/pipeline --count 64 --steps 250 --out $(DEMO)/samples.png
+	$(BIN)/python training/evaluate.py $(DEMO)/pipeline --data digits --split test --images 64 --histogram train
+	$(BIN)/python -W ignore -c "from diffusers import DiffusionPipeline as P; \
+	    print('opened by plain diffusers as', type(P.from_pretrained('$(DEMO)/pipeline')).__name__)"
+	@echo "look at $(DEMO)/samples.png, $(DEMO)/loss.png and $(DEMO)/pipeline/evaluation.png"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)
+	$(BIN)/python benchmarks/scheduler_step.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,132 @@
+"""How good the digits are: ours, and the same training through diffusers' own classes in a plain loop.
+
+    python benchmarks/digits.py train-diffusers runs/digits-diffusers    # UNet2DModel and DDPMScheduler, the digits preset
+    python benchmarks/digits.py judge runs/demo/pipeline                 # 500 samples to an SVM; bits/dim of the test split
+
+The judge: scikit-learn's SVC (gamma 0.001, probabilities) fitted on the training split of the real digits. A sample passes
+when its top probability is above the 5 % quantile of the real test digits'.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+from config import load_config  # noqa: E402
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
+from diffusers.optimization import get_scheduler  # noqa: E402
+from diffusers.training_utils import EMAModel  # noqa: E402
+from evaluate import histogram_bits_per_dim  # noqa: E402
+from sklearn.svm import SVC  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+
+from ddpm_hf import DDPMImagePipeline, bits_per_dim  # noqa: E402
+from ddpm_hf.data import load_images, pixels_to_tensor, tensor_to_pixels  # noqa: E402
+
+LEVELS = 17
+
+
+def pixels(split):
+    """(N, 8, 8) grey levels 0 to 16, and labels."""
+    data = load_images("digits", split)
+    return np.stack([np.asarray(image) for image in data["image"]]), np.array(data["label"])
+
+
+def train_diffusers(folder, seed):
+    """The digits preset's data, network, steps, optimizer, learning rates and EMA, with nothing of ddpm_hf."""
+    config, _ = load_config(["--config", "digits", "--output_dir", folder])
+    torch.manual_seed(seed)
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **config.unet)
+    process = {**config.scheduler, "timestep_spacing": "leading"}
+    process.pop("levels")
+    process["beta_schedule"] = {"cosine": "squaredcos_cap_v2"}.get(process["beta_schedule"], process["beta_schedule"])
+    scheduler = DDPMScheduler(**process)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), config.learning_rate, betas=tuple(config.adam_betas), weight_decay=config.weight_decay
+    )
+    lr_schedule = get_scheduler(
+        config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
+    )
+    ema = EMAModel(unet.parameters(), decay=config.ema_decay)
+    images = torch.from_numpy(pixels("train")[0])[:, None].float() / 8 - 1
+    order = torch.randperm(0)
+    start = time.perf_counter()
+    for _ in tqdm(range(config.steps), desc="train"):
+        if len(order) < config.batch_size:
+            order = torch.randperm(len(images))
+        batch, order = images[order[: config.batch_size]], order[config.batch_size :]
+        noise = torch.randn_like(batch)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch),))
+        loss = torch.nn.functional.mse_loss(unet(scheduler.add_noise(batch, noise, t), t).sample, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+        optimizer.step()
+        lr_schedule.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+    print(f"{config.steps} steps in {time.perf_counter() - start:.0f} s")
+    ema.copy_to(unet.parameters())
+    DDPMPipeline(unet, scheduler).save_pretrained(folder)
+
+
+def judge(folder, samples, seed, stock):
+    train, train_labels = pixels("train")
+    test, _ = pixels("test")
+    svm = SVC(gamma=0.001, probability=True, random_state=0).fit(train.reshape(-1, 64), train_labels)
+    threshold = np.quantile(svm.predict_proba(test.reshape(-1, 64)).max(1), 0.05)
+
+    cls = DDPMPipeline if stock else DDPMImagePipeline
+    generator = torch.Generator().manual_seed(seed)
+    arrays = cls.from_pretrained(folder)(
+        samples, generator=generator, num_inference_steps=1000, output_type="np"
+    ).images
+    drawn = tensor_to_pixels(torch.from_numpy(arrays) * 2 - 1, LEVELS).numpy().reshape(-1, 64)
+    probabilities = svm.predict_proba(drawn)
+    report = {
+        "folder": str(folder),
+        "sampled_by": cls.__name__,
+        "samples": samples,
+        "share_above_5_percent_quantile": float((probabilities.max(1) > threshold).mean()),
+        "quantile": float(threshold),
+        "classes": np.bincount(probabilities.argmax(1), minlength=10).tolist(),
+    }
+
+    pipeline = DDPMImagePipeline.from_pretrained(folder)
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, levels=LEVELS)
+    x_start = pixels_to_tensor(torch.from_numpy(test)[:, None], LEVELS)
+    for variance_type in ("fixed_large", "fixed_small"):
+        process = type(scheduler).from_config(scheduler.config, variance_type=variance_type)
+        result = bits_per_dim(
+            pipeline.unet, process, x_start, generator=torch.Generator().manual_seed(seed), progress_bar=True
+        )
+        report[f"bits_per_dim_{variance_type}"] = result.mean
+        report[f"standard_error_{variance_type}"] = result.standard_error
+        report[f"decoder_{variance_type}"] = result.terms[:, 0].mean().item()
+    to_levels = (torch.from_numpy(part)[:, None] for part in (train, test))
+    report["per_pixel_histogram"] = histogram_bits_per_dim(*to_levels, LEVELS)
+    print(json.dumps(report, indent=2))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["train-diffusers", "judge"])
+    parser.add_argument("folder")
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stock", action="store_true", help="judge: draw the samples with diffusers' DDPMPipeline")
+    arguments = parser.parse_args()
+    if arguments.what == "judge":
+        judge(arguments.folder, arguments.samples, arguments.seed, arguments.stock)
+    else:
+        train_diffusers(arguments.folder, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

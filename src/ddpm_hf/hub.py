@@ -1,0 +1,74 @@
+"""What stands beside the weights in a published folder: the model card."""
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+
+# installed beside the package; at the project's root in a checkout
+TEMPLATES = (Path(__file__).parent / "model_card.md", Path(__file__).parents[2] / "model_card.md")
+
+
+def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> Path:
+    """Writes README.md of a saved pipeline from `model_card.md` and what the folder tells of itself.
+
+    Args:
+        folder: a saved pipeline; training.json and evaluation.json in it are told where they are.
+        repo_id: what the card's examples open; None for the folder's name.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        FileNotFoundError: not a saved pipeline.
+    """
+    folder = Path(folder)
+    unet, scheduler = _read(folder / "unet/config.json"), _read(folder / "scheduler/scheduler_config.json")
+    scheduler = {**scheduler, **scheduler.get("_ddpm_hf", {"levels": 256})}
+    training, evaluation = (
+        _read(folder / name) if (folder / name).is_file() else None for name in ("training.json", "evaluation.json")
+    )
+    repo_id = repo_id or folder.name
+    size = unet["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="diffusers",
+            pipeline_tag="unconditional-image-generation",
+            tags=["ddpm", "ddpm-hf", "diffusion"],
+        ),
+        template_path=str(next(path for path in TEMPLATES if path.is_file())),
+        title=repo_id,
+        repo_id=repo_id,
+        size=f"{height}x{width}",
+        parameters=f"{_count_parameters(folder / 'unet'):,}",
+        steps=scheduler["num_train_timesteps"],
+        beta_schedule=scheduler["beta_schedule"],
+        prediction_type=scheduler["prediction_type"],
+        variance_type=scheduler["variance_type"],
+        levels=scheduler["levels"],
+        training=training,
+        evaluation=evaluation,
+    )
+    temporary = folder / ".README.md"
+    card.save(temporary)
+    os.replace(temporary, folder / "README.md")
+    return folder / "README.md"
+
+
+def _read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _count_parameters(folder):
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a dict
+                size = 1
+                for side in weights.get_slice(name).get_shape():
+                    size *= side
+                count += size
+    return count

@@ -1,0 +1,200 @@
+"""Image generation with a DDPM, as a diffusers pipeline that saves to one folder every diffusers user can open."""
+
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+
+from .scheduler import VariationalDDPMScheduler
+from .unet import DDPMUNet
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Class names as they are saved. Classes are compared by name: a published pipeline.py is executed anew at every load.
+STOCK_CLASSES = {"DDPMUNet": "UNet2DModel", "VariationalDDPMScheduler": "DDPMScheduler"}
+
+
+class DDPMImagePipeline(DiffusionPipeline):
+    """Draws images by running a diffusion process backwards (Ho, Jain, Abbeel 2020, Algorithm 2; DDIM with `eta`).
+
+    A saved folder is in stock terms, with this class and its parts in a self-contained `pipeline.py` beside the weights:
+    plain `DiffusionPipeline.from_pretrained(folder)` gives diffusers' `DDPMPipeline`; the same with
+    `custom_pipeline=folder, trust_remote_code=True` gives this class without the package.
+
+    Args:
+        unet: `DDPMUNet`, or diffusers' `UNet2DModel`, which becomes one that shares its weights.
+        scheduler: `VariationalDDPMScheduler`, or diffusers' `DDPMScheduler`, which becomes one; any other diffusers
+            scheduler of discrete timesteps is used as it is.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["sample", "model_output"]
+
+    def __init__(self, unet: torch.nn.Module, scheduler):
+        super().__init__()
+        if type(unet).__name__ == "UNet2DModel":
+            with torch.device("meta"):
+                ours = DDPMUNet.from_config(unet.config)
+            ours.load_state_dict(unet.state_dict(), assign=True)
+            unet = ours.train(unet.training)
+        if type(scheduler).__name__ == "DDPMScheduler":
+            scheduler = VariationalDDPMScheduler.from_config(scheduler.config)
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def interrupt(self) -> bool:
+        """True once a callback has set `pipe._interrupt = True`: the loop then stops early."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        eta: float | None = None,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample",),
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Args:
+            batch_size: number of images.
+            generator: one for the batch, or a list with one for each image: image i is then the same alone or in a batch.
+            num_inference_steps: network calls; None for every timestep the process was trained with.
+            output_type: "pil" (mode L for one channel), "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or
+                "latent" (B, C, H, W), the samples as they are, [-1, 1] but for stray values.
+            return_dict: False for a tuple (images,).
+            eta: None for the scheduler's own steps; a number in [0, 1] for DDIM, 0 deterministic.
+            class_labels: for a class-conditional network: (B,) labels, a list, or one label for all.
+            latents: x_T, (B, C, H, W), standard normal; drawn if None. They set the size of the images.
+            callback_on_step_end: called as `callback(pipe, step_index, timestep, tensors)` after each step, `tensors` a dict
+                of those named next; what it returns under "sample" is gone on with. `pipe._interrupt = True` stops.
+            callback_on_step_end_tensor_inputs: of "sample" and "model_output".
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            ValueError: an argument that cannot be used, named, before any computing.
+        """
+        channels, sample_size = self.unet.config.in_channels, self.unet.config.sample_size
+        if latents is not None and latents.shape[0] != batch_size and batch_size == 1:
+            batch_size = latents.shape[0]
+        self._check_arguments(
+            batch_size, generator, output_type, eta, latents, channels, callback_on_step_end_tensor_inputs
+        )
+        device, dtype = self._execution_device, self.unet.dtype
+        if class_labels is not None:
+            class_labels = self._check_labels(torch.as_tensor(class_labels), batch_size).to(device)
+        elif getattr(self.unet, "class_embedding", None) is not None:
+            raise ValueError("class_labels are missing: this network is class-conditional; give one for each image")
+        if latents is None:
+            if sample_size is None:
+                raise ValueError("the network's config has no sample_size; give latents of shape (B, C, H, W)")
+            size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+            latents = randn_tensor((batch_size, channels, *size), generator=generator, device=device, dtype=dtype)
+
+        scheduler = self.scheduler
+        scheduler.set_timesteps(num_inference_steps or scheduler.config.num_train_timesteps)
+        takes = inspect.signature(scheduler.step).parameters
+        step_kwargs = {"generator": generator} if "generator" in takes else {}
+        if eta is not None:
+            step_kwargs["eta"] = eta
+        sample = latents.to(device, dtype) * scheduler.init_noise_sigma
+        self._interrupt = False
+        # timesteps stay on the CPU: reading them never waits for the device
+        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            model_input = scheduler.scale_model_input(sample, t)
+            model_output = self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0]
+            if model_output.shape[1] == 2 * channels and not isinstance(scheduler, DDPMScheduler):
+                model_output = model_output[:, :channels]  # a scheduler that has no use for learned variances
+            sample = scheduler.step(model_output, t, sample, return_dict=False, **step_kwargs)[0]
+            if callback_on_step_end is not None:
+                tensors = {"sample": sample, "model_output": model_output}
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                sample = (callback_on_step_end(self, i, t, tensors) or {}).get("sample", sample)
+            if self.interrupt:
+                break
+
+        images = self._to_output(sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_arguments(self, batch_size, generator, output_type, eta, latents, channels, tensor_inputs):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer, 1 or more")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} is not known; choose one of {', '.join(OUTPUT_TYPES)}")
+        if output_type == "pil" and channels not in (1, 3, 4):
+            raise ValueError(
+                f"output_type='pil' shows 1, 3 or 4 channels, this network has {channels}; use 'np' or 'pt'"
+            )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"generator is a list of {len(generator)} for batch_size={batch_size}; give one for each image"
+            )
+        if latents is not None and (latents.dim() != 4 or latents.shape[:2] != (batch_size, channels)):
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}; for batch_size={batch_size} give ({batch_size}, {channels}, H, W)"
+            )
+        if eta is not None and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(
+                f"eta={eta}: {type(self.scheduler).__name__} has none; leave it out or use another scheduler"
+            )
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; known are {known}")
+
+    def _check_labels(self, labels, batch_size):
+        labels = labels.expand(batch_size) if labels.dim() == 0 else labels
+        classes = self.unet.config.num_class_embeds
+        if self.unet.config.class_embed_type is None and classes is not None:
+            if labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
+                raise ValueError(f"class_labels={labels.tolist()}: give integers from 0 to {classes - 1}")
+        if labels.shape[0] != batch_size:
+            raise ValueError(f"class_labels has {labels.shape[0]} entries for batch_size={batch_size}")
+        return labels
+
+    def _to_output(self, sample, output_type):
+        if output_type == "latent":
+            return sample
+        images = (sample.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return images if output_type == "np" else self.numpy_to_pil(images)
+
+    def to_json_string(self) -> str:
+        """The pipeline's index as it is saved: in diffusers' own class names."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
+        for name, entry in index.items():
+            if isinstance(entry, list) and entry[-1] in STOCK_CLASSES:
+                index[name] = ["diffusers", STOCK_CLASSES[entry[-1]]]
+        return json.dumps({**index, "_class_name": "DDPMPipeline"}, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes `model_index.json`, and `pipeline.py` with this class and its parts in one self-contained file."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:
+            file.write(self_contained_source())
+
+
+def self_contained_source() -> str:
+    """The source of the network, the scheduler and the pipeline as one module that imports nothing of this package."""
+    # one module each in the package, the same one three times in a published pipeline.py
+    modules = dict.fromkeys(c.__module__ for c in (DDPMUNet, VariationalDDPMScheduler, DDPMImagePipeline))
+    sources = (inspect.getsource(sys.modules[name]).strip() for name in modules)
+    return re.sub(r"^from \.\w+ import \w+\n", "", "\n\n\n".join(sources), flags=re.MULTILINE) + "\n"

@@ -1,0 +1,133 @@
+"""The line from images to a loadable pipeline, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ddpm_hf import DDPMImagePipeline
+
+ROOT = Path(__file__).parents[2]
+SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_steps 3 --log_every 2 --lr_warmup_steps 2"
+NETWORK = ["--unet.block_out_channels", "[8, 16]", "--unet.norm_num_groups", "4", "--unet.attention_head_dim", "8"]
+
+
+def script(name, *argv, launcher=("python",), check=True):
+    launcher = [sys.executable] if launcher == ("python",) else list(launcher)
+    command = [*launcher, str(ROOT / "training" / name), *map(str, argv)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two runs of the same seed by accelerate launch and by python, the third with another seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "1"]
+    script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "a", launcher=accelerate)
+    script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "b")
+    script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "c", "--seed", "1")
+    return folder
+
+
+def weights(folder):
+    return DDPMImagePipeline.from_pretrained(folder / "pipeline").unet.state_dict()
+
+
+def test_what_a_run_writes(trained):
+    run = trained / "a"
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert rows[0]["learning_rate"] > rows[-1]["learning_rate"] >= 0 and all(row["loss"] > 0 for row in rows)
+    assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 6
+    for name in ("samples/0000003.png", "samples/0000006.png", "loss.png"):
+        assert np.asarray(Image.open(run / name)).std() > 0, name
+    assert not list(run.rglob(".*"))  # nothing temporary stays
+    card = (run / "pipeline/README.md").read_text()
+    assert "library_name: diffusers" in card and "6 optimizer steps" in card and "Not measured" in card
+
+
+def test_one_seed_makes_a_run_repeatable(trained):
+    a, b, c = (weights(trained / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+    assert (trained / "a/samples/0000006.png").read_bytes() == (trained / "b/samples/0000006.png").read_bytes()
+
+
+def test_the_pipeline_samples_and_evaluates(trained, tmp_path):
+    folder = trained / "a" / "pipeline"
+    script("sample.py", folder, "--count", 4, "--steps", 3, "--out", tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size == (128, 128)
+    result = script("evaluate.py", folder, "--images", 3, "--steps", 10, "--histogram", "train")
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert report["images"] == 3 and report["steps"] == 10 and report["levels"] == 17
+    assert report["total"] == pytest.approx(report["prior"] + report["kl"] + report["decoder"])
+    assert 2 < report["per_pixel_histogram"] < 3.2
+    assert f"{report['total']:.4f}" in result.stdout
+    assert f"{report['total']:.4f}" in (folder / "README.md").read_text()
+
+
+def test_the_histogram_is_what_it_says():
+    from evaluate import histogram_bits_per_dim
+
+    train, test = torch.tensor([[0], [0], [1]]), torch.tensor([[0], [2]])
+    # counts 2, 1, 0 and one each: probabilities 3/6, 2/6, 1/6
+    expected = -(np.log2(3 / 6) + np.log2(1 / 6)) / 2
+    assert histogram_bits_per_dim(train, test, 3) == pytest.approx(expected)
+
+
+def test_the_averaged_weights_are_the_ones_saved(tmp_path):
+    from config import load_config
+    from train import train
+
+    arguments = [*SMALL.split(), *NETWORK, "--ema_decay", "0.0", "--output_dir", str(tmp_path / "no_average")]
+    last = train(load_config(arguments)[0])
+    arguments[-3:] = ["0.9999", "--output_dir", str(tmp_path / "average")]
+    average = train(load_config(arguments)[0])
+    a, b = (DDPMImagePipeline.from_pretrained(folder).unet.conv_in.weight for folder in (last, average))
+    assert not torch.equal(a, b)
+
+
+def test_a_folder_of_colour_images_with_flips_and_accumulation(tmp_path):
+    random = np.random.RandomState(0)
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.fromarray(random.randint(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
+    arguments = (
+        f"--data {tmp_path}/images --channels 3 --image_size [8,16] --scheduler.levels 256 --random_flip true "
+        f"--batch_size 4 --gradient_accumulation_steps 2 --scheduler.variance_type learned_range --loss hybrid "
+        f"--output_dir {tmp_path}/run"
+    )
+    script("train.py", *SMALL.split(), *NETWORK, *arguments.split())
+    pipeline = DDPMImagePipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert pipeline.unet.config.out_channels == 6
+    assert pipeline(num_inference_steps=2).images[0].size == (16, 8)
+
+
+def test_class_conditional(tmp_path):
+    script(
+        "train.py", *SMALL.split(), *NETWORK, "--label_column", "label", "--unet.num_class_embeds", "10",
+        "--sample_every", "0", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    pipeline = DDPMImagePipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert pipeline(2, class_labels=[1, 2], num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_what_the_data_does_not_hold_is_told_in_one_line(tmp_path):
+    for extra, message in (
+        (["--batch_size", "5000"], "batch_size=5000 is more than the 1437 images"),
+        (["--split", "validation"], "split='validation'"),
+        (["--image_column", "img"], "image_column='img' is not in the data"),
+    ):
+        result = script("train.py", *extra, "--output_dir", tmp_path / "run", check=False)
+        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,113 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from config import PRESETS, ConfigError, load_config
+
+TRAIN = Path(__file__).parents[1] / "training" / "train.py"
+
+
+def load(*argv):
+    return load_config(["--output_dir", "/tmp/there/is/no/such/folder", *argv])[0]
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_presets_name_their_source_and_load(preset, tmp_path):
+    data = ["--data", str(tmp_path)] if "256" in preset else []
+    config = load("--config", preset, *data)
+    assert config.steps >= 1000
+    assert (PRESETS / f"{preset}.yaml").read_text().startswith("#")
+
+
+def test_command_line_beats_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "data: digits\nsteps: 7\nlearning_rate: 2e-4\nunet:\n  block_out_channels: [8, 16]\n  dropout: 0.2\n"
+    )
+    config = load(
+        "--config", str(path), "--steps=9", "--unet.dropout", "0.5", "--image_size", "[8, 16]", "--random-flip", "true"
+    )
+    assert (config.steps, config.learning_rate, config.random_flip, config.image_size) == (9, 2e-4, True, [8, 16])
+    assert config.unet == {"block_out_channels": [8, 16], "dropout": 0.5}
+    assert load("--ema_decay", "0").ema_decay == 0.0 and load("--sample_steps", "null").sample_steps is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stepz", "3"], "'stepz'; did you mean 'steps'"),
+        (["--steps", "x"], "steps='x' must be of type int"),
+        (["--steps", "1.5"], "steps=1.5"),
+        (["--steps", "true"], "steps=True"),
+        (["--steps", "0"], "steps=0 must be 1 or more"),
+        (["--steps"], "--steps has no value"),
+        (["steps", "3"], "cannot read 'steps'"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0"),
+        (["--image_size", "9"], "image_size=9 must be a multiple of 2"),
+        (["--image_size", "[8, 8, 8]"], "image_size"),
+        (["--net.dropout", "1"], "--net.dropout"),
+        (["--unet.in_channels", "3"], "unet.in_channels follows"),
+        (["--data", "./no/such/folder"], "data='./no/such/folder' does not exist"),
+        (["--data", "nothing.parquet"], "does not exist"),
+        (["--config", "nope"], "presets: celebahq-256, cifar10, digits"),
+        (["--mixed_precision", "fp8"], "mixed_precision='fp8'"),
+        (["--label_column", "label"], "go together"),
+        (["--adam_betas", "[0.9]"], "adam_betas"),
+        (["--adam_betas", "[0.9, x]"], r"adam_betas\[1\]='x'"),
+        (["--channels", "2"], "channels=2"),
+        (["--ema_decay", "1"], "ema_decay"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(argv, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(*argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("steps: 1")
+    with pytest.raises(ConfigError, match="holds something already"):
+        load("--output_dir", str(tmp_path))
+
+
+def test_bad_yaml(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("steps: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load("--config", str(path))
+
+
+def run(*argv):
+    return subprocess.run([sys.executable, str(TRAIN), *argv], capture_output=True, text=True)
+
+
+def test_a_mistake_ends_the_script_before_torch_is_imported():
+    result = run("--stepz", "3", "-X", "importtime")
+    assert result.returncode != 0
+    check = "import sys; sys.argv = ['train.py', '--stepz', '3']\ntry:\n    exec(compile(open(%r).read(), 'train.py', 'exec'))\nexcept SystemExit as e:\n    print(e, 'torch' in sys.modules)"
+    probe = subprocess.run([sys.executable, "-c", check % str(TRAIN)], capture_output=True, text=True, cwd=TRAIN.parent)
+    assert probe.stdout == "train.py: unknown key 'stepz'; did you mean 'steps'? False\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--unet.dropuot", "1"], "unknown key 'unet.dropuot'; did you mean 'dropout'?"),
+        (["--scheduler.beta_schedule", "liner"], "beta_schedule='liner' is not known"),
+        (["--unet.norm_num_groups", "7"], "norm_num_groups=7 must divide"),
+        (["--lr_schedule", "cosin"], "lr_schedule='cosin' is not known; did you mean 'cosine'?"),
+    ],
+)
+def test_mistakes_in_the_parts(argv, message):
+    result = run(*argv, "--output_dir", "/tmp/there/is/no/such/folder")
+    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("train.py: ")
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_dry_run_shows_the_resolved_config():
+    result = run("--dry_run", "--steps", "5", "--output_dir", "/tmp/there/is/no/such/folder")
+    assert yaml.safe_load(result.stdout)["steps"] == 5 and "parameters" in result.stdout
+    assert not Path("/tmp/there/is/no/such/folder").exists()

@@ -1,0 +1,98 @@
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ddpm_hf.data import image_column, image_transform, load_images, pixels_to_tensor, tensor_to_pixels, training_set
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random = np.random.RandomState(0)
+    for i in range(4):
+        Image.fromarray(random.randint(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256, 1000])
+def test_pixels_there_and_back(levels):
+    pixels = torch.arange(levels)
+    x = pixels_to_tensor(pixels, levels)
+    assert x[0] == -1 and x[-1] == 1 and x.dtype == torch.float32
+    torch.testing.assert_close(x, 2 * pixels / (levels - 1) - 1)
+    assert torch.equal(tensor_to_pixels(x, levels).long(), pixels)
+    assert torch.equal(tensor_to_pixels(x + 0.9 / (levels - 1), levels).long(), pixels)  # nearest, and clamped
+    with pytest.raises(ValueError, match=f"levels={levels - 1}"):
+        pixels_to_tensor(pixels, levels - 1)
+
+
+def test_digits_are_the_real_ones():
+    parts = [load_images("digits", split) for split in ("train", "test")]
+    assert [len(part) for part in parts] == [1437, 360]
+    found = np.stack([np.asarray(image) for part in parts for image in part["image"]])
+    expected = load_digits().images.astype(np.uint8)
+    assert sorted(map(bytes, found)) == sorted(map(bytes, expected))
+    labels = {image.tobytes(): label for image, label in zip(expected, load_digits().target)}
+    for row in parts[1]:
+        assert labels[np.asarray(row["image"]).tobytes()] == row["label"]
+    with pytest.raises(ValueError, match="split='validation'"):
+        load_images("digits", "validation")
+
+
+def test_mnist_is_padded():
+    data = load_images("mnist", "test")
+    image = np.asarray(data[0]["image"])
+    assert len(data) == 1000 and image.shape == (32, 32) and image[2:-2, 2:-2].max() > 200
+    assert not image[:2].any() and not image[:, -2:].any()
+
+
+def test_training_items():
+    data = training_set(load_images("digits"), image_transform((8, 8), 1, 17), label_column="label")
+    batch = next(iter(torch.utils.data.DataLoader(data, 5)))
+    assert batch["x_start"].shape == (5, 1, 8, 8) and batch["x_start"].dtype == torch.float32
+    assert batch["class_labels"].dtype == torch.int64
+    raw = load_images("digits")[:5]
+    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in raw["image"]])
+    assert torch.equal(tensor_to_pixels(batch["x_start"], 17)[:, 0], pixels)
+    assert batch["class_labels"].tolist() == raw["label"]
+
+
+def test_image_folder_is_scaled_and_cut(folder):
+    data = load_images(str(folder))
+    x = image_transform((16, 8), 3)(data[0]["image"])
+    assert x.shape == (3, 16, 8) and -1 <= x.min() and x.max() <= 1
+    same = image_transform((20, 30), 3)(data[0]["image"])
+    assert torch.equal(tensor_to_pixels(same).permute(1, 2, 0), torch.from_numpy(np.array(data[0]["image"])))
+    assert image_transform((20, 30), 1)(data[0]["image"]).shape == (1, 20, 30)
+
+
+def test_local_parquet(folder, tmp_path):
+    rows = {"picture": [str(folder / f"{i}.png") for i in range(4)], "kind": [0, 1, 0, 1]}
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
+    path = tmp_path / "parquet" / "rows.parquet"
+    path.parent.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    for source in (str(path), str(path.parent)):
+        data = load_images(source)
+        assert image_column(data) == "picture" and len(data) == 4
+    assert len(load_images(str(path), "train[:3]")) == 3
+    with pytest.raises(ValueError, match="image_column='image'"):
+        image_column(data, "image")
+    with pytest.raises(ValueError, match="label_column='label'"):
+        training_set(data, image_transform((8, 8)), label_column="label")
+    with pytest.raises(ValueError, match="image_column is needed"):
+        image_column(data.remove_columns("picture"))
+
+
+def test_flips_every_other_image():
+    image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16)
+    plain, flip = image_transform((4, 4), 1), image_transform((4, 4), 1, random_flip=True)
+    flipped = [torch.equal(flip(image), plain(image).flip(-1)) for _ in range(200)]
+    assert 60 < sum(flipped) < 140
+
+
+def test_wrong_levels_are_told():
+    with pytest.raises(ValueError, match="pixel of 200"):
+        image_transform((2, 2), 1, levels=17)(Image.new("L", (2, 2), 200))

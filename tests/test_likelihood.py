@@ -1,0 +1,264 @@
+"""`bits_per_dim` against the golden whole bounds, and data whose likelihood is known."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from golden_data import case_id, case_scheduler, golden_cases, images, network, randn
+from torch.distributions import Normal, kl_divergence
+
+from ddpm_hf.likelihood import bits_per_dim
+from ddpm_hf.scheduler import VariationalDDPMScheduler, space_timesteps
+
+F64 = torch.float64
+LOOPS = golden_cases("likelihood_bound", "calc_bpd_loop")
+
+
+def as_unet(mean_type="EPSILON", var_type=None):
+    def unet(x, t, class_labels=None, return_dict=True):
+        assert class_labels is None and not return_dict
+        return (network(x, t, mean_type, var_type),)
+
+    return unet
+
+
+class TinyUNet(torch.nn.Module):
+    """Called as diffusers' models are; its dropout makes it noisy in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dropout = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Dropout(0.5)
+        self.embedding = torch.nn.Embedding(10, 3)
+        self.modes, self.batches = [], []
+
+    @property
+    def dtype(self):
+        return self.conv.weight.dtype
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        assert sample.dtype == self.dtype and not torch.is_grad_enabled()
+        self.modes.append(self.training)
+        self.batches.append(len(sample))
+        output = self.dropout(self.conv(sample)) + 0.001 * timestep
+        if class_labels is not None:
+            output = output + self.embedding(class_labels)[:, :, None, None]
+        return (output,)
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return TinyUNet()
+
+
+def short(**config):
+    return VariationalDDPMScheduler(**{"num_train_timesteps": 5, "beta_schedule": "quad", "beta_end": 0.5} | config)
+
+
+def fixed_noise(t, shape):
+    return randn(100 + t, torch.float32)[: shape[0]]
+
+
+# The golden loops
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", LOOPS, ids=case_id)
+def test_golden_loop(case, dtype):
+    def noise_fn(t, shape):
+        assert shape == (4, 3, 8, 8)
+        return randn(case["noise_seed_base"] + t, dtype)
+
+    unet = as_unet(case["mean_type"], case["var_type"])
+    # what the reference clips is the argument's business, not the config's
+    scheduler = case_scheduler(case, clip_sample=not case["clip_denoised"])
+    found = bits_per_dim(unet, scheduler, images(dtype), clip_sample=case["clip_denoised"], noise_fn=noise_fn)
+
+    def compare(name, value, expected, sums=1):
+        expected = torch.tensor(expected, dtype=F64)
+        error = 5 * case["f32"][name]["max_abs"] * sums
+        bound = {"rtol": 1e-7, "atol": 1e-8} if dtype == F64 else {"rtol": 0, "atol": error}
+        torch.testing.assert_close(value.double(), expected, **bound, msg=partial("{}: {}".format, name))
+
+    T = case["num_steps"]
+    assert found.terms.shape == found.x_start_mse.shape == found.epsilon_mse.shape == (4, T)
+    assert all(tensor.dtype == dtype for tensor in found)
+    exact = case["total_bpd_with_exact_cdf"]["unfloored"]
+    compare("total_bpd", found.total, exact)
+    compare("prior_bpd", found.prior, case["prior_bpd"])
+    torch.testing.assert_close(found.total, found.prior + found.terms.sum(1))
+    # The golden decoder, column 0, has the approximate CDF: judged by the totals, and by the rest here.
+    t = case["vb_at_t"]["t"]
+    assert t[0] == 0
+    compare("vb", found.terms[:, t[1:]], [row[1:] for row in case["vb_at_t"]["rows_are_images"]])
+    assert (found.terms[:, 0] - torch.tensor(case["vb_at_t"]["rows_are_images"])[:, 0]).abs().max() < 0.02
+    if "vb_image0_t_ascending" in case:
+        compare("vb", found.terms[0, 1:], case["vb_image0_t_ascending"][1:])
+    for name, value in ("xstart_mse", found.x_start_mse), ("mse", found.epsilon_mse):
+        compare(name, value[:, case[f"{name}_at_t"]["t"]], case[f"{name}_at_t"]["rows_are_images"])
+        compare(name, value.sum(1), case[f"sum_over_t_{name}"], sums=T)
+    expected = torch.tensor(exact, dtype=F64)
+    assert found.mean == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert found.standard_error == pytest.approx(expected.std().item() / 2, rel=1e-4)
+
+
+# The likelihood of Gaussian data, by Monte Carlo
+
+
+@pytest.mark.parametrize("steps", [None, 12])
+def test_gaussian_data(steps):
+    """Pixels x_0 ~ N(m, s^2) and the exact reverse process: the bound is the entropy, within its standard error."""
+    m, s = 0.1, 0.15
+    scheduler = VariationalDDPMScheduler(
+        60, beta_schedule="linear_scaled_by_T", variance_type="learned", clip_sample=False, levels=2**16 + 1
+    )
+    if steps:
+        scheduler.set_timesteps(timesteps=space_timesteps(60, steps)[::-1])
+    alpha_bar = [*scheduler.alphas_cumprod[scheduler.chain].tolist(), 1.0]
+    generator = torch.Generator().manual_seed(0)
+    x_start = m + s * torch.randn(64, 3, 8, 8, generator=generator, dtype=F64)
+
+    def unet(x, t, class_labels=None, return_dict=True, error=0.0):
+        i = scheduler.chain.index(t)
+        a, prev = alpha_bar[i], alpha_bar[i - 1]
+        gain = a**0.5 * s**2 / (a * s**2 + 1 - a)
+        epsilon = (x - a**0.5 * (m + gain * (x - a**0.5 * m))) / (1 - a) ** 0.5
+        log_variance = -math.log(1 / (prev * s**2 + 1 - prev) + a / (prev - a)) + error
+        return (torch.cat((epsilon, torch.full_like(x, log_variance)), dim=1),)
+
+    a = alpha_bar[-2]
+    x_T = Normal(a**0.5 * m, (a * s**2 + 1 - a) ** 0.5)
+    nats = 0.5 * math.log(2 * math.pi * math.e * s**2) + kl_divergence(x_T, Normal(0.0, 1.0)).item()
+    nll = nats / math.log(2) + math.log2(2**16 / 2)
+    found = bits_per_dim(unet, scheduler, x_start, clip_sample=False, generator=generator)
+    assert found.standard_error < 0.02
+    assert abs(found.mean - nll) < 4 * found.standard_error
+    for error in 0.3, -0.3:
+        worse = bits_per_dim(partial(unet, error=error), scheduler, x_start, clip_sample=False, generator=generator)
+        cost = len(scheduler.chain) * 0.5 * (error + math.exp(-error) - 1) / math.log(2)
+        assert abs(worse.mean - nll - cost) < 4 * worse.standard_error and cost > 8 * worse.standard_error
+
+
+# What it is given, and what it leaves behind
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+def test_batches_change_nothing(tiny, batch_size):
+    noises = {}
+
+    def noise_fn(t, shape):  # the rows of the whole batch's noise, in turn
+        start = noises.get(t, 0)
+        noises[t] = start + shape[0]
+        return fixed_noise(t, (4,))[start : noises[t]]
+
+    labels, scheduler = torch.tensor([3, 1, 4, 1]), short()
+    whole = bits_per_dim(tiny, scheduler, images(torch.float32), class_labels=labels, noise_fn=fixed_noise)
+    assert tiny.batches == [4] * 5
+    parts = bits_per_dim(
+        tiny, scheduler, images(torch.float32), class_labels=labels, noise_fn=noise_fn, batch_size=batch_size
+    )
+    assert max(tiny.batches[5:]) == min(batch_size, 4) and sum(tiny.batches[5:]) == 20
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    unlabelled = bits_per_dim(tiny, scheduler, images(torch.float32), noise_fn=fixed_noise)
+    assert (unlabelled.total != whole.total).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_restored(tiny, training):
+    tiny.train(training)
+    found = [bits_per_dim(tiny, short(), images(torch.float32), noise_fn=fixed_noise).total for _ in range(2)]
+    assert torch.equal(*found) and not any(tiny.modes)
+    assert tiny.training == training == tiny.dropout.training
+
+    def failing(t, shape):
+        raise RuntimeError("no noise")
+
+    with pytest.raises(RuntimeError, match="no noise"):
+        bits_per_dim(tiny, short(), images(torch.float32), noise_fn=failing)
+    assert tiny.training == training == tiny.dropout.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_module_keeps_its_own_mode(tiny, training):
+    """A frozen part of a network in training, or the other way round, stays as it was."""
+    tiny.train(training)
+    tiny.dropout.train(not training)
+    found = [bits_per_dim(tiny, short(), images(torch.float32), noise_fn=fixed_noise).total for _ in range(2)]
+    assert torch.equal(*found)
+    assert (tiny.training, tiny.dropout.training) == (training, not training)
+
+
+def test_the_generator_and_the_dtype(tiny):
+    x_start, scheduler = images(), short()
+    first, again, other = (
+        bits_per_dim(tiny, scheduler, x_start, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first.terms, again.terms) and not torch.equal(first.terms, other.terms)
+    assert first.total.dtype == F64 and first.total.shape == (4,)  # float64 images, a float32 network
+    assert not first.total.requires_grad
+    assert torch.equal(first.total, first.terms.sum(1) + first.prior)
+
+
+@pytest.mark.parametrize("chain", [[4, 2, 1], [3], [4, 0]])
+def test_a_respaced_chain(tiny, chain):
+    scheduler, x_start = short(), images(torch.float32)
+    scheduler.set_timesteps(timesteps=chain)
+    tiny.eval()
+    seen = []
+
+    def noise_fn(t, shape):
+        seen.append(t)
+        return fixed_noise(t, shape)
+
+    found = bits_per_dim(tiny, scheduler, x_start, noise_fn=noise_fn)
+    assert seen == chain[::-1] and found.terms.shape == (4, len(chain))
+    with torch.no_grad():
+        for column, t in enumerate(chain[::-1]):
+            x_t = scheduler.q_sample(x_start, t, fixed_noise(t, (4,)))
+            term = scheduler.vlb_term(tiny(x_t, t, return_dict=False)[0], x_start, x_t, t, clip_sample=True)
+            assert torch.equal(found.terms[:, column], term)
+    assert torch.equal(found.prior, scheduler.prior_bits_per_dim(x_start))
+    # the step before the chain's first does not exist: the bound of the respaced process is another
+    scheduler.set_timesteps(5)
+    assert bits_per_dim(tiny, scheduler, x_start, noise_fn=fixed_noise).prior.max() > 0
+
+
+def test_clipping_and_levels(tiny):
+    x_start, found = images(torch.float32), {}
+    for clip in True, False:
+        found[clip] = bits_per_dim(tiny, short(clip_sample=not clip), x_start, clip_sample=clip, noise_fn=fixed_noise)
+    assert (found[True].x_start_mse < found[False].x_start_mse).any()
+    assert torch.equal(bits_per_dim(tiny, short(), x_start, noise_fn=fixed_noise).total, found[True].total)  # default
+    binary = torch.where(x_start < 0, -1.0, 1.0)
+    few = bits_per_dim(tiny, short(levels=2), binary, noise_fn=fixed_noise)
+    many = bits_per_dim(tiny, short(), binary, noise_fn=fixed_noise)
+    assert (few.terms[:, 0] < many.terms[:, 0]).all() and torch.equal(few.terms[:, 1:], many.terms[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "x_start, said",
+    [
+        (torch.zeros(0, 3, 8, 8), "0, 3, 8, 8"),
+        (torch.zeros(3, 8, 8), "3, 8, 8"),
+        (torch.full((1, 3, 8, 8), 1.01), "1.01"),
+        (torch.arange(192.0).view(1, 3, 8, 8), "191"),
+    ],
+)
+def test_refused_images(tiny, x_start, said):
+    with pytest.raises(ValueError, match=said):
+        bits_per_dim(tiny, short(), x_start)
+    assert not tiny.batches
+
+
+def test_refused_labels(tiny):
+    """One label for each image: a single one must not stand for all terms in silence."""
+    for batch_size, labels in (1, [1]), (2, [1, 2]), (None, [1, 2, 3]):
+        with pytest.raises(ValueError, match="class_labels"):
+            bits_per_dim(tiny, short(), images(torch.float32), class_labels=torch.tensor(labels), batch_size=batch_size)
+
+
+def test_one_image(tiny):
+    found = bits_per_dim(tiny, short(), images(torch.float32)[:1])
+    assert found.mean == pytest.approx(found.total.item()) and math.isnan(found.standard_error)

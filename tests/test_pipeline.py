@@ -1,0 +1,307 @@
+import inspect
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+
+import ddpm_hf
+from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
+from ddpm_hf.pipeline import self_contained_source
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def run(pipeline, batch_size=2, **kwargs):
+    kwargs = {"num_inference_steps": 5, "output_type": "np", "generator": seeded(), **kwargs}
+    return pipeline(batch_size, **kwargs).images
+
+
+def test_same_images_as_the_stock_pipeline(make_pipeline):
+    ours = make_pipeline(channels=3, scheduler=VariationalDDPMScheduler(variance_type="fixed_large"))
+    theirs = DDPMPipeline(UNet2DModel(**stock_config(ours.unet)), DDPMScheduler(variance_type="fixed_large"))
+    theirs.unet.load_state_dict(ours.unet.state_dict())
+    theirs.set_progress_bar_config(disable=True)
+    # "leading" ends at t = 0, where diffusers is right: everything but its float32 tables is the same
+    np.testing.assert_allclose(run(ours, num_inference_steps=10), run(theirs, num_inference_steps=10), atol=1 / 255)
+
+
+def stock_config(unet):
+    return {key: value for key, value in unet.config.items() if key in inspect.signature(UNet2DModel).parameters}
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 1.0])
+def test_image_i_is_the_same_alone_or_in_a_batch(make_pipeline, eta):
+    pipeline = make_pipeline()
+    batch = run(pipeline, 3, generator=[seeded(i) for i in range(3)], eta=eta)
+    for i in range(3):
+        np.testing.assert_allclose(run(pipeline, 1, generator=[seeded(i)], eta=eta)[0], batch[i], atol=1e-4)
+    assert np.abs(batch[0] - batch[1]).max() > 0.1
+
+
+def test_one_seed_one_result(make_pipeline):
+    pipeline = make_pipeline()
+    np.testing.assert_array_equal(run(pipeline), run(pipeline))
+    assert np.abs(run(pipeline) - run(pipeline, generator=seeded(1))).max() > 0.1
+
+
+def test_output_types(make_pipeline):
+    grey, colour = make_pipeline(sample_size=(8, 12)), make_pipeline(channels=3)
+    image = run(grey, output_type="pil")[0]
+    assert image.mode == "L" and image.size == (12, 8)
+    assert run(colour, output_type="pil")[0].mode == "RGB"
+    array = run(grey)
+    assert array.shape == (2, 8, 12, 1) and 0 <= array.min() and array.max() <= 1
+    np.testing.assert_array_equal(np.asarray(image), (array[0, ..., 0] * 255).round().astype(np.uint8))
+    tensor, latent = run(grey, output_type="pt"), run(grey, output_type="latent")
+    assert tensor.shape == latent.shape == (2, 1, 8, 12)
+    torch.testing.assert_close((latent / 2 + 0.5).clamp(0, 1), tensor)
+    assert isinstance(grey(1, num_inference_steps=1, return_dict=False), tuple)
+
+
+def test_all_steps_unless_told(make_pipeline):
+    seen = []
+    pipeline = make_pipeline(scheduler=VariationalDDPMScheduler(num_train_timesteps=7))
+    pipeline(callback_on_step_end=lambda pipe, i, t, tensors: seen.append((i, int(t))) or {})
+    assert seen == list(zip(range(7), range(6, -1, -1)))
+
+
+def test_latents_are_used_and_set_the_size(make_pipeline):
+    pipeline = make_pipeline()
+    latents = torch.randn(3, 1, 16, 8)
+    a = run(pipeline, 3, latents=latents, eta=0.0, generator=None)
+    np.testing.assert_array_equal(a, run(pipeline, 3, latents=latents, eta=0.0, generator=seeded(5)))
+    assert a.shape == (3, 16, 8, 1)
+    assert run(pipeline, 1, latents=latents).shape[0] == 3
+
+
+def test_callback_sees_changes_and_interrupts(make_pipeline):
+    pipeline, seen = make_pipeline(), []
+
+    def callback(pipe, i, t, tensors):
+        assert set(tensors) == {"sample", "model_output"}
+        seen.append(i)
+        pipe._interrupt = i == 2
+        return {"sample": torch.zeros_like(tensors["sample"])}
+
+    names = ("sample", "model_output")
+    images = run(
+        pipeline,
+        output_type="latent",
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=names,
+    )
+    assert seen == [0, 1, 2] and not images.any()
+    assert run(pipeline, output_type="latent").any()  # the next call starts afresh
+
+
+@pytest.mark.parametrize("labels", [3, [3, 1], torch.tensor([3, 1])])
+def test_class_labels(make_pipeline, labels):
+    pipeline = make_pipeline(num_class_embeds=4)
+    images = run(pipeline, class_labels=labels)
+    assert np.abs(images - run(pipeline, class_labels=[0, 2])).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+    ],
+)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "quad"])
+def test_other_schedulers_swap_in(make_pipeline, scheduler, schedule):
+    pipeline = make_pipeline(scheduler=VariationalDDPMScheduler(beta_schedule=schedule, timestep_spacing="iddpm"))
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    assert np.isfinite(run(pipeline)).all()
+
+
+def test_learned_variance_with_a_scheduler_that_has_no_use_for_it(make_pipeline):
+    pipeline = make_pipeline(out_channels=2, scheduler=VariationalDDPMScheduler(variance_type="learned_range"))
+    assert run(pipeline).shape == (2, 8, 8, 1)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert run(pipeline).shape == (2, 8, 8, 1)
+
+
+def test_ddim_equals_diffusers_ddim_without_clipping(make_pipeline):
+    pipeline = make_pipeline(scheduler=VariationalDDPMScheduler(clip_sample=False))
+    ours = run(pipeline, eta=0.0, output_type="latent")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    torch.testing.assert_close(run(pipeline, output_type="latent"), ours, rtol=1e-3, atol=2e-3)
+
+
+def test_half_precision(make_pipeline):
+    pipeline = make_pipeline().to(torch.bfloat16)
+    assert run(pipeline, output_type="latent").dtype == torch.bfloat16
+    assert run(pipeline).dtype == np.float32
+
+
+def test_stock_parts_become_ours_and_share_their_weights(make_pipeline):
+    unet = UNet2DModel(**stock_config(make_pipeline().unet))
+    unet.conv_in.weight.requires_grad_(False)
+    pipeline = DDPMImagePipeline(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_large"))
+    assert type(pipeline.unet) is DDPMUNet and type(pipeline.scheduler) is VariationalDDPMScheduler
+    assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    theirs = dict(unet.named_parameters())
+    for name, parameter in pipeline.unet.named_parameters():
+        assert parameter.data_ptr() == theirs[name].data_ptr(), name
+    other = DDIMScheduler()
+    assert DDPMImagePipeline(unet, other).scheduler is other
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"output_type": "jpg"}, "output_type='jpg'"),
+        ({"batch_size": 2, "generator": [torch.Generator()]}, "list of 1 for batch_size=2"),
+        ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents has shape \(1, 3, 8, 8\)"),
+        ({"latents": torch.zeros(1, 1, 7, 8)}, "multiples of 2"),
+        ({"num_inference_steps": 1001}, "1001"),
+        ({"eta": 2.0}, "eta=2.0"),
+        ({"class_labels": 1}, "no class embedding"),
+        ({"callback_on_step_end_tensor_inputs": ("x",)}, "'x'"),
+    ],
+)
+def test_wrong_arguments(make_pipeline, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(**{"num_inference_steps": 2, **kwargs})
+
+
+def test_wrong_labels_and_channels(make_pipeline):
+    pipeline = make_pipeline(num_class_embeds=4)
+    for labels, message in ((None, "missing"), (4, "0 to 3"), ([1, 2, 3], "3 entries"), ([0.5, 1.0], "integers")):
+        with pytest.raises(ValueError, match=message):
+            run(pipeline, class_labels=labels)
+    with pytest.raises(ValueError, match="this network has 2"):
+        make_pipeline(channels=2)()
+    assert run(make_pipeline(channels=2)).shape == (2, 8, 8, 2)
+    pipeline = make_pipeline()
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler"):
+        run(pipeline, eta=0.0)
+
+
+# the saved folder
+
+OPEN = """
+    import logging, sys, warnings
+    import numpy as np, torch
+    import diffusers
+    folder, how, out = sys.argv[1:]
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    diffusers.utils.logging.add_handler(handler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if how == "package":
+            from ddpm_hf import DDPMImagePipeline
+            pipe = DDPMImagePipeline.from_pretrained(folder)
+        else:
+            sys.modules["ddpm_hf"] = None  # not importable
+            kwargs = {"custom_pipeline": folder, "trust_remote_code": True} if how == "remote" else {}
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **kwargs)
+    told = [m for m in records if "trust" not in m.lower()]
+    told += [str(w.message) for w in caught if issubclass(w.category, UserWarning) and "diffusers" in w.filename]
+    images = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
+    np.save(out, images)
+    print(type(pipe).__name__, type(pipe.unet).__name__, type(pipe.scheduler).__name__, getattr(pipe.scheduler, "levels", None))
+    print("told:", told)
+    if how == "remote":
+        pipe.save_pretrained(out + "_again")
+"""
+
+
+def open_elsewhere(folder, how, out, cache):
+    source = str(Path(ddpm_hf.__file__).parents[1])
+    environment = {
+        **os.environ,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": source if how == "package" else "",
+    }
+    command = [sys.executable, "-c", textwrap.dedent(OPEN), str(folder), how, str(out)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_saved_folder_opens_three_ways_in_a_new_process(make_pipeline, tmp_path, schedule):
+    scheduler = VariationalDDPMScheduler(
+        beta_schedule=schedule, variance_type="fixed_large_log", timestep_spacing="iddpm", levels=17
+    )
+    folder = tmp_path / "saved"
+    pipeline = make_pipeline(scheduler=scheduler)
+    pipeline.save_pretrained(folder)
+    here = run(pipeline, num_inference_steps=10)
+
+    told = open_elsewhere(folder, "package", tmp_path / "package", tmp_path / "cache")
+    assert "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler 17" in told
+    np.testing.assert_array_equal(np.load(tmp_path / "package.npy"), here)
+
+    told = open_elsewhere(folder, "remote", tmp_path / "remote", tmp_path / "cache")
+    assert "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler 17" in told
+    np.testing.assert_array_equal(np.load(tmp_path / "remote.npy"), here)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    again = Path(f"{tmp_path / 'remote'}_again")
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    for name in files:
+        assert (folder / name).read_bytes() == (again / name).read_bytes(), name
+
+    told = open_elsewhere(folder, "stock", tmp_path / "stock", tmp_path / "cache")
+    assert "DDPMPipeline UNet2DModel DDPMScheduler None" in told and "told: []" in told
+    np.testing.assert_allclose(np.load(tmp_path / "stock.npy"), here, atol=1 / 255)
+
+
+def test_the_saved_folder_is_in_stock_terms(make_pipeline, tmp_path):
+    scheduler = VariationalDDPMScheduler(prediction_type="previous", timestep_spacing="iddpm", levels=2)
+    make_pipeline(scheduler=scheduler).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DModel"] and index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    assert config["_ddpm_hf"] == {"levels": 2, "timestep_spacing": "iddpm"} and "levels" not in config
+    reloaded = DDPMImagePipeline.from_pretrained(tmp_path).scheduler
+    assert (reloaded.levels, reloaded.timestep_spacing, reloaded.prediction_type) == (2, "iddpm", "previous")
+    with pytest.raises(ValueError, match="previous"):  # stock classes refuse what they would sample wrongly
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)(num_inference_steps=2)
+
+
+def test_learned_variance_fails_loudly_in_stock_classes(make_pipeline, tmp_path):
+    make_pipeline(
+        channels=3, out_channels=6, scheduler=VariationalDDPMScheduler(variance_type="learned")
+    ).save_pretrained(tmp_path)
+    assert DDPMImagePipeline.from_pretrained(tmp_path).scheduler.variance_type == "learned"
+    with pytest.raises(RuntimeError):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)(num_inference_steps=2)
+
+
+def test_the_published_source_imports_nothing_of_the_package():
+    source = self_contained_source()
+    compile(source, "pipeline.py", "exec")
+    assert "ddpm_hf" not in "\n".join(
+        line for line in source.splitlines() if line.lstrip().startswith(("import", "from"))
+    )
+    assert "from ." not in source
+
+
+def test_a_swapped_scheduler_is_saved_as_it_is(make_pipeline, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path)
+    assert type(DDPMImagePipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler

@@ -1,0 +1,211 @@
+"""What a run needs, read from a preset or YAML file and the command line. Imports nothing slow: mistakes end here."""
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A mistake in a run's configuration, told in one line."""
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Every key of a YAML file or of the command line. "Steps" are optimizer steps."""
+
+    # data
+    data: str = "digits"  # digits, mnist, a folder of images, a .parquet file or folder, or a Hub id
+    split: str = "train"
+    image_column: str | None = None  # None: the only column of images
+    label_column: str | None = None  # class labels, for a network with unet.num_class_embeds
+    image_size: int | list[int] = 8  # side, or [height, width]; images are scaled and cut to it
+    channels: int = 1
+    random_flip: bool = False  # left to right, every other image
+    # network and process: keys of DDPMUNet and of VariationalDDPMScheduler
+    unet: dict = dataclasses.field(default_factory=dict)
+    scheduler: dict = dataclasses.field(default_factory=dict)
+    # training
+    loss: str = "simple"  # simple, vlb, hybrid
+    steps: int = 1000
+    batch_size: int = 128  # images a process and forward pass
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    lr_schedule: str = "constant_with_warmup"  # a name of diffusers' get_scheduler
+    lr_warmup_steps: int = 0
+    adam_betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+    mixed_precision: str = "no"  # no, bf16, fp16
+    num_workers: int = 0  # processes that read images
+    seed: int = 0
+    # what it writes
+    output_dir: str = "runs/digits"
+    log_every: int = 20
+    sample_every: int = 1000  # a sheet of EMA samples; 0 for none
+    sample_count: int = 64
+    sample_steps: int | None = None  # network calls an image; None for all timesteps
+
+
+DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
+
+
+def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
+    """`--config digits --key value --unet.key value` -> the resolved config, and whether `--dry_run` was given.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest one), a wrong type, a missing value or file.
+    """
+    arguments, dry_run = _read_arguments(argv)
+    source = arguments.pop("config", "digits")
+    values = _read_yaml(source)
+    for key, text in arguments.items():
+        part, _, name = key.partition(".")
+        value = _parse(text)
+        if name:
+            if part not in DERIVED:
+                raise ConfigError(f"--{key}: only unet and scheduler have keys of their own{nearest(part, DERIVED)}")
+            values[part] = {**(values.get(part) or {}), name: value}
+        else:
+            values[key] = value
+    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"unknown key {key!r}{nearest(key, fields)}")
+        values[key] = _typed(key, value, fields[key])
+    config = TrainConfig(**values)
+    _check(config)
+    return config, dry_run
+
+
+def _read_arguments(argv):
+    arguments, rest, dry_run = {}, list(argv), False
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"cannot read {word!r}; arguments are --key value")
+        key, equals, text = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key == "dry_run":
+            dry_run = True
+            continue
+        if not equals:
+            if not rest or re.match(r"--[A-Za-z]", rest[0]):
+                raise ConfigError(f"--{key} has no value")
+            text = rest.pop(0)
+        arguments[key] = text
+    return arguments, dry_run
+
+
+def _read_yaml(source):
+    path = Path(source) if source.endswith((".yaml", ".yml")) else PRESETS / f"{source}.yaml"
+    if not path.is_file():
+        known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
+        raise ConfigError(f"config {source!r} is neither a .yaml file nor a preset; presets: {', '.join(known)}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, one a line")
+    return values
+
+
+def _parse(text):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def nearest(key, known):
+    """The end of an error message about an unknown key."""
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _typed(key, value, expected):
+    """The value in the type of its field; YAML reads 2e-4 as text and 1 as an integer."""
+    for candidate in typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,):
+        origin = typing.get_origin(candidate) or candidate
+        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if origin is list and isinstance(value, (list, tuple)):
+            inner = typing.get_args(candidate)[0]
+            return [_typed(f"{key}[{i}]", entry, inner) for i, entry in enumerate(value)]
+        if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+            return value
+        if origin is dict and value is None:
+            return {}
+    name = getattr(expected, "__name__", str(expected))
+    raise ConfigError(
+        f"{key}={value!r} must be of type {name if not isinstance(expected, types.UnionType) else expected}"
+    )
+
+
+def _check(config):
+    for key in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "sample_count", "channels"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"{key}={getattr(config, key)} must be 1 or more")
+    for key in ("sample_every", "num_workers", "lr_warmup_steps"):
+        if getattr(config, key) < 0:
+            raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
+    if config.sample_steps is not None and config.sample_steps < 1:
+        raise ConfigError(f"sample_steps={config.sample_steps} must be 1 or more, or null for all timesteps")
+    if not config.learning_rate > 0 or not config.max_grad_norm > 0:
+        raise ConfigError(
+            f"learning_rate={config.learning_rate} and max_grad_norm={config.max_grad_norm} must be above 0"
+        )
+    if not 0 <= config.ema_decay < 1:
+        raise ConfigError(f"ema_decay={config.ema_decay} must be 0 to below 1")
+    if len(config.adam_betas) != 2:
+        raise ConfigError(f"adam_betas={config.adam_betas} must be two numbers, as [0.9, 0.999]")
+    if config.mixed_precision not in ("no", "bf16", "fp16"):
+        raise ConfigError(f"mixed_precision={config.mixed_precision!r} must be no, bf16 or fp16")
+    if config.channels not in (1, 3, 4):
+        raise ConfigError(f"channels={config.channels} must be 1 (grey), 3 (RGB) or 4 (RGBA)")
+    for part, names in DERIVED.items():
+        for name in names:
+            if name in getattr(config, part):
+                raise ConfigError(
+                    f"{part}.{name} follows from image_size, channels and the variance type; leave it out"
+                )
+    size = image_size(config)
+    channels = config.unet.get("block_out_channels", (224, 448, 672, 896))
+    stride = 2 ** (len(channels) - 1) if isinstance(channels, (list, tuple)) else 1
+    if len(size) != 2 or any(side < 1 or side % stride for side in size):
+        raise ConfigError(
+            f"image_size={config.image_size} must be a multiple of {stride}: unet.block_out_channels has {len(channels)} "
+            f"levels, each halving the image"
+        )
+    if (config.label_column is None) != (config.unet.get("num_class_embeds") is None):
+        raise ConfigError(
+            f"label_column={config.label_column} and unet.num_class_embeds={config.unet.get('num_class_embeds')} go "
+            "together: give both for a class-conditional network, or neither"
+        )
+    # a Hub id is "name" or "user/name"; everything else that is not there is a path that is not there
+    is_path = config.data.startswith((".", "/", "~")) or config.data.count("/") > 1 or config.data.endswith(".parquet")
+    if is_path and not os.path.exists(config.data):
+        raise ConfigError(f"data={config.data!r} does not exist")
+    output = Path(config.output_dir)
+    if output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another or remove it")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir!r} is a file")
+
+
+def image_size(config: TrainConfig) -> tuple[int, ...]:
+    """(height, width) in pixels."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)

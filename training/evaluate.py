@@ -1,0 +1,125 @@
+"""A saved pipeline and a data set -> bits/dim: the variational bound of Ho, Jain, Abbeel 2020, term by term.
+
+    python training/evaluate.py runs/digits/pipeline --data digits --split test
+
+Takes any DDPM folder or Hub id, diffusers' own included. Prints a table; writes evaluation.json and evaluation.png (into
+the folder, where there is one, with the model card brought up to date).
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from ddpm_hf import DDPMImagePipeline, bits_per_dim
+from ddpm_hf.data import image_column, image_transform, load_images, tensor_to_pixels
+from ddpm_hf.hub import write_model_card
+
+
+def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int) -> float:
+    """Bits/dim of the model that draws each pixel on its own from its histogram over `train` (add-one smoothed).
+
+    train, test: grey levels 0 .. levels - 1, (N, C, H, W), integers. A yardstick: a model that has learned how pixels go
+    together is below it.
+    """
+    counts = torch.ones(levels, *train.shape[1:], dtype=torch.float64)
+    counts.scatter_add_(0, train.long(), torch.ones(train.shape, dtype=torch.float64))
+    log_probabilities = torch.log2(counts / counts.sum(0))
+    return -log_probabilities.gather(0, test.long()).mean().item()
+
+
+def load_tensor(source, split, unet, levels, count=None, column=None):
+    dataset = load_images(source, split)
+    dataset = dataset if count is None else dataset.select(range(min(count, len(dataset))))
+    size = unet.config.sample_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    transform = image_transform(size, unet.config.in_channels, levels)
+    return torch.stack([transform(image) for image in dataset[image_column(dataset, column)]])
+
+
+def plot_terms(result, chain, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.loglog([t + 1 for t in chain], result.terms.mean(0).cpu())
+    axes.set(xlabel="t + 1 (the paper's t)", ylabel="term of the bound, bits/dim")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument("--data", default="digits", help="digits, mnist, a folder, a .parquet file or a Hub id")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--image_column")
+    parser.add_argument("--images", type=int, help="how many images of the split; all if left out")
+    parser.add_argument("--batch_size", type=int, default=128, help="images a network call")
+    parser.add_argument("--steps", type=int, help="length of the chain; all timesteps if left out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--histogram", metavar="SPLIT", help="also fit a per-pixel histogram on this split")
+    parser.add_argument("--out", help="folder to write to; the pipeline's own if it is one")
+    arguments = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    if arguments.steps is not None:
+        scheduler.set_timesteps(arguments.steps)
+    data = (unet, scheduler.levels)
+    x_start = load_tensor(arguments.data, arguments.split, *data, arguments.images, arguments.image_column)
+    result = bits_per_dim(
+        unet,
+        scheduler,
+        x_start.to(device),
+        generator=torch.Generator(device).manual_seed(arguments.seed),
+        batch_size=arguments.batch_size,
+        progress_bar=True,
+    )
+    terms = result.terms.mean(0)
+    report = {
+        "total": result.mean,
+        "standard_error": None if math.isnan(result.standard_error) else result.standard_error,
+        "prior": result.prior.mean().item(),
+        "kl": terms[1:].sum().item(),
+        "decoder": terms[0].item(),
+        "images": len(x_start),
+        "data": arguments.data,
+        "split": arguments.split,
+        "steps": len(scheduler.chain),
+        "levels": scheduler.levels,
+        "seed": arguments.seed,
+    }
+    if arguments.histogram:
+        train = load_tensor(arguments.data, arguments.histogram, *data, column=arguments.image_column)
+        pixels = (tensor_to_pixels(x, scheduler.levels) for x in (train, x_start))
+        report["per_pixel_histogram"] = histogram_bits_per_dim(*pixels, scheduler.levels)
+
+    print(f"bits/dim over {report['images']} images ({arguments.data}, {arguments.split}), {report['steps']} terms:")
+    print(f"  total    {report['total']:.4f} +- {result.standard_error:.4f} (standard error over images)")
+    print(f"  prior    {report['prior']:.6f}   L_T")
+    print(f"  KL       {report['kl']:.4f}   L_1 .. L_T-1")
+    print(f"  decoder  {report['decoder']:.4f}   L_0")
+    if arguments.histogram:
+        print(f"  an independent per-pixel histogram of {arguments.histogram}: {report['per_pixel_histogram']:.4f}")
+
+    folder = Path(arguments.out or (arguments.pipeline if os.path.isdir(arguments.pipeline) else "."))
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".evaluation.json"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(temporary, folder / "evaluation.json")
+    plot_terms(result, scheduler.chain, folder / "evaluation.png")
+    if (folder / "model_index.json").is_file():
+        write_model_card(folder)
+    print(f"wrote {folder}/evaluation.json and evaluation.png")
+
+
+if __name__ == "__main__":
+    main()

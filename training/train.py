@@ -1,0 +1,240 @@
+"""Trains a DDPM (Ho, Jain, Abbeel 2020, Algorithm 1) and saves it as a pipeline that diffusers opens.
+
+    accelerate launch training/train.py --config digits
+    accelerate launch training/train.py --config cifar10 --data my_images/ --image_size 64 --output_dir runs/mine
+    python training/train.py --config mnist --steps 100 --dry_run      # shows what it would do
+
+A preset is a name in training/configs or the path of a YAML file; every key of training/config.py can be given as
+--key value, those of the network and the scheduler as --unet.key value and --scheduler.key value.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from config import ConfigError, TrainConfig, image_size, load_config, nearest
+
+if __name__ == "__main__":  # before the slow imports: a mistyped key shall not wait for them
+    try:
+        CONFIG, DRY_RUN = load_config(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"train.py: {error}")
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
+from ddpm_hf.data import image_transform, load_images, training_set
+from ddpm_hf.hub import write_model_card
+
+
+def build(config: TrainConfig) -> tuple[DDPMUNet, VariationalDDPMScheduler, DiffusionObjective]:
+    """The network, the process and the loss of a config.
+
+    Raises:
+        ValueError: a key or value that one of them does not take.
+    """
+    for part, cls in (("unet", DDPMUNet), ("scheduler", VariationalDDPMScheduler)):
+        known = inspect.signature(cls).parameters
+        for key in getattr(config, part):
+            if key not in known:
+                raise ConfigError(f"unknown key '{part}.{key}'{nearest(key, known)}")
+    schedules = [name.value for name in SchedulerType]
+    if config.lr_schedule not in schedules:
+        raise ConfigError(f"lr_schedule={config.lr_schedule!r} is not known{nearest(config.lr_schedule, schedules)}")
+    scheduler = VariationalDDPMScheduler(**config.scheduler)
+    learned = scheduler.variance_type.startswith("learned")
+    unet = DDPMUNet(
+        sample_size=image_size(config),
+        in_channels=config.channels,
+        out_channels=config.channels * (2 if learned else 1),
+        **config.unet,
+    )
+    return unet, scheduler, DiffusionObjective(scheduler, config.loss)
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs the training of `config`; returns the folder of the saved pipeline."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps, mixed_precision=config.mixed_precision
+    )
+    set_seed(config.seed, device_specific=True)
+    transform = image_transform(
+        image_size(config), config.channels, config.scheduler.get("levels", 256), config.random_flip
+    )
+    dataset = training_set(load_images(config.data, config.split), transform, config.image_column, config.label_column)
+    if len(dataset) < config.batch_size:
+        raise ConfigError(f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}")
+    loader = torch.utils.data.DataLoader(
+        dataset, config.batch_size, shuffle=True, drop_last=True, num_workers=config.num_workers
+    )
+    unet, scheduler, objective = build(config)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), config.learning_rate, betas=tuple(config.adam_betas), weight_decay=config.weight_decay
+    )
+    lr_schedule = get_scheduler(
+        config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
+    )
+    ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
+    ema.to(accelerator.device)
+    unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
+
+    output = Path(config.output_dir)
+    if accelerator.is_main_process:
+        (output / "samples").mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    log = Log(config, output, accelerator)
+    step = 0
+    while step < config.steps:
+        for batch in loader:
+            with accelerator.accumulate(unet):
+                loss = objective(unet, batch["x_start"], batch.get("class_labels")).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            log.add(loss)
+            if not accelerator.sync_gradients:
+                continue
+            lr_schedule.step()
+            ema.step(unet.parameters())
+            step += 1
+            log.step(step, lr_schedule.get_last_lr()[0])
+            if accelerator.is_main_process and config.sample_every and step % config.sample_every == 0:
+                with EMAWeights(ema, unet):
+                    save_samples(
+                        config, accelerator.unwrap_model(unet), scheduler, output / "samples" / f"{step:07d}.png"
+                    )
+            if step == config.steps:
+                break
+    log.close()
+    if accelerator.is_main_process:
+        ema.copy_to(unet.parameters())
+        save_pipeline(config, accelerator.unwrap_model(unet).eval(), scheduler, output / "pipeline")
+    accelerator.end_training()
+    return output / "pipeline"
+
+
+class EMAWeights:
+    """Within this context the network has the averaged weights, and is in evaluation mode."""
+
+    def __init__(self, ema, unet):
+        self.ema, self.unet = ema, unet
+
+    def __enter__(self):
+        self.ema.store(self.unet.parameters())
+        self.ema.copy_to(self.unet.parameters())
+        self.unet.eval()
+
+    def __exit__(self, *exception):
+        self.ema.restore(self.unet.parameters())
+        self.unet.train()
+
+
+class Log:
+    """The progress bar, log.jsonl and loss.png; the loss is read from the device every `log_every` steps only."""
+
+    def __init__(self, config, output, accelerator):
+        self.config, self.output, self.main = config, output, accelerator.is_main_process
+        self.images = config.batch_size * accelerator.num_processes
+        self.bar = tqdm(total=config.steps, desc="train", disable=not self.main)
+        self.losses, self.seen, self.rows, self.start = [], 0, [], time.perf_counter()
+
+    def add(self, loss):
+        self.losses.append(loss.detach())
+        self.seen += self.images
+
+    def step(self, step, learning_rate):
+        self.bar.update()
+        if not self.main or step % self.config.log_every and step != self.config.steps:
+            return
+        loss, seconds = torch.stack(self.losses).mean().item(), time.perf_counter() - self.start
+        row = {"step": step, "loss": loss, "learning_rate": learning_rate, "images_per_second": self.seen / seconds}
+        self.rows.append(row)
+        with open(self.output / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
+        self.losses, self.seen, self.start = [], 0, time.perf_counter()
+
+    def close(self):
+        self.bar.close()
+        if self.main:
+            plot_loss(self.rows, self.output / "loss.png")
+
+
+def plot_loss(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows])
+    axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save_samples(config, unet, scheduler, path):
+    """A sheet of samples from the same noise every time."""
+    process = VariationalDDPMScheduler.from_config(scheduler.config)  # sampling shall not move the training's chain
+    pipeline = DDPMImagePipeline(unet, process)
+    pipeline.set_progress_bar_config(desc="samples", leave=False)
+    generator = torch.Generator(unet.device).manual_seed(config.seed)
+    images = pipeline(config.sample_count, generator=generator, num_inference_steps=config.sample_steps).images
+    save_sheet(images, path)
+
+
+def save_sheet(images, path):
+    """PIL images as one square sheet; small ones enlarged so that pixels can be seen."""
+    scale = max(1, 64 // max(images[0].size))
+    images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
+    columns = int(len(images) ** 0.5)
+    rows = len(images) // columns
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}")
+    make_image_grid(images[: rows * columns], rows, columns).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def save_pipeline(config, unet, scheduler, folder):
+    """Written under another name and renamed: a folder of this name is whole."""
+    temporary = folder.with_name(f".{folder.name}")
+    DDPMImagePipeline(unet, scheduler).save_pretrained(temporary)
+    (temporary / "training.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    write_model_card(temporary)
+    os.replace(temporary, folder)
+
+
+def main():
+    try:
+        with torch.device("meta"):  # no weights yet, but every check
+            unet, _, _ = build(CONFIG)
+    except (ValueError, TypeError) as error:
+        sys.exit(f"train.py: {error}")
+    if DRY_RUN:
+        print(yaml.safe_dump(dataclasses.asdict(CONFIG), sort_keys=False), end="")
+        print(f"# {unet.num_parameters():,} parameters")
+        return
+    try:
+        folder = train(CONFIG)
+    except (ConfigError, FileNotFoundError) as error:
+        sys.exit(f"train.py: {error}")
+    print(f"saved {folder}")
+
+
+if __name__ == "__main__":
+    main()
