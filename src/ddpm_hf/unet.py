@@ -39,8 +39,8 @@ class SinusoidalEmbedding(nn.Module):
 
     def forward(self, t):
         half = self.dim // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.freq_shift)
-        angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)
+        exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None].float() * torch.exp(exponents / (half - self.freq_shift))
         parts = (angles.cos(), angles.sin()) if self.flip_sin_to_cos else (angles.sin(), angles.cos())
         return F.pad(torch.cat(parts, dim=-1), (0, self.dim % 2))
 
@@ -135,7 +135,10 @@ class ResidualBlock(nn.Module):
         else:
             h = self.norm2(h + emb)
         h = self.conv2(self.dropout(self.act(h)))
-        h = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        if self.conv_shortcut is not None:
+            # contiguous in training, as in diffusers: the layout decides which elements dropout takes
+            x = self.conv_shortcut(x.contiguous() if self.training else x)
+        h = x + h
         return h if self.output_scale == 1 else h / self.output_scale
 
 
@@ -278,7 +281,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         channels = tuple(block_out_channels)
         down_types = [name.removeprefix("UNetRes") for name in down_block_types]  # the prefix of 2022 configs
         up_types = [name.removeprefix("UNetRes") for name in up_block_types]
-        act_fn = act_fn.lower()
+        act_fn = act_fn.lower() if isinstance(act_fn, str) else act_fn
         self._check_config(channels, down_types, up_types, act_fn)
         self.sample_size = sample_size
         emb_dim = time_embedding_dim or channels[0] * 4
@@ -380,8 +383,11 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             )
         groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
         for c in channels:
-            if not isinstance(groups, int) or c % groups:
+            if not isinstance(groups, int) or groups < 1 or c % groups:
                 raise ValueError(f"norm_num_groups={groups} must divide every entry of block_out_channels={channels}")
+        mid_groups = config["attn_norm_num_groups"]
+        if mid_groups is not None and (mid_groups < 1 or channels[-1] % mid_groups):
+            raise ValueError(f"attn_norm_num_groups={mid_groups} must divide the last of block_out_channels, {channels[-1]}")
         attends = [c for c, name in zip(channels, down_types) if DOWN_BLOCKS[name]]
         attends += [c for c, name in zip(reversed(channels), up_types) if UP_BLOCKS[name]]
         if config["mid_block_type"] is not None and config["add_attention"]:
@@ -466,7 +472,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             x = block(x, emb, skips)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         if config.time_embedding_type == "fourier":  # the network predicts sigma * score
-            x = x / t.reshape(-1, 1, 1, 1)
+            x = (x / t.reshape(-1, 1, 1, 1)).to(x.dtype)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _check_input(self, sample, t, class_labels):
@@ -494,12 +500,17 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             return
         if class_labels is None:
             raise ValueError("class_labels are missing; this network is class-conditional and needs one for each image")
-        if class_labels.shape[:1] != sample.shape[:1]:
+        shape, kind = (sample.shape[0],), config.class_embed_type
+        if kind == "identity":
+            shape = (sample.shape[0], self.time_embedding.linear_2.out_features)
+        if tuple(class_labels.shape) != shape:
             raise ValueError(
-                f"class_labels has shape {tuple(class_labels.shape)} for a batch of {sample.shape[0]} images"
+                f"class_labels has shape {tuple(class_labels.shape)} for a batch of {sample.shape[0]} images; give {shape}"
             )
-        if config.class_embed_type is None:
+        if kind is None:
             _check_range("class_labels", class_labels, config.num_class_embeds)
+        elif kind == "timestep" and config.time_embedding_type == "learned":
+            _check_range("class_labels", class_labels, config.num_train_timesteps)
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the diffusers class that opens the same weights."""
