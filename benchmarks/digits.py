@@ -19,16 +19,16 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
-from config import load_config  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
 from diffusers.optimization import get_scheduler  # noqa: E402
 from diffusers.training_utils import EMAModel  # noqa: E402
-from evaluate import histogram_bits_per_dim  # noqa: E402
 from sklearn.svm import SVC  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
+from config import load_config  # noqa: E402
 from ddpm_hf import DDPMImagePipeline, bits_per_dim  # noqa: E402
 from ddpm_hf.data import load_images, pixels_to_tensor, tensor_to_pixels  # noqa: E402
+from evaluate import histogram_bits_per_dim  # noqa: E402
 
 LEVELS = 17
 
@@ -76,7 +76,7 @@ def train_diffusers(folder, seed):
     DDPMPipeline(unet, scheduler).save_pretrained(folder)
 
 
-def judge(folder, samples, seed, stock):
+def judge(folder, samples, seed, stock, variance_types):
     train, train_labels = pixels("train")
     test, _ = pixels("test")
     svm = SVC(gamma=0.001, probability=True, random_state=0).fit(train.reshape(-1, 64), train_labels)
@@ -101,7 +101,7 @@ def judge(folder, samples, seed, stock):
     pipeline = DDPMImagePipeline.from_pretrained(folder)
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, levels=LEVELS)
     x_start = pixels_to_tensor(torch.from_numpy(test)[:, None], LEVELS)
-    for variance_type in ("fixed_large", "fixed_small"):
+    for variance_type in variance_types:
         process = type(scheduler).from_config(scheduler.config, variance_type=variance_type)
         result = bits_per_dim(
             pipeline.unet, process, x_start, generator=torch.Generator().manual_seed(seed), progress_bar=True
@@ -120,10 +120,13 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--variance_types", nargs="*", default=["fixed_large", "fixed_small"], help="judge: of the bound"
+    )
     parser.add_argument("--stock", action="store_true", help="judge: draw the samples with diffusers' DDPMPipeline")
     arguments = parser.parse_args()
     if arguments.what == "judge":
-        judge(arguments.folder, arguments.samples, arguments.seed, arguments.stock)
+        judge(arguments.folder, arguments.samples, arguments.seed, arguments.stock, arguments.variance_types)
     else:
         train_diffusers(arguments.folder, arguments.seed)
 

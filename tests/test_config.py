@@ -1,10 +1,10 @@
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+
 from config import PRESETS, ConfigError, load_config
 
 TRAIN = Path(__file__).parents[1] / "training" / "train.py"

@@ -62,7 +62,7 @@ def test_training_items():
 def test_image_folder_is_scaled_and_cut(folder):
     data = load_images(str(folder))
     x = image_transform((16, 8), 3)(data[0]["image"])
-    assert x.shape == (3, 16, 8) and -1 <= x.min() and x.max() <= 1
+    assert x.shape == (3, 16, 8) and x.min() >= -1 and x.max() <= 1
     same = image_transform((20, 30), 3)(data[0]["image"])
     assert torch.equal(tensor_to_pixels(same).permute(1, 2, 0), torch.from_numpy(np.array(data[0]["image"])))
     assert image_transform((20, 30), 1)(data[0]["image"]).shape == (1, 20, 30)

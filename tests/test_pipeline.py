@@ -10,8 +10,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 
 import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
@@ -61,7 +69,7 @@ def test_output_types(make_pipeline):
     assert image.mode == "L" and image.size == (12, 8)
     assert run(colour, output_type="pil")[0].mode == "RGB"
     array = run(grey)
-    assert array.shape == (2, 8, 12, 1) and 0 <= array.min() and array.max() <= 1
+    assert array.shape == (2, 8, 12, 1) and array.min() >= 0 and array.max() <= 1
     np.testing.assert_array_equal(np.asarray(image), (array[0, ..., 0] * 255).round().astype(np.uint8))
     tensor, latent = run(grey, output_type="pt"), run(grey, output_type="latent")
     assert tensor.shape == latent.shape == (2, 1, 8, 12)

@@ -32,6 +32,7 @@ class TrainConfig:
     # network and process: keys of DDPMUNet and of VariationalDDPMScheduler
     unet: dict = dataclasses.field(default_factory=dict)
     scheduler: dict = dataclasses.field(default_factory=dict)
+    init: str = "paper"  # first weights: paper (zeros where its code has them) or torch (as diffusers' class)
     # training
     loss: str = "simple"  # simple, vlb, hybrid
     steps: int = 1000

@@ -6,9 +6,9 @@ python training/sample.py runs/digits/pipeline --count 64 --out samples.png
 import argparse
 
 import torch
-from train import save_sheet
 
 from ddpm_hf import DDPMImagePipeline
+from train import save_sheet
 
 
 def main():

@@ -61,6 +61,7 @@ def build(config: TrainConfig) -> tuple[DDPMUNet, VariationalDDPMScheduler, Diff
         out_channels=config.channels * (2 if learned else 1),
         **config.unet,
     )
+    unet.reset_parameters(config.init)
     return unet, scheduler, DiffusionObjective(scheduler, config.loss)
 
 

@@ -387,7 +387,9 @@ class DDPMUNet(ModelMixin, ConfigMixin):
                 raise ValueError(f"norm_num_groups={groups} must divide every entry of block_out_channels={channels}")
         mid_groups = config["attn_norm_num_groups"]
         if mid_groups is not None and (mid_groups < 1 or channels[-1] % mid_groups):
-            raise ValueError(f"attn_norm_num_groups={mid_groups} must divide the last of block_out_channels, {channels[-1]}")
+            raise ValueError(
+                f"attn_norm_num_groups={mid_groups} must divide the last of block_out_channels, {channels[-1]}"
+            )
         attends = [c for c, name in zip(channels, down_types) if DOWN_BLOCKS[name]]
         attends += [c for c, name in zip(reversed(channels), up_types) if UP_BLOCKS[name]]
         if config["mid_block_type"] is not None and config["add_attention"]:
