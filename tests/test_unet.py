@@ -47,6 +47,7 @@ BASE = {
     "attention_head_dim": 8,
 }
 ATTENTION = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
+PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 LEARNED = {"time_embedding_type": "learned", "num_train_timesteps": 50}
 
 
@@ -125,11 +126,7 @@ CONFIGS |= {
     "mid-scale": {"mid_block_scale_factor": 2.5},
     "resnet-down": ATTENTION | {"downsample_type": "resnet"},
     "resnet-up": ATTENTION | {"upsample_type": "resnet"},
-    "resnet-resampling-plain-blocks": {
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "down_block_types": ("DownBlock2D",) * 2,
-    },
+    "resnet-resampling-plain-blocks": PLAIN | {"downsample_type": "resnet", "upsample_type": "resnet"},
     "asymmetric-padding": {"downsample_padding": 0},
     "dropout": ATTENTION | {"dropout": 0.5, "downsample_type": "resnet", "upsample_type": "resnet"},
     "one-head": {"attention_head_dim": None},
@@ -500,7 +497,6 @@ def test_unknown_scheme_of_weights():
 
 # wrong configs
 
-PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 # overrides -> what the message names: the key, the value, what is supported
 WRONG_CONFIGS = [({key: "nonsense"}, (f"{key}='nonsense'", *map(str, choices))) for key, choices in CHOICES.items()] + [
     ({"down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, ("down_block_types", "'SkipDownBlock2D'", *DOWN_BLOCKS)),
@@ -522,6 +518,7 @@ WRONG_CONFIGS = [({key: "nonsense"}, (f"{key}='nonsense'", *map(str, choices))) 
     ({"norm_num_groups": 0}, ("norm_num_groups=0", "(16, 32)")),
     ({"norm_num_groups": None}, ("norm_num_groups=None", "(16, 32)")),
     ({"attn_norm_num_groups": 5}, ("attn_norm_num_groups=5", "32")),
+    ({"attn_norm_num_groups": 0}, ("attn_norm_num_groups=0", "32")),
     ({"attention_head_dim": 0}, ("attention_head_dim=0", "1 to 32")),
     ({"attention_head_dim": 33}, ("attention_head_dim=33", "1 to 32")),
     (PLAIN | {"attention_head_dim": 33}, ("attention_head_dim=33", "1 to 32")),

@@ -16,7 +16,7 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> P
 
     Args:
         folder: a saved pipeline; training.json and evaluation.json in it are told where they are.
-        repo_id: what the card's examples open; None for the folder's name.
+        repo_id: what the card's examples open; None for the name of the folder, or of the run whose "pipeline" it is.
 
     Returns:
         The path of the card.
@@ -30,7 +30,8 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> P
     training, evaluation = (
         _read(folder / name) if (folder / name).is_file() else None for name in ("training.json", "evaluation.json")
     )
-    repo_id = repo_id or folder.name
+    name = folder.name.lstrip(".")  # a folder that is being written has a dot
+    repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
     size = unet["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     card = ModelCard.from_template(

@@ -160,9 +160,9 @@ class DDPMImagePipeline(DiffusionPipeline):
     def _check_labels(self, labels, batch_size):
         labels = labels.expand(batch_size) if labels.dim() == 0 else labels
         classes = self.unet.config.num_class_embeds
-        if self.unet.config.class_embed_type is None and classes is not None:
-            if labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
-                raise ValueError(f"class_labels={labels.tolist()}: give integers from 0 to {classes - 1}")
+        is_table = self.unet.config.class_embed_type is None and classes is not None
+        if is_table and (labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes):
+            raise ValueError(f"class_labels={labels.tolist()}: give integers from 0 to {classes - 1}")
         if labels.shape[0] != batch_size:
             raise ValueError(f"class_labels has {labels.shape[0]} entries for batch_size={batch_size}")
         return labels

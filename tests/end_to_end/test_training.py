@@ -76,6 +76,16 @@ def test_the_pipeline_samples_and_evaluates(trained, tmp_path):
     assert f"{report['total']:.4f}" in (folder / "README.md").read_text()
 
 
+def test_the_example_of_the_readme_runs(trained):
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "runs/demo/pipeline" in code
+    code = code.replace("runs/demo/pipeline", str(trained / "a" / "pipeline"))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    bits, error = map(float, result.stdout.split())
+    assert bits > 0 and error > 0
+
+
 def test_the_histogram_is_what_it_says():
     from evaluate import histogram_bits_per_dim
 
