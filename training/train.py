@@ -31,7 +31,7 @@ from accelerate.utils import set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
@@ -212,9 +212,9 @@ def save_samples(config, unet, scheduler, path):
 
 
 def save_sheet(images, path):
-    """PIL images as one square sheet; small ones enlarged so that pixels can be seen."""
+    """PIL images as one square sheet with grey gaps; small ones enlarged so that pixels can be seen."""
     scale = max(1, 64 // max(images[0].size))
-    images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
+    images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]
     columns = int(len(images) ** 0.5)
     rows = len(images) // columns
     path = Path(path)

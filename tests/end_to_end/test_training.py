@@ -66,7 +66,7 @@ def test_one_seed_makes_a_run_repeatable(trained):
 def test_the_pipeline_samples_and_evaluates(trained, tmp_path):
     folder = trained / "a" / "pipeline"
     script("sample.py", folder, "--count", 4, "--steps", 3, "--out", tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size == (128, 128)
+    assert Image.open(tmp_path / "sheet.png").size == (136, 136)
     result = script("evaluate.py", folder, "--images", 3, "--steps", 10, "--histogram", "train")
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["images"] == 3 and report["steps"] == 10 and report["levels"] == 17
