@@ -11,6 +11,7 @@ A preset is a name in training/configs or the path of a YAML file; every key of 
 import dataclasses
 import inspect
 import json
+import math
 import os
 import sys
 import time
@@ -215,11 +216,12 @@ def save_sheet(images, path):
     """PIL images as one square sheet with grey gaps; small ones enlarged so that pixels can be seen."""
     scale = max(1, 64 // max(images[0].size))
     images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]
-    columns = int(len(images) ** 0.5)
-    rows = len(images) // columns
+    columns = math.ceil(len(images) ** 0.5)
+    rows = math.ceil(len(images) / columns)
+    images += [Image.new(images[0].mode, images[0].size)] * (rows * columns - len(images))
     path = Path(path)
     temporary = path.with_name(f".{path.name}")
-    make_image_grid(images[: rows * columns], rows, columns).save(temporary, format="PNG")
+    make_image_grid(images, rows, columns).save(temporary, format="PNG")
     os.replace(temporary, path)
 
 
