@@ -32,6 +32,7 @@ def test_command_line_beats_the_file(tmp_path):
     )
     assert (config.steps, config.learning_rate, config.random_flip, config.image_size) == (9, 2e-4, True, [8, 16])
     assert config.unet == {"block_out_channels": [8, 16], "dropout": 0.5}
+    assert load("--unet.norm_eps", "1e-5").unet["norm_eps"] == 1e-5
     assert load("--ema_decay", "0").ema_decay == 0.0 and load("--sample_steps", "null").sample_steps is None
 
 
@@ -59,6 +60,11 @@ def test_command_line_beats_the_file(tmp_path):
         (["--adam_betas", "[0.9, x]"], r"adam_betas\[1\]='x'"),
         (["--channels", "2"], "channels=2"),
         (["--ema_decay", "1"], "ema_decay"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--seed", "2024-13-45"], "seed='2024-13-45'"),
+        (["--output_dir", ""], "output_dir=None"),
+        (["--unet.block_out_channels", "32"], "unet.block_out_channels=32 must be a list"),
+        (["--dry_run=false"], "'dry_run'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(argv, message):
@@ -104,6 +110,8 @@ except SystemExit as error:
         (["--unet.dropuot", "1"], "unknown key 'unet.dropuot'; did you mean 'dropout'?"),
         (["--scheduler.beta_schedule", "liner"], "beta_schedule='liner' is not known"),
         (["--unet.norm_num_groups", "7"], "norm_num_groups=7 must divide"),
+        (["--scheduler.variance_type", "lerned"], "variance_type='lerned' is not known; did you mean 'learned'?"),
+        (["--scheduler.num_train_timesteps", "10"], "num_inference_steps=100 must be 1 to 10"),
         (["--lr_schedule", "cosin"], "lr_schedule='cosin' is not known; did you mean 'cosine'?"),
     ],
 )

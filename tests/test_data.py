@@ -68,6 +68,14 @@ def test_image_folder_is_scaled_and_cut(folder):
     assert image_transform((20, 30), 1)(data[0]["image"]).shape == (1, 20, 30)
 
 
+def test_sixteen_bits_are_scaled_not_cut():
+    ramp = np.linspace(0, 65535, 16).reshape(4, 4).astype(np.uint16)
+    x = image_transform((4, 4), 1)(Image.fromarray(ramp))
+    assert torch.equal(tensor_to_pixels(x)[0], torch.from_numpy((ramp >> 8).astype(np.uint8)))
+    with pytest.raises(ValueError, match="32 bits"):
+        image_transform((4, 4), 1)(Image.fromarray(ramp.astype(np.float32)))
+
+
 def test_local_parquet(folder, tmp_path):
     rows = {"picture": [str(folder / f"{i}.png") for i in range(4)], "kind": [0, 1, 0, 1]}
     features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
@@ -80,6 +88,8 @@ def test_local_parquet(folder, tmp_path):
     assert len(load_images(str(path), "train[:3]")) == 3
     with pytest.raises(ValueError, match="image_column='image'"):
         image_column(data, "image")
+    with pytest.raises(ValueError, match="image_column='kind' holds"):
+        image_column(data, "kind")
     with pytest.raises(ValueError, match="label_column='label'"):
         training_set(data, image_transform((8, 8)), label_column="label")
     with pytest.raises(ValueError, match="image_column is needed"):

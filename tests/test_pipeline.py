@@ -238,6 +238,7 @@ def open_elsewhere(folder, how, out, cache):
     source = str(Path(ddpm_hf.__file__).parents[1])
     environment = {
         **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as here: sums of as many parts, the same pixels
         "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": source if how == "package" else "",
@@ -248,10 +249,9 @@ def open_elsewhere(folder, how, out, cache):
     return result.stdout
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_saved_folder_opens_three_ways_in_a_new_process(make_pipeline, tmp_path, schedule):
+def test_a_saved_folder_opens_three_ways_in_a_new_process(make_pipeline, tmp_path):
     scheduler = VariationalDDPMScheduler(
-        beta_schedule=schedule, variance_type="fixed_large_log", timestep_spacing="iddpm", levels=17
+        beta_schedule="cosine", variance_type="fixed_large_log", timestep_spacing="iddpm", levels=17
     )
     folder = tmp_path / "saved"
     pipeline = make_pipeline(scheduler=scheduler)

@@ -74,7 +74,10 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
         if name:
             if part not in DERIVED:
                 raise ConfigError(f"--{key}: only unet and scheduler have keys of their own{nearest(part, DERIVED)}")
-            values[part] = {**(values.get(part) or {}), name: value}
+            inner = values.get(part) or {}
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{part}={inner!r} must hold keys and values")
+            values[part] = {**inner, name: value}
         else:
             values[key] = value
     fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
@@ -95,7 +98,7 @@ def _read_arguments(argv):
             raise ConfigError(f"cannot read {word!r}; arguments are --key value")
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
-        if key == "dry_run":
+        if key == "dry_run" and not equals:
             dry_run = True
             continue
         if not equals:
@@ -112,8 +115,8 @@ def _read_yaml(source):
         known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
         raise ConfigError(f"config {source!r} is neither a .yaml file nor a preset; presets: {', '.join(known)}")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, one a line")
@@ -123,13 +126,22 @@ def _read_yaml(source):
 def _parse(text):
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
         return text
+
+
+def _numbers(value):
+    """YAML reads 2e-4 as text; within unet and scheduler it is a number."""
+    if isinstance(value, list):
+        return [_numbers(entry) for entry in value]
+    return (
+        float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value) else value
+    )
 
 
 def nearest(key, known):
     """The end of an error message about an unknown key."""
-    close = difflib.get_close_matches(key, list(known), n=1)
+    close = difflib.get_close_matches(str(key), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
@@ -145,6 +157,8 @@ def _typed(key, value, expected):
         if origin is list and isinstance(value, (list, tuple)):
             inner = typing.get_args(candidate)[0]
             return [_typed(f"{key}[{i}]", entry, inner) for i, entry in enumerate(value)]
+        if origin is dict and isinstance(value, dict):
+            return {str(name): _numbers(entry) for name, entry in value.items()}
         if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
             return value
         if origin is dict and value is None:
@@ -168,6 +182,10 @@ def _check(config):
         raise ConfigError(
             f"learning_rate={config.learning_rate} and max_grad_norm={config.max_grad_norm} must be above 0"
         )
+    if config.seed < 0:
+        raise ConfigError(f"seed={config.seed} must be 0 or more")
+    if not config.output_dir:
+        raise ConfigError("output_dir is empty; name a folder")
     if not 0 <= config.ema_decay < 1:
         raise ConfigError(f"ema_decay={config.ema_decay} must be 0 to below 1")
     if len(config.adam_betas) != 2:
@@ -184,8 +202,12 @@ def _check(config):
                 )
     size = image_size(config)
     channels = config.unet.get("block_out_channels", (224, 448, 672, 896))
-    stride = 2 ** (len(channels) - 1) if isinstance(channels, (list, tuple)) else 1
-    if len(size) != 2 or any(side < 1 or side % stride for side in size):
+    if not isinstance(channels, (list, tuple)) or not all(isinstance(c, int) and c > 0 for c in channels):
+        raise ConfigError(f"unet.block_out_channels={channels!r} must be a list of integers, one for each level")
+    stride = 2 ** (len(channels) - 1)
+    if len(size) != 2:
+        raise ConfigError(f"image_size={config.image_size} must be one number or [height, width]")
+    if any(side < 1 or side % stride for side in size):
         raise ConfigError(
             f"image_size={config.image_size} must be a multiple of {stride}: unet.block_out_channels has {len(channels)} "
             f"levels, each halving the image"

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -31,13 +32,14 @@ def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int)
     return -log_probabilities.gather(0, test.long()).mean().item()
 
 
-def load_tensor(source, split, unet, levels, count=None, column=None):
+def load_tensor(source, split, unet, levels, count=None, column=None, label_column=None):
     dataset = load_images(source, split)
     dataset = dataset if count is None else dataset.select(range(min(count, len(dataset))))
     size = unet.config.sample_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     transform = image_transform(size, unet.config.in_channels, levels)
-    return torch.stack([transform(image) for image in dataset[image_column(dataset, column)]])
+    images = torch.stack([transform(image) for image in dataset[image_column(dataset, column)]])
+    return images, None if label_column is None else torch.tensor(dataset[label_column])
 
 
 def plot_terms(result, chain, path):
@@ -60,6 +62,7 @@ def main():
     parser.add_argument("--data", default="digits", help="digits, mnist, a folder, a .parquet file or a Hub id")
     parser.add_argument("--split", default="test")
     parser.add_argument("--image_column")
+    parser.add_argument("--label_column", help="for a class-conditional network")
     parser.add_argument("--images", type=int, help="how many images of the split; all if left out")
     parser.add_argument("--batch_size", type=int, default=128, help="images a network call")
     parser.add_argument("--steps", type=int, help="length of the chain; all timesteps if left out")
@@ -74,11 +77,13 @@ def main():
     if arguments.steps is not None:
         scheduler.set_timesteps(arguments.steps)
     data = (unet, scheduler.levels)
-    x_start = load_tensor(arguments.data, arguments.split, *data, arguments.images, arguments.image_column)
+    columns = (arguments.image_column, arguments.label_column)
+    x_start, labels = load_tensor(arguments.data, arguments.split, *data, arguments.images, *columns)
     result = bits_per_dim(
         unet,
         scheduler,
         x_start.to(device),
+        class_labels=None if labels is None else labels.to(device),
         generator=torch.Generator(device).manual_seed(arguments.seed),
         batch_size=arguments.batch_size,
         progress_bar=True,
@@ -91,14 +96,14 @@ def main():
         "kl": terms[1:].sum().item(),
         "decoder": terms[0].item(),
         "images": len(x_start),
-        "data": arguments.data,
+        "data": Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data,
         "split": arguments.split,
         "steps": len(scheduler.chain),
         "levels": scheduler.levels,
         "seed": arguments.seed,
     }
     if arguments.histogram:
-        train = load_tensor(arguments.data, arguments.histogram, *data, column=arguments.image_column)
+        train, _ = load_tensor(arguments.data, arguments.histogram, *data, column=arguments.image_column)
         pixels = (tensor_to_pixels(x, scheduler.levels) for x in (train, x_start))
         report["per_pixel_histogram"] = histogram_bits_per_dim(*pixels, scheduler.levels)
 
@@ -122,4 +127,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {' '.join(str(error).split())}")

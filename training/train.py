@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
 from ddpm_hf.data import image_transform, load_images, training_set
 from ddpm_hf.hub import write_model_card
+from ddpm_hf.scheduler import VARIANCE_TYPES
 
 
 def build(config: TrainConfig) -> tuple[DDPMUNet, VariationalDDPMScheduler, DiffusionObjective]:
@@ -51,10 +52,17 @@ def build(config: TrainConfig) -> tuple[DDPMUNet, VariationalDDPMScheduler, Diff
         for key in getattr(config, part):
             if key not in known:
                 raise ConfigError(f"unknown key '{part}.{key}'{nearest(key, known)}")
-    schedules = [name.value for name in SchedulerType]
+    schedules = [name.value for name in SchedulerType if name.value != "piecewise_constant"]  # it needs rules
     if config.lr_schedule not in schedules:
         raise ConfigError(f"lr_schedule={config.lr_schedule!r} is not known{nearest(config.lr_schedule, schedules)}")
+    variance_type = config.scheduler.get("variance_type", "fixed_small")
+    if variance_type not in VARIANCE_TYPES:  # the scheduler itself only warns, as diffusers' does
+        raise ConfigError(
+            f"scheduler.variance_type={variance_type!r} is not known{nearest(variance_type, VARIANCE_TYPES)}"
+        )
     scheduler = VariationalDDPMScheduler(**config.scheduler)
+    if config.sample_steps is not None:
+        VariationalDDPMScheduler.from_config(scheduler.config).set_timesteps(config.sample_steps)
     learned = scheduler.variance_type.startswith("learned")
     unet = DDPMUNet(
         sample_size=image_size(config),
@@ -66,6 +74,32 @@ def build(config: TrainConfig) -> tuple[DDPMUNet, VariationalDDPMScheduler, Diff
     return unet, scheduler, DiffusionObjective(scheduler, config.loss)
 
 
+def open_data(config: TrainConfig) -> torch.utils.data.Dataset:
+    """The training set, its first image read.
+
+    Raises:
+        ConfigError: data that cannot be opened or does not fit the config.
+    """
+    levels = config.scheduler.get("levels", 256)
+    transform = image_transform(image_size(config), config.channels, levels, config.random_flip)
+    try:
+        images = load_images(config.data, config.split)
+        dataset = training_set(images, transform, config.image_column, config.label_column)
+        if len(dataset) < config.batch_size:
+            raise ValueError(
+                f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}"
+            )
+        item = dataset[0]
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data={config.data!r}: {' '.join(str(error).split())}") from error
+    classes = config.unet.get("num_class_embeds")
+    if classes is not None and not isinstance(item["class_labels"], int):
+        raise ConfigError(
+            f"label_column={config.label_column!r} holds {item['class_labels']!r}; labels must be integers"
+        )
+    return dataset
+
+
 def train(config: TrainConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved pipeline."""
     accelerator = Accelerator(
@@ -73,12 +107,7 @@ def train(config: TrainConfig) -> Path:
     )
     use_all_cores(accelerator)
     set_seed(config.seed, device_specific=True)
-    transform = image_transform(
-        image_size(config), config.channels, config.scheduler.get("levels", 256), config.random_flip
-    )
-    dataset = training_set(load_images(config.data, config.split), transform, config.image_column, config.label_column)
-    if len(dataset) < config.batch_size:
-        raise ConfigError(f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}")
+    dataset = open_data(config)
     loader = torch.utils.data.DataLoader(
         dataset, config.batch_size, shuffle=True, drop_last=True, num_workers=config.num_workers
     )
@@ -208,8 +237,19 @@ def save_samples(config, unet, scheduler, path):
     pipeline = DDPMImagePipeline(unet, process)
     pipeline.set_progress_bar_config(desc="samples", leave=False)
     generator = torch.Generator(unet.device).manual_seed(config.seed)
-    images = pipeline(config.sample_count, generator=generator, num_inference_steps=config.sample_steps).images
+    images = pipeline(
+        config.sample_count,
+        generator=generator,
+        num_inference_steps=config.sample_steps,
+        class_labels=cycled_labels(unet, config.sample_count),
+    ).images
     save_sheet(images, path)
+
+
+def cycled_labels(unet, count):
+    """Labels 0, 1, 2, ... in turn for a class-conditional network; None for another."""
+    classes = unet.config.num_class_embeds
+    return None if classes is None else torch.arange(count) % classes
 
 
 def save_sheet(images, path):
@@ -249,7 +289,7 @@ def main():
         return
     try:
         folder = train(CONFIG)
-    except (ConfigError, FileNotFoundError) as error:
+    except ConfigError as error:
         sys.exit(f"train.py: {error}")
     print(f"saved {folder}")
 

@@ -65,7 +65,8 @@ def load_images(source: str, split: str = "train") -> datasets.Dataset:
     if source.endswith(".parquet"):
         return datasets.load_dataset("parquet", data_files=source, split=split)
     if os.path.isdir(source):
-        parquet = any(name.endswith(".parquet") for _, _, names in os.walk(source) for name in names)
+        endings = {os.path.splitext(name)[1].lower() for _, _, names in os.walk(source) for name in names}
+        parquet = ".parquet" in endings and not endings & set(Image.registered_extensions())
         return datasets.load_dataset("parquet" if parquet else "imagefolder", data_dir=source, split=split)
     return datasets.load_dataset(source, split=split)
 
@@ -79,6 +80,8 @@ def image_column(dataset: datasets.Dataset, column: str | None = None) -> str:
     if column is not None:
         if column not in dataset.column_names:
             raise ValueError(f"image_column={column!r} is not in the data; it has {', '.join(dataset.column_names)}")
+        if not isinstance(dataset.features[column], datasets.Image):
+            raise ValueError(f"image_column={column!r} holds {dataset.features[column]}, not images")
         return column
     found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if len(found) != 1:
@@ -100,6 +103,10 @@ def image_transform(
     height, width = size
 
     def transform(image):
+        if image.mode.startswith("I;16"):  # convert would cut off all above 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"an image has pixels of 32 bits (mode {image.mode}); convert the data to 8 or 16 bits")
         image = ImageOps.exif_transpose(image).convert(PIL_MODES[channels])
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

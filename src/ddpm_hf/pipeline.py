@@ -106,7 +106,9 @@ class DDPMImagePipeline(DiffusionPipeline):
             latents = randn_tensor((batch_size, channels, *size), generator=generator, device=device, dtype=dtype)
 
         scheduler = self.scheduler
-        scheduler.set_timesteps(num_inference_steps or scheduler.config.num_train_timesteps)
+        if num_inference_steps is None:
+            num_inference_steps = scheduler.config.num_train_timesteps
+        scheduler.set_timesteps(num_inference_steps)
         takes = inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if "generator" in takes else {}
         if eta is not None:

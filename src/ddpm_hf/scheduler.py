@@ -346,6 +346,8 @@ class VariationalDDPMScheduler(DDPMScheduler):
             num_train_timesteps = len(betas)
         else:
             betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
+        if rescale_betas_zero_snr and num_train_timesteps < 2:
+            raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of 2 at least")
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
         # classes that know no rescaling are given the betas rescaled; twice is once
@@ -474,7 +476,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
     def _position(self, t):
         """The position of timestep t in the chain: an int for one timestep, a tensor for one for each image."""
         chain = self._chain
-        if isinstance(t, torch.Tensor) and t.dim() > 0:
+        if not isinstance(t, int) and isinstance(t, torch.Tensor) and t.dim() > 0:
             position = self._in_range(t)
             if chain is not self._all_steps:
                 position = chain.on("positions", t.device)[position]
@@ -528,11 +530,9 @@ class VariationalDDPMScheduler(DDPMScheduler):
     @staticmethod
     def _noised(chain, a, position, b):
         dtype, a, b = a.dtype, _working(a), _working(b)
-        return _combine(
-            a,
-            chain.at("sqrt_alphas_cumprod", position, a),
-            b,
-            chain.at("sqrt_one_minus_alphas_cumprod", position, b),
+        return _weighted_sum(
+            (chain.at("sqrt_alphas_cumprod", position, a), a),
+            (chain.at("sqrt_one_minus_alphas_cumprod", position, b), b),
         ).to(dtype)
 
     def epsilon_from_x_start(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
@@ -576,19 +576,14 @@ class VariationalDDPMScheduler(DDPMScheduler):
         """
         x_start, x_t, position = _working(x_start), _working(x_t), self._position(_to(t, x_t))
         return Gaussian(
-            self._posterior_mean(x_start, x_t, position),
+            _weighted_sum(*self._posterior_terms(x_start, x_t, position)),
             self._full("posterior_variance", position, x_t),
             self._full("posterior_log_variance_clipped", position, x_t),
         )
 
-    def _posterior_mean(self, x_start, x_t, position):
+    def _posterior_terms(self, x_start, x_t, position):
         at = self._chain.at
-        return _combine(
-            x_start,
-            at("posterior_mean_coef1", position, x_t),
-            x_t,
-            at("posterior_mean_coef2", position, x_t),
-        )
+        return (at("posterior_mean_coef1", position, x_t), x_start), (at("posterior_mean_coef2", position, x_t), x_t)
 
     def _full(self, name, position, like):
         entry = self._chain.at(name, position, like)
@@ -620,7 +615,8 @@ class VariationalDDPMScheduler(DDPMScheduler):
         position = self._position(_to(t, x_t))
         output, values = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, clip_sample)
-        mean = output if self.prediction_type == "previous" else self._posterior_mean(x_start, x_t, position)
+        previous = self.prediction_type == "previous"
+        mean = output if previous else _weighted_sum(*self._posterior_terms(x_start, x_t, position))
         if values is None:
             variance = self._full("model_variance", position, x_t)
             return Gaussian(mean, variance, self._full("model_log_variance", position, x_t), x_start)
@@ -628,8 +624,11 @@ class VariationalDDPMScheduler(DDPMScheduler):
         return Gaussian(mean, log_variance.exp(), log_variance, x_start)
 
     def _split(self, model_output, x_t):
-        output, channels = model_output.to(x_t.dtype), x_t.shape[1]
+        output = model_output.to(x_t.dtype)
         learned = self.variance_type in ("learned", "learned_range")
+        if not learned and output.shape == x_t.shape:
+            return output, None
+        channels = x_t.shape[1]
         if output.shape[1] != channels * (2 if learned else 1):
             raise ValueError(
                 f"model_output has {output.shape[1]} channels for images of {channels}; variance_type="
@@ -651,7 +650,9 @@ class VariationalDDPMScheduler(DDPMScheduler):
             x_start = output
         else:
             at = self._chain.at
-            x_start = _combine(x_t, at("x_start_of_x_t", position, x_t), output, at("x_start_of_output", position, x_t))
+            x_start = _weighted_sum(
+                (at("x_start_of_x_t", position, x_t), x_t), (at("x_start_of_output", position, x_t), output)
+            )
         config = self.config
         if clip_sample is None:
             clip_sample = config.clip_sample or config.thresholding
@@ -659,7 +660,8 @@ class VariationalDDPMScheduler(DDPMScheduler):
             return x_start
         if config.thresholding:
             return self._threshold_sample(x_start)
-        return x_start.clamp(-config.clip_sample_range, config.clip_sample_range)
+        clip = x_start.clamp if x_start is output else x_start.clamp_  # in place where the tensor is ours
+        return clip(-config.clip_sample_range, config.clip_sample_range)
 
     def _get_variance(self, t, predicted_variance=None, variance_type=None):
         """The variance of p(x_{t-1} | x_t), always a variance; diffusers' private name, for code that calls it."""
@@ -754,20 +756,18 @@ class VariationalDDPMScheduler(DDPMScheduler):
         output, values = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, None)
         if eta is not None:
-            prev_sample, std = self._ddim(x_start, x_t, position, eta)
+            terms, std = self._ddim(x_start, x_t, position, eta)
         else:
             previous = self.prediction_type == "previous"
-            prev_sample = output if previous else self._posterior_mean(x_start, x_t, position)
+            terms = ((1.0, output),) if previous else self._posterior_terms(x_start, x_t, position)
             std = self._std(values, position, x_t)
         if not (isinstance(std, float) and std == 0.0):
-            noise = variance_noise
-            if noise is None:
-                noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
-            noise = noise.to(x_t.dtype)
-            prev_sample = (
-                torch.add(prev_sample, noise, alpha=std) if isinstance(std, float) else prev_sample + std * noise
-            )
-        prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
+            noise = _noise_like(x_t, generator) if variance_noise is None else variance_noise.to(x_t.dtype, copy=True)
+            prev_sample = _weighted_sum((std, noise), *terms, overwrite=True)
+        else:
+            prev_sample = _weighted_sum(*terms)
+        if x_t is not sample:
+            prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
         if not return_dict:
             return prev_sample, x_start
         return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_start)
@@ -786,7 +786,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
             chain.add_ddim(float(eta))
         a, b = chain.at(f"{name}: x_start", position, x_t), chain.at(f"{name}: x_t", position, x_t)
         sigma = chain.at(f"{name}: sigma", position, x_t) if eta > 0 else 0.0
-        return _combine(x_start, a, x_t, b), sigma
+        return ((a, x_start), (b, x_t)), sigma
 
     def reverse_step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
@@ -806,7 +806,9 @@ class VariationalDDPMScheduler(DDPMScheduler):
         output, _ = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, None)
         at = self._chain.at
-        result = _combine(x_start, at("reverse: x_start", position, x_t), x_t, at("reverse: x_t", position, x_t))
+        result = _weighted_sum(
+            (at("reverse: x_start", position, x_t), x_start), (at("reverse: x_t", position, x_t), x_t)
+        )
         return DDPMSchedulerOutput(prev_sample=result.to(sample.dtype), pred_original_sample=x_start.to(sample.dtype))
 
 
@@ -827,11 +829,22 @@ def _working(x):
 
 
 def _to(t, x):
-    return t.to(x.device) if isinstance(t, torch.Tensor) and t.dim() > 0 else t
+    return t.to(x.device) if not isinstance(t, int) and isinstance(t, torch.Tensor) and t.dim() > 0 else t
 
 
-def _combine(a, weight_a, b, weight_b):
-    """weight_a * a + weight_b * b, a new tensor; the weights are numbers, or tensors (B, 1, ...)."""
-    if isinstance(weight_b, float):
-        return (a * weight_a).add_(b, alpha=weight_b)
-    return (a * weight_a).addcmul_(b, weight_b)
+def _noise_like(x, generator):
+    if generator is None or (isinstance(generator, torch.Generator) and generator.device == x.device):
+        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)  # a list, or another device
+
+
+def _weighted_sum(*terms, overwrite=False):
+    """The sum of weight * x over terms (weight, x); weights are numbers or tensors (B, 1, ...).
+
+    In place from the second term on, and in the first x itself with `overwrite`: an allocation costs more than a sum.
+    """
+    (weight, x), *rest = terms
+    total = x.mul_(weight) if overwrite else x * weight
+    for weight, x in rest:
+        total = total.add_(x, alpha=weight) if isinstance(weight, float) else total.addcmul_(x, weight)
+    return total

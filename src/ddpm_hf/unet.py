@@ -371,6 +371,10 @@ class DDPMUNet(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"{key} has {len(names)} entries and block_out_channels {len(channels)}; one a level each"
                 )
+        if not isinstance(config["layers_per_block"], int) or config["layers_per_block"] < 1:
+            raise ValueError(f"layers_per_block={config['layers_per_block']!r} must be an integer, 1 or more")
+        if config["num_class_embeds"] is not None and config["num_class_embeds"] < 1:
+            raise ValueError(f"num_class_embeds={config['num_class_embeds']} must be 1 or more")
         if config["downsample_padding"] not in (0, 1):
             raise ValueError(f"downsample_padding={config['downsample_padding']!r} is not supported; supported: 0, 1")
         if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:

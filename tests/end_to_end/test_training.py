@@ -126,8 +126,13 @@ def test_a_folder_of_colour_images_with_flips_and_accumulation(tmp_path):
 def test_class_conditional(tmp_path):
     script(
         "train.py", *SMALL.split(), *NETWORK, "--label_column", "label", "--unet.num_class_embeds", "10",
-        "--sample_every", "0", "--output_dir", tmp_path / "run",
+        "--output_dir", tmp_path / "run",
     )  # fmt: skip
+    folder = tmp_path / "run/pipeline"
+    script("sample.py", folder, "--count", 2, "--steps", 2, "--out", tmp_path / "labels.png")
+    script("evaluate.py", folder, "--images", 1, "--steps", 5, "--label_column", "label")
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert report["standard_error"] is None and "±" not in (folder / "README.md").read_text()
     pipeline = DDPMImagePipeline.from_pretrained(tmp_path / "run/pipeline")
     assert pipeline(2, class_labels=[1, 2], num_inference_steps=2).images[0].size == (8, 8)
 
