@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import pickle
 
 import diffusers
 import numpy as np
@@ -298,6 +299,11 @@ def test_step_shapes_tuple_and_attributes():
         as_tuple = scheduler.step(0.1 * sample, t, sample, torch.manual_seed(0), return_dict=False)
         assert isinstance(as_tuple, tuple) and len(as_tuple) == 2
         assert torch.equal(as_tuple[0], output.prev_sample) and torch.equal(as_tuple[1], output.pred_original_sample)
+        stock = scheduling_ddpm.DDPMSchedulerOutput(*as_tuple)
+        assert type(output) is type(stock) and list(output) == list(stock) and vars(output).keys() == vars(stock).keys()
+        for other in output, pickle.loads(pickle.dumps(output)), torch.utils._pytree.tree_map(torch.clone, output):
+            assert torch.equal(other[0], stock[0]) and torch.equal(other["pred_original_sample"], stock[1])
+            assert torch.equal(other.pred_original_sample, stock.to_tuple()[1])
     assert len(scheduler) == 1000 and len(VariationalDDPMScheduler(7)) == 7
     assert scheduler.init_noise_sigma == 1.0 and scheduler.order == 1
     assert scheduler.scale_model_input(sample, 3) is sample

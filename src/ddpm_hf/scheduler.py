@@ -7,6 +7,7 @@ bits per dimension where a name says so. All tables are float64.
 
 import json
 import math
+from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
@@ -183,7 +184,7 @@ class _Chain:
         self.timesteps = timesteps  # ascending
         self.position = {t: i for i, t in enumerate(timesteps)}
         self.tensors = {}
-        self.floats = {}
+        self.entries = {}
         alpha_bar = alphas_cumprod[timesteps]
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
         beta = betas if len(timesteps) == T else 1 - alpha_bar / alpha_bar_prev
@@ -197,6 +198,7 @@ class _Chain:
             "one_minus_alphas_cumprod": one_minus,
             "log_one_minus_alphas_cumprod": np.log(one_minus),
         }
+        tables["x_t"] = _columns(np.sqrt(alpha_bar), np.sqrt(one_minus))  # of x_0 and noise
         tables["positions"][timesteps] = np.arange(len(timesteps))
 
         # q(x_{t-1} | x_t, x_0), eq. 6-7
@@ -204,8 +206,9 @@ class _Chain:
         # The first step's variance is 0; its logarithm is taken from the second, as in the paper's code: it is the
         # decoder's scale. A chain of one step has no second: beta stands in.
         clipped = np.append(variance[1] if len(variance) > 1 else beta[0], variance[1:])
-        tables["posterior_mean_coef1"] = beta * np.sqrt(alpha_bar_prev) / one_minus
-        tables["posterior_mean_coef2"] = (1 - alpha_bar_prev) * np.sqrt(1 - beta) / one_minus
+        mean_of_x_start = beta * np.sqrt(alpha_bar_prev) / one_minus
+        mean_of_x_t = (1 - alpha_bar_prev) * np.sqrt(1 - beta) / one_minus
+        tables["posterior_mean"] = _columns(mean_of_x_start, mean_of_x_t)
         tables["posterior_variance"] = variance
         tables["posterior_log_variance_clipped"] = np.log(clipped)
 
@@ -214,9 +217,9 @@ class _Chain:
         model_variance = {"fixed_small": variance, "fixed_small_log": clipped}.get(variance_type, large)
         tables["model_variance"] = model_variance
         tables["model_log_variance"] = np.log(clipped if variance_type.startswith("fixed_small") else large)
-        tables["model_std"] = np.append(0.0, np.sqrt(model_variance[1:]))  # the last step adds no noise
+        std = np.append(0.0, np.sqrt(model_variance[1:]))  # the last step adds no noise
+        tables["ancestral"] = _columns(mean_of_x_start, mean_of_x_t, std)
         tables["log_betas"] = np.log(beta)
-        tables["not_first"] = np.append(0.0, np.ones(len(beta) - 1))
 
         # x_0 as a linear function of x_t and the network's output
         # with zero terminal SNR nothing of x_0 is left in epsilon: finite, for the clipping to deal with
@@ -229,35 +232,39 @@ class _Chain:
         elif prediction_type == "v_prediction":
             of_x_t, of_output = np.sqrt(alpha_bar), -np.sqrt(one_minus)
         else:  # previous: the output is the posterior's mean
-            of_x_t = -tables["posterior_mean_coef2"] / tables["posterior_mean_coef1"]
-            of_output = 1 / tables["posterior_mean_coef1"]
-        tables["x_start_of_x_t"], tables["x_start_of_output"] = of_x_t, of_output
+            of_x_t, of_output = -mean_of_x_t / mean_of_x_start, 1 / mean_of_x_start
+        tables["x_start"] = _columns(of_x_t, of_output)
 
         # DDIM's ODE one step up in t; pure noise after the last
-        self._ddim_tables("reverse", np.append(alpha_bar[1:], 0.0), np.zeros_like(beta))
+        tables["reverse"] = self._ddim(np.append(alpha_bar[1:], 0.0), np.zeros_like(beta))[:, :2]
 
     def add_ddim(self, eta):
         """Tables of DDIM eq. 12 with the sigma of eq. 16, which is eta times the posterior's standard deviation."""
         sigma = eta * np.sqrt(self.tables["posterior_variance"])
         alpha_bar_prev = np.append(1.0, self.tables["sqrt_alphas_cumprod"][:-1] ** 2)
-        self._ddim_tables(f"ddim {eta}", alpha_bar_prev, sigma)
+        self.tables[f"ddim {eta}"] = self._ddim(alpha_bar_prev, sigma)
 
-    def _ddim_tables(self, name, alpha_bar_to, sigma):
-        # epsilon = (x_t - sqrt(abar) x_0) / sqrt(1 - abar) put into eq. 12
+    def _ddim(self, alpha_bar_to, sigma):
+        """What x_0, x_t and the noise count in eq. 12, with epsilon = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
         of_epsilon = np.sqrt(np.maximum(1 - alpha_bar_to - sigma**2, 0.0))
         of_x_t = of_epsilon / self.tables["sqrt_one_minus_alphas_cumprod"]
-        self.tables[f"{name}: x_t"] = of_x_t
-        self.tables[f"{name}: x_start"] = np.sqrt(alpha_bar_to) - of_x_t * self.tables["sqrt_alphas_cumprod"]
-        self.tables[f"{name}: sigma"] = sigma
+        return _columns(np.sqrt(alpha_bar_to) - of_x_t * self.tables["sqrt_alphas_cumprod"], of_x_t, sigma)
 
     def at(self, name, position, like):
-        """A table's entry: a number for one position; for a tensor of positions (B, 1, ...) to multiply `like` with."""
+        """A table's entry to multiply `like` with, one for each column of the table.
+
+        0-d, on the CPU, for an int; (B, 1, ...) for a tensor of positions.
+        """
         if isinstance(position, int):
-            if name not in self.floats:
-                self.floats[name] = self.tables[name].tolist()
-            return self.floats[name][position]
-        entry = self.on(name, like.device)[position]
-        return entry.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+            key = (name, like.dtype)
+            if key not in self.entries:
+                table = torch.as_tensor(self.tables[name]).to(like.dtype)
+                columns = [column.unbind() for column in table.unbind(1)] if table.dim() > 1 else None
+                self.entries[key] = list(zip(*columns)) if columns else table.unbind()
+            return self.entries[key][position]
+        entry = self.on(name, like.device)[position].to(like.dtype)
+        columns = [column.view(-1, *[1] * (like.dim() - 1)) for column in entry.view(len(position), -1).unbind(1)]
+        return columns if entry.dim() > 1 else columns[0]
 
     def on(self, name, device):
         """A table as a tensor on `device`, moved there once; one NaN more than its entries, for steps not in the chain."""
@@ -265,10 +272,14 @@ class _Chain:
         if key not in self.tensors:
             table = torch.as_tensor(self.tables[name])
             if table.is_floating_point():
-                table = torch.cat((table, table.new_full((1,), math.nan)))
+                table = torch.cat((table, torch.full_like(table[:1], math.nan)))
                 table = table.float() if device.type == "mps" else table
             self.tensors[key] = table.to(device)
         return self.tensors[key]
+
+
+def _columns(*arrays):
+    return np.stack(arrays, axis=1)
 
 
 class VariationalDDPMScheduler(DDPMScheduler):
@@ -473,13 +484,13 @@ class VariationalDDPMScheduler(DDPMScheduler):
         position = self._position(timestep)
         return torch.tensor(self._chain.timesteps[position - 1] if position > 0 else -1)
 
-    def _position(self, t):
-        """The position of timestep t in the chain: an int for one timestep, a tensor for one for each image."""
+    def _position(self, t, like=None):
+        """The position of timestep t in the chain: an int for one timestep; a tensor, beside `like`, for one an image."""
         chain = self._chain
-        if not isinstance(t, int) and isinstance(t, torch.Tensor) and t.dim() > 0:
-            position = self._in_range(t)
+        if isinstance(t, torch.Tensor) and t.dim() > 0:
+            position = t = self._in_range(t if like is None else t.to(like.device))
             if chain is not self._all_steps:
-                position = chain.on("positions", t.device)[position]
+                position = chain.on("positions", t.device)[t]
                 if t.device.type == "cpu" and (outside := position == len(chain.timesteps)).any():
                     self._refuse(t[outside][0].item())
             return position
@@ -511,7 +522,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
         Returns:
             (B, C, H, W), of the dtype of x_start.
         """
-        return self._noised(self._chain, x_start, self._position(_to(t, x_start)), noise)
+        return self._noised(self._chain, x_start, self._position(t, x_start), noise)
 
     def add_noise(self, original_samples, noise, timesteps):
         """`q_sample` with diffusers' order of arguments, for any of the T timesteps whatever the chain is.
@@ -530,14 +541,11 @@ class VariationalDDPMScheduler(DDPMScheduler):
     @staticmethod
     def _noised(chain, a, position, b):
         dtype, a, b = a.dtype, _working(a), _working(b)
-        return _weighted_sum(
-            (chain.at("sqrt_alphas_cumprod", position, a), a),
-            (chain.at("sqrt_one_minus_alphas_cumprod", position, b), b),
-        ).to(dtype)
+        return _weighted_sum(chain.at("x_t", position, a), a, b).to(dtype)
 
     def epsilon_from_x_start(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
         """The noise that leads from x_0 to x_t: (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t), eq. 9. (B, C, H, W)."""
-        x_start, x_t, position = _working(x_start), _working(x_t), self._position(_to(t, x_t))
+        x_start, x_t, position = _working(x_start), _working(x_t), self._position(t, x_t)
         # by the same factor that leads to x_0, so that the rounding of the way back is undone
         unscaled = x_t * self._chain.at("reciprocal_sqrt_alphas_cumprod", position, x_t)
         return (unscaled - x_start) * self._chain.at("sqrt_snr", position, x_t)
@@ -552,7 +560,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
             return x_start
         if self.prediction_type == "previous":
             return self.q_posterior(x_start, x_t, t).mean
-        return self._noised(self._chain, noise, self._position(_to(t, noise)), -_working(x_start))
+        return self._noised(self._chain, noise, self._position(t, noise), -_working(x_start))
 
     def draw_timesteps(
         self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
@@ -564,7 +572,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
 
     def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
         """q(x_t | x_0), eq. 4. x_start: (B, C, H, W) in [-1, 1]; t: 0-based, of the chain."""
-        x_start, position = _working(x_start), self._position(_to(t, x_start))
+        x_start, position = _working(x_start), self._position(t, x_start)
         mean = self._chain.at("sqrt_alphas_cumprod", position, x_start) * x_start
         variance = self._full("one_minus_alphas_cumprod", position, x_start)
         return Gaussian(mean, variance, self._full("log_one_minus_alphas_cumprod", position, x_start))
@@ -574,16 +582,12 @@ class VariationalDDPMScheduler(DDPMScheduler):
 
         At the chain's first step the variance is 0 and the log variance that of the second step.
         """
-        x_start, x_t, position = _working(x_start), _working(x_t), self._position(_to(t, x_t))
+        x_start, x_t, position = _working(x_start), _working(x_t), self._position(t, x_t)
         return Gaussian(
-            _weighted_sum(*self._posterior_terms(x_start, x_t, position)),
+            _weighted_sum(self._chain.at("posterior_mean", position, x_t), x_start, x_t),
             self._full("posterior_variance", position, x_t),
             self._full("posterior_log_variance_clipped", position, x_t),
         )
-
-    def _posterior_terms(self, x_start, x_t, position):
-        at = self._chain.at
-        return (at("posterior_mean_coef1", position, x_t), x_start), (at("posterior_mean_coef2", position, x_t), x_t)
 
     def _full(self, name, position, like):
         entry = self._chain.at(name, position, like)
@@ -612,11 +616,13 @@ class VariationalDDPMScheduler(DDPMScheduler):
             ValueError: wrong number of channels in model_output; a timestep outside the chain.
         """
         x_t = _working(x_t)
-        position = self._position(_to(t, x_t))
+        position = self._position(t, x_t)
         output, values = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, clip_sample)
-        previous = self.prediction_type == "previous"
-        mean = output if previous else _weighted_sum(*self._posterior_terms(x_start, x_t, position))
+        if self.prediction_type == "previous":
+            mean = output
+        else:
+            mean = _weighted_sum(self._chain.at("posterior_mean", position, x_t), x_start, x_t)
         if values is None:
             variance = self._full("model_variance", position, x_t)
             return Gaussian(mean, variance, self._full("model_log_variance", position, x_t), x_start)
@@ -624,7 +630,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
         return Gaussian(mean, log_variance.exp(), log_variance, x_start)
 
     def _split(self, model_output, x_t):
-        output = model_output.to(x_t.dtype)
+        output = model_output if model_output.dtype is x_t.dtype else model_output.to(x_t.dtype)
         learned = self.variance_type in ("learned", "learned_range")
         if not learned and output.shape == x_t.shape:
             return output, None
@@ -649,10 +655,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
         if self.prediction_type == "sample":
             x_start = output
         else:
-            at = self._chain.at
-            x_start = _weighted_sum(
-                (at("x_start_of_x_t", position, x_t), x_t), (at("x_start_of_output", position, x_t), output)
-            )
+            x_start = _weighted_sum(self._chain.at("x_start", position, x_t), x_t, output)
         config = self.config
         if clip_sample is None:
             clip_sample = config.clip_sample or config.thresholding
@@ -701,7 +704,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
         """
         x_start = _working(x_start)
         p = self.p_mean_variance(model_output, x_t, t, clip_sample)
-        position = self._position(_to(t, x_t))
+        position = self._position(t, x_t)
         first = position == 0
         if first is not True:
             q = self.q_posterior(x_start, x_t, t)
@@ -752,41 +755,30 @@ class VariationalDDPMScheduler(DDPMScheduler):
             ValueError: timestep outside the chain; wrong channels; eta outside [0, 1].
         """
         x_t = _working(sample)
-        position = self._position(_to(timestep, x_t))
+        position = self._position(timestep, x_t)
         output, values = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, None)
-        if eta is not None:
-            terms, std = self._ddim(x_start, x_t, position, eta)
+        of_x_start, of_x_t, std = self._chain.at("ancestral" if eta is None else self._ddim(eta), position, x_t)
+        last = isinstance(position, int) and position == 0
+        if eta is None and values is not None and not last:
+            std = torch.exp(0.5 * self._learned_log_variance(values, position)) * (std > 0)  # no noise at the last step
+        noise = None if last or eta == 0 else _scaled_noise(std, x_t, generator, variance_noise)
+        if eta is None and self.prediction_type == "previous":
+            prev_sample = output if noise is None else noise + output
         else:
-            previous = self.prediction_type == "previous"
-            terms = ((1.0, output),) if previous else self._posterior_terms(x_start, x_t, position)
-            std = self._std(values, position, x_t)
-        if not (isinstance(std, float) and std == 0.0):
-            noise = _noise_like(x_t, generator) if variance_noise is None else variance_noise.to(x_t.dtype, copy=True)
-            prev_sample = _weighted_sum((std, noise), *terms, overwrite=True)
-        else:
-            prev_sample = _weighted_sum(*terms)
+            prev_sample = _weighted_sum((of_x_start, of_x_t), x_start, x_t, onto=noise)
         if x_t is not sample:
             prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
-        if not return_dict:
-            return prev_sample, x_start
-        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_start)
+        return _step_output(prev_sample, x_start) if return_dict else (prev_sample, x_start)
 
-    def _std(self, values, position, like):
-        if values is None or (isinstance(position, int) and position == 0):
-            return self._chain.at("model_std", position, like)  # 0 at the first step
-        not_first = self._chain.at("not_first", position, like)
-        return torch.exp(0.5 * self._learned_log_variance(values, position)) * not_first
-
-    def _ddim(self, x_start, x_t, position, eta):
+    def _ddim(self, eta):
+        """The name of the chain's table for this eta."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
-        chain, name = self._chain, f"ddim {float(eta)}"
-        if f"{name}: sigma" not in chain.tables:
-            chain.add_ddim(float(eta))
-        a, b = chain.at(f"{name}: x_start", position, x_t), chain.at(f"{name}: x_t", position, x_t)
-        sigma = chain.at(f"{name}: sigma", position, x_t) if eta > 0 else 0.0
-        return ((a, x_start), (b, x_t)), sigma
+        name = f"ddim {float(eta)}"
+        if name not in self._chain.tables:
+            self._chain.add_ddim(float(eta))
+        return name
 
     def reverse_step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
@@ -802,13 +794,10 @@ class VariationalDDPMScheduler(DDPMScheduler):
             `DDPMSchedulerOutput`; `.prev_sample` is the sample at the chain's next timestep, at abar = 0 after the last.
         """
         x_t = _working(sample)
-        position = self._position(_to(timestep, x_t))
+        position = self._position(timestep, x_t)
         output, _ = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, None)
-        at = self._chain.at
-        result = _weighted_sum(
-            (at("reverse: x_start", position, x_t), x_start), (at("reverse: x_t", position, x_t), x_t)
-        )
+        result = _weighted_sum(self._chain.at("reverse", position, x_t), x_start, x_t)
         return DDPMSchedulerOutput(prev_sample=result.to(sample.dtype), pred_original_sample=x_start.to(sample.dtype))
 
 
@@ -828,23 +817,31 @@ def _working(x):
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _to(t, x):
-    return t.to(x.device) if not isinstance(t, int) and isinstance(t, torch.Tensor) and t.dim() > 0 else t
+def _scaled_noise(std, x, generator, noise):
+    """std times standard normal noise of x's shape: `noise` where it is given, else drawn from the generator(s)."""
+    if noise is None and std.dim() == 0 and (generator is None or getattr(generator, "device", None) == x.device):
+        # the values of std * randn, and one pass less
+        return torch.empty_like(x, memory_format=torch.contiguous_format).normal_(0.0, std, generator=generator)
+    if noise is None:
+        noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return noise.to(x.dtype) * std
 
 
-def _noise_like(x, generator):
-    if generator is None or (isinstance(generator, torch.Generator) and generator.device == x.device):
-        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)  # a list, or another device
+def _weighted_sum(weights, x, y, onto=None):
+    """a * x + b * y, added in place to `onto` where given; the weights (a, b) are those of `_Chain.at`."""
+    a, b = weights
+    if a.dim() == 0:
+        total = x * a if onto is None else onto.add_(x, alpha=a)
+        return total.add_(y, alpha=b)
+    total = x * a if onto is None else onto.addcmul_(x, a)
+    return total.addcmul_(y, b)
 
 
-def _weighted_sum(*terms, overwrite=False):
-    """The sum of weight * x over terms (weight, x); weights are numbers or tensors (B, 1, ...).
-
-    In place from the second term on, and in the first x itself with `overwrite`: an allocation costs more than a sum.
-    """
-    (weight, x), *rest = terms
-    total = x.mul_(weight) if overwrite else x * weight
-    for weight, x in rest:
-        total = total.add_(x, alpha=weight) if isinstance(weight, float) else total.addcmul_(x, weight)
-    return total
+def _step_output(prev_sample, pred_original_sample):
+    """`DDPMSchedulerOutput(...)` without the detours of its constructor, which cost as much as two sums over the image."""
+    output = DDPMSchedulerOutput.__new__(DDPMSchedulerOutput)
+    fields = output.__dict__
+    fields["prev_sample"], fields["pred_original_sample"] = prev_sample, pred_original_sample
+    OrderedDict.__setitem__(output, "prev_sample", prev_sample)
+    OrderedDict.__setitem__(output, "pred_original_sample", pred_original_sample)
+    return output
