@@ -32,6 +32,7 @@ def test_command_line_beats_the_file(tmp_path):
     )
     assert (config.steps, config.learning_rate, config.random_flip, config.image_size) == (9, 2e-4, True, [8, 16])
     assert config.unet == {"block_out_channels": [8, 16], "dropout": 0.5}
+    assert load("--output_dir", "~/there/is/none").output_dir == str(Path.home() / "there/is/none")
     assert load("--unet.norm_eps", "1e-5").unet["norm_eps"] == 1e-5
     assert load("--ema_decay", "0").ema_decay == 0.0 and load("--sample_steps", "null").sample_steps is None
 
@@ -57,6 +58,9 @@ def test_command_line_beats_the_file(tmp_path):
         (["--mixed_precision", "fp8"], "mixed_precision='fp8'"),
         (["--label_column", "label"], "go together"),
         (["--adam_betas", "[0.9]"], "adam_betas"),
+        (["--adam_betas", "[0.9, 1.0]"], "adam_betas"),
+        (["--learning_rate", "inf"], "learning_rate=inf"),
+        (["--weight_decay", "-0.1"], "weight_decay=-0.1"),
         (["--adam_betas", "[0.9, x]"], r"adam_betas\[1\]='x'"),
         (["--channels", "2"], "channels=2"),
         (["--ema_decay", "1"], "ema_decay"),
@@ -111,7 +115,7 @@ except SystemExit as error:
         (["--scheduler.beta_schedule", "liner"], "beta_schedule='liner' is not known"),
         (["--unet.norm_num_groups", "7"], "norm_num_groups=7 must divide"),
         (["--scheduler.variance_type", "lerned"], "variance_type='lerned' is not known; did you mean 'learned'?"),
-        (["--scheduler.num_train_timesteps", "10"], "num_inference_steps=100 must be 1 to 10"),
+        (["--scheduler.num_train_timesteps", "10"], "num_inference_steps=100 must be an integer, 1 to 10"),
         (["--lr_schedule", "cosin"], "lr_schedule='cosin' is not known; did you mean 'cosine'?"),
     ],
 )

@@ -23,6 +23,7 @@ from diffusers import (
 
 import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
+from ddpm_hf.hub import write_model_card
 from ddpm_hf.pipeline import self_contained_source
 
 
@@ -55,6 +56,7 @@ def test_image_i_is_the_same_alone_or_in_a_batch(make_pipeline, eta):
     for i in range(3):
         np.testing.assert_allclose(run(pipeline, 1, generator=[seeded(i)], eta=eta)[0], batch[i], atol=1e-4)
     assert np.abs(batch[0] - batch[1]).max() > 0.1
+    np.testing.assert_array_equal(run(pipeline, 3, generator=tuple(seeded(i) for i in range(3)), eta=eta), batch)
 
 
 def test_one_seed_one_result(make_pipeline):
@@ -313,3 +315,11 @@ def test_a_swapped_scheduler_is_saved_as_it_is(make_pipeline, tmp_path):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(tmp_path)
     assert type(DDPMImagePipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
+
+
+@pytest.mark.parametrize(("size", "shown"), [(8, "8x8 images"), ((8, 12), "8x12 images"), (None, "images of any size")])
+def test_the_card_counts_the_network_however_it_is_stored(make_pipeline, tmp_path, size, shown):
+    pipeline = make_pipeline(sample_size=size)
+    pipeline.save_pretrained(tmp_path, safe_serialization=False)
+    card = write_model_card(tmp_path).read_text()
+    assert shown in card and f"{pipeline.unet.num_parameters():,} parameters" in card

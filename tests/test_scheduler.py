@@ -550,6 +550,9 @@ def test_every_number_of_steps(spacing, T):
         {"num_inference_steps": 0},
         {"num_inference_steps": 1001},
         {"num_inference_steps": 1000},  # with the offset
+        {"num_inference_steps": 2.5},
+        {"num_inference_steps": "5"},
+        {"timesteps": [2.5, 1]},
     ],
     ids=str,
 )
@@ -594,6 +597,13 @@ def test_a_timestep_outside_the_chain_is_named(name, bad):
     for t in ts:
         with pytest.raises(ValueError, match=rf"timestep {bad} "):
             calls(scheduler, x, t)[name]()
+
+
+def test_a_fractional_timestep_is_refused():
+    x = images()
+    for t in 5.0, torch.tensor(5.0), torch.full((4,), 5.5):
+        with pytest.raises(ValueError, match="must be (an integer|integers)"):
+            make().step(x, t, x)
 
 
 @each_chain
@@ -646,8 +656,8 @@ def test_ddim_step(chain, eta):
 
 def test_eta_outside_its_range():
     x_t = randn(SEED_X)
-    for eta in -0.1, 1.1, math.nan:
-        with pytest.raises(ValueError, match=f"eta={eta}"):
+    for eta in -0.1, 1.1, math.nan, "1":
+        with pytest.raises(ValueError, match=f"eta={eta!r}"):
             make().step(x_t, 5, x_t, eta=eta)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -85,6 +86,9 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
         if key not in fields:
             raise ConfigError(f"unknown key {key!r}{nearest(key, fields)}")
         values[key] = _typed(key, value, fields[key])
+    for key in ("data", "output_dir"):
+        if key in values:
+            values[key] = os.path.expanduser(values[key])
     config = TrainConfig(**values)
     _check(config)
     return config, dry_run
@@ -178,18 +182,20 @@ def _check(config):
             raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
     if config.sample_steps is not None and config.sample_steps < 1:
         raise ConfigError(f"sample_steps={config.sample_steps} must be 1 or more, or null for all timesteps")
-    if not config.learning_rate > 0 or not config.max_grad_norm > 0:
+    if not 0 < config.learning_rate < math.inf or not config.max_grad_norm > 0:
         raise ConfigError(
             f"learning_rate={config.learning_rate} and max_grad_norm={config.max_grad_norm} must be above 0"
         )
+    if not 0 <= config.weight_decay < math.inf:
+        raise ConfigError(f"weight_decay={config.weight_decay} must be 0 or more")
     if config.seed < 0:
         raise ConfigError(f"seed={config.seed} must be 0 or more")
     if not config.output_dir:
         raise ConfigError("output_dir is empty; name a folder")
     if not 0 <= config.ema_decay < 1:
         raise ConfigError(f"ema_decay={config.ema_decay} must be 0 to below 1")
-    if len(config.adam_betas) != 2:
-        raise ConfigError(f"adam_betas={config.adam_betas} must be two numbers, as [0.9, 0.999]")
+    if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
+        raise ConfigError(f"adam_betas={config.adam_betas} must be two numbers of 0 to below 1, as [0.9, 0.999]")
     if config.mixed_precision not in ("no", "bf16", "fp16"):
         raise ConfigError(f"mixed_precision={config.mixed_precision!r} must be no, bf16 or fp16")
     if config.channels not in (1, 3, 4):

@@ -289,8 +289,8 @@ def main():
         return
     try:
         folder = train(CONFIG)
-    except ConfigError as error:
-        sys.exit(f"train.py: {error}")
+    except (ConfigError, OSError) as error:  # OSError: an image that cannot be read, a full disk
+        sys.exit(f"train.py: {' '.join(str(error).split())}")
     print(f"saved {folder}")
 
 

@@ -4,8 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
+
+from .unet import DDPMUNet
 
 # installed beside the package; at the project's root in a checkout
 TEMPLATES = (Path(__file__).parent / "model_card.md", Path(__file__).parents[2] / "model_card.md")
@@ -23,6 +25,7 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> P
 
     Raises:
         FileNotFoundError: not a saved pipeline.
+        ValueError: its network is not one that `DDPMUNet` supports.
     """
     folder = Path(folder)
     unet, scheduler = _read(folder / "unet/config.json"), _read(folder / "scheduler/scheduler_config.json")
@@ -33,7 +36,13 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> P
     name = folder.name.lstrip(".")  # a folder that is being written has a dot
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
     size = unet["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    if size is None:
+        images = "images of any size"
+    else:
+        sides = (size, size) if isinstance(size, int) else size
+        images = "x".join(str(side) for side in sides) + " images"
+    with torch.device("meta"):
+        parameters = DDPMUNet.from_config(unet).num_parameters()
     card = ModelCard.from_template(
         ModelCardData(
             library_name="diffusers",
@@ -43,8 +52,8 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> P
         template_path=str(next(path for path in TEMPLATES if path.is_file())),
         title=repo_id,
         repo_id=repo_id,
-        size=f"{height}x{width}",
-        parameters=f"{_count_parameters(folder / 'unet'):,}",
+        images=images,
+        parameters=f"{parameters:,}",
         steps=scheduler["num_train_timesteps"],
         beta_schedule=scheduler["beta_schedule"],
         prediction_type=scheduler["prediction_type"],
@@ -61,15 +70,3 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> P
 
 def _read(path):
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _count_parameters(folder):
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a dict
-                size = 1
-                for side in weights.get_slice(name).get_shape():
-                    size *= side
-                count += size
-    return count

@@ -89,6 +89,7 @@ class DDPMImagePipeline(DiffusionPipeline):
             ValueError: an argument that cannot be used, named, before any computing.
         """
         channels, sample_size = self.unet.config.in_channels, self.unet.config.sample_size
+        generator = list(generator) if isinstance(generator, tuple) else generator
         if latents is not None and latents.shape[0] != batch_size and batch_size == 1:
             batch_size = latents.shape[0]
         self._check_arguments(

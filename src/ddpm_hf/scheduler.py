@@ -7,7 +7,9 @@ bits per dimension where a name says so. All tables are float64.
 
 import json
 import math
+import operator
 from collections import OrderedDict
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -452,9 +454,11 @@ class VariationalDDPMScheduler(DDPMScheduler):
         T = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give one of num_inference_steps and timesteps, not both and not neither")
-        if timesteps is None and not 1 <= num_inference_steps <= T:
-            raise ValueError(f"num_inference_steps={num_inference_steps} must be 1 to {T}, the steps of the process")
-        chain = self._spaced(num_inference_steps) if timesteps is None else [int(t) for t in timesteps][::-1]
+        if timesteps is None and not (isinstance(num_inference_steps, Integral) and 1 <= num_inference_steps <= T):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps!r} must be an integer, 1 to {T}, the steps of the process"
+            )
+        chain = self._spaced(num_inference_steps) if timesteps is None else [_index(t) for t in timesteps][::-1]
         if not chain or chain[0] < 0 or chain[-1] >= T or any(a >= b for a, b in zip(chain, chain[1:])):
             told = "timesteps" if timesteps is not None else f"steps_offset={self.config.steps_offset}"
             raise ValueError(
@@ -494,10 +498,12 @@ class VariationalDDPMScheduler(DDPMScheduler):
                 if t.device.type == "cpu" and (outside := position == len(chain.timesteps)).any():
                     self._refuse(t[outside][0].item())
             return position
-        position = chain.position.get(int(t))
-        return position if position is not None else self._refuse(int(t))
+        position = chain.position.get(_index(t))
+        return position if position is not None else self._refuse(_index(t))
 
     def _in_range(self, t):
+        if t.is_floating_point():
+            raise ValueError(f"timesteps of dtype {t.dtype} must be integers")
         t, T = t.long(), self.config.num_train_timesteps
         if t.device.type == "cpu" and (outside := (t < 0) | (t >= T)).any():
             raise ValueError(f"timestep {t[outside].flatten()[0].item()} is not one of the process, 0 to {T - 1}")
@@ -773,8 +779,8 @@ class VariationalDDPMScheduler(DDPMScheduler):
 
     def _ddim(self, eta):
         """The name of the chain's table for this eta."""
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
+        if not (isinstance(eta, Real) and 0 <= eta <= 1):
+            raise ValueError(f"eta={eta!r} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
         name = f"ddim {float(eta)}"
         if name not in self._chain.tables:
             self._chain.add_ddim(float(eta))
@@ -815,6 +821,13 @@ def _bits_per_dim(nats):
 def _working(x):
     """Half precision is computed in float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _index(t):
+    try:
+        return operator.index(t)
+    except TypeError:
+        raise ValueError(f"timestep {t!r} must be an integer") from None
 
 
 def _scaled_noise(std, x, generator, noise):

@@ -123,6 +123,21 @@ def test_a_folder_of_colour_images_with_flips_and_accumulation(tmp_path):
     assert pipeline(num_inference_steps=2).images[0].size == (16, 8)
 
 
+def test_an_image_that_cannot_be_read_is_told_in_one_line(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(16):
+        Image.fromarray(np.full((8, 8), i, dtype=np.uint8)).save(tmp_path / f"images/{i:02}.png")
+    whole = (tmp_path / "images/07.png").read_bytes()
+    (tmp_path / "images/07.png").write_bytes(whole[: len(whole) // 2])
+    result = script(
+        "train.py", *SMALL.split(), *NETWORK, "--data", tmp_path / "images", "--scheduler.levels", 256,
+        "--output_dir", tmp_path / "run", check=False,
+    )  # fmt: skip
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("train.py: ") and "image file" in result.stderr
+    assert not (tmp_path / "run/pipeline").exists()
+
+
 def test_class_conditional(tmp_path):
     script(
         "train.py", *SMALL.split(), *NETWORK, "--label_column", "label", "--unet.num_class_embeds", "10",
