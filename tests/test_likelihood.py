@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from golden_data import case_id, case_scheduler, golden_cases, images, network, randn
+from golden_data import SEED_X, case_id, case_scheduler, golden_cases, images, network, randn
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_hf.likelihood import bits_per_dim
+from ddpm_hf.likelihood import bits_per_dim, estimate_bits_per_dim
 from ddpm_hf.scheduler import VariationalDDPMScheduler, space_timesteps
+from ddpm_hf.unet import DDPMUNet
 
 F64 = torch.float64
 LOOPS = golden_cases("likelihood_bound", "calc_bpd_loop")
@@ -40,7 +41,7 @@ class TinyUNet(torch.nn.Module):
         assert sample.dtype == self.dtype and not torch.is_grad_enabled()
         self.modes.append(self.training)
         self.batches.append(len(sample))
-        output = self.dropout(self.conv(sample)) + 0.001 * timestep
+        output = self.dropout(self.conv(sample)) + 0.001 * torch.as_tensor(timestep).view(-1, 1, 1, 1)
         if class_labels is not None:
             output = output + self.embedding(class_labels)[:, :, None, None]
         return (output,)
@@ -118,6 +119,7 @@ def test_gaussian_data(steps):
     alpha_bar = [*scheduler.alphas_cumprod[scheduler.chain].tolist(), 1.0]
     generator = torch.Generator().manual_seed(0)
     x_start = m + s * torch.randn(64, 3, 8, 8, generator=generator, dtype=F64)
+    x_start = (x_start * 2**15).round() / 2**15
 
     def unet(x, t, class_labels=None, return_dict=True, error=0.0):
         i = scheduler.chain.index(t)
@@ -158,7 +160,8 @@ def test_batches_change_nothing(tiny, batch_size):
     parts = bits_per_dim(
         tiny, scheduler, images(torch.float32), class_labels=labels, noise_fn=noise_fn, batch_size=batch_size
     )
-    assert max(tiny.batches[5:]) == min(batch_size, 4) and sum(tiny.batches[5:]) == 20
+    # the decoder's step is a call of its own; the others share one as far as the batch size reaches
+    assert max(tiny.batches[5:]) == min(batch_size, 16) and sum(tiny.batches[5:]) == 20
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     unlabelled = bits_per_dim(tiny, scheduler, images(torch.float32), noise_fn=fixed_noise)
@@ -257,6 +260,155 @@ def test_refused_labels(tiny):
     for batch_size, labels in (1, [1]), (2, [1, 2]), (None, [1, 2, 3]):
         with pytest.raises(ValueError, match="class_labels"):
             bits_per_dim(tiny, short(), images(torch.float32), class_labels=torch.tensor(labels), batch_size=batch_size)
+
+
+def test_refused_levels(tiny):
+    x_start = images(torch.float32)
+    for bad, levels in (
+        (x_start, 100),
+        (x_start + 0.001 * randn(SEED_X, torch.float32).sign(), None),
+        (x_start / 2, 256),
+    ):
+        with pytest.raises(ValueError, match="off the grid of levels="):
+            bits_per_dim(tiny, short(), bad.clamp(-1, 1), levels=levels)
+    with pytest.raises(ValueError, match="float16"):
+        bits_per_dim(tiny, short(), x_start.half())
+    assert not tiny.batches
+    sixteen_bits = (torch.rand(2, 3, 8, 8, dtype=F64) * 65535).round() * (2 / 65535) - 1
+    for x in sixteen_bits, sixteen_bits.float():
+        found = bits_per_dim(tiny, short(), x, levels=2**16, noise_fn=fixed_noise)
+        same = bits_per_dim(tiny, short(levels=2**16), x, noise_fn=fixed_noise)
+        assert torch.equal(found.terms, same.terms)
+
+
+@pytest.mark.parametrize(
+    "config, process, said",
+    [
+        ({"in_channels": 1, "out_channels": 3}, {}, "in_channels=1"),
+        ({}, {"variance_type": "learned_range"}, "out_channels=3.*'learned_range' need 6"),
+        ({"out_channels": 6}, {}, "out_channels=6.*'fixed_small' need 3"),
+    ],
+)
+def test_a_network_of_other_channels(config, process, said):
+    config = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4} | config
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = DDPMUNet(**config, **blocks)
+    for measure in bits_per_dim, partial(estimate_bits_per_dim, num_evaluations=8):
+        with pytest.raises(ValueError, match=said):
+            measure(unet, short(num_train_timesteps=20, **process), images(torch.float32))
+
+
+@pytest.mark.parametrize("batch_size", [None, 3, 12])
+def test_a_term_that_is_not_finite_is_named(tiny, batch_size):
+    def broken(x_t, t, class_labels=None, return_dict=True):
+        (output,) = tiny(x_t, 0)
+        at = torch.as_tensor(t).expand(len(x_t)) == 3
+        return (torch.where((at & (torch.arange(len(x_t)) % 3 == 2))[:, None, None, None], math.nan, output),)
+
+    with pytest.raises(ValueError, match="term of image 2 at t=3 is nan"):
+        bits_per_dim(broken, short(), images(torch.float32)[:3], batch_size=batch_size)
+
+
+def test_a_call_of_several_steps_draws_the_same_noise(tiny):
+    x_start, labels, scheduler = images(torch.float32), torch.tensor([3, 1, 4, 1]), short(num_train_timesteps=20)
+    one, several = (
+        bits_per_dim(
+            tiny, scheduler, x_start, class_labels=labels, generator=torch.Generator().manual_seed(0), batch_size=size
+        )
+        for size in (4, 26)
+    )
+    assert set(tiny.batches) == {4, 24}
+    for a, b in zip(one, several):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_a_network_in_half_precision_has_terms_in_float32(tiny, how):
+    x_start, scheduler = images(torch.float32), short()
+    exact = bits_per_dim(tiny, scheduler, x_start, noise_fn=fixed_noise)
+    if how == "weights":
+        tiny.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        half = bits_per_dim(tiny, scheduler, x_start, noise_fn=fixed_noise)
+    for a, b in zip(exact, half):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.05, atol=1e-3)
+    assert not torch.equal(exact.terms, half.terms) and torch.equal(exact.prior, half.prior)
+
+
+# The estimate
+
+
+class LinearUNet:
+    """x_0 predicted as gain(t) * x_t: each term's expectation over the noise has a closed form."""
+
+    def __init__(self, scheduler, gain):
+        self.scheduler, self.gain, self.rows = scheduler, gain, 0
+
+    def __call__(self, x_t, t, class_labels=None, return_dict=True):
+        self.rows += len(x_t)
+        return (x_t * self.gain[torch.as_tensor(t)].view(-1, 1, 1, 1),)
+
+    def expected_kl(self, x_start):
+        """(B,) sums of the expected KL terms, by eq. 8."""
+        chain = self.scheduler.chain
+        abar = self.scheduler.alphas_cumprod[chain]
+        prev = torch.cat((torch.ones(1, dtype=F64), abar[:-1]))
+        beta, gain = 1 - abar / prev, self.gain[chain]
+        x = x_start.double()[..., None]
+        error = (x * (1 - gain * abar.sqrt())) ** 2 + gain**2 * (1 - abar)
+        kl = error * (prev.sqrt() * beta / (1 - abar)) ** 2 / (2 * beta * (1 - prev) / (1 - abar))
+        return kl[..., 1:].sum(-1).flatten(1).mean(1) / math.log(2)
+
+
+@pytest.mark.parametrize("num_evaluations", [9, 20])
+@pytest.mark.parametrize("chain", [None, 50])
+def test_the_estimate_is_unbiased(chain, num_evaluations):
+    scheduler = VariationalDDPMScheduler(
+        200, beta_schedule="cosine", variance_type="fixed_small_log", prediction_type="sample", timestep_spacing="iddpm"
+    )
+    if chain:
+        scheduler.set_timesteps(chain)
+    abar = scheduler.alphas_cumprod
+    unet = LinearUNet(scheduler, 0.36 * abar.sqrt() / (0.36 * abar + 1 - abar))  # the best for data N(0, 0.6^2)
+    x_start, found = images(F64), []
+    for seed in range(300):
+        unet.rows = 0
+        found.append(
+            estimate_bits_per_dim(
+                unet, scheduler, x_start, num_evaluations=num_evaluations, clip_sample=False,
+                generator=torch.Generator().manual_seed(seed), batch_size=[None, 7, 64][seed % 3],
+            )
+        )  # fmt: skip
+        assert unet.rows == 4 * num_evaluations
+    kl = torch.stack([estimate.kl for estimate in found])
+    error = kl.mean(0) - unet.expected_kl(x_start)
+    assert (error.abs() < 4 * kl.std(0) / 300**0.5).all() and (kl.std(0) < 0.5 * kl.mean(0)).all()
+    # what it says of its own error: on the safe side, not by far
+    told = torch.tensor([estimate.sampling_error for estimate in found]).square().mean().sqrt()
+    actual = torch.tensor([estimate.mean for estimate in found]).std()
+    assert 0.9 < told / actual < (2 if num_evaluations == 20 else 4)
+    assert torch.equal(found[0].prior, scheduler.prior_bits_per_dim(x_start))
+    assert torch.equal(found[0].total, found[0].prior + found[0].kl + found[0].decoder)
+
+
+def test_the_estimate_and_the_bound_agree(tiny):
+    x_start, scheduler = images(torch.float32), short(num_train_timesteps=100)
+    whole = bits_per_dim(tiny, scheduler, x_start, batch_size=100)
+    some = estimate_bits_per_dim(tiny, scheduler, x_start, num_evaluations=40)
+    assert abs(some.mean - whole.mean) < 5 * some.sampling_error + 0.01 * whole.mean
+    assert some.standard_error == pytest.approx(some.total.double().std().item() / 2)
+    assert all(tensor.dtype == torch.float32 and tensor.shape == (4,) for tensor in some[:4])
+    one = estimate_bits_per_dim(tiny, scheduler, x_start[:1], num_evaluations=8)
+    assert math.isfinite(one.mean) and one.sampling_error > 0 and math.isnan(one.standard_error)
+
+
+@pytest.mark.parametrize("num_evaluations", [0, 7, 100, 1000])
+def test_refused_number_of_evaluations(tiny, num_evaluations):
+    with pytest.raises(ValueError, match=f"num_evaluations={num_evaluations} must be 8 to 99"):
+        estimate_bits_per_dim(
+            tiny, short(num_train_timesteps=100), images(torch.float32), num_evaluations=num_evaluations
+        )
 
 
 def test_one_image(tiny):

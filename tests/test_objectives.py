@@ -1,11 +1,14 @@
 import math
+import os
+import socket
 
 import pytest
 import torch
 from golden_data import case_id, case_scheduler, golden_cases, images, network, randn
 
-from ddpm_hf import DiffusionObjective, VariationalDDPMScheduler
+from ddpm_hf import DiffusionObjective, LossSecondMomentTimesteps, VariationalDDPMScheduler
 
+F64 = torch.float64
 SEED_TRAIN = 3
 
 
@@ -96,6 +99,119 @@ def test_timesteps_are_drawn_from_the_chain():
     assert sum(counts) == 3000 and min(counts) > 850
 
 
+def test_vlb_with_a_fixed_variance_has_the_weights_of_eq_12():
+    scheduler = VariationalDDPMScheduler(variance_type="fixed_small")
+    x_start, noise = torch.rand(4, 1, 4, 4, dtype=F64), torch.randn(4, 1, 4, 4, dtype=F64)
+    t = torch.tensor([1, 10, 500, 999])
+
+    def losses(loss):
+        return DiffusionObjective(scheduler, loss)(lambda x, t, **_: (0.5 * x,), x_start, t=t, noise=noise)
+
+    beta, abar = scheduler.betas[t], scheduler.alphas_cumprod[t]
+    variance = beta * (1 - scheduler.alphas_cumprod[t - 1]) / (1 - abar)
+    eq_12 = beta**2 / (2 * variance * (1 - beta) * (1 - abar)) * losses("simple")
+    torch.testing.assert_close(losses("vlb"), 1000 * eq_12 / math.log(2), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "truncated_snr", "p2"])
+def test_a_weighting_is_the_same_whatever_is_predicted(weighting):
+    """Of the same prediction of x_0, said in four ways; and the published forms of the weights."""
+    x_start, noise, wrong = (torch.randn(6, 1, 4, 4, dtype=F64) for _ in range(3))
+    t = torch.tensor([0, 1, 50, 250, 500, 999])
+
+    def weighed(prediction, weighting):
+        scheduler = VariationalDDPMScheduler(prediction_type=prediction)
+
+        def unet(x_t, t, class_labels=None, return_dict=True):
+            return (scheduler.prediction_target(wrong, x_t, scheduler.epsilon_from_x_start(wrong, x_t, t), t),)
+
+        return DiffusionObjective(scheduler, weighting=weighting)(unet, x_start, t=t, noise=noise)
+
+    abar = VariationalDDPMScheduler().alphas_cumprod[t]
+    snr = abar / (1 - abar)
+    of_epsilon = {"min_snr": snr.clamp(max=5) / snr, "truncated_snr": snr.clamp(min=1) / snr, "p2": 1 / (1 + snr)}
+    expected = of_epsilon[weighting] * weighed("epsilon", None)
+    for prediction in "epsilon", "sample", "v_prediction", "previous":
+        torch.testing.assert_close(weighed(prediction, weighting), expected, rtol=1e-5, atol=0)
+
+
+GOLDEN_SAMPLER = golden_cases("respacing_resampler", "second_moment_resampler")
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 25])
+@pytest.mark.parametrize("case", GOLDEN_SAMPLER, ids=lambda case: str(case["T"]))
+def test_golden_importance_sampling(case, batch_size):
+    """The history is that of one update after another, however many come in one batch."""
+    T = case["T"]
+    scheduler = VariationalDDPMScheduler(T)
+    for state in case["states"]:
+        sampler = LossSecondMomentTimesteps(scheduler, case["history_per_term"], case["uniform_prob"])
+        k = torch.arange(state["after_updates"])
+        t = (7 * k) % T
+        for part in k.split(batch_size):
+            sampler.update(t[part], 0.1 + ((13 * part) % 17).double() / (1 + t[part]))
+        expected = torch.tensor(state["weights"], dtype=F64)
+        torch.testing.assert_close(sampler.probabilities(), expected / expected.sum(), rtol=1e-12, atol=1e-14)
+        assert state["warmed_up"] == (not torch.equal(expected, torch.ones(T, dtype=F64)))
+    drawn, weights = sampler.sample(4000)
+    expected = torch.tensor(case["importance_weight_1_over_T_p_after_last"])
+    torch.testing.assert_close(weights, expected[drawn], rtol=1e-6, atol=0)
+    share = torch.bincount(drawn, minlength=T) / 4000
+    assert (share - 1 / (T * expected)).abs().max() < 0.04
+
+
+def test_importance_sampling_is_unbiased_on_a_chain():
+    scheduler = VariationalDDPMScheduler()
+    scheduler.set_timesteps(timesteps=[900, 500, 40, 7])
+    sampler = LossSecondMomentTimesteps(scheduler, history_per_timestep=3)
+    loss = torch.zeros(1000, dtype=F64).index_put_(
+        (torch.tensor([7, 40, 500, 900]),), torch.tensor([9.0, 1, 4, 2]).double()
+    )
+    t, weights = sampler.sample(100)
+    assert (weights == 1).all() and set(t.tolist()) == {7, 40, 500, 900}
+    for _ in range(3):
+        sampler.update(t, loss[t])
+    t, weights = sampler.sample(20000, generator=torch.Generator().manual_seed(0))
+    assert (t == 7).float().mean() == pytest.approx(9 / 16, abs=0.02)
+    # of a loss that t decides alone the weighted one is constant: no variance is left
+    torch.testing.assert_close(weights * loss[t], torch.full((20000,), 4.0, dtype=F64), rtol=0.01, atol=0)
+    other = LossSecondMomentTimesteps(scheduler, history_per_timestep=3)
+    other.load_state_dict(sampler.state_dict())
+    assert torch.equal(other.probabilities(), sampler.probabilities())
+    before = sampler.probabilities()
+    sampler.update(torch.tensor([7, 40]), torch.tensor([math.nan, math.inf]))
+    assert torch.equal(before, sampler.probabilities()) and torch.equal(before, other.probabilities())
+    with pytest.raises(ValueError, match="another sampler"):
+        LossSecondMomentTimesteps(VariationalDDPMScheduler()).load_state_dict(sampler.state_dict())
+
+
+def _share_histories(rank, port, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo")
+    sampler = LossSecondMomentTimesteps(VariationalDDPMScheduler(4), history_per_timestep=2)
+    for t in (0, 1, 2, 3):
+        sampler.update(torch.tensor([t]), torch.tensor([1.0 + t + 10 * rank]))
+    queue.put((rank, sampler.probabilities().tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_one_history():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_share_histories, args=(rank, port, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get() for _ in processes)
+    for process in processes:
+        process.join()
+    size = torch.tensor([((1.0 + t) ** 2 + (11.0 + t) ** 2) ** 0.5 for t in range(4)], dtype=F64)
+    expected = 0.999 * size / size.sum() + 0.001 / 4
+    assert found[0] == found[1] == pytest.approx(expected.tolist(), rel=1e-12)
+
+
 def test_mean_of_vlb_over_t_is_the_bound():
     scheduler = VariationalDDPMScheduler(num_train_timesteps=20, beta_schedule="linear_scaled_by_T")
     x_start, noise = torch.randint(0, 256, (2, 1, 4, 4)) / 127.5 - 1, torch.randn(2, 1, 4, 4)
@@ -118,3 +234,10 @@ def test_wrong_arguments():
         DiffusionObjective(VariationalDDPMScheduler(), "l1")
     with pytest.raises(ValueError, match="fixed_small"):
         DiffusionObjective(VariationalDDPMScheduler(), "hybrid")
+    with pytest.raises(ValueError, match="weighting='snr' is not known"):
+        DiffusionObjective(VariationalDDPMScheduler(), weighting="snr")
+    with pytest.raises(ValueError, match="has the bound's own"):
+        DiffusionObjective(VariationalDDPMScheduler(), "vlb", weighting="p2")
+    for arguments in {"history_per_timestep": 0}, {"uniform_probability": 0.0}, {"uniform_probability": 1.1}:
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            LossSecondMomentTimesteps(VariationalDDPMScheduler(), **arguments)

@@ -323,3 +323,54 @@ def test_the_card_counts_the_network_however_it_is_stored(make_pipeline, tmp_pat
     pipeline.save_pretrained(tmp_path, safe_serialization=False)
     card = write_model_card(tmp_path).read_text()
     assert shown in card and f"{pipeline.unet.num_parameters():,} parameters" in card
+
+
+@pytest.mark.parametrize("eta", [None, 0.0])
+def test_progressive_is_the_same_sampling_seen_on_the_way(make_pipeline, eta):
+    pipeline = make_pipeline()
+    final = run(pipeline, 2, generator=seeded(), eta=eta, output_type="latent", num_inference_steps=7)
+    seen = list(pipeline.progressive(2, seeded(), 7, every=3, eta=eta))
+    steps = pipeline.scheduler.timesteps.tolist()
+    assert [t for t, *_ in seen] == [steps[0], steps[3], steps[6]]
+    assert torch.equal(seen[-1][2], final)
+    start = torch.randn(2, *final.shape[1:], generator=seeded())
+    assert torch.equal(seen[0][1], start) and not any(tensor.requires_grad for _, *two in seen for tensor in two)
+    for t, x_t, x_start in seen:
+        output = pipeline.unet(x_t, t).sample
+        torch.testing.assert_close(pipeline.scheduler.p_mean_variance(output, x_t, t).pred_original_sample, x_start)
+
+
+def test_progressive_refuses_at_once(make_pipeline):
+    with pytest.raises(ValueError, match="every=0"):
+        make_pipeline().progressive(every=0)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        make_pipeline().progressive(0)
+    stock = DPMSolverMultistepScheduler.from_config(make_pipeline().scheduler.config)
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler predict no x_0"):
+        next(DDPMImagePipeline(make_pipeline().unet, stock).progressive(num_inference_steps=3))
+
+
+def test_interpolation(make_pipeline):
+    pipeline = make_pipeline()
+    a, b = (torch.rand(2, 1, 8, 8, generator=seeded(i)) * 2 - 1 for i in (1, 2))
+
+    def mixed(weights, timestep, a=a, b=b, **kwargs):
+        kwargs = {"num_inference_steps": 50, "output_type": "latent", "generator": seeded(), "eta": 0.0} | kwargs
+        return pipeline.interpolate(a, b, weights, timestep, **kwargs).images
+
+    images = mixed([0.0, 0.5, 1.0], 500)
+    assert images.shape == (6, 1, 8, 8)
+    # the ends are the pair itself, whatever is mixed with it; both ends of a pair share their noise
+    for end, alone in ((0, mixed([0.0], 500, b=a)), (2, mixed([1.0], 500, a=b))):
+        torch.testing.assert_close(images[[end, end + 3]], alone)
+    # little is lost at the first step; what it is mixed from is lost in noise at the last
+    torch.testing.assert_close(mixed([0.0], 0), a, atol=0.1, rtol=0)
+    torch.testing.assert_close(mixed([0.5], 0), (a + b) / 2, atol=0.1, rtol=0)
+    far = mixed([0.0, 1.0], 999)
+    assert (far[::2] - far[1::2]).abs().mean() < 0.2 * (a - b).abs().mean()
+    assert pipeline.interpolate(a, b, [0.3], 100, num_inference_steps=20).images[0].mode == "L"
+    for weights, other, timestep, said in (
+        ([1.2], b, 5, "weights"), ([], b, 5, "weights"), ([0.5], b[:1], 5, "images_b"), ([0.5], b, -1, "timestep=-1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            mixed(weights, timestep, b=other)

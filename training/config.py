@@ -36,6 +36,9 @@ class TrainConfig:
     init: str = "paper"  # first weights: paper (zeros where its code has them) or torch (as diffusers' class)
     # training
     loss: str = "simple"  # simple, vlb, hybrid
+    vlb_weight: float = 0.001  # of the bound in hybrid
+    weighting: str | None = None  # of the mean squared error by t: min_snr, truncated_snr, p2
+    timesteps: str = "uniform"  # uniform, or loss_second_moment (importance sampling, IDDPM section 3.3)
     steps: int = 1000
     batch_size: int = 128  # images a process and forward pass
     gradient_accumulation_steps: int = 1

@@ -1,12 +1,14 @@
 """A saved pipeline and a data set -> bits/dim: the variational bound of Ho, Jain, Abbeel 2020, term by term.
 
     python training/evaluate.py runs/digits/pipeline --data digits --split test
+    python training/evaluate.py google/ddpm-cifar10-32 --data cifar10 --split test --estimate 50
 
-Takes any DDPM folder or Hub id, diffusers' own included. Prints a table; writes evaluation.json and evaluation.png (into
-the folder, where there is one, with the model card brought up to date).
+Takes any DDPM folder or Hub id, diffusers' own included. Prints a table; writes evaluation.json and, of all terms, the plot
+evaluation.png (into the folder, where there is one, with the model card brought up to date).
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -15,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from ddpm_hf import DDPMImagePipeline, bits_per_dim
+from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
 from ddpm_hf.data import image_column, image_transform, load_images, tensor_to_pixels
 from ddpm_hf.hub import write_model_card
+from ddpm_hf.likelihood import rate_distortion, standard_error
 
 
 def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int) -> float:
@@ -42,16 +45,23 @@ def load_tensor(source, split, unet, levels, count=None, column=None, label_colu
     return images, None if label_column is None else torch.tensor(dataset[label_column])
 
 
-def plot_terms(result, chain, path):
+def plot(result, chain, path):
+    """Every term over t, and rate against distortion (the paper's figure 5)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.loglog([t + 1 for t in chain], result.terms.mean(0).cpu())
-    axes.set(xlabel="t + 1 (the paper's t)", ylabel="term of the bound, bits/dim")
-    axes.grid(alpha=0.3)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    terms = result.terms.mean(0).cpu()
+    left.loglog([t + 1 for t in chain], terms)
+    left.set_ylim(bottom=max(terms.min().item(), 1e-7 * terms.max().item()))  # a decoder of 1e-18 flattens the rest
+    left.set(xlabel="t + 1 (the paper's t)", ylabel="term of the bound, bits/dim")
+    rate, distortion = rate_distortion(result)
+    right.plot(rate.cpu(), distortion.cpu())
+    right.set(xlabel="rate, bits/dim", ylabel="distortion, RMSE of the predicted x_0 on 0..255", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -64,8 +74,10 @@ def main():
     parser.add_argument("--image_column")
     parser.add_argument("--label_column", help="for a class-conditional network")
     parser.add_argument("--images", type=int, help="how many images of the split; all if left out")
-    parser.add_argument("--batch_size", type=int, default=128, help="images a network call")
+    parser.add_argument("--batch_size", type=int, default=128, help="images times timesteps a network call")
+    parser.add_argument("--levels", type=int, help="grey levels of the data; those of the pipeline if left out")
     parser.add_argument("--steps", type=int, help="length of the chain; all timesteps if left out")
+    parser.add_argument("--estimate", type=int, metavar="N", help="estimate from N network evaluations an image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--histogram", metavar="SPLIT", help="also fit a per-pixel histogram on this split")
     parser.add_argument("--out", help="folder to write to; the pipeline's own if it is one")
@@ -76,42 +88,55 @@ def main():
     unet, scheduler = pipeline.unet, pipeline.scheduler
     if arguments.steps is not None:
         scheduler.set_timesteps(arguments.steps)
-    data = (unet, scheduler.levels)
+    levels = arguments.levels or scheduler.levels
+    data = (unet, levels)
     columns = (arguments.image_column, arguments.label_column)
     x_start, labels = load_tensor(arguments.data, arguments.split, *data, arguments.images, *columns)
-    result = bits_per_dim(
+    measure = bits_per_dim
+    if arguments.estimate is not None:
+        measure = functools.partial(estimate_bits_per_dim, num_evaluations=arguments.estimate)
+    result = measure(
         unet,
         scheduler,
         x_start.to(device),
         class_labels=None if labels is None else labels.to(device),
         generator=torch.Generator(device).manual_seed(arguments.seed),
         batch_size=arguments.batch_size,
+        levels=levels,
         progress_bar=True,
     )
-    terms = result.terms.mean(0)
+    parts = {"total": result.total, "prior": result.prior, "kl": result.kl, "decoder": result.decoder}
+    errors = {name: standard_error(part) for name, part in parts.items()}
     report = {
-        "total": result.mean,
-        "standard_error": None if math.isnan(result.standard_error) else result.standard_error,
-        "prior": result.prior.mean().item(),
-        "kl": terms[1:].sum().item(),
-        "decoder": terms[0].item(),
+        **{name: part.double().mean().item() for name, part in parts.items()},
+        "standard_error": None if math.isnan(errors["total"]) else errors["total"],
+        "standard_errors": None if math.isnan(errors["total"]) else errors,
         "images": len(x_start),
         "data": Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data,
         "split": arguments.split,
         "steps": len(scheduler.chain),
-        "levels": scheduler.levels,
+        "evaluations_per_image": arguments.estimate or len(scheduler.chain),
+        "sampling_error": result.sampling_error if arguments.estimate else None,
+        "levels": levels,
         "seed": arguments.seed,
     }
     if arguments.histogram:
         train, _ = load_tensor(arguments.data, arguments.histogram, *data, column=arguments.image_column)
-        pixels = (tensor_to_pixels(x, scheduler.levels) for x in (train, x_start))
-        report["per_pixel_histogram"] = histogram_bits_per_dim(*pixels, scheduler.levels)
+        pixels = (tensor_to_pixels(x, levels) for x in (train, x_start))
+        report["per_pixel_histogram"] = histogram_bits_per_dim(*pixels, levels)
 
     print(f"bits/dim over {report['images']} images ({arguments.data}, {arguments.split}), {report['steps']} terms:")
-    print(f"  total    {report['total']:.4f} +- {result.standard_error:.4f} (standard error over images)")
-    print(f"  prior    {report['prior']:.6f}   L_T")
-    print(f"  KL       {report['kl']:.4f}   L_1 .. L_T-1")
-    print(f"  decoder  {report['decoder']:.4f}   L_0")
+    for name, told in (
+        ("total", "upper bound on the NLL"),
+        ("prior", "L_T"),
+        ("kl", "L_1 .. L_T-1"),
+        ("decoder", "L_0"),
+    ):
+        print(f"  {name:8} {report[name]:.4f} +- {errors[name]:.4f}   {told}")
+    print("  (+- is the standard error over images)")
+    if arguments.estimate:
+        told = f"{arguments.estimate} evaluations an image in place of {report['steps']}"
+        print(f"  estimated from {told}: +- {result.sampling_error:.4f} by that alone")
     if arguments.histogram:
         print(f"  an independent per-pixel histogram of {arguments.histogram}: {report['per_pixel_histogram']:.4f}")
 
@@ -120,10 +145,11 @@ def main():
     temporary = folder / ".evaluation.json"
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     os.replace(temporary, folder / "evaluation.json")
-    plot_terms(result, scheduler.chain, folder / "evaluation.png")
+    if not arguments.estimate:
+        plot(result, scheduler.chain, folder / "evaluation.png")
     if (folder / "model_index.json").is_file():
         write_model_card(folder)
-    print(f"wrote {folder}/evaluation.json and evaluation.png")
+    print(f"wrote {folder}/evaluation.json" + ("" if arguments.estimate else " and evaluation.png"))
 
 
 if __name__ == "__main__":

@@ -38,11 +38,12 @@ from tqdm.auto import tqdm
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
 from ddpm_hf.data import image_transform, load_images, training_set
 from ddpm_hf.hub import write_model_card
+from ddpm_hf.objectives import TIMESTEPS
 from ddpm_hf.scheduler import VARIANCE_TYPES
 
 
-def build(config: TrainConfig) -> tuple[DDPMUNet, VariationalDDPMScheduler, DiffusionObjective]:
-    """The network, the process and the loss of a config.
+def build(config: TrainConfig) -> tuple:
+    """The network, the process, the loss and the sampler of timesteps of a config.
 
     Raises:
         ValueError: a key or value that one of them does not take.
@@ -71,7 +72,10 @@ def build(config: TrainConfig) -> tuple[DDPMUNet, VariationalDDPMScheduler, Diff
         **config.unet,
     )
     unet.reset_parameters(config.init)
-    return unet, scheduler, DiffusionObjective(scheduler, config.loss)
+    if config.timesteps not in TIMESTEPS:
+        raise ConfigError(f"timesteps={config.timesteps!r} is not known{nearest(config.timesteps, TIMESTEPS)}")
+    objective = DiffusionObjective(scheduler, config.loss, config.vlb_weight, config.weighting)
+    return unet, scheduler, objective, TIMESTEPS[config.timesteps](scheduler)
 
 
 def open_data(config: TrainConfig) -> torch.utils.data.Dataset:
@@ -111,7 +115,7 @@ def train(config: TrainConfig) -> Path:
     loader = torch.utils.data.DataLoader(
         dataset, config.batch_size, shuffle=True, drop_last=True, num_workers=config.num_workers
     )
-    unet, scheduler, objective = build(config)
+    unet, scheduler, objective, timesteps = build(config)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         config.learning_rate,
@@ -135,7 +139,10 @@ def train(config: TrainConfig) -> Path:
     while step < config.steps:
         for batch in loader:
             with accelerator.accumulate(unet):
-                loss = objective(unet, batch["x_start"], batch.get("class_labels")).mean()
+                t, weights = timesteps.sample(len(batch["x_start"]), accelerator.device)
+                losses = objective(unet, batch["x_start"], batch.get("class_labels"), t)
+                timesteps.update(t, losses)
+                loss = (weights * losses).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
@@ -280,7 +287,7 @@ def save_pipeline(config, unet, scheduler, folder):
 def main():
     try:
         with torch.device("meta"):  # no weights yet, but every check
-            unet, _, _ = build(CONFIG)
+            unet, *_ = build(CONFIG)
     except (ValueError, TypeError) as error:
         sys.exit(f"train.py: {error}")
     if DRY_RUN:

@@ -1,7 +1,7 @@
 """Denoising diffusion probabilistic models for Hugging Face diffusers."""
 
-from .likelihood import BitsPerDim, bits_per_dim
-from .objectives import DiffusionObjective
+from .likelihood import BitsPerDim, BitsPerDimEstimate, bits_per_dim, estimate_bits_per_dim
+from .objectives import DiffusionObjective, LossSecondMomentTimesteps, UniformTimesteps
 from .pipeline import DDPMImagePipeline
 from .scheduler import (
     Gaussian,
@@ -14,12 +14,16 @@ from .unet import DDPMUNet
 __version__ = "0.1.0"
 __all__ = [
     "BitsPerDim",
+    "BitsPerDimEstimate",
     "DDPMImagePipeline",
     "DDPMUNet",
     "DiffusionObjective",
     "Gaussian",
+    "LossSecondMomentTimesteps",
+    "UniformTimesteps",
     "VariationalDDPMScheduler",
     "bits_per_dim",
     "discretized_gaussian_log_likelihood",
+    "estimate_bits_per_dim",
     "space_timesteps",
 ]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -23,6 +24,16 @@ class BitsPerDim(NamedTuple):
     epsilon_mse: torch.Tensor  # (B, T), of the noise that follows from the predicted x_0
 
     @property
+    def kl(self) -> torch.Tensor:
+        """(B,), L_1 + ... + L_{T-1}."""
+        return self.terms[:, 1:].sum(1)
+
+    @property
+    def decoder(self) -> torch.Tensor:
+        """(B,), L_0."""
+        return self.terms[:, 0]
+
+    @property
     def mean(self) -> float:
         """The mean of `total` over the images, bits per dimension."""
         return self.total.double().mean().item()
@@ -30,9 +41,32 @@ class BitsPerDim(NamedTuple):
     @property
     def standard_error(self) -> float:
         """The standard error of `mean` over the images; NaN for a single one."""
-        if len(self.total) < 2:
-            return math.nan
-        return self.total.double().std().item() / len(self.total) ** 0.5
+        return standard_error(self.total)
+
+
+class BitsPerDimEstimate(NamedTuple):
+    """An unbiased estimate of the bound of each of B images, in bits per dimension."""
+
+    total: torch.Tensor  # (B,), prior + kl + decoder
+    prior: torch.Tensor  # (B,), L_T, exact
+    kl: torch.Tensor  # (B,), L_1 + ... + L_{T-1}, estimated
+    decoder: torch.Tensor  # (B,), L_0
+    sampling_error: float  # of `mean` by the draws of timesteps and noise: its distance to the bound of these B images
+
+    @property
+    def mean(self) -> float:
+        """The mean of `total` over the images, bits per dimension."""
+        return self.total.double().mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of `mean` over images and draws together; NaN for a single image."""
+        return standard_error(self.total)
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """The standard error of the mean of values (B,); NaN for a single one."""
+    return values.double().std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 @torch.no_grad()
@@ -45,6 +79,7 @@ def bits_per_dim(
     generator: torch.Generator | None = None,
     clip_sample: bool = True,
     batch_size: int | None = None,
+    levels: int | None = None,
     noise_fn: Callable[[int, torch.Size], torch.Tensor] | None = None,
     progress_bar: bool = False,
 ) -> BitsPerDim:
@@ -52,13 +87,16 @@ def bits_per_dim(
 
     Args:
         unet: a diffusers model, or anything called as `unet(x_t, t, class_labels=..., return_dict=False)` that returns a
-            tuple with the output first. Its dropout is off while this runs.
+            tuple with the output first; t is an int, or int64 (rows,) where a call holds several timesteps. Its dropout is
+            off while this runs. In half precision, or under autocast, the terms are still computed in float32.
         scheduler: its chain is used: all T steps unless `set_timesteps` was called.
-        x_start: images (B, C, H, W) on the grid of `scheduler.levels` grey levels in [-1, 1], float32 or float64.
+        x_start: images (B, C, H, W) on the grid of `levels` grey levels in [-1, 1], float32 or float64.
         class_labels: (B,), for a class-conditional network.
-        generator: for the noise.
+        generator: for the noise, which is drawn step by step: how many steps a call holds does not change it.
         clip_sample: clip the predicted x_0, as the papers do when they evaluate.
-        batch_size: images a network call; None for all at once.
+        batch_size: rows (images times timesteps) a network call, which bound the memory: fewer images than that share the
+            call with their next timesteps. None for all images at one timestep.
+        levels: grey levels of the data; None for those of the scheduler.
         noise_fn: `noise_fn(t, shape)` gives the noise of step t in place of `generator`.
         progress_bar: show one.
 
@@ -66,45 +104,269 @@ def bits_per_dim(
         `BitsPerDim` on the device of x_start.
 
     Raises:
-        ValueError: no image; x_start beyond [-1, 1]; labels of another number.
+        ValueError: no image; x_start beyond [-1, 1] or off the grid; labels of another number; a network of other channels
+            than the process needs; a term that is not finite, named by its image and t.
     """
-    if x_start.dim() != 4 or len(x_start) == 0:
-        raise ValueError(f"x_start has shape {tuple(x_start.shape)}; give (B, C, H, W) with one image at least")
-    if not x_start.abs().max() <= 1 + 1e-5:  # NaN too
-        raise ValueError(f"x_start reaches {x_start.abs().max().item():.4g}; images must be in [-1, 1]")
-    if class_labels is not None and len(class_labels) != len(x_start):
-        raise ValueError(f"class_labels has {len(class_labels)} entries for {len(x_start)} images; give one each")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be 1 or more")
-    modes = {module: module.training for module in unet.modules()} if isinstance(unet, torch.nn.Module) else {}
-    if modes:
-        unet.eval()
-    dtype = getattr(unet, "dtype", x_start.dtype)
-    batches = x_start.split(batch_size or len(x_start))
-    labels = [None] * len(batches) if class_labels is None else class_labels.split(batch_size or len(x_start))
-    columns = []
-    try:
-        with tqdm(total=len(batches) * len(scheduler.chain), desc="bits/dim", disable=not progress_bar) as bar:
-            for batch, label in zip(batches, labels):
-                for t in scheduler.chain:
-                    if noise_fn is not None:
-                        noise = noise_fn(t, batch.shape)
-                    else:
-                        noise = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
-                    x_t = scheduler.q_sample(batch, t, noise)
-                    output = unet(x_t.to(dtype), t, class_labels=label, return_dict=False)[0]
-                    term = scheduler.vlb_term(output, batch, x_t, t, clip_sample)
-                    pred = scheduler.p_mean_variance(output, x_t, t, clip_sample).pred_original_sample
-                    epsilon = scheduler.epsilon_from_x_start(pred, x_t, t)
-                    mses = ((y**2).flatten(1).mean(1) for y in (pred - batch, epsilon - noise))
-                    columns.append(torch.stack((term, *mses)))
-                    bar.update()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    # (batches * T) x (3, b) -> three of (B, T)
-    T = len(scheduler.chain)
-    rows = [torch.stack(columns[i : i + T], dim=-1) for i in range(0, len(columns), T)]
+    evaluate = _Evaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
+    b = min(batch_size or len(x_start), len(x_start))
+    chain, count = scheduler.chain, max(1, (batch_size or b) // b)
+    # the decoder's step alone, the others several a call
+    calls = [chain[:1], *(chain[i : i + count] for i in range(1, len(chain), count))]
+    rows = []
+    with evaluate, tqdm(total=len(x_start) * len(chain), desc="bits/dim", disable=not progress_bar) as bar:
+        for start in range(0, len(x_start), b):
+            images = torch.arange(start, min(start + b, len(x_start)))
+            shape, columns = (len(images), *x_start.shape[1:]), []
+            for ts in calls:
+                noise = torch.cat(
+                    [noise_fn(t, torch.Size(shape)) if noise_fn else evaluate.noise(shape, generator) for t in ts]
+                )
+                t = ts[0] if len(ts) == 1 else torch.tensor(ts).repeat_interleave(len(images))
+                columns += evaluate.at_noise(images.repeat(len(ts)), t, noise).split(len(images), dim=1)
+                bar.update(len(images) * len(ts))
+            rows.append(torch.stack(columns, dim=-1))
+    return _bound(scheduler, x_start, rows)
+
+
+@torch.no_grad()
+def progressive_coding(
+    unet: Callable,
+    scheduler: VariationalDDPMScheduler,
+    x_start: torch.Tensor,
+    *,
+    class_labels: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    clip_sample: bool = True,
+    batch_size: int | None = None,
+    levels: int | None = None,
+    progress_bar: bool = False,
+) -> BitsPerDim:
+    """The code lengths of sending each image progressively: Algorithms 3 and 4 of the paper, simulated.
+
+    The sender draws x_T from q(x_T | x_0), then each x_{t-1} from q(x_{t-1} | x_t, x_0): one trajectory an image, where
+    `bits_per_dim` draws every x_t anew. The expected code length of a step is its term of the bound; nothing is encoded.
+
+    Args:
+        unet, scheduler, x_start, class_labels, generator, clip_sample, levels, progress_bar: as in `bits_per_dim`.
+        batch_size: images a network call; None for all.
+
+    Returns:
+        `BitsPerDim`; `x_start_mse` is what the receiver of x_t has.
+
+    Raises:
+        ValueError: as `bits_per_dim`.
+    """
+    evaluate = _Evaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
+    rows = []
+    with evaluate, tqdm(total=len(x_start) * len(scheduler.chain), desc="coding", disable=not progress_bar) as bar:
+        for index in torch.arange(len(x_start)).split(batch_size or len(x_start)):
+            x_0, columns = x_start[index], []
+            x_t = scheduler.q_sample(x_0, scheduler.chain[-1], evaluate.noise(x_0.shape, generator))
+            for t in reversed(scheduler.chain):
+                noise = scheduler.epsilon_from_x_start(x_0, x_t, t)
+                columns.append(evaluate(index, t, x_t, noise))
+                q = scheduler.q_posterior(x_0, x_t, t)
+                x_t = q.mean + q.variance.sqrt() * evaluate.noise(x_0.shape, generator)
+                bar.update(len(index))
+            rows.append(torch.stack(columns[::-1], dim=-1))
+    return _bound(scheduler, x_start, rows)
+
+
+def _bound(scheduler, x_start, rows):
     terms, x_start_mse, epsilon_mse = torch.cat(rows, dim=1)
     prior = scheduler.prior_bits_per_dim(x_start)
     return BitsPerDim(terms.sum(1) + prior, prior, terms, x_start_mse, epsilon_mse)
+
+
+def rate_distortion(result: BitsPerDim) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rate against distortion while an image is received (Ho, Jain, Abbeel 2020, section 4.3, figure 5 and table 4).
+
+    Args:
+        result: of `progressive_coding`, or of `bits_per_dim`, which has the same expectation.
+
+    Returns:
+        Two float64 tensors (T + 1,), means over the images, in the order of receiving: the rate in bits per dimension spent
+        so far, and the root of the mean squared error of the predicted x_0 on the scale 0 .. 255. The last entry is the
+        whole image, without error.
+    """
+    terms, mse = result.terms.double().mean(0), result.x_start_mse.double().mean(0)
+    # with x_t received, all terms of later t are paid
+    rate = torch.cat((result.prior.double().mean()[None], terms.flip(0))).cumsum(0)
+    return rate, torch.cat((mse.flip(0).sqrt() * 127.5, mse.new_zeros(1)))
+
+
+@torch.no_grad()
+def estimate_bits_per_dim(
+    unet: Callable,
+    scheduler: VariationalDDPMScheduler,
+    x_start: torch.Tensor,
+    *,
+    num_evaluations: int,
+    class_labels: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    clip_sample: bool = True,
+    batch_size: int | None = None,
+    levels: int | None = None,
+    progress_bar: bool = False,
+) -> BitsPerDimEstimate:
+    """An unbiased estimate of `bits_per_dim` from few network evaluations.
+
+    L_T is exact and L_0 is always evaluated (twice). Of the KL terms each image draws one timestep in each of K strata, which
+    hold equal shares of the terms' size as a pilot run finds it; the images' draws in a stratum are spread evenly over it.
+
+    Args:
+        num_evaluations: network evaluations an image, pilot and decoder included: 8 to below the length of the chain.
+        unet, scheduler, x_start, class_labels, generator, clip_sample, batch_size, levels, progress_bar: as in `bits_per_dim`;
+            batch_size None stands for as many rows a call as there are images.
+
+    Returns:
+        `BitsPerDimEstimate` on the device of x_start.
+
+    Raises:
+        ValueError: as `bits_per_dim`; num_evaluations out of its range.
+    """
+    N, B = len(scheduler.chain), len(x_start)
+    if not 8 <= num_evaluations < N:
+        raise ValueError(f"num_evaluations={num_evaluations} must be 8 to {N - 1}; all {N} steps are bits_per_dim's")
+    evaluate = _Evaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
+    chain = torch.tensor(scheduler.chain)
+    pilot = max(1, num_evaluations // 10)
+    strata = num_evaluations - pilot - 2
+
+    def uniform(*shape):
+        device = "cpu" if generator is None else generator.device
+        return torch.rand(shape, generator=generator, device=device, dtype=torch.float64).cpu()
+
+    def terms(positions):
+        """Each image's term at each of its (B, n) positions in the chain; 0 for the first step alone."""
+        index = torch.arange(B).repeat_interleave(positions.shape[1])
+        found = []
+        for rows, at in zip(index.split(batch_size or B), positions.flatten().split(batch_size or B)):
+            t = int(chain[0]) if not at.any() else chain[at]
+            noise = evaluate.noise((len(rows), *x_start.shape[1:]), generator)
+            found.append(evaluate.at_noise(rows.to(x_start.device), t, noise)[0].double())
+            bar.update(len(rows))
+        return torch.cat(found).view(B, -1)
+
+    with evaluate, tqdm(total=B * num_evaluations, desc="bits/dim", disable=not progress_bar) as bar:
+        first = terms(torch.zeros(B, 2, dtype=torch.int64))
+        # the pilot: positions spread evenly in their logarithm, over which the terms change evenly
+        u = (uniform(B * pilot).argsort() + uniform(B * pilot)) / (B * pilot)
+        at = (torch.exp(u * math.log(N)).long()).clamp(1, N - 1).view(B, pilot)
+        share = _share_of_each_step(at, terms(at), N - 1)
+        # each stratum has 1 / strata of the probability, each image a cell of its own in it
+        u = (uniform(B, strata).argsort(dim=0) + uniform(B, strata)) / B
+        u = (torch.arange(strata) + u) / strata
+        at = torch.searchsorted(share.cumsum(0), u.clamp(max=1 - 1e-12)).clamp(max=N - 2) + 1
+        drawn = terms(at) / (strata * share.to(x_start.device)[at.to(x_start.device) - 1])
+    prior = scheduler.prior_bits_per_dim(x_start)
+    kl, decoder = drawn.sum(1).to(prior.dtype), first.mean(1).to(prior.dtype)
+    # Each stratum was drawn from once: what the mean over images is off the line between its neighbours' is its error,
+    # half as much again for their own, and a little too much where that line is curved.
+    means = drawn.mean(0)
+    off = means[1:-1] - (means[:-2] + means[2:]) / 2
+    variance = strata * off.square().mean() / 1.5 + (first[:, 0] - first[:, 1]).mean().square() / 4
+    return BitsPerDimEstimate(prior + kl + decoder, prior, kl, decoder, variance.sqrt().item())
+
+
+def _share_of_each_step(positions, terms, steps):
+    """Probabilities of positions 1 .. steps in proportion to the terms' root mean square, smooth in log(position)."""
+    order = positions.flatten().argsort()
+    x, y = positions.flatten()[order].log(), terms.flatten().cpu()[order].square()
+    bins = max(1, min(20, len(x) // 2))
+    x = torch.stack([part.mean() for part in x.tensor_split(bins)]).numpy()
+    y = torch.stack([part.mean() for part in y.tensor_split(bins)]).clamp(min=1e-30).sqrt().log().numpy()
+    step = np.arange(1, steps + 1)
+    shares = np.exp(np.interp(np.log(step), x, y)), 1 / step, np.ones(steps)
+    # the last two leave no step without a chance, where the pilot has missed something
+    return torch.from_numpy(sum(weight * share / share.sum() for weight, share in zip((0.9, 0.05, 0.05), shares)))
+
+
+class _Evaluator:
+    """Terms of the bound for rows of (image, t, noise), with the network in evaluation mode while it is entered."""
+
+    def __init__(self, unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size):
+        self.unet, self.scheduler, self.x_start, self.class_labels = unet, scheduler, x_start, class_labels
+        self.clip_sample, self.levels = clip_sample, levels or scheduler.levels
+        self.dtype = getattr(unet, "dtype", x_start.dtype)
+        self.first, self.pending = scheduler.chain[0], []
+        _check_images(x_start, self.levels)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more")
+        if class_labels is not None and len(class_labels) != len(x_start):
+            raise ValueError(f"class_labels has {len(class_labels)} entries for {len(x_start)} images; give one each")
+        _check_channels(unet, scheduler, x_start.shape[1])
+
+    def __enter__(self):
+        modules = self.unet.modules() if isinstance(self.unet, torch.nn.Module) else ()
+        self.modes = {module: module.training for module in modules}
+        for module in self.modes:
+            module.training = False
+        return self
+
+    def __exit__(self, error, *_):
+        for module, mode in self.modes.items():
+            module.training = mode
+        if error is None:
+            self._check_terms()
+
+    def noise(self, shape, generator):
+        return torch.randn(shape, generator=generator, device=self.x_start.device, dtype=self.x_start.dtype)
+
+    def at_noise(self, index, t, noise):
+        return self(index, t, self.scheduler.q_sample(self.x_start[index], t, noise), noise)
+
+    def __call__(self, index, t, x_t, noise):
+        """(3, rows): the term, the squared error of x_0 and that of epsilon; t is an int, or one for each row."""
+        scheduler, x_start = self.scheduler, self.x_start[index]
+        labels = None if self.class_labels is None else self.class_labels[index]
+        t = t if isinstance(t, int) else t.to(x_t.device)
+        output = self.unet(x_t.to(self.dtype), t, class_labels=labels, return_dict=False)[0]
+        p = scheduler.p_mean_variance(output, x_t, t, self.clip_sample)
+        if isinstance(t, int) and t == self.first:
+            term = scheduler.decoder_bits_per_dim(p, x_start, self.levels)
+        else:
+            term = scheduler.kl_bits_per_dim(p, x_start, x_t, t)
+        epsilon = scheduler.epsilon_from_x_start(p.pred_original_sample, x_t, t)
+        errors = (p.pred_original_sample - x_start, epsilon - noise)
+        self.pending.append((term, index, t))
+        if term.device.type == "cpu" or len(self.pending) == 50:  # looking waits for an accelerator
+            self._check_terms()
+        return torch.stack((term, *(error.square().flatten(1).mean(1) for error in errors)))
+
+    def _check_terms(self):
+        pending, self.pending = self.pending, []
+        if not pending or torch.stack([term.isfinite().all() for term, *_ in pending]).all():
+            return
+        for term, index, t in pending:
+            for row in (~term.isfinite()).nonzero().flatten().tolist():
+                at = t if isinstance(t, int) else t[row].item()
+                raise ValueError(f"the bound's term of image {index[row].item()} at t={at} is {term[row].item()}")
+
+
+def _check_images(x_start, levels):
+    if x_start.dim() != 4 or len(x_start) == 0:
+        raise ValueError(f"x_start has shape {tuple(x_start.shape)}; give (B, C, H, W) with one image at least")
+    if x_start.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x_start is {x_start.dtype}; give float32 or float64, which hold every grey level")
+    if not x_start.abs().max() <= 1 + 1e-5:  # NaN too
+        raise ValueError(f"x_start reaches {x_start.abs().max().item():.4g}; images must be in [-1, 1]")
+    grey = (x_start.double() + 1) * ((levels - 1) / 2)
+    off = (grey - grey.round()).abs().max().item()
+    if off > max(0.01, levels * 2e-7):
+        raise ValueError(
+            f"x_start is up to {off:.2g} of a grey level off the grid of levels={levels}; give the data's own levels, "
+            "unscaled and without dithering"
+        )
+
+
+def _check_channels(unet, scheduler, channels):
+    config = getattr(unet, "config", None)
+    outputs = channels * (2 if scheduler.variance_type.startswith("learned") else 1)
+    for name, needed in (("in_channels", channels), ("out_channels", outputs)):
+        has = getattr(config, name, needed)
+        if has != needed:
+            raise ValueError(
+                f"the network has {name}={has}; images of {channels} channels and variance_type="
+                f"{scheduler.variance_type!r} need {needed}"
+            )

@@ -1,12 +1,19 @@
-"""Training losses of denoising diffusion models."""
+"""Training losses of denoising diffusion models, and the timesteps they are trained at."""
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from .scheduler import VariationalDDPMScheduler
 
 LOSSES = ("simple", "vlb", "hybrid")
+# Name -> what an error of x_0 counts, as a function of SNR = abar / (1 - abar). Plain "simple" with epsilon prediction is SNR.
+WEIGHTINGS = {
+    "min_snr": lambda snr: np.minimum(snr, 5.0),  # Hang et al. 2023, gamma = 5
+    "truncated_snr": lambda snr: np.maximum(snr, 1.0),  # Salimans & Ho 2022
+    "p2": lambda snr: snr / (1.0 + snr),  # Choi et al. 2022, k = gamma = 1
+}
 
 
 class DiffusionObjective:
@@ -17,19 +24,34 @@ class DiffusionObjective:
         loss: "simple": the mean squared error of the prediction (Ho, Jain, Abbeel 2020, eq. 14; of the mean part alone when
             the variance is learned). "vlb": N times the bound's term at the drawn t, N the chain's length, in bits/dim, so
             that its mean over t is the bound without L_T (eq. 5). "hybrid": simple + vlb_weight * vlb, in which the mean is
-            detached, so that the bound trains the variance alone (IDDPM eq. 16).
-        vlb_weight: of "hybrid"; IDDPM's 0.001.
+            detached, so that the bound trains the variance alone (IDDPM eq. 16). With a fixed variance "vlb" is the paper's
+            eq. 12 and its weights.
+        vlb_weight: of "hybrid"; IDDPM's 0.001. Its code's rescaled_mse is N / 1000 times this loss's bound, its unscaled mse
+            vlb_weight = 1 / N; its rescaled_kl is "vlb".
+        weighting: of the mean squared error by t: None for none; "min_snr" (Hang et al. 2023, gamma 5), "truncated_snr"
+            (Salimans & Ho 2022), "p2" (Choi et al. 2022), each for any prediction type.
 
     Raises:
-        ValueError: unknown loss, or "hybrid" where no variance is learned.
+        ValueError: unknown loss or weighting; "hybrid" where no variance is learned; a weighting of "vlb", which has its own.
     """
 
-    def __init__(self, scheduler: VariationalDDPMScheduler, loss: str = "simple", vlb_weight: float = 0.001):
+    def __init__(
+        self,
+        scheduler: VariationalDDPMScheduler,
+        loss: str = "simple",
+        vlb_weight: float = 0.001,
+        weighting: str | None = None,
+    ):
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is not known; choose one of {', '.join(LOSSES)}")
         if loss == "hybrid" and not scheduler.variance_type.startswith("learned"):
             raise ValueError(f"loss='hybrid' trains a learned variance; variance_type is {scheduler.variance_type!r}")
-        self.scheduler, self.loss, self.vlb_weight = scheduler, loss, vlb_weight
+        if weighting is not None and weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting={weighting!r} is not known; choose one of {', '.join(WEIGHTINGS)}, or None")
+        if weighting is not None and loss == "vlb":
+            raise ValueError(f"weighting={weighting!r} is of the mean squared error; loss='vlb' has the bound's own")
+        self.scheduler, self.loss, self.vlb_weight, self.weighting = scheduler, loss, vlb_weight, weighting
+        self.weights = None if weighting is None else torch.from_numpy(_mse_weights(scheduler, weighting)).float()
 
     def __call__(
         self,
@@ -62,8 +84,150 @@ class DiffusionObjective:
         prediction = output[:, : x_start.shape[1]]
         target = scheduler.prediction_target(x_start, x_t, noise, t)
         mse = ((target - prediction.to(target.dtype)) ** 2).flatten(1).mean(1)
+        if self.weights is not None:
+            self.weights = self.weights.to(mse.device)  # once
+            mse = mse * self.weights[t]
         if self.loss == "simple":
             return mse
         frozen = torch.cat((prediction.detach(), output[:, x_start.shape[1] :]), dim=1)
         vlb = steps * scheduler.vlb_term(frozen, x_start, x_t, t, clip_sample=False)
         return mse + self.vlb_weight * vlb
+
+
+def _mse_weights(scheduler, weighting):
+    """(T,) float64: the weight of the mean squared error of what the network predicts."""
+    abar, betas = scheduler.alphas_cumprod.numpy(), scheduler.betas.numpy()
+    snr = np.maximum(abar, 1e-24) / (1 - abar)
+    of_x_start = WEIGHTINGS[weighting](snr)
+    # the squared error of x_0 is this times that of the prediction
+    x_start_error = {
+        "epsilon": 1 / snr,
+        "sample": np.ones_like(snr),
+        "v_prediction": 1 - abar,
+        "previous": ((1 - abar) / betas) ** 2 / np.append(1.0, abar[:-1]),
+    }[scheduler.prediction_type]
+    return of_x_start * x_start_error
+
+
+class UniformTimesteps:
+    """Timesteps drawn uniformly from the scheduler's chain (Algorithm 1)."""
+
+    def __init__(self, scheduler: VariationalDDPMScheduler):
+        self.scheduler = scheduler
+
+    def sample(
+        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 (batch_size,) 0-based timesteps, and float32 (batch_size,) weights of their losses: ones."""
+        return self.scheduler.draw_timesteps(batch_size, device, generator), torch.ones(batch_size, device=device)
+
+    def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Nothing is learned from the losses."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class LossSecondMomentTimesteps:
+    """Importance sampling of timesteps by the root mean square of their last losses (IDDPM section 3.3).
+
+    Uniform until every timestep of the chain has `history_per_timestep` losses. The weights that come with the timesteps keep
+    the mean loss unbiased. All processes of a distributed run share one history; `state_dict` holds it.
+
+    Args:
+        scheduler: timesteps are drawn from its chain.
+        history_per_timestep: losses kept of each timestep.
+        uniform_probability: share of the probability that is spread evenly, so that no timestep is forgotten.
+
+    Raises:
+        ValueError: history_per_timestep below 1, uniform_probability outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        scheduler: VariationalDDPMScheduler,
+        history_per_timestep: int = 10,
+        uniform_probability: float = 0.001,
+    ):
+        if history_per_timestep < 1:
+            raise ValueError(f"history_per_timestep={history_per_timestep} must be 1 or more")
+        if not 0 < uniform_probability <= 1:
+            raise ValueError(f"uniform_probability={uniform_probability} must be above 0, up to 1")
+        self.uniform_probability = uniform_probability
+        self.chain = torch.tensor(scheduler.chain)
+        T = scheduler.config.num_train_timesteps
+        self.position = torch.zeros(T, dtype=torch.int64).index_put_((self.chain,), torch.arange(len(self.chain)))
+        # one row more than steps, for what is thrown away
+        self.losses = torch.zeros(len(self.chain) + 1, history_per_timestep, dtype=torch.float64)
+        self.count = torch.zeros(len(self.chain), dtype=torch.int64)
+
+    def probabilities(self) -> torch.Tensor:
+        """float64 (N,): of each step of the chain."""
+        N, history = len(self.chain), self.losses.shape[1]
+        size = self.losses[:-1].square().mean(1).sqrt().clamp(min=1e-30)
+        learned = size / size.sum() * (1 - self.uniform_probability) + self.uniform_probability / N
+        return torch.where((self.count >= history).all(), learned, 1 / N)  # decided where the counts are: no waiting
+
+    def sample(
+        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 (batch_size,) 0-based timesteps, and float32 (batch_size,) weights 1 / (N p(t)) of their losses.
+
+        The generator, where one is given, must be of `device`.
+        """
+        device = device or self.chain.device
+        self._to(device)
+        probabilities = self.probabilities()
+        drawn = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
+        weights = 1 / (len(self.chain) * probabilities[drawn])
+        return self.chain[drawn].to(device), weights.float().to(device)
+
+    @torch.no_grad()
+    def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Learns from a batch: t int64 (B,) of the chain, losses (B,) unweighted, the same B in every process.
+
+        Losses that are not finite are left out.
+        """
+        self._to(t.device)
+        device = self.chain.device
+        seen = torch.stack((t.to(device).double(), losses.detach().to(device).double()))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts = [torch.empty_like(seen) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, seen)
+            seen = torch.cat(parts, dim=1)
+        N, history = len(self.chain), self.losses.shape[1]
+        good = seen[1].isfinite()
+        step = torch.where(good, self.position[seen[0].long()], N)
+        # rank among the batch's losses of the same timestep; of more than the history holds the last ones stay
+        order = step.argsort(stable=True)
+        step, loss = step[order], torch.where(good, seen[1], 0.0)[order]
+        rank = torch.arange(len(step), device=step.device) - torch.searchsorted(step, step)
+        total = torch.bincount(step, minlength=N + 1)
+        slot = (torch.cat((self.count, self.count.new_zeros(1)))[step] + rank) % history
+        row = torch.where(total[step] - rank <= history, step, N)
+        self.losses[row, slot] = loss
+        self.count += total[:N]
+
+    def _to(self, device):
+        device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
+        for name in ("chain", "position", "losses", "count"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    def state_dict(self) -> dict:
+        return {"losses": self.losses, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError for the state of another chain or history length."""
+        for name in ("losses", "count"):
+            if state[name].shape != getattr(self, name).shape:
+                raise ValueError(
+                    f"{name} of shape {tuple(state[name].shape)} is the state of another sampler; this one has "
+                    f"{tuple(getattr(self, name).shape)}"
+                )
+            setattr(self, name, state[name].clone().to(getattr(self, name).device))
+
+
+TIMESTEPS = {"uniform": UniformTimesteps, "loss_second_moment": LossSecondMomentTimesteps}

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -88,13 +88,135 @@ class DDPMImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument that cannot be used, named, before any computing.
         """
+        self._check_output(output_type, callback_on_step_end_tensor_inputs)
+        sample, step = self._prepare(batch_size, generator, num_inference_steps, eta, class_labels, latents)
+        self._interrupt = False
+        # timesteps stay on the CPU: reading them never waits for the device
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model_output, sample, _ = step(t, sample)
+            if callback_on_step_end is not None:
+                tensors = {"sample": sample, "model_output": model_output}
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                sample = (callback_on_step_end(self, i, t, tensors) or {}).get("sample", sample)
+            if self.interrupt:
+                break
+
+        images = self._to_output(sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def progressive(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        every: int = 1,
+        eta: float | None = None,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Progressive generation (Ho, Jain, Abbeel 2020, section 4.3, figure 6): what x_0 looks like while t goes down.
+
+        Args:
+            every: yield each so many steps, and at the last one.
+            Others: as in `__call__`; the images are those of the same call.
+
+        Yields:
+            (t, x_t, predicted x_0): t the 0-based timestep, x_t (B, C, H, W) before the step, the prediction at it (B, C, H,
+            W), [-1, 1] where the scheduler clips. The last prediction is the image.
+
+        Raises:
+            ValueError: as `__call__`; every below 1; a scheduler whose steps predict no x_0.
+        """
+        if every < 1:
+            raise ValueError(f"every={every} must be 1 or more")
+        sample, step = self._prepare(batch_size, generator, num_inference_steps, eta, class_labels, latents)
+        return self._progress(sample, step, every)
+
+    @torch.no_grad()
+    def _progress(self, sample, step, every):
+        timesteps = self.scheduler.timesteps
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            x_t = sample
+            _, sample, x_start = step(t, x_t)
+            if x_start is None:
+                raise ValueError(
+                    f"the steps of {type(self.scheduler).__name__} predict no x_0; use a DDPM or DDIM scheduler"
+                )
+            if i % every == 0 or i == len(timesteps) - 1:
+                yield int(t), x_t, x_start
+        self.maybe_free_model_hooks()
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        images_a: torch.Tensor,
+        images_b: torch.Tensor,
+        weights: list[float],
+        timestep: int,
+        *,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        eta: float | None = None,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Images between two, mixed at x_t and denoised (Ho, Jain, Abbeel 2020, section 4.4, figures 8 and 9).
+
+        Both images of a pair are diffused with the same noise, whatever the weight, so that the mixture has the marginal
+        distribution of x_t; then (1 - weight) x_t of a + weight x_t of b goes down the chain.
+
+        Args:
+            images_a, images_b: (B, C, H, W) in [-1, 1].
+            weights: K numbers in [0, 1]: 0 is a (reconstructed), 1 is b.
+            timestep: 0-based t at which they are mixed; high ones vary more. The chain starts at its first step at or below.
+            generator: of all noise.
+            class_labels: (B,), a list, or one label, for a class-conditional network.
+            num_inference_steps, eta, output_type: as in `__call__`.
+
+        Returns:
+            `ImagePipelineOutput` with B * K `.images`: the K of the first pair, those of the second, ...
+
+        Raises:
+            ValueError: as `__call__`; images of different shapes, weights outside [0, 1], a timestep below the whole chain.
+        """
+        if images_a.shape != images_b.shape:
+            raise ValueError(
+                f"images_a has shape {tuple(images_a.shape)}, images_b {tuple(images_b.shape)}; give the same"
+            )
+        if len(weights) == 0 or not all(0 <= weight <= 1 for weight in weights):
+            raise ValueError(f"weights={list(weights)} must be numbers in [0, 1], one at least")
+        self._check_output(output_type, ())
+        pairs, count = len(images_a), len(weights)
+        if class_labels is not None and torch.as_tensor(class_labels).dim() > 0:
+            class_labels = torch.as_tensor(class_labels).repeat_interleave(count)
+        noise = randn_tensor(images_a.shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        latents = noise.repeat_interleave(count, dim=0)
+        _, step = self._prepare(pairs * count, generator, num_inference_steps, eta, class_labels, latents)
+        timesteps = self.scheduler.timesteps
+        timesteps = timesteps[timesteps <= timestep]
+        if len(timesteps) == 0:
+            raise ValueError(
+                f"timestep={timestep} is below the chain, which ends at {int(self.scheduler.timesteps[-1])}"
+            )
+        at = timesteps[:1].expand(pairs * count)
+        weight = torch.tensor(weights, dtype=latents.dtype, device=latents.device).repeat(pairs).view(-1, 1, 1, 1)
+        a, b = (images.to(latents).repeat_interleave(count, dim=0) for images in (images_a, images_b))
+        sample = self.scheduler.add_noise((1 - weight) * a + weight * b, latents, at)  # linear, as the mixture of both
+        for t in self.progress_bar(timesteps):
+            _, sample, _ = step(t, sample)
+        images = self._to_output(sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images)
+
+    def _prepare(self, batch_size, generator, num_inference_steps, eta, class_labels, latents):
+        """x_T, and the function step(t, x_t) -> (model_output, next sample, predicted x_0 or None); sets the chain."""
         channels, sample_size = self.unet.config.in_channels, self.unet.config.sample_size
         generator = list(generator) if isinstance(generator, tuple) else generator
         if latents is not None and latents.shape[0] != batch_size and batch_size == 1:
             batch_size = latents.shape[0]
-        self._check_arguments(
-            batch_size, generator, output_type, eta, latents, channels, callback_on_step_end_tensor_inputs
-        )
+        self._check_arguments(batch_size, generator, eta, latents, channels)
         device, dtype = self._execution_device, self.unet.dtype
         if class_labels is not None:
             class_labels = self._check_labels(torch.as_tensor(class_labels), batch_size).to(device)
@@ -114,35 +236,33 @@ class DDPMImagePipeline(DiffusionPipeline):
         step_kwargs = {"generator": generator} if "generator" in takes else {}
         if eta is not None:
             step_kwargs["eta"] = eta
-        sample = latents.to(device, dtype) * scheduler.init_noise_sigma
-        self._interrupt = False
-        # timesteps stay on the CPU: reading them never waits for the device
-        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+
+        def step(t, sample):
             model_input = scheduler.scale_model_input(sample, t)
             model_output = self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0]
             if model_output.shape[1] == 2 * channels and not isinstance(scheduler, DDPMScheduler):
                 model_output = model_output[:, :channels]  # a scheduler that has no use for learned variances
-            sample = scheduler.step(model_output, t, sample, return_dict=False, **step_kwargs)[0]
-            if callback_on_step_end is not None:
-                tensors = {"sample": sample, "model_output": model_output}
-                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                sample = (callback_on_step_end(self, i, t, tensors) or {}).get("sample", sample)
-            if self.interrupt:
-                break
+            output = scheduler.step(model_output, t, sample, **step_kwargs)
+            return model_output, output.prev_sample, getattr(output, "pred_original_sample", None)
 
-        images = self._to_output(sample, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return latents.to(device, dtype) * scheduler.init_noise_sigma, step
 
-    def _check_arguments(self, batch_size, generator, output_type, eta, latents, channels, tensor_inputs):
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer, 1 or more")
+    def _check_output(self, output_type, tensor_inputs):
+        channels = self.unet.config.in_channels
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not known; choose one of {', '.join(OUTPUT_TYPES)}")
         if output_type == "pil" and channels not in (1, 3, 4):
             raise ValueError(
                 f"output_type='pil' shows 1, 3 or 4 channels, this network has {channels}; use 'np' or 'pt'"
             )
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; known are {known}")
+
+    def _check_arguments(self, batch_size, generator, eta, latents, channels):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer, 1 or more")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)} for batch_size={batch_size}; give one for each image"
@@ -155,10 +275,6 @@ class DDPMImagePipeline(DiffusionPipeline):
             raise ValueError(
                 f"eta={eta}: {type(self.scheduler).__name__} has none; leave it out or use another scheduler"
             )
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; known are {known}")
 
     def _check_labels(self, labels, batch_size):
         labels = labels.expand(batch_size) if labels.dim() == 0 else labels

@@ -708,19 +708,30 @@ class VariationalDDPMScheduler(DDPMScheduler):
             (B,) bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or the decoder's negative
             log-likelihood (eq. 13).
         """
-        x_start = _working(x_start)
         p = self.p_mean_variance(model_output, x_t, t, clip_sample)
-        position = self._position(t, x_t)
-        first = position == 0
-        if first is not True:
-            q = self.q_posterior(x_start, x_t, t)
-            kl = _bits_per_dim(gaussian_kl(q.mean, q.log_variance, p.mean, p.log_variance))
-            if first is False:
-                return kl
-        decoder = _bits_per_dim(
-            -discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance, self.levels)
-        )
-        return decoder if first is True else torch.where(first, decoder, kl)
+        first = self._position(t, x_t) == 0
+        if first is True:
+            return self.decoder_bits_per_dim(p, x_start)
+        kl = self.kl_bits_per_dim(p, x_start, x_t, t)
+        return kl if first is False else torch.where(first, self.decoder_bits_per_dim(p, x_start), kl)
+
+    def kl_bits_per_dim(
+        self, p: Gaussian, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int
+    ) -> torch.Tensor:
+        """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p) of eq. 5, of `p_mean_variance`; not for the chain's first step.
+
+        Images (B, C, H, W); t 0-based, of the chain; (B,) bits per dimension.
+        """
+        q = self.q_posterior(x_start, x_t, t)
+        return _bits_per_dim(gaussian_kl(q.mean, q.log_variance, p.mean, p.log_variance))
+
+    def decoder_bits_per_dim(self, p: Gaussian, x_start: torch.Tensor, levels: int | None = None) -> torch.Tensor:
+        """L_0 of eq. 13, of `p_mean_variance` at the chain's first step.
+
+        x_start: (B, C, H, W) on the grid of `levels` grey levels (None: those of the config); (B,) bits per dimension.
+        """
+        x_start, log_scale = _working(x_start), 0.5 * p.log_variance
+        return _bits_per_dim(-discretized_gaussian_log_likelihood(x_start, p.mean, log_scale, levels or self.levels))
 
     def prior_bits_per_dim(self, x_start: torch.Tensor) -> torch.Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, 1)) of eq. 5, at the chain's last step. x_start: (B, C, H, W); (B,) bits/dim."""

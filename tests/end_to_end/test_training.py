@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DDPMPipeline
 from PIL import Image
 
 from ddpm_hf import DDPMImagePipeline
@@ -74,6 +75,26 @@ def test_the_pipeline_samples_and_evaluates(trained, tmp_path):
     assert 2 < report["per_pixel_histogram"] < 3.2
     assert f"{report['total']:.4f}" in result.stdout
     assert f"{report['total']:.4f}" in (folder / "README.md").read_text()
+    errors = report["standard_errors"]
+    assert errors["total"] == report["standard_error"] > 0 and errors.keys() == {"total", "prior", "kl", "decoder"}
+    assert report["evaluations_per_image"] == 10 and report["sampling_error"] is None
+    assert np.asarray(Image.open(folder / "evaluation.png")).std() > 0
+
+
+def test_estimating_a_stock_folder(trained, tmp_path):
+    stock = DDPMPipeline.from_pretrained(trained / "a" / "pipeline")
+    stock.save_pretrained(tmp_path / "stock")
+    result = script("evaluate.py", tmp_path / "stock", "--images", 4, "--estimate", 10, "--levels", 17)
+    report = json.loads((tmp_path / "stock/evaluation.json").read_text())
+    assert report["levels"] == 17 and report["steps"] == 1000 and report["evaluations_per_image"] == 10
+    assert report["sampling_error"] > 0 and "10 evaluations an image in place of 1000" in result.stdout
+    card = (tmp_path / "stock/README.md").read_text()
+    assert "an unbiased estimate of the 1000 terms of the bound from\n10 network evaluations" in card
+    assert not (tmp_path / "stock/evaluation.png").exists()
+    refused = script("evaluate.py", tmp_path / "stock", "--images", 4, "--estimate", 1000, "--levels", 17, check=False)
+    assert refused.returncode == 1 and "num_evaluations=1000 must be 8 to 999" in refused.stderr
+    refused = script("evaluate.py", tmp_path / "stock", "--images", 4, "--levels", 10, check=False)
+    assert refused.returncode == 1 and "levels=10, but the data has a pixel of" in refused.stderr
 
 
 def test_the_example_of_the_readme_runs(trained):
@@ -115,6 +136,7 @@ def test_a_folder_of_colour_images_with_flips_and_accumulation(tmp_path):
     arguments = (
         f"--data {tmp_path}/images --channels 3 --image_size [8,16] --scheduler.levels 256 --random_flip true "
         f"--batch_size 4 --gradient_accumulation_steps 2 --scheduler.variance_type learned_range --loss hybrid "
+        f"--timesteps loss_second_moment --weighting min_snr "
         f"--output_dir {tmp_path}/run"
     )
     script("train.py", *SMALL.split(), *NETWORK, *arguments.split())

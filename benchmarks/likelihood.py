@@ -1,0 +1,117 @@
+"""What bits/dim costs: the estimate against all terms and against uniform timesteps, and steps batched against one a call.
+
+    python benchmarks/likelihood.py runs/demo/pipeline --data digits
+    python benchmarks/likelihood.py runs/mnist/pipeline --data mnist --images 200
+
+Writes benchmarks/results/likelihood_<data>.json.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim  # noqa: E402
+from evaluate import load_tensor  # noqa: E402
+
+
+@torch.no_grad()
+def uniform_estimate(unet, scheduler, x_start, count, generator):
+    """The mean over images of `count` terms at timesteps drawn uniformly, times T, and L_T: unbiased, nothing else."""
+    total = scheduler.prior_bits_per_dim(x_start)
+    for _ in range(count):
+        t = torch.randint(len(scheduler.chain), (len(x_start),), generator=generator)
+        noise = torch.randn(x_start.shape, generator=generator)
+        x_t = scheduler.q_sample(x_start, t, noise)
+        output = unet(x_t, t, return_dict=False)[0]
+        total = total + len(scheduler.chain) / count * scheduler.vlb_term(output, x_start, x_t, t, clip_sample=True)
+    return total.double().mean().item()
+
+
+@torch.no_grad()
+def one_step_a_call(unet, scheduler, x_start):
+    """The plain loop: each image at each timestep, in a call of its own."""
+    for image in x_start.split(1):
+        for t in scheduler.chain:
+            x_t = scheduler.q_sample(image, t, torch.randn_like(image))
+            scheduler.vlb_term(unet(x_t, t, return_dict=False)[0], image, x_t, t, clip_sample=True)
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("pipeline")
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--images", type=int, help="of the test split; all if left out")
+    parser.add_argument("--evaluations", type=int, default=50, help="network evaluations an image")
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=256)
+    arguments = parser.parse_args()
+    pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline)
+    unet, scheduler, count = pipeline.unet, pipeline.scheduler, arguments.evaluations
+    x_start, _ = load_tensor(arguments.data, "test", unet, scheduler.levels, arguments.images)
+
+    def seeded(seed):
+        return torch.Generator().manual_seed(seed)
+
+    full = bits_per_dim(
+        unet, scheduler, x_start, generator=seeded(0), batch_size=arguments.batch_size, progress_bar=True
+    )
+    ours, uniform = [], []
+    for seed in tqdm(range(1, arguments.repeats + 1), desc="estimates"):
+        ours.append(
+            estimate_bits_per_dim(
+                unet, scheduler, x_start, num_evaluations=count, generator=seeded(seed), batch_size=arguments.batch_size
+            )
+        )
+        uniform.append(uniform_estimate(unet, scheduler, x_start, count, seeded(seed)))
+    means = [estimate.mean for estimate in ours]
+
+    # wall time, on 4 images: what is timed is a call, and there are 1,000 of each kind
+    few = x_start[:4]
+    unet(few, 0)
+    slow = seconds(lambda: one_step_a_call(unet, scheduler, few))
+    fast = seconds(lambda: bits_per_dim(unet, scheduler, few, batch_size=arguments.batch_size))
+    report = {
+        "data": arguments.data,
+        "images": len(x_start),
+        "terms": len(scheduler.chain),
+        "full_chain": full.mean,
+        "standard_error_over_images": full.standard_error,
+        "evaluations_per_image": count,
+        "repeats": arguments.repeats,
+        "estimate_root_mean_square_error": statistics.fmean((m - full.mean) ** 2 for m in means) ** 0.5,
+        "estimate_mean": statistics.fmean(means),
+        "estimate_standard_deviation": statistics.stdev(means),
+        "estimate_told_error": statistics.fmean(e.sampling_error**2 for e in ours) ** 0.5,
+        "uniform_root_mean_square_error": statistics.fmean((m - full.mean) ** 2 for m in uniform) ** 0.5,
+        "one_step_a_call_over_batched_seconds": slow / fast,
+        "machine": {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "batch_size": arguments.batch_size,
+        },
+    }
+    print(json.dumps(report, indent=2))
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"likelihood_{Path(arguments.data).name}.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
