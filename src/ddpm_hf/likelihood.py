@@ -213,6 +213,7 @@ def estimate_bits_per_dim(
 
     L_T is exact and L_0 is always evaluated (twice). Of the KL terms each image draws one timestep in each of K strata, which
     hold equal shares of the terms' size as a pilot run finds it; the images' draws in a stratum are spread evenly over it.
+    What the terms owe to the norm of their noise, whose expectation is known, is taken off (a control variate).
 
     Args:
         num_evaluations: network evaluations an image, pilot and decoder included: 8 to below the length of the chain.
@@ -230,7 +231,7 @@ def estimate_bits_per_dim(
         raise ValueError(f"num_evaluations={num_evaluations} must be 8 to {N - 1}; all {N} steps are bits_per_dim's")
     evaluate = _Evaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
     chain = torch.tensor(scheduler.chain)
-    pilot = max(1, num_evaluations // 10)
+    pilot = max(1, min(num_evaluations // 10, -(-256 // B)))
     strata = num_evaluations - pilot - 2
 
     def uniform(*shape):
@@ -238,29 +239,34 @@ def estimate_bits_per_dim(
         return torch.rand(shape, generator=generator, device=device, dtype=torch.float64).cpu()
 
     def terms(positions):
-        """Each image's term at each of its (B, n) positions in the chain; 0 for the first step alone."""
+        """Each image's term at its (B, n) positions in the chain, 0 alone or not at all, and mean(noise^2) - 1."""
         index = torch.arange(B).repeat_interleave(positions.shape[1])
         found = []
         for rows, at in zip(index.split(batch_size or B), positions.flatten().split(batch_size or B)):
-            t = int(chain[0]) if not at.any() else chain[at]
             noise = evaluate.noise((len(rows), *x_start.shape[1:]), generator)
-            found.append(evaluate.at_noise(rows.to(x_start.device), t, noise)[0].double())
+            t = chain[at] if at.any() else int(chain[0])
+            term, *_ = evaluate.at_noise(rows.to(x_start.device), t, noise)
+            found.append(torch.stack((term, noise.square().flatten(1).mean(1) - 1)))
             bar.update(len(rows))
-        return torch.cat(found).view(B, -1)
+        return torch.cat(found, dim=1).cpu().double().view(2, B, -1)
 
     with evaluate, tqdm(total=B * num_evaluations, desc="bits/dim", disable=not progress_bar) as bar:
-        first = terms(torch.zeros(B, 2, dtype=torch.int64))
+        first, _ = terms(torch.zeros(B, 2, dtype=torch.int64))
         # the pilot: positions spread evenly in their logarithm, over which the terms change evenly
         u = (uniform(B * pilot).argsort() + uniform(B * pilot)) / (B * pilot)
-        at = (torch.exp(u * math.log(N)).long()).clamp(1, N - 1).view(B, pilot)
-        share = _share_of_each_step(at, terms(at), N - 1)
+        at = torch.exp(u * math.log(N)).long().clamp(1, N - 1).view(B, pilot)
+        size, slope = _fit_pilot(at, *terms(at), N - 1)
+        step = torch.arange(1, N)
+        # the last two leave no step without a chance, where the pilot has missed something
+        share = sum(weight * part / part.sum() for weight, part in ((0.94, size), (0.03, 1 / step), (0.03, step**0)))
         # each stratum has 1 / strata of the probability, each image a cell of its own in it
         u = (uniform(B, strata).argsort(dim=0) + uniform(B, strata)) / B
         u = (torch.arange(strata) + u) / strata
-        at = torch.searchsorted(share.cumsum(0), u.clamp(max=1 - 1e-12)).clamp(max=N - 2) + 1
-        drawn = terms(at) / (strata * share.to(x_start.device)[at.to(x_start.device) - 1])
+        at = torch.searchsorted(share.cumsum(0), u).clamp(max=N - 2) + 1
+        term, norm = terms(at)
+        drawn = (term - slope[at - 1] * norm) / (strata * share[at - 1])
     prior = scheduler.prior_bits_per_dim(x_start)
-    kl, decoder = drawn.sum(1).to(prior.dtype), first.mean(1).to(prior.dtype)
+    kl, decoder = (part.to(prior) for part in (drawn.sum(1), first.mean(1)))
     # Each stratum was drawn from once: what the mean over images is off the line between its neighbours' is its error,
     # half as much again for their own, and a little too much where that line is curved.
     means = drawn.mean(0)
@@ -269,17 +275,21 @@ def estimate_bits_per_dim(
     return BitsPerDimEstimate(prior + kl + decoder, prior, kl, decoder, variance.sqrt().item())
 
 
-def _share_of_each_step(positions, terms, steps):
-    """Probabilities of positions 1 .. steps in proportion to the terms' root mean square, smooth in log(position)."""
+def _fit_pilot(positions, terms, norms, steps):
+    """At positions 1 .. steps the root mean square of the terms and what they gain with mean(noise^2), by log(position)."""
     order = positions.flatten().argsort()
-    x, y = positions.flatten()[order].log(), terms.flatten().cpu()[order].square()
-    bins = max(1, min(20, len(x) // 2))
-    x = torch.stack([part.mean() for part in x.tensor_split(bins)]).numpy()
-    y = torch.stack([part.mean() for part in y.tensor_split(bins)]).clamp(min=1e-30).sqrt().log().numpy()
-    step = np.arange(1, steps + 1)
-    shares = np.exp(np.interp(np.log(step), x, y)), 1 / step, np.ones(steps)
-    # the last two leave no step without a chance, where the pilot has missed something
-    return torch.from_numpy(sum(weight * share / share.sum() for weight, share in zip((0.9, 0.05, 0.05), shares)))
+    x, y, h = (values.flatten()[order] for values in (positions.log(), terms, norms))
+    parts = max(1, min(20, len(x) // 2))
+    centres = torch.stack([part.mean() for part in x.tensor_split(parts)]).numpy()
+    sizes = torch.stack([part.square().mean() for part in y.tensor_split(parts)]).clamp(min=1e-30).sqrt().log().numpy()
+    grid = np.log(np.arange(1, steps + 1))
+    size = torch.from_numpy(np.exp(np.interp(grid, centres, sizes)))
+    if len(x) < 32:
+        return size, torch.zeros_like(size)
+    # term / size = 1 + (a + b log(position)) h
+    relative = y / torch.from_numpy(np.exp(np.interp(x.numpy(), centres, sizes)))
+    a, b = torch.linalg.lstsq(torch.stack((h, h * x), dim=1), (relative - relative.mean())[:, None]).solution.flatten()
+    return size, size * (a + b * torch.from_numpy(grid))
 
 
 class _Evaluator:
