@@ -8,7 +8,7 @@ import torch
 from golden_data import SEED_X, case_id, case_scheduler, golden_cases, images, network, randn
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_hf.likelihood import bits_per_dim, estimate_bits_per_dim
+from ddpm_hf.likelihood import bits_per_dim, estimate_bits_per_dim, progressive_coding, rate_distortion
 from ddpm_hf.scheduler import VariationalDDPMScheduler, space_timesteps
 from ddpm_hf.unet import DDPMUNet
 
@@ -336,6 +336,50 @@ def test_a_network_in_half_precision_has_terms_in_float32(tiny, how):
     assert not torch.equal(exact.terms, half.terms) and torch.equal(exact.prior, half.prior)
 
 
+# Progressive coding
+
+
+def test_progressive_coding_costs_the_bound_along_one_trajectory():
+    """Marginally each x_t is drawn from q(x_t | x_0): the same expected terms, by other draws."""
+    scheduler = VariationalDDPMScheduler(40, beta_schedule="cosine", prediction_type="sample", timestep_spacing="iddpm")
+    scheduler.set_timesteps(12)
+    abar = scheduler.alphas_cumprod
+    unet = LinearUNet(scheduler, 0.36 * abar.sqrt() / (0.36 * abar + 1 - abar))
+    x_start = images(F64).repeat(64, 1, 1, 1)
+    both = [
+        measure(
+            unet, scheduler, x_start, clip_sample=False, generator=torch.Generator().manual_seed(seed), batch_size=100
+        )
+        for seed, measure in enumerate((bits_per_dim, progressive_coding))
+    ]
+    for name in "terms", "x_start_mse", "epsilon_mse":
+        a, b = (getattr(result, name) for result in both)
+        assert a.shape == b.shape == (256, 12)
+        error = (a.var(0) / 256 + b.var(0) / 256).sqrt()
+        assert ((a.mean(0) - b.mean(0)).abs() < 4.5 * error + 1e-12).all(), name
+    assert torch.equal(both[0].prior, both[1].prior)
+    # of one image the steps go together: neighbouring errors of x_0 agree more than independent draws
+    correlation = [torch.corrcoef(result.x_start_mse.view(64, 4, 12)[:, 0, 4:6].T)[0, 1] for result in both]
+    assert correlation[1] > 0.3 > abs(correlation[0])
+
+
+def test_rate_and_distortion(tiny):
+    scheduler, x_start = short(), images(torch.float32)
+    result = bits_per_dim(tiny, scheduler, x_start, noise_fn=fixed_noise)
+    rate, distortion = rate_distortion(result)
+    assert rate.shape == distortion.shape == (6,) and rate.dtype == distortion.dtype == F64
+    assert rate[0] == pytest.approx(result.prior.double().mean().item())
+    assert rate[1] - rate[0] == pytest.approx(result.terms[:, 4].double().mean().item(), rel=1e-6)
+    assert rate[-1] == pytest.approx(result.mean, rel=1e-6) and distortion[-1] == 0
+    # the first is the error of what x_T tells of x_0, in grey levels of 256
+    x_t = scheduler.q_sample(x_start, 4, fixed_noise(4, (4,)))
+    tiny.eval()
+    with torch.no_grad():
+        p = scheduler.p_mean_variance(tiny(x_t, 4)[0], x_t, 4, clip_sample=True)
+    rmse = ((p.pred_original_sample - x_start) * 127.5).double().square().mean().sqrt()
+    assert distortion[0] == pytest.approx(rmse.item(), rel=1e-5)
+
+
 # The estimate
 
 
@@ -387,7 +431,7 @@ def test_the_estimate_is_unbiased(chain, num_evaluations):
     # what it says of its own error: on the safe side, not by far
     told = torch.tensor([estimate.sampling_error for estimate in found]).square().mean().sqrt()
     actual = torch.tensor([estimate.mean for estimate in found]).std()
-    assert 0.9 < told / actual < (2 if num_evaluations == 20 else 4)
+    assert 0.9 < told / actual < 2
     assert torch.equal(found[0].prior, scheduler.prior_bits_per_dim(x_start))
     assert torch.equal(found[0].total, found[0].prior + found[0].kl + found[0].decoder)
 

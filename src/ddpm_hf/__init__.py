@@ -1,6 +1,13 @@
 """Denoising diffusion probabilistic models for Hugging Face diffusers."""
 
-from .likelihood import BitsPerDim, BitsPerDimEstimate, bits_per_dim, estimate_bits_per_dim
+from .likelihood import (
+    BitsPerDim,
+    BitsPerDimEstimate,
+    bits_per_dim,
+    estimate_bits_per_dim,
+    progressive_coding,
+    rate_distortion,
+)
 from .objectives import DiffusionObjective, LossSecondMomentTimesteps, UniformTimesteps
 from .pipeline import DDPMImagePipeline
 from .scheduler import (
@@ -25,5 +32,7 @@ __all__ = [
     "bits_per_dim",
     "discretized_gaussian_log_likelihood",
     "estimate_bits_per_dim",
+    "progressive_coding",
+    "rate_distortion",
     "space_timesteps",
 ]

@@ -257,8 +257,10 @@ def estimate_bits_per_dim(
         at = torch.exp(u * math.log(N)).long().clamp(1, N - 1).view(B, pilot)
         size, slope = _fit_pilot(at, *terms(at), N - 1)
         step = torch.arange(1, N)
-        # the last two leave no step without a chance, where the pilot has missed something
-        share = sum(weight * part / part.sum() for weight, part in ((0.94, size), (0.03, 1 / step), (0.03, step**0)))
+        # 1 / step is what the terms are like before anything is known; no step is left without a chance
+        trust = 0.94 * at.numel() / (at.numel() + 8)
+        parts = ((trust, size), (0.97 - trust, 1 / step), (0.03, step**0))
+        share = sum(weight * part / part.sum() for weight, part in parts)
         # each stratum has 1 / strata of the probability, each image a cell of its own in it
         u = (uniform(B, strata).argsort(dim=0) + uniform(B, strata)) / B
         u = (torch.arange(strata) + u) / strata
@@ -267,11 +269,13 @@ def estimate_bits_per_dim(
         drawn = (term - slope[at - 1] * norm) / (strata * share[at - 1])
     prior = scheduler.prior_bits_per_dim(x_start)
     kl, decoder = (part.to(prior) for part in (drawn.sum(1), first.mean(1)))
-    # Each stratum was drawn from once: what the mean over images is off the line between its neighbours' is its error,
-    # half as much again for their own, and a little too much where that line is curved.
-    means = drawn.mean(0)
-    off = means[1:-1] - (means[:-2] + means[2:]) / 2
-    variance = strata * off.square().mean() / 1.5 + (first[:, 0] - first[:, 1]).mean().square() / 4
+    if B > 1:  # the images' draws in a stratum stand for repeated ones, but for what an image costs on the whole
+        rest = drawn - drawn.mean(1, keepdim=True)
+        variance = strata / (strata - 1) * rest.var(0).sum() / B
+    else:  # a stratum's draw for the line between its neighbours', too much where that is curved
+        off = drawn[:, 1:-1] - (drawn[:, :-2] + drawn[:, 2:]) / 2
+        variance = strata * off.square().mean() / 1.5
+    variance = variance + (first[:, 0] - first[:, 1]).mean().square() / 4
     return BitsPerDimEstimate(prior + kl + decoder, prior, kl, decoder, variance.sqrt().item())
 
 
