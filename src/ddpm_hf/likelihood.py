@@ -85,6 +85,10 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """Every term of the variational bound for every image, one noise draw for each term.
 
+    A chain need not begin at t = 0: where the noise of its first step is far finer than a grey level, as in schedules made for
+    256 levels on data of 17, a network pays there in KL for what the decoder of a later step gives for nothing. The bound of
+    `scheduler.set_timesteps(timesteps=range(T - 1, t0 - 1, -1))` is as much a bound; choose t0 on the training data.
+
     Args:
         unet: a diffusers model, or anything called as `unet(x_t, t, class_labels=..., return_dict=False)` that returns a
             tuple with the output first; t is an int, or int64 (rows,) where a call holds several timesteps. Its dropout is

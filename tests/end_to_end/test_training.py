@@ -77,7 +77,13 @@ def test_the_pipeline_samples_and_evaluates(trained, tmp_path):
     assert f"{report['total']:.4f}" in (folder / "README.md").read_text()
     errors = report["standard_errors"]
     assert errors["total"] == report["standard_error"] > 0 and errors.keys() == {"total", "prior", "kl", "decoder"}
-    assert report["evaluations_per_image"] == 10 and report["sampling_error"] is None
+    assert report["evaluations_per_image"] == 10 and report["sampling_error"] is None and report["first_timestep"] == 0
+    result = script("evaluate.py", folder, "--images", 3, "--steps", 10, "--first", 200)
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert report["first_timestep"] >= 200 and report["steps"] < 10 and "from t=2" in result.stdout
+    assert "of the chain that begins at t = 2" in (folder / "README.md").read_text()
+    refused = script("evaluate.py", folder, "--images", 3, "--first", 1000, check=False)
+    assert refused.returncode == 1 and "--first 1000 leaves no timestep" in refused.stderr
     assert np.asarray(Image.open(folder / "evaluation.png")).std() > 0
 
 
