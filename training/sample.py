@@ -1,15 +1,19 @@
 """A saved pipeline -> a sheet of samples.
 
 python training/sample.py runs/digits/pipeline --count 64 --out samples.png
+python training/sample.py runs/digits/pipeline --count 8 --progressive 12 --out progressive.png
+python training/sample.py runs/digits/pipeline --count 8 --interpolate 500 --data digits --out interpolation.png
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import torch
 
 from ddpm_hf import DDPMImagePipeline
+from evaluate import load_tensor
 from train import cycled_labels, save_sheet
 
 
@@ -17,7 +21,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
     parser.add_argument("--out", default="samples.png", help="PNG file to write")
-    parser.add_argument("--count", type=int, default=64, help="number of images")
+    parser.add_argument("--count", type=int, default=64, help="number of images; of rows with the next two")
+    parser.add_argument(
+        "--progressive", type=int, metavar="N", help="a row for each image: its predicted x_0 at N timesteps on the way"
+    )
+    parser.add_argument(
+        "--interpolate", type=int, metavar="T", help="a row for each pair of images of --data, mixed at timestep T"
+    )
+    parser.add_argument("--data", default="digits", help="of --interpolate: as in evaluate.py")
+    parser.add_argument("--split", default="test", help="of --interpolate")
     parser.add_argument("--steps", type=int, help="network calls an image; all timesteps if left out")
     parser.add_argument("--eta", type=float, help="DDIM with this eta in [0, 1]; ancestral sampling if left out")
     parser.add_argument("--class_label", type=int, help="of every image; all in turn if left out")
@@ -28,18 +40,52 @@ def main():
         parser.error(f"--out {arguments.out}: there is no such folder")
     if arguments.count < 1:
         parser.error(f"--count {arguments.count} must be 1 or more")
+    if arguments.progressive is not None and arguments.progressive < 2:
+        parser.error(f"--progressive {arguments.progressive} must be 2 or more")
+    if arguments.progressive is not None and arguments.interpolate is not None:
+        parser.error("--progressive and --interpolate make two sheets; give one of them")
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
-    images = pipeline(
-        arguments.count,
+    labels = arguments.class_label
+    how = dict(
         generator=torch.Generator(device).manual_seed(arguments.seed),
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
-        class_labels=cycled_labels(pipeline.unet, arguments.count)
-        if arguments.class_label is None
-        else arguments.class_label,
-    ).images
-    save_sheet(images, arguments.out)
+        class_labels=cycled_labels(pipeline.unet, arguments.count) if labels is None else labels,
+    )
+    if arguments.progressive is not None:
+        images, columns = progressive_rows(pipeline, arguments.count, arguments.progressive, how)
+    elif arguments.interpolate is not None:
+        images, columns = interpolation_rows(pipeline, arguments, how)
+    else:
+        images, columns = pipeline(arguments.count, **how).images, None
+    save_sheet(images, arguments.out, columns)
     print(f"wrote {arguments.out}")
+
+
+def progressive_rows(pipeline, count, columns, how):
+    """The predicted x_0 of each image, at evenly spread steps from noise to image (the paper's figure 6)."""
+    steps = how["num_inference_steps"] or pipeline.scheduler.config.num_train_timesteps
+    every = max(1, math.ceil((steps - 1) / (columns - 1)))
+    seen = [x_start for _, _, x_start in pipeline.progressive(count, every=every, **how)]
+    return to_pil(pipeline, torch.stack(seen, dim=1).flatten(0, 1)), len(seen)
+
+
+def interpolation_rows(pipeline, arguments, how, columns=9):
+    """Pairs of the data's images with what lies between (the paper's figure 8): source, mixtures from 0 to 1, source."""
+    levels = getattr(pipeline.scheduler, "levels", 256)
+    data, _ = load_tensor(arguments.data, arguments.split, pipeline.unet, levels, 2 * arguments.count)
+    if len(data) < 2 * arguments.count:
+        raise ValueError(f"--count {arguments.count} needs two images a row; --data has {len(data)}")
+    a, b = data[::2].to(pipeline.device), data[1::2].to(pipeline.device)
+    weights = [i / (columns - 1) for i in range(columns)]
+    mixed = pipeline.interpolate(a, b, weights, arguments.interpolate, output_type="latent", **how).images
+    rows = torch.cat((a[:, None], mixed.unflatten(0, (len(a), columns)), b[:, None]), dim=1)
+    return to_pil(pipeline, rows.flatten(0, 1)), columns + 2
+
+
+def to_pil(pipeline, images):
+    arrays = (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return pipeline.numpy_to_pil(arrays)
 
 
 if __name__ == "__main__":

@@ -259,11 +259,11 @@ def cycled_labels(unet, count):
     return None if classes is None else torch.arange(count) % classes
 
 
-def save_sheet(images, path):
-    """PIL images as one square sheet with grey gaps; small ones enlarged so that pixels can be seen."""
+def save_sheet(images, path, columns=None):
+    """PIL images as one sheet with grey gaps, square if columns is None; small ones enlarged so that pixels can be seen."""
     scale = max(1, 64 // max(images[0].size))
     images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]
-    columns = math.ceil(len(images) ** 0.5)
+    columns = columns or math.ceil(len(images) ** 0.5)
     rows = math.ceil(len(images) / columns)
     images += [Image.new(images[0].mode, images[0].size)] * (rows * columns - len(images))
     path = Path(path)

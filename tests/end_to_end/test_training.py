@@ -68,6 +68,10 @@ def test_the_pipeline_samples_and_evaluates(trained, tmp_path):
     folder = trained / "a" / "pipeline"
     script("sample.py", folder, "--count", 4, "--steps", 3, "--out", tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (136, 136)
+    script("sample.py", folder, "--count", 2, "--steps", 7, "--progressive", 3, "--out", tmp_path / "rows.png")
+    assert Image.open(tmp_path / "rows.png").size == (3 * 68, 2 * 68)
+    script("sample.py", folder, "--count", 3, "--steps", 7, "--interpolate", 500, "--out", tmp_path / "mixed.png")
+    assert Image.open(tmp_path / "mixed.png").size == (11 * 68, 3 * 68)
     result = script("evaluate.py", folder, "--images", 3, "--steps", 10, "--histogram", "train")
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["images"] == 3 and report["steps"] == 10 and report["levels"] == 17
