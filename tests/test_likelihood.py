@@ -449,7 +449,7 @@ def test_the_estimate_and_the_bound_agree(tiny):
 
 @pytest.mark.parametrize("num_evaluations", [0, 7, 100, 1000])
 def test_refused_number_of_evaluations(tiny, num_evaluations):
-    with pytest.raises(ValueError, match=f"num_evaluations={num_evaluations} must be 8 to 99"):
+    with pytest.raises(ValueError, match=f"num_evaluations={num_evaluations} must be an integer, 8 to 99"):
         estimate_bits_per_dim(
             tiny, short(num_train_timesteps=100), images(torch.float32), num_evaluations=num_evaluations
         )

@@ -113,14 +113,17 @@ def test_vlb_with_a_fixed_variance_has_the_weights_of_eq_12():
     torch.testing.assert_close(losses("vlb"), 1000 * eq_12 / math.log(2), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("chain", [None, [999, 500, 250, 50, 1, 0]], ids=["all", "some"])
 @pytest.mark.parametrize("weighting", ["min_snr", "truncated_snr", "p2"])
-def test_a_weighting_is_the_same_whatever_is_predicted(weighting):
+def test_a_weighting_is_the_same_whatever_is_predicted(weighting, chain):
     """Of the same prediction of x_0, said in four ways; and the published forms of the weights."""
     x_start, noise, wrong = (torch.randn(6, 1, 4, 4, dtype=F64) for _ in range(3))
     t = torch.tensor([0, 1, 50, 250, 500, 999])
 
     def weighed(prediction, weighting):
         scheduler = VariationalDDPMScheduler(prediction_type=prediction)
+        if chain:
+            scheduler.set_timesteps(timesteps=chain)
 
         def unet(x_t, t, class_labels=None, return_dict=True):
             return (scheduler.prediction_target(wrong, x_t, scheduler.epsilon_from_x_start(wrong, x_t, t), t),)

@@ -374,3 +374,22 @@ def test_interpolation(make_pipeline):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             mixed(weights, timestep, b=other)
+
+
+def test_interpolation_by_a_scheduler_that_visits_timesteps_twice(make_pipeline):
+    unet = make_pipeline().unet
+    heun = DDPMImagePipeline(unet, HeunDiscreteScheduler.from_config(make_pipeline().scheduler.config))
+    a = torch.rand(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler visits timesteps twice"):
+        heun.interpolate(a, a, [0.5], 500, num_inference_steps=10)
+
+
+def test_two_progressive_at_once(make_pipeline):
+    pipeline = make_pipeline()
+    first, second = (pipeline.progressive(num_inference_steps=n) for n in (10, 4))
+    assert len(list(second)) == 4
+    with pytest.raises(ValueError, match="set anew"):
+        next(first)
+    for eta in 2.0, "1":
+        with pytest.raises(ValueError, match="eta="):
+            pipeline(eta=eta)

@@ -734,6 +734,23 @@ def test_randomness_comes_from_the_generator_alone():
     assert not torch.equal(make().step(x_t, 5, x_t).prev_sample, make().step(x_t, 5, x_t).prev_sample)
 
 
+def test_gradients_after_inference_mode():
+    """What a step keeps for the next ones was made in inference mode, and serves gradients all the same."""
+    scheduler, x = make(), randn(SEED_X)
+    for t in 999, torch.tensor([999, 5, 1, 0]):
+        with torch.inference_mode():
+            scheduler.step(x, t, x)
+        y = x.clone().requires_grad_()
+        scheduler.step(y, t, y).prev_sample.sum().backward()
+        assert y.grad.abs().sum() > 0
+
+
+def test_the_last_step_gives_a_tensor_of_its_own():
+    x, output = randn(SEED_X), images()
+    step = make(prediction_type="previous").step(output, 0, x)
+    assert torch.equal(step.prev_sample, output) and step.prev_sample is not output
+
+
 def test_inputs_are_not_changed():
     x, x_t, noise = images(), randn(SEED_X), randn(SEED_STEP)
     for t in 0, 5, torch.tensor([0, 5, 500, 999]):

@@ -86,6 +86,10 @@ def main():
     parser.add_argument("--out", help="folder to write to; the pipeline's own if it is one")
     arguments = parser.parse_args()
 
+    if arguments.images is not None and arguments.images < 1:
+        parser.error(f"--images {arguments.images} must be 1 or more")
+    if arguments.first < 0:
+        parser.error(f"--first {arguments.first} must be 0 or more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
     unet, scheduler = pipeline.unet, pipeline.scheduler
@@ -98,7 +102,7 @@ def main():
                 f"--first {arguments.first} leaves no timestep of a chain that ends at {scheduler.chain[-1]}"
             )
         scheduler.set_timesteps(timesteps=timesteps)
-    levels = arguments.levels or scheduler.levels
+    levels = scheduler.levels if arguments.levels is None else arguments.levels
     data = (unet, levels)
     columns = (arguments.image_column, arguments.label_column)
     x_start, labels = load_tensor(arguments.data, arguments.split, *data, arguments.images, *columns)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,8 @@ class BitsPerDimEstimate(NamedTuple):
     prior: torch.Tensor  # (B,), L_T, exact
     kl: torch.Tensor  # (B,), L_1 + ... + L_{T-1}, estimated
     decoder: torch.Tensor  # (B,), L_0
-    sampling_error: float  # of `mean` by the draws of timesteps and noise: its distance to the bound of these B images
+    # the standard error of `mean` by the draws of timesteps and noise, for the bound of these B images; rough for a single one
+    sampling_error: float
 
     @property
     def mean(self) -> float:
@@ -231,8 +233,10 @@ def estimate_bits_per_dim(
         ValueError: as `bits_per_dim`; num_evaluations out of its range.
     """
     N, B = len(scheduler.chain), len(x_start)
-    if not 8 <= num_evaluations < N:
-        raise ValueError(f"num_evaluations={num_evaluations} must be 8 to {N - 1}; all {N} steps are bits_per_dim's")
+    if not (isinstance(num_evaluations, Integral) and 8 <= num_evaluations < N):
+        raise ValueError(
+            f"num_evaluations={num_evaluations} must be an integer, 8 to {N - 1}; all {N} steps are bits_per_dim's"
+        )
     evaluate = _Evaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
     chain = torch.tensor(scheduler.chain)
     pilot = max(1, min(num_evaluations // 10, -(-256 // B)))
@@ -305,12 +309,14 @@ class _Evaluator:
 
     def __init__(self, unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size):
         self.unet, self.scheduler, self.x_start, self.class_labels = unet, scheduler, x_start, class_labels
-        self.clip_sample, self.levels = clip_sample, levels or scheduler.levels
+        self.clip_sample, self.levels = clip_sample, scheduler.levels if levels is None else levels
         self.dtype = getattr(unet, "dtype", x_start.dtype)
         self.first, self.pending = scheduler.chain[0], []
+        if not isinstance(self.levels, Integral) or self.levels < 2:
+            raise ValueError(f"levels={self.levels!r}: give the number of grey levels of the data, 2 or more")
         _check_images(x_start, self.levels)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be 1 or more")
+        if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size >= 1):
+            raise ValueError(f"batch_size={batch_size} must be an integer, 1 or more")
         if class_labels is not None and len(class_labels) != len(x_start):
             raise ValueError(f"class_labels has {len(class_labels)} entries for {len(x_start)} images; give one each")
         _check_channels(unet, scheduler, x_start.shape[1])

@@ -95,8 +95,10 @@ class DiffusionObjective:
 
 
 def _mse_weights(scheduler, weighting):
-    """(T,) float64: the weight of the mean squared error of what the network predicts."""
-    abar, betas = scheduler.alphas_cumprod.numpy(), scheduler.betas.numpy()
+    """(T,) float64: the weight of the mean squared error of what the network predicts; NaN outside the chain."""
+    chain = np.array(scheduler.chain)
+    abar = scheduler.alphas_cumprod.numpy()[chain]
+    before = np.append(1.0, abar[:-1])
     snr = np.maximum(abar, 1e-24) / (1 - abar)
     of_x_start = WEIGHTINGS[weighting](snr)
     # the squared error of x_0 is this times that of the prediction
@@ -104,9 +106,11 @@ def _mse_weights(scheduler, weighting):
         "epsilon": 1 / snr,
         "sample": np.ones_like(snr),
         "v_prediction": 1 - abar,
-        "previous": ((1 - abar) / betas) ** 2 / np.append(1.0, abar[:-1]),
+        "previous": ((1 - abar) / (1 - abar / before)) ** 2 / before,
     }[scheduler.prediction_type]
-    return of_x_start * x_start_error
+    weights = np.full(len(scheduler.alphas_cumprod), np.nan)
+    weights[chain] = of_x_start * x_start_error
+    return weights
 
 
 class UniformTimesteps:
@@ -159,7 +163,8 @@ class LossSecondMomentTimesteps:
         self.uniform_probability = uniform_probability
         self.chain = torch.tensor(scheduler.chain)
         T = scheduler.config.num_train_timesteps
-        self.position = torch.zeros(T, dtype=torch.int64).index_put_((self.chain,), torch.arange(len(self.chain)))
+        # other timesteps have the position of what is thrown away
+        self.position = torch.full((T,), len(self.chain)).index_put_((self.chain,), torch.arange(len(self.chain)))
         # one row more than steps, for what is thrown away
         self.losses = torch.zeros(len(self.chain) + 1, history_per_timestep, dtype=torch.float64)
         self.count = torch.zeros(len(self.chain), dtype=torch.int64)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from numbers import Real
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -132,12 +133,15 @@ class DDPMImagePipeline(DiffusionPipeline):
         if every < 1:
             raise ValueError(f"every={every} must be 1 or more")
         sample, step = self._prepare(batch_size, generator, num_inference_steps, eta, class_labels, latents)
-        return self._progress(sample, step, every)
+        return self._progress(sample, step, every, self.scheduler.timesteps)
 
     @torch.no_grad()
-    def _progress(self, sample, step, every):
-        timesteps = self.scheduler.timesteps
+    def _progress(self, sample, step, every, timesteps):
         for i, t in enumerate(self.progress_bar(timesteps)):
+            if self.scheduler.timesteps is not timesteps:
+                raise ValueError(
+                    "the scheduler's timesteps were set anew on the way; use up one progressive() before the next"
+                )
             x_t = sample
             _, sample, x_start = step(t, x_t)
             if x_start is None:
@@ -196,6 +200,10 @@ class DDPMImagePipeline(DiffusionPipeline):
         _, step = self._prepare(pairs * count, generator, num_inference_steps, eta, class_labels, latents)
         timesteps = self.scheduler.timesteps
         timesteps = timesteps[timesteps <= timestep]
+        if len(timesteps.unique()) < len(timesteps):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} visits timesteps twice and cannot start on the way; use a DDIM scheduler"
+            )
         if len(timesteps) == 0:
             raise ValueError(
                 f"timestep={timestep} is below the chain, which ends at {int(self.scheduler.timesteps[-1])}"
@@ -271,6 +279,8 @@ class DDPMImagePipeline(DiffusionPipeline):
             raise ValueError(
                 f"latents has shape {tuple(latents.shape)}; for batch_size={batch_size} give ({batch_size}, {channels}, H, W)"
             )
+        if eta is not None and not (isinstance(eta, Real) and 0 <= eta <= 1):
+            raise ValueError(f"eta={eta!r} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
         if eta is not None and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(
                 f"eta={eta}: {type(self.scheduler).__name__} has none; leave it out or use another scheduler"

@@ -260,9 +260,10 @@ class _Chain:
         if isinstance(position, int):
             key = (name, like.dtype)
             if key not in self.entries:
-                table = torch.as_tensor(self.tables[name]).to(like.dtype)
-                columns = [column.unbind() for column in table.unbind(1)] if table.dim() > 1 else None
-                self.entries[key] = list(zip(*columns)) if columns else table.unbind()
+                with torch.inference_mode(False):  # what is kept here serves calls with gradients too
+                    table = torch.as_tensor(self.tables[name]).to(like.dtype)
+                    columns = [column.unbind() for column in table.unbind(1)] if table.dim() > 1 else None
+                    self.entries[key] = list(zip(*columns)) if columns else table.unbind()
             return self.entries[key][position]
         entry = self.on(name, like.device)[position].to(like.dtype)
         columns = [column.view(-1, *[1] * (like.dim() - 1)) for column in entry.view(len(position), -1).unbind(1)]
@@ -272,11 +273,12 @@ class _Chain:
         """A table as a tensor on `device`, moved there once; one NaN more than its entries, for steps not in the chain."""
         key = (name, device)
         if key not in self.tensors:
-            table = torch.as_tensor(self.tables[name])
-            if table.is_floating_point():
-                table = torch.cat((table, torch.full_like(table[:1], math.nan)))
-                table = table.float() if device.type == "mps" else table
-            self.tensors[key] = table.to(device)
+            with torch.inference_mode(False):
+                table = torch.as_tensor(self.tables[name])
+                if table.is_floating_point():
+                    table = torch.cat((table, torch.full_like(table[:1], math.nan)))
+                    table = table.float() if device.type == "mps" else table
+                self.tensors[key] = table.to(device)
         return self.tensors[key]
 
 
@@ -731,7 +733,9 @@ class VariationalDDPMScheduler(DDPMScheduler):
         x_start: (B, C, H, W) on the grid of `levels` grey levels (None: those of the config); (B,) bits per dimension.
         """
         x_start, log_scale = _working(x_start), 0.5 * p.log_variance
-        return _bits_per_dim(-discretized_gaussian_log_likelihood(x_start, p.mean, log_scale, levels or self.levels))
+        return _bits_per_dim(
+            -discretized_gaussian_log_likelihood(x_start, p.mean, log_scale, self.levels if levels is None else levels)
+        )
 
     def prior_bits_per_dim(self, x_start: torch.Tensor) -> torch.Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, 1)) of eq. 5, at the chain's last step. x_start: (B, C, H, W); (B,) bits/dim."""
@@ -781,7 +785,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
             std = torch.exp(0.5 * self._learned_log_variance(values, position)) * (std > 0)  # no noise at the last step
         noise = None if last or eta == 0 else _scaled_noise(std, x_t, generator, variance_noise)
         if eta is None and self.prediction_type == "previous":
-            prev_sample = output if noise is None else noise + output
+            prev_sample = output.clone() if noise is None else noise + output
         else:
             prev_sample = _weighted_sum((of_x_start, of_x_t), x_start, x_t, onto=noise)
         if x_t is not sample:

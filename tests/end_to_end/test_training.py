@@ -102,7 +102,7 @@ def test_estimating_a_stock_folder(trained, tmp_path):
     assert "an unbiased estimate of the 1000 terms of the bound from\n10 network evaluations" in card
     assert not (tmp_path / "stock/evaluation.png").exists()
     refused = script("evaluate.py", tmp_path / "stock", "--images", 4, "--estimate", 1000, "--levels", 17, check=False)
-    assert refused.returncode == 1 and "num_evaluations=1000 must be 8 to 999" in refused.stderr
+    assert refused.returncode == 1 and "num_evaluations=1000 must be an integer, 8 to 999" in refused.stderr
     refused = script("evaluate.py", tmp_path / "stock", "--images", 4, "--levels", 10, check=False)
     assert refused.returncode == 1 and "levels=10, but the data has a pixel of" in refused.stderr
 
