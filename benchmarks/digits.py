@@ -33,9 +33,9 @@ from evaluate import histogram_bits_per_dim  # noqa: E402
 LEVELS = 17
 
 
-def pixels(split):
-    """(N, 8, 8) grey levels 0 to 16, and labels."""
-    data = load_images("digits", split)
+def pixels(split, data="digits"):
+    """(N, H, W) grey levels, and labels."""
+    data = load_images(data, split)
     return np.stack([np.asarray(image) for image in data["image"]]), np.array(data["label"])
 
 

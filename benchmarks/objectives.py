@@ -23,15 +23,16 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
+from digits import pixels  # noqa: E402
 from sklearn.svm import SVC  # noqa: E402
 
 from config import load_config  # noqa: E402
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim  # noqa: E402
-from ddpm_hf.data import load_images, pixels_to_tensor, tensor_to_pixels  # noqa: E402
+from ddpm_hf.data import pixels_to_tensor, tensor_to_pixels  # noqa: E402
 from evaluate import histogram_bits_per_dim  # noqa: E402
 from train import train  # noqa: E402
 
-SCHEDULES = {"linear": "linear", "cosine": "cosine"}
+SCHEDULES = ("linear", "cosine")
 OBJECTIVES = {
     "simple-fixed_large": ["--loss", "simple", "--scheduler.variance_type", "fixed_large"],
     "simple-fixed_small": ["--loss", "simple", "--scheduler.variance_type", "fixed_small"],
@@ -41,12 +42,6 @@ OBJECTIVES = {
         "--loss", "vlb", "--scheduler.variance_type", "learned_range", "--timesteps", "loss_second_moment",
     ],
 }  # fmt: skip
-
-
-def pixels(data, split):
-    """(N, H, W) grey levels, and labels."""
-    images = load_images(data, split)
-    return np.stack([np.asarray(image) for image in images["image"]]), np.array(images["label"])
 
 
 def file_bits_per_dim(images, levels, **options):
@@ -62,11 +57,15 @@ def file_bits_per_dim(images, levels, **options):
     return 8 * sum(size((image * scale).astype(np.uint8)) - empty for image in images) / images.size
 
 
+def begin_chain_at(scheduler, first):
+    scheduler.set_timesteps(timesteps=list(range(scheduler.config.num_train_timesteps - 1, first - 1, -1)))
+
+
 def best_first_timestep(unet, scheduler, x_start, levels):
     """Where a chain should begin on data of few grey levels, by its bound on the given (training) images."""
     found = {}
     for first in (0, 4, 8, 12, 16, 24, 32):
-        scheduler.set_timesteps(timesteps=list(range(scheduler.config.num_train_timesteps - 1, first - 1, -1)))
+        begin_chain_at(scheduler, first)
         how = dict(num_evaluations=30, generator=torch.Generator().manual_seed(0), batch_size=256, levels=levels)
         found[first] = estimate_bits_per_dim(unet, scheduler, x_start, **how).mean
     return min(found, key=found.get)
@@ -80,7 +79,7 @@ def measure(folder, train_images, test, levels, images, samples, judge):
     report = {}
     some = pixels_to_tensor(torch.from_numpy(train_images[:128])[:, None], levels)
     first = best_first_timestep(unet, scheduler, some, levels)
-    scheduler.set_timesteps(timesteps=list(range(scheduler.config.num_train_timesteps - 1, first - 1, -1)))
+    begin_chain_at(scheduler, first)
     how = dict(generator=torch.Generator().manual_seed(0), batch_size=256)
     best = estimate_bits_per_dim(unet, scheduler, x_start, num_evaluations=100, **how)
     report |= {"first_timestep": first, "bits_per_dim_from_first": best.mean}
@@ -121,7 +120,7 @@ def main():
     for key, value in arguments.set:
         common += [f"--{key}", value]
     levels = base.scheduler.get("levels", 256)
-    (train_images, labels), (test, _) = pixels(arguments.data, "train"), pixels(arguments.data, "test")
+    (train_images, labels), (test, _) = pixels("train", arguments.data), pixels("test", arguments.data)
     flat = 16 / (levels - 1)  # the support vector machine of benchmarks/digits.py was chosen for 17 levels
     svm = SVC(gamma=0.001 * 64 / train_images[0].size, probability=True, random_state=0)
     svm.fit(train_images.reshape(len(train_images), -1) * flat, labels)
@@ -136,12 +135,12 @@ def main():
     report = json.loads(path.read_text()) if path.is_file() else {"runs": {}}
     parts = (torch.from_numpy(part)[:, None] for part in (train_images, test[: arguments.images]))
     report["per_pixel_histogram"] = histogram_bits_per_dim(*parts, levels)
-    report["png"] = file_bits_per_dim(test, levels, format="PNG", optimize=True)
-    report["webp"] = file_bits_per_dim(test, levels, format="WEBP", lossless=True, quality=100, method=6)
-    for schedule, beta_schedule in SCHEDULES.items():
+    report["png"] = file_bits_per_dim(test[: arguments.images], levels, format="PNG", optimize=True)
+    report["webp"] = file_bits_per_dim(test[: arguments.images], levels, format="WEBP", lossless=True, quality=100, method=6)
+    for schedule in SCHEDULES:
         for objective, flags in OBJECTIVES.items():
             name = f"{objective}-{schedule}"
-            settings = [*common, *flags, "--scheduler.beta_schedule", beta_schedule]
+            settings = [*common, *flags, "--scheduler.beta_schedule", schedule]
             known = report["runs"].get(name, {}).get("settings") == settings
             if known or (arguments.only and name not in arguments.only):
                 continue

@@ -67,7 +67,7 @@ def progressive_rows(pipeline, count, columns, how):
     steps = how["num_inference_steps"] or pipeline.scheduler.config.num_train_timesteps
     every = max(1, math.ceil((steps - 1) / (columns - 1)))
     seen = [x_start for _, _, x_start in pipeline.progressive(count, every=every, **how)]
-    return to_pil(pipeline, torch.stack(seen, dim=1).flatten(0, 1)), len(seen)
+    return pipeline._to_output(torch.stack(seen, dim=1).flatten(0, 1), "pil"), len(seen)
 
 
 def interpolation_rows(pipeline, arguments, how, columns=9):
@@ -80,12 +80,7 @@ def interpolation_rows(pipeline, arguments, how, columns=9):
     weights = [i / (columns - 1) for i in range(columns)]
     mixed = pipeline.interpolate(a, b, weights, arguments.interpolate, output_type="latent", **how).images
     rows = torch.cat((a[:, None], mixed.unflatten(0, (len(a), columns)), b[:, None]), dim=1)
-    return to_pil(pipeline, rows.flatten(0, 1)), columns + 2
-
-
-def to_pil(pipeline, images):
-    arrays = (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return pipeline.numpy_to_pil(arrays)
+    return pipeline._to_output(rows.flatten(0, 1), "pil"), columns + 2
 
 
 if __name__ == "__main__":
