@@ -136,7 +136,9 @@ def main():
     parts = (torch.from_numpy(part)[:, None] for part in (train_images, test[: arguments.images]))
     report["per_pixel_histogram"] = histogram_bits_per_dim(*parts, levels)
     report["png"] = file_bits_per_dim(test[: arguments.images], levels, format="PNG", optimize=True)
-    report["webp"] = file_bits_per_dim(test[: arguments.images], levels, format="WEBP", lossless=True, quality=100, method=6)
+    report["webp"] = file_bits_per_dim(
+        test[: arguments.images], levels, format="WEBP", lossless=True, quality=100, method=6
+    )
     for schedule in SCHEDULES:
         for objective, flags in OBJECTIVES.items():
             name = f"{objective}-{schedule}"
