@@ -1,23 +1,24 @@
 """What each objective buys: the same network, data and steps under each, its held-out bits/dim and its samples.
 
-    python benchmarks/objectives.py digits            # ten trainings of the digits preset
-    python benchmarks/objectives.py mnist --steps 1500 --width 16 --only simple-fixed_large-cosine hybrid-cosine
+    python benchmarks/objectives.py digits
+    python benchmarks/objectives.py mnist --only simple-fixed_large-cosine hybrid-cosine
 
-Writes benchmarks/results/objectives_<data>.json and .md after every training, and leaves out what stands there already for the
-same settings. Beside bits/dim stand a per-pixel histogram of the training split, and PNG and lossless WebP of the test images.
+Ten trainings each, of the preset made small enough for one CPU core (SMALL below), saved to runs/objectives/<data>/<name>.
+Writes benchmarks/results/objectives_<data>.json and .md after every one, and leaves out what stands there already for the same
+settings. Beside bits/dim stand a per-pixel histogram of the training split, and PNG and lossless WebP of the test images.
 """
 
 import argparse
+import dataclasses
 import io
 import json
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,14 @@ from ddpm_hf.data import pixels_to_tensor, tensor_to_pixels  # noqa: E402
 from evaluate import histogram_bits_per_dim  # noqa: E402
 from train import train  # noqa: E402
 
+SMALL = {
+    "digits": ["--steps", "1500"],
+    "mnist": [
+        "--steps", "1200", "--batch_size", "32", "--unet.block_out_channels", "[16, 32, 64, 64]",
+        "--unet.layers_per_block", "1", "--unet.norm_num_groups", "8",
+        "--learning_rate", "1e-3", "--lr_schedule", "cosine", "--lr_warmup_steps", "50", "--ema_decay", "0.995",
+    ],
+}  # fmt: skip
 SCHEDULES = ("linear", "cosine")
 OBJECTIVES = {
     "simple-fixed_large": ["--loss", "simple", "--scheduler.variance_type", "fixed_large"],
@@ -71,13 +80,13 @@ def best_first_timestep(unet, scheduler, x_start, levels):
     return min(found, key=found.get)
 
 
-def measure(folder, train_images, test, levels, images, samples, judge):
+def measure(folder, train_images, test_images, levels, samples, judge):
     pipeline = DDPMImagePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     unet, scheduler = pipeline.unet, pipeline.scheduler
-    x_start = pixels_to_tensor(torch.from_numpy(test[:images])[:, None], levels)
+    x_start = pixels_to_tensor(torch.from_numpy(test_images)[:, None], levels)
     report = {}
-    some = pixels_to_tensor(torch.from_numpy(train_images[:128])[:, None], levels)
+    some = pixels_to_tensor(torch.from_numpy(train_images[:64])[:, None], levels)
     first = best_first_timestep(unet, scheduler, some, levels)
     begin_chain_at(scheduler, first)
     how = dict(generator=torch.Generator().manual_seed(0), batch_size=256)
@@ -93,7 +102,7 @@ def measure(folder, train_images, test, levels, images, samples, judge):
         else:
             result = bits_per_dim(unet, scheduler, x_start, **how)
         report[f"bits_per_dim_{steps}"] = result.mean
-    for steps in (250, 50):
+    for steps in (100, 50, 25):
         drawn = pipeline(samples, torch.Generator().manual_seed(0), steps, output_type="pt").images
         report[f"samples_{steps}"] = judge(tensor_to_pixels(drawn * 2 - 1, levels).numpy())
     return report
@@ -102,21 +111,16 @@ def measure(folder, train_images, test, levels, images, samples, judge):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", choices=["digits", "mnist"])
-    parser.add_argument("--steps", type=int, help="of training; the preset's if left out")
-    parser.add_argument("--width", type=int, help="channels of the first level, in proportion for the others")
-    parser.add_argument("--images", type=int, default=360, help="test images of bits/dim")
+    parser.add_argument("--images", type=int, default=128, help="test images of bits/dim")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--only", nargs="*", help="names, for example simple-fixed_large-cosine")
-    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="any other key")
+    parser.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a key of training"
+    )
     arguments = parser.parse_args()
 
     base, _ = load_config(["--config", arguments.data])
-    common = ["--config", arguments.data, "--sample_every", "0"]
-    if arguments.steps:
-        common += ["--steps", str(arguments.steps)]
-    if arguments.width:
-        channels = base.unet["block_out_channels"]
-        common += ["--unet.block_out_channels", str([c * arguments.width // channels[0] for c in channels])]
+    common = ["--config", arguments.data, "--sample_every", "0", *SMALL[arguments.data]]
     for key, value in arguments.set:
         common += [f"--{key}", value]
     levels = base.scheduler.get("levels", 256)
@@ -132,31 +136,47 @@ def main():
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
     path = results / f"objectives_{arguments.data}.json"
-    report = json.loads(path.read_text()) if path.is_file() else {"runs": {}}
-    parts = (torch.from_numpy(part)[:, None] for part in (train_images, test[: arguments.images]))
-    report["per_pixel_histogram"] = histogram_bits_per_dim(*parts, levels)
-    report["png"] = file_bits_per_dim(test[: arguments.images], levels, format="PNG", optimize=True)
-    report["webp"] = file_bits_per_dim(
-        test[: arguments.images], levels, format="WEBP", lossless=True, quality=100, method=6
-    )
+    test_images = test[: arguments.images]
+    parts = (torch.from_numpy(part)[:, None] for part in (train_images, test_images))
+    beside = {
+        "images": len(test_images),
+        "per_pixel_histogram": histogram_bits_per_dim(*parts, levels),
+        "png": file_bits_per_dim(test_images, levels, format="PNG", optimize=True),
+        "webp": file_bits_per_dim(test_images, levels, format="WEBP", lossless=True, quality=100, method=6),
+    }
     for schedule in SCHEDULES:
         for objective, flags in OBJECTIVES.items():
             name = f"{objective}-{schedule}"
             settings = [*common, *flags, "--scheduler.beta_schedule", schedule]
-            known = report["runs"].get(name, {}).get("settings") == settings
-            if known or (arguments.only and name not in arguments.only):
+            if arguments.only and name not in arguments.only:
                 continue
-            folder = Path(tempfile.mkdtemp())
-            start = time.perf_counter()
-            saved = train(load_config([*settings, "--output_dir", str(folder / "run")])[0])
-            seconds = time.perf_counter() - start
-            found = measure(saved, train_images, test, levels, arguments.images, arguments.samples, judge)
-            report["runs"][name] = {"settings": settings, "training_seconds": round(seconds), **found}
+            if known(path)["runs"].get(name, {}).get("settings") == settings:
+                continue
+            folder = ROOT / "runs" / "objectives" / arguments.data / name
+            found = {"settings": settings, **trained(settings, folder)}
+            found |= measure(folder / "pipeline", train_images, test_images, levels, arguments.samples, judge)
+            report = known(path) | beside  # read again: another process may do the other half of the runs
+            report["runs"][name] = found
             path.write_text(json.dumps(report, indent=2) + "\n")
             path.with_suffix(".md").write_text(table(report))
-            shutil.rmtree(folder)
             print(name, json.dumps(found), flush=True)
-    print(table(report))
+    print(table(known(path)))
+
+
+def known(path):
+    return json.loads(path.read_text()) if path.is_file() else {"runs": {}}
+
+
+def trained(settings, folder):
+    """Trains into `folder`, unless what stands there was trained by the same config; the seconds that it took."""
+    config, _ = load_config([*settings, "--output_dir", str(folder)])
+    took, written = folder / "training_seconds.json", folder / "config.yaml"
+    if not (took.is_file() and yaml.safe_load(written.read_text()) == dataclasses.asdict(config)):
+        took.unlink(missing_ok=True)
+        start = time.perf_counter()
+        train(config)
+        took.write_text(json.dumps({"training_seconds": round(time.perf_counter() - start)}))
+    return json.loads(took.read_text())
 
 
 def table(report):
@@ -170,7 +190,7 @@ def table(report):
         "bits_per_dim_50",
         "bits_per_dim_25",
     ]
-    columns += ["samples_250", "samples_50", "training_seconds"]
+    columns += ["samples_100", "samples_50", "samples_25", "training_seconds"]
     lines = ["| objective | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for name, run in report["runs"].items():
         lines.append(f"| {name} | " + " | ".join(f"{run.get(column, float('nan')):.4g}" for column in columns) + " |")
