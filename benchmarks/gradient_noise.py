@@ -1,0 +1,113 @@
+"""How noisy the gradients of the objectives are: IDDPM figure 4, and what importance sampling of timesteps takes off.
+
+    python benchmarks/objectives.py digits --only hybrid-linear
+    python benchmarks/gradient_noise.py runs/objectives/digits/hybrid-linear/pipeline --data digits
+
+At one network, whose variance is learned, the gradients of `batches` batches of each loss. With S the trace of the covariance
+of one image's gradient and G the mean gradient, the noise scale is S / |G|^2 (McCandlish et al. 2018): the batch, in images, at
+which noise and signal are of one size. Uniform and importance-sampled vlb have the same G: the ratio of their S is how many
+times the batch uniform sampling needs. Errors by the jackknife over batches. Appends to benchmarks/results/gradient_noise.json.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+from ddpm_hf import DDPMImagePipeline, DiffusionObjective  # noqa: E402
+from ddpm_hf.objectives import LossSecondMomentTimesteps, UniformTimesteps  # noqa: E402
+from evaluate import load_tensor  # noqa: E402
+
+KINDS = {
+    "hybrid": ("hybrid", UniformTimesteps),
+    "vlb": ("vlb", UniformTimesteps),
+    "vlb-importance": ("vlb", LossSecondMomentTimesteps),
+}
+
+
+def gradient_products(unet, objective, timesteps, x_start, batches, batch_size, description):
+    """(batches, batches) float64: the inner products of the batches' gradients."""
+    gradients = torch.empty(batches, sum(p.numel() for p in unet.parameters()))
+    for row in tqdm(gradients, desc=description):
+        images = x_start[torch.randint(len(x_start), (batch_size,))]
+        t, weights = timesteps.sample(batch_size)
+        unet.zero_grad()
+        (weights * objective(unet, images, t=t)).mean().backward()
+        torch.cat([p.grad.flatten() for p in unet.parameters()], out=row)
+    return (gradients @ gradients.T).double()
+
+
+def fill_history(unet, objective, timesteps, x_start):
+    """Ten losses of every timestep, so that importance sampling begins."""
+    with torch.no_grad():
+        for t in torch.tensor(objective.scheduler.chain).repeat(10).split(256):
+            images = x_start[torch.randint(len(x_start), (len(t),))]
+            timesteps.update(t, objective(unet, images, t=t))
+
+
+def noise(products, batch_size):
+    """S and |G|^2, each without bias."""
+    count = len(products)
+    of_one = products.diagonal().mean()
+    of_two = (products.sum() - products.diagonal().sum()) / (count * (count - 1))
+    return batch_size * (of_one - of_two), of_two
+
+
+def noise_scale(products, batch_size):
+    covariance_trace, squared_mean = noise(products, batch_size)
+    return covariance_trace / squared_mean
+
+
+def trace_ratio(uniform, importance, batch_size):
+    return noise(uniform, batch_size)[0] / noise(importance, batch_size)[0]
+
+
+def with_error(statistic, *products, batch_size):
+    """A statistic of products of gradients, and its standard error."""
+    count = len(products[0])
+    rows = torch.arange(count)
+    kept = [rows[rows != row] for row in rows]
+    without = torch.stack([statistic(*(p[k][:, k] for p in products), batch_size) for k in kept])
+    error = ((count - 1) * without.var(correction=0)).sqrt()
+    return {"value": statistic(*products, batch_size).item(), "error": error.item()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("pipelines", nargs="+")
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--batches", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=64)
+    arguments = parser.parse_args()
+    batch_size, path = arguments.batch_size, Path(__file__).parent / "results" / "gradient_noise.json"
+    for folder in arguments.pipelines:
+        torch.manual_seed(0)
+        pipeline = DDPMImagePipeline.from_pretrained(folder)
+        unet, scheduler = pipeline.unet, pipeline.scheduler
+        x_start, _ = load_tensor(arguments.data, "train", unet, scheduler.levels, None)
+        products = {}
+        for name, (loss, sampler) in KINDS.items():
+            objective, timesteps = DiffusionObjective(scheduler, loss), sampler(scheduler)
+            if sampler is LossSecondMomentTimesteps:
+                fill_history(unet, objective, timesteps, x_start)
+            products[name] = gradient_products(unet, objective, timesteps, x_start, arguments.batches, batch_size, name)
+        found = {"images": arguments.batches * batch_size}
+        for name, product in products.items():
+            found[name] = {"noise_scale": with_error(noise_scale, product, batch_size=batch_size)}
+            found[name]["covariance_trace"] = noise(product, batch_size)[0].item()
+        pair = products["vlb"], products["vlb-importance"]
+        found["uniform_over_importance_trace"] = with_error(trace_ratio, *pair, batch_size=batch_size)
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        report["/".join(Path(folder).parts[-3:-1])] = found
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        print(folder, json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
