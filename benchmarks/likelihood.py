@@ -39,16 +39,17 @@ def uniform_estimate(unet, scheduler, x_start, count, generator):
 
 @torch.no_grad()
 def one_step_a_call(unet, scheduler, x_start):
-    """The plain loop: each image at each timestep, in a call of its own."""
-    for image in x_start.split(1):
-        for t in scheduler.chain:
-            x_t = scheduler.q_sample(image, t, torch.randn_like(image))
-            scheduler.vlb_term(unet(x_t, t, return_dict=False)[0], image, x_t, t, clip_sample=True)
+    """The plain loop: all images at one timestep a call."""
+    total = scheduler.prior_bits_per_dim(x_start)
+    for t in scheduler.chain:
+        x_t = scheduler.q_sample(x_start, t, torch.randn_like(x_start))
+        total = total + scheduler.vlb_term(unet(x_t, t, return_dict=False)[0], x_start, x_t, t, clip_sample=True)
+    return total
 
 
-def seconds(function):
+def seconds(function, *arguments, **options):
     start = time.perf_counter()
-    function()
+    function(*arguments, **options)
     return time.perf_counter() - start
 
 
@@ -60,9 +61,10 @@ def main():
     parser.add_argument("--evaluations", type=int, default=50, help="network evaluations an image")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--timed", type=int, default=64, help="images of the wall times")
     arguments = parser.parse_args()
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline)
-    unet, scheduler, count = pipeline.unet, pipeline.scheduler, arguments.evaluations
+    unet, scheduler, evaluations = pipeline.unet, pipeline.scheduler, arguments.evaluations
     x_start, _ = load_tensor(arguments.data, "test", unet, scheduler.levels, arguments.images)
 
     def seeded(seed):
@@ -75,31 +77,39 @@ def main():
     for seed in tqdm(range(1, arguments.repeats + 1), desc="estimates"):
         ours.append(
             estimate_bits_per_dim(
-                unet, scheduler, x_start, num_evaluations=count, generator=seeded(seed), batch_size=arguments.batch_size
+                unet,
+                scheduler,
+                x_start,
+                num_evaluations=evaluations,
+                generator=seeded(seed),
+                batch_size=arguments.batch_size,
             )
         )
-        uniform.append(uniform_estimate(unet, scheduler, x_start, count, seeded(seed)))
+        uniform.append(uniform_estimate(unet, scheduler, x_start, evaluations, seeded(seed)))
     means = [estimate.mean for estimate in ours]
 
-    # wall time, on 4 images: what is timed is a call, and there are 1,000 of each kind
-    few = x_start[:4]
-    unet(few, 0)
-    slow = seconds(lambda: one_step_a_call(unet, scheduler, few))
-    fast = seconds(lambda: bits_per_dim(unet, scheduler, few, batch_size=arguments.batch_size))
+    # wall time of the full chain, of some images together and of one alone
+    ratios = {}
+    for count in (arguments.timed, 1):
+        some = x_start[:count]
+        unet(some, 0)
+        plain = seconds(one_step_a_call, unet, scheduler, some)
+        batched = seconds(bits_per_dim, unet, scheduler, some, batch_size=arguments.batch_size)
+        ratios[count] = {"seconds": batched, "one_step_a_call_over_ours": plain / batched}
     report = {
         "data": arguments.data,
         "images": len(x_start),
         "terms": len(scheduler.chain),
         "full_chain": full.mean,
         "standard_error_over_images": full.standard_error,
-        "evaluations_per_image": count,
+        "evaluations_per_image": evaluations,
         "repeats": arguments.repeats,
         "estimate_root_mean_square_error": statistics.fmean((m - full.mean) ** 2 for m in means) ** 0.5,
         "estimate_mean": statistics.fmean(means),
         "estimate_standard_deviation": statistics.stdev(means),
         "estimate_told_error": statistics.fmean(e.sampling_error**2 for e in ours) ** 0.5,
         "uniform_root_mean_square_error": statistics.fmean((m - full.mean) ** 2 for m in uniform) ** 0.5,
-        "one_step_a_call_over_batched_seconds": slow / fast,
+        "full_chain_by_images": ratios,
         "machine": {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
