@@ -3,8 +3,9 @@
     python training/evaluate.py runs/digits/pipeline --data digits --split test
     python training/evaluate.py google/ddpm-cifar10-32 --data cifar10 --split test --estimate 50
 
-Takes any DDPM folder or Hub id, diffusers' own included. Prints a table; writes evaluation.json and, of all terms, the plot
-evaluation.png (into the folder, where there is one, with the model card brought up to date).
+Takes any DDPM folder or Hub id, diffusers' own included. Prints a table; writes evaluation.json and, where every term was
+computed, each of them as evaluation.csv and the plot evaluation.png (into the folder, where there is one, with the model card
+brought up to date).
 """
 
 import argparse
@@ -43,6 +44,23 @@ def load_tensor(source, split, unet, levels, count=None, column=None, label_colu
     transform = image_transform(size, unet.config.in_channels, levels)
     images = torch.stack([transform(image) for image in dataset[image_column(dataset, column)]])
     return images, None if label_column is None else torch.tensor(dataset[label_column])
+
+
+def terms_table(result, chain):
+    """CSV of a row for each timestep: its term in bits/dim with the standard error over images, and the errors there."""
+    lines = ["t,bits_per_dim,standard_error,x_start_mse,epsilon_mse"]
+    for column, t in enumerate(chain):
+        term, *errors = (part[:, column] for part in (result.terms, result.x_start_mse, result.epsilon_mse))
+        values = (term.double().mean(), standard_error(term), *(error.double().mean() for error in errors))
+        lines.append(",".join([str(t), *(f"{float(value):.8g}" for value in values)]))
+    return "\n".join([*lines, ""])
+
+
+def write(path, text):
+    """All of it or nothing."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def plot(result, chain, path):
@@ -158,14 +176,13 @@ def main():
 
     folder = Path(arguments.out or (arguments.pipeline if os.path.isdir(arguments.pipeline) else "."))
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".evaluation.json"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, folder / "evaluation.json")
+    write(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     if not arguments.estimate:
+        write(folder / "evaluation.csv", terms_table(result, scheduler.chain))
         plot(result, scheduler.chain, folder / "evaluation.png")
     if (folder / "model_index.json").is_file():
         write_model_card(folder)
-    print(f"wrote {folder}/evaluation.json" + ("" if arguments.estimate else " and evaluation.png"))
+    print(f"wrote {folder}/evaluation.json" + ("" if arguments.estimate else ", .csv and .png"))
 
 
 if __name__ == "__main__":

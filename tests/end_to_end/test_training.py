@@ -82,6 +82,12 @@ def test_the_pipeline_samples_and_evaluates(trained, tmp_path):
     errors = report["standard_errors"]
     assert errors["total"] == report["standard_error"] > 0 and errors.keys() == {"total", "prior", "kl", "decoder"}
     assert report["evaluations_per_image"] == 10 and report["sampling_error"] is None and report["first_timestep"] == 0
+    rows = (folder / "evaluation.csv").read_text().splitlines()[1:]
+    terms = [float(row.split(",")[1]) for row in rows]
+    assert [int(row.split(",")[0]) for row in rows][:2] == [0, 111] and terms[0] == pytest.approx(
+        report["decoder"], 1e-6
+    )
+    assert sum(terms) == pytest.approx(report["kl"] + report["decoder"], rel=1e-6)
     result = script("evaluate.py", folder, "--images", 3, "--steps", 10, "--first", 200)
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["first_timestep"] >= 200 and report["steps"] < 10 and "from t=2" in result.stdout
