@@ -5,7 +5,15 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ddpm_hf.data import image_column, image_transform, load_images, pixels_to_tensor, tensor_to_pixels, training_set
+from ddpm_hf.data import (
+    check_levels,
+    image_column,
+    image_transform,
+    load_images,
+    pixels_to_tensor,
+    tensor_to_pixels,
+    training_set,
+)
 
 
 @pytest.fixture
@@ -106,3 +114,26 @@ def test_flips_every_other_image():
 def test_wrong_levels_are_told():
     with pytest.raises(ValueError, match="pixel of 200"):
         image_transform((2, 2), 1, levels=17)(Image.new("L", (2, 2), 200))
+
+
+def test_sixteen_bits_kept(tmp_path):
+    pixels = np.random.RandomState(0).randint(0, 65536, (8, 6)).astype(np.uint16)
+    image = Image.fromarray(pixels)
+    assert image.mode == "I;16"
+    x = image_transform((8, 6), 1, levels=65536)(image)
+    assert np.array_equal(tensor_to_pixels(x, 65536)[0].numpy(), pixels)
+    flipped = [torch.equal(image_transform((8, 6), 1, 65536, random_flip=True)(image), x.flip(2)) for _ in range(20)]
+    assert any(flipped) and not all(flipped)
+    for size, channels, other in (((8, 8), 1, image), ((8, 6), 3, image), ((8, 6), 1, image.convert("L"))):
+        with pytest.raises(ValueError, match="levels=65536 takes 16-bit grey images"):
+            image_transform(size, channels, 65536)(other)
+
+
+def test_levels_of_the_built_in_data():
+    check_levels("digits", 17)
+    check_levels("my/images", 17)
+    for source, levels in (("digits", 256), ("mnist", 17)):
+        with pytest.raises(ValueError, match=f"levels={levels}, but the data set {source!r} has"):
+            check_levels(source, levels)
+    with pytest.raises(ValueError, match="channels=2"):
+        image_transform((8, 8), 2)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from golden_data import SEED_X, case_id, case_scheduler, golden_cases, images, network, randn
 from torch.distributions import Normal, kl_divergence
 
@@ -458,3 +459,53 @@ def test_refused_number_of_evaluations(tiny, num_evaluations):
 def test_one_image(tiny):
     found = bits_per_dim(tiny, short(), images(torch.float32)[:1])
     assert found.mean == pytest.approx(found.total.item()) and math.isnan(found.standard_error)
+
+
+def test_other_schedulers_are_named(tiny):
+    x_start = torch.zeros(1, 3, 4, 4)
+    for measure in (bits_per_dim, partial(estimate_bits_per_dim, num_evaluations=8)):
+        with pytest.raises(ValueError, match="scheduler is a DDPMScheduler; .*from_config"):
+            measure(tiny, DDPMScheduler(20), x_start, levels=3)
+
+
+def test_what_the_network_gives_is_looked_at():
+    x_start = torch.zeros(4, 3, 4, 4)
+
+    def infinite(x, t, class_labels=None, return_dict=True):
+        output = torch.zeros_like(x)
+        output[2, 0, 0, 0] = torch.inf  # clipping makes a finite term of it
+        return (output,)
+
+    with pytest.raises(ValueError, match="image 2 at t=0 is nan"):
+        bits_per_dim(infinite, short(), x_start, levels=3)
+    with pytest.raises(ValueError, match=r"the network made \(1, 3, 4, 4\) of \(4, 3, 4, 4\)"):
+        bits_per_dim(lambda x, t, **_: (x[:1],), short(), x_start, levels=3)
+
+
+def test_labels_as_a_list(tiny):
+    x_start = torch.zeros(2, 3, 8, 8)
+    results = [
+        bits_per_dim(tiny, short(), x_start, levels=3, class_labels=labels, noise_fn=fixed_noise)
+        for labels in ([3, 7], torch.tensor([3, 7]), torch.tensor([7, 3]))
+    ]
+    assert torch.equal(results[0].terms, results[1].terms) and not torch.equal(results[0].terms, results[2].terms)
+
+
+def test_the_estimates_error_counts_the_decoders_noise():
+    """A chain whose decoder varies much: the errors told are of the size of the spread, and alike."""
+    scheduler = VariationalDDPMScheduler(num_train_timesteps=30, beta_start=0.3, beta_end=0.6)
+    x_start = torch.zeros(16, 1, 2, 2)
+
+    def unet(x, t, class_labels=None, return_dict=True):
+        return (0.3 * x,)
+
+    found = [
+        estimate_bits_per_dim(
+            unet, scheduler, x_start, num_evaluations=20, levels=3, generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in range(200)
+    ]
+    spread = torch.tensor([estimate.mean for estimate in found]).std().item()
+    told = torch.tensor([estimate.sampling_error for estimate in found])
+    assert spread * 0.8 < told.square().mean().sqrt() < spread * 1.25
+    assert told.quantile(0.95) < 2 * told.quantile(0.05)

@@ -23,7 +23,7 @@ from diffusers import (
 
 import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
-from ddpm_hf.hub import write_model_card
+from ddpm_hf.hub import has_our_card, write_model_card
 from ddpm_hf.pipeline import self_contained_source
 
 
@@ -330,6 +330,7 @@ def test_progressive_is_the_same_sampling_seen_on_the_way(make_pipeline, eta):
     pipeline = make_pipeline()
     final = run(pipeline, 2, generator=seeded(), eta=eta, output_type="latent", num_inference_steps=7)
     seen = list(pipeline.progressive(2, seeded(), 7, every=3, eta=eta))
+    pipeline.scheduler.set_timesteps(7)
     steps = pipeline.scheduler.timesteps.tolist()
     assert [t for t, *_ in seen] == [steps[0], steps[3], steps[6]]
     assert torch.equal(seen[-1][2], final)
@@ -386,10 +387,39 @@ def test_interpolation_by_a_scheduler_that_visits_timesteps_twice(make_pipeline)
 
 def test_two_progressive_at_once(make_pipeline):
     pipeline = make_pipeline()
+    chains = []
+    for n in (10, 4):
+        pipeline.scheduler.set_timesteps(n)
+        chains.append(pipeline.scheduler.timesteps.tolist())
     first, second = (pipeline.progressive(num_inference_steps=n) for n in (10, 4))
-    assert len(list(second)) == 4
-    with pytest.raises(ValueError, match="set anew"):
-        next(first)
+    seen = [next(first)[0]]
+    assert [t for t, *_ in second] == chains[1]
+    assert seen + [t for t, *_ in first] == chains[0]
     for eta in 2.0, "1":
         with pytest.raises(ValueError, match="eta="):
             pipeline(eta=eta)
+
+
+def test_sampling_leaves_the_schedulers_chain_alone(make_pipeline):
+    pipeline = make_pipeline()
+    everything = pipeline.scheduler.chain
+    run(pipeline, num_inference_steps=3)
+    a = torch.zeros(1, 1, 8, 8)
+    pipeline.interpolate(a, a, [0.5], 500, num_inference_steps=4)
+    list(pipeline.progressive(num_inference_steps=5))
+    assert pipeline.scheduler.chain == everything and pipeline.scheduler.num_inference_steps is None
+    pipeline.scheduler.set_timesteps(timesteps=[700, 20])
+    run(pipeline, num_inference_steps=3)
+    assert pipeline.scheduler.chain == [20, 700]
+    with pytest.raises(ValueError, match="timestep=1000 is beyond the process"):
+        pipeline.interpolate(a, a, [0.5], 1000)
+
+
+def test_a_card_changed_by_hand_is_told_from_ours(make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink(missing_ok=True)
+    assert not has_our_card(tmp_path)
+    card = write_model_card(tmp_path)
+    assert has_our_card(tmp_path)
+    card.write_text(card.read_text() + "Mine.\n")
+    assert not has_our_card(tmp_path)

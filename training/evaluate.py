@@ -4,8 +4,8 @@
     python training/evaluate.py google/ddpm-cifar10-32 --data cifar10 --split test --estimate 50
 
 Takes any DDPM folder or Hub id, diffusers' own included. Prints a table; writes evaluation.json and, where every term was
-computed, each of them as evaluation.csv and the plot evaluation.png (into the folder, where there is one, with the model card
-brought up to date).
+computed, each of them as evaluation.csv and the plot evaluation.png (into the folder, where there is one; its model card is
+brought up to date unless it was changed by hand).
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
-from ddpm_hf.data import image_column, image_transform, load_images, tensor_to_pixels
-from ddpm_hf.hub import write_model_card
+from ddpm_hf.data import check_levels, image_column, image_transform, load_images, tensor_to_pixels
+from ddpm_hf.hub import has_our_card, write_model_card
 from ddpm_hf.likelihood import rate_distortion, standard_error
 
 
@@ -37,12 +37,26 @@ def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int)
 
 
 def load_tensor(source, split, unet, levels, count=None, column=None, label_column=None):
+    """x_start (N, C, H, W) of a data set at the network's size, and its labels or None."""
+    check_levels(source, levels)
     dataset = load_images(source, split)
     dataset = dataset if count is None else dataset.select(range(min(count, len(dataset))))
     size = unet.config.sample_size
+    if size is None:
+        raise ValueError("the network's config has no sample_size, the side of its images; set it")
     size = (size, size) if isinstance(size, int) else tuple(size)
     transform = image_transform(size, unet.config.in_channels, levels)
-    images = torch.stack([transform(image) for image in dataset[image_column(dataset, column)]])
+    images, resized = [], set()
+    for image in dataset[image_column(dataset, column)]:
+        if levels <= 256 and image.mode.startswith("I;16"):
+            raise ValueError(f"an image has 16 bits, levels is {levels}; give levels=65536, or data of 8 bits")
+        if image.size != size[::-1]:
+            resized.add(image.size)
+        images.append(transform(image))
+    if resized:
+        told = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
+        print(f"images of {told} were scaled and cut to {size[1]}x{size[0]}: bits/dim are of those", file=sys.stderr)
+    images = torch.stack(images)
     return images, None if label_column is None else torch.tensor(dataset[label_column])
 
 
@@ -111,6 +125,10 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
     unet, scheduler = pipeline.unet, pipeline.scheduler
+    if not hasattr(scheduler, "chain"):
+        raise ValueError(
+            f"the pipeline's scheduler is a {type(scheduler).__name__}; the bound is of DDPMScheduler's process"
+        )
     if arguments.steps is not None:
         scheduler.set_timesteps(arguments.steps)
     if arguments.first > 0:
@@ -121,6 +139,8 @@ def main():
             )
         scheduler.set_timesteps(timesteps=timesteps)
     levels = scheduler.levels if arguments.levels is None else arguments.levels
+    folder = Path(arguments.out or (arguments.pipeline if os.path.isdir(arguments.pipeline) else "."))
+    our_card = not arguments.out and has_our_card(folder)  # before evaluation.json, which it tells of
     data = (unet, levels)
     columns = (arguments.image_column, arguments.label_column)
     x_start, labels = load_tensor(arguments.data, arguments.split, *data, arguments.images, *columns)
@@ -174,14 +194,15 @@ def main():
     if arguments.histogram:
         print(f"  an independent per-pixel histogram of {arguments.histogram}: {report['per_pixel_histogram']:.4f}")
 
-    folder = Path(arguments.out or (arguments.pipeline if os.path.isdir(arguments.pipeline) else "."))
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     if not arguments.estimate:
         write(folder / "evaluation.csv", terms_table(result, scheduler.chain))
         plot(result, scheduler.chain, folder / "evaluation.png")
-    if (folder / "model_index.json").is_file():
+    if our_card:
         write_model_card(folder)
+    elif (folder / "README.md").is_file() and not arguments.out:
+        print(f"{folder}/README.md is not as this package writes it, and stays as it is")
     print(f"wrote {folder}/evaluation.json" + ("" if arguments.estimate else ", .csv and .png"))
 
 

@@ -6,7 +6,6 @@ python training/sample.py runs/digits/pipeline --count 8 --interpolate 500 --dat
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -65,8 +64,8 @@ def main():
 def progressive_rows(pipeline, count, columns, how):
     """The predicted x_0 of each image, at evenly spread steps from noise to image (the paper's figure 6)."""
     steps = how["num_inference_steps"] or pipeline.scheduler.config.num_train_timesteps
-    every = max(1, math.ceil((steps - 1) / (columns - 1)))
-    seen = [x_start for _, _, x_start in pipeline.progressive(count, every=every, **how)]
+    shown = {round(i * (steps - 1) / (columns - 1)) for i in range(columns)}
+    seen = [x_start for i, (_, _, x_start) in enumerate(pipeline.progressive(count, **how)) if i in shown]
     return pipeline._to_output(torch.stack(seen, dim=1).flatten(0, 1), "pil"), len(seen)
 
 

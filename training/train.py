@@ -36,7 +36,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
-from ddpm_hf.data import image_transform, load_images, training_set
+from ddpm_hf.data import check_levels, image_transform, load_images, training_set
 from ddpm_hf.hub import write_model_card
 from ddpm_hf.objectives import TIMESTEPS
 from ddpm_hf.scheduler import VARIANCE_TYPES
@@ -85,8 +85,9 @@ def open_data(config: TrainConfig) -> torch.utils.data.Dataset:
         ConfigError: data that cannot be opened or does not fit the config.
     """
     levels = config.scheduler.get("levels", 256)
-    transform = image_transform(image_size(config), config.channels, levels, config.random_flip)
     try:
+        check_levels(config.data, levels)
+        transform = image_transform(image_size(config), config.channels, levels, config.random_flip)
         images = load_images(config.data, config.split)
         dataset = training_set(images, transform, config.image_column, config.label_column)
         if len(dataset) < config.batch_size:

@@ -30,6 +30,7 @@ def mnist(split: str) -> datasets.Dataset:
 
 
 BUILT_IN = {"digits": digits, "mnist": mnist}
+LEVELS = {"digits": 17, "mnist": 256}
 
 
 def _built_in(images, labels, split, test_images):
@@ -71,6 +72,14 @@ def load_images(source: str, split: str = "train") -> datasets.Dataset:
     return datasets.load_dataset(source, split=split)
 
 
+def check_levels(source: str, levels: int) -> None:
+    """Raises ValueError where it is known that the data has other grey levels."""
+    if LEVELS.get(source, levels) != levels:
+        raise ValueError(
+            f"levels={levels}, but the data set {source!r} has {LEVELS[source]} grey levels; set levels to it"
+        )
+
+
 def image_column(dataset: datasets.Dataset, column: str | None = None) -> str:
     """The column that holds the images: `column` if given, else the only one of the Image type.
 
@@ -97,12 +106,26 @@ def image_transform(
     """A function from a PIL image to a float32 tensor (channels, *size) in [-1, 1].
 
     The image is scaled until it covers `size` = (height, width) and cut at the centre; one that has that size is left as it
-    is. `levels` is the number of grey levels of its pixels (17 for the digits). random_flip: left to right, every other
-    time, by torch's generator.
+    is. `levels` is the number of grey levels of its pixels (17 for the digits). Images of 16 bits lose the lower 8, but for
+    levels above 256: then they must be of one channel and of that size. random_flip: left to right, every other time, by
+    torch's generator.
+
+    Raises:
+        ValueError: channels other than 1, 3 or 4; when called, an image of 32 bits, or one that levels above 256 do not fit.
     """
     height, width = size
+    if channels not in PIL_MODES:
+        raise ValueError(f"channels={channels}: images have 1, 3 or 4")
 
     def transform(image):
+        if levels > 256:
+            if not (image.mode.startswith("I;16") and channels == 1 and image.size == (width, height)):
+                raise ValueError(
+                    f"levels={levels} takes 16-bit grey images of {width}x{height} as they are; one is of mode "
+                    f"{image.mode}, {image.size[0]}x{image.size[1]}, for {channels} channels"
+                )
+            pixels = torch.from_numpy(np.asarray(image).astype(np.int32))[None]
+            return pixels_to_tensor(pixels.flip(2) if flips() else pixels, levels)
         if image.mode.startswith("I;16"):  # convert would cut off all above 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
@@ -111,9 +134,12 @@ def image_transform(
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).view(height, width, channels)
-        if random_flip and torch.rand(()) < 0.5:
+        if flips():
             pixels = pixels.flip(1)
         return pixels_to_tensor(pixels.permute(2, 0, 1), levels)
+
+    def flips():
+        return random_flip and torch.rand(()) < 0.5
 
     return transform
 

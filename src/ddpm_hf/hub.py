@@ -14,14 +14,28 @@ TEMPLATES = (Path(__file__).parent / "model_card.md", Path(__file__).parents[2] 
 
 
 def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> Path:
-    """Writes README.md of a saved pipeline from `model_card.md` and what the folder tells of itself.
+    """Writes README.md of a saved pipeline, as `model_card` makes it; returns its path. Arguments and errors are its."""
+    temporary = Path(folder) / ".README.md"
+    model_card(folder, repo_id).save(temporary)
+    os.replace(temporary, Path(folder) / "README.md")
+    return Path(folder) / "README.md"
+
+
+def has_our_card(folder: str | os.PathLike) -> bool:
+    """Whether README.md of a saved pipeline is word for word what `write_model_card(folder)` would write now."""
+    card = Path(folder) / "README.md"
+    try:
+        return card.read_text(encoding="utf-8") == str(model_card(folder))
+    except (OSError, KeyError, ValueError):  # no card, or not a folder that one of ours could be of
+        return False
+
+
+def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> ModelCard:
+    """The card of a saved pipeline from `model_card.md` and what the folder tells of itself.
 
     Args:
         folder: a saved pipeline; training.json and evaluation.json in it are told where they are.
         repo_id: what the card's examples open; None for the name of the folder, or of the run whose "pipeline" it is.
-
-    Returns:
-        The path of the card.
 
     Raises:
         FileNotFoundError: not a saved pipeline.
@@ -43,7 +57,7 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> P
         images = "x".join(str(side) for side in sides) + " images"
     with torch.device("meta"):
         parameters = DDPMUNet.from_config(unet).num_parameters()
-    card = ModelCard.from_template(
+    return ModelCard.from_template(
         ModelCardData(
             library_name="diffusers",
             pipeline_tag="unconditional-image-generation",
@@ -62,10 +76,6 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> P
         training=training,
         evaluation=evaluation,
     )
-    temporary = folder / ".README.md"
-    card.save(temporary)
-    os.replace(temporary, folder / "README.md")
-    return folder / "README.md"
 
 
 def _read(path):

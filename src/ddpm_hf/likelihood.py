@@ -52,7 +52,7 @@ class BitsPerDimEstimate(NamedTuple):
     prior: torch.Tensor  # (B,), L_T, exact
     kl: torch.Tensor  # (B,), L_1 + ... + L_{T-1}, estimated
     decoder: torch.Tensor  # (B,), L_0
-    # the standard error of `mean` by the draws of timesteps and noise, for the bound of these B images; rough for a single one
+    # the standard error of `mean` by the draws of timesteps and noise, for the bound of these B images; rough for a few
     sampling_error: float
 
     @property
@@ -95,7 +95,7 @@ def bits_per_dim(
         unet: a diffusers model, or anything called as `unet(x_t, t, class_labels=..., return_dict=False)` that returns a
             tuple with the output first; t is an int, or int64 (rows,) where a call holds several timesteps. Its dropout is
             off while this runs. In half precision, or under autocast, the terms are still computed in float32.
-        scheduler: its chain is used: all T steps unless `set_timesteps` was called.
+        scheduler: its chain is used: all T steps unless `set_timesteps` was called; our pipeline's calls leave it alone.
         x_start: images (B, C, H, W) on the grid of `levels` grey levels in [-1, 1], float32 or float64.
         class_labels: (B,), for a class-conditional network.
         generator: for the noise, which is drawn step by step: how many steps a call holds does not change it.
@@ -110,8 +110,8 @@ def bits_per_dim(
         `BitsPerDim` on the device of x_start.
 
     Raises:
-        ValueError: no image; x_start beyond [-1, 1] or off the grid; labels of another number; a network of other channels
-            than the process needs; a term that is not finite, named by its image and t.
+        ValueError: another scheduler; no image; x_start beyond [-1, 1] or off the grid; labels of another number; a network
+            of other channels than the process needs; a term or an output that is not finite, named by its image and t.
     """
     evaluate = _Evaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
     b = min(batch_size or len(x_start), len(x_start))
@@ -232,12 +232,14 @@ def estimate_bits_per_dim(
     Raises:
         ValueError: as `bits_per_dim`; num_evaluations out of its range.
     """
+    evaluate = _Evaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
     N, B = len(scheduler.chain), len(x_start)
+    if N <= 8:
+        raise ValueError(f"a chain of {N} steps needs no estimate; bits_per_dim evaluates all of them")
     if not (isinstance(num_evaluations, Integral) and 8 <= num_evaluations < N):
         raise ValueError(
             f"num_evaluations={num_evaluations} must be an integer, 8 to {N - 1}; all {N} steps are bits_per_dim's"
         )
-    evaluate = _Evaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
     chain = torch.tensor(scheduler.chain)
     pilot = max(1, min(num_evaluations // 10, -(-256 // B)))
     strata = num_evaluations - pilot - 2
@@ -283,7 +285,7 @@ def estimate_bits_per_dim(
     else:  # a stratum's draw for the line between its neighbours', too much where that is curved
         off = drawn[:, 1:-1] - (drawn[:, :-2] + drawn[:, 2:]) / 2
         variance = strata * off.square().mean() / 1.5
-    variance = variance + (first[:, 0] - first[:, 1]).mean().square() / 4
+    variance = variance + (first[:, 0] - first[:, 1]).square().mean() / (4 * B)
     return BitsPerDimEstimate(prior + kl + decoder, prior, kl, decoder, variance.sqrt().item())
 
 
@@ -308,7 +310,13 @@ class _Evaluator:
     """Terms of the bound for rows of (image, t, noise), with the network in evaluation mode while it is entered."""
 
     def __init__(self, unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size):
-        self.unet, self.scheduler, self.x_start, self.class_labels = unet, scheduler, x_start, class_labels
+        if not hasattr(scheduler, "chain"):
+            raise ValueError(
+                f"scheduler is a {type(scheduler).__name__}; the bound is of a VariationalDDPMScheduler, "
+                "which VariationalDDPMScheduler.from_config(scheduler.config) makes"
+            )
+        self.unet, self.scheduler, self.x_start = unet, scheduler, x_start
+        self.class_labels = None if class_labels is None else torch.as_tensor(class_labels, device=x_start.device)
         self.clip_sample, self.levels = clip_sample, scheduler.levels if levels is None else levels
         self.dtype = getattr(unet, "dtype", x_start.dtype)
         self.first, self.pending = scheduler.chain[0], []
@@ -346,11 +354,16 @@ class _Evaluator:
         labels = None if self.class_labels is None else self.class_labels[index]
         t = t if isinstance(t, int) else t.to(x_t.device)
         output = self.unet(x_t.to(self.dtype), t, class_labels=labels, return_dict=False)[0]
+        if output.shape[0] != len(x_t) or output.shape[2:] != x_t.shape[2:]:
+            raise ValueError(
+                f"the network made {tuple(output.shape)} of {tuple(x_t.shape)}; rows and sides must be kept"
+            )
         p = scheduler.p_mean_variance(output, x_t, t, self.clip_sample)
         if isinstance(t, int) and t == self.first:
             term = scheduler.decoder_bits_per_dim(p, x_start, self.levels)
         else:
             term = scheduler.kl_bits_per_dim(p, x_start, x_t, t)
+        term = term.masked_fill(~output.isfinite().flatten(1).all(1), torch.nan)  # clipping would hide an infinite one
         epsilon = scheduler.epsilon_from_x_start(p.pred_original_sample, x_t, t)
         errors = (p.pred_original_sample - x_start, epsilon - noise)
         self.pending.append((term, index, t))

@@ -26,8 +26,8 @@ class DiffusionObjective:
             that its mean over t is the bound without L_T (eq. 5). "hybrid": simple + vlb_weight * vlb, in which the mean is
             detached, so that the bound trains the variance alone (IDDPM eq. 16). With a fixed variance "vlb" is the paper's
             eq. 12 and its weights.
-        vlb_weight: of "hybrid"; IDDPM's 0.001. Its code's rescaled_mse is N / 1000 times this loss's bound, its unscaled mse
-            vlb_weight = 1 / N; its rescaled_kl is "vlb".
+        vlb_weight: of "hybrid"; IDDPM's 0.001, which its code calls rescaled_mse; its plain mse is vlb_weight = 1 / N, its
+            rescaled_kl "vlb".
         weighting: of the mean squared error by t: None for none; "min_snr" (Hang et al. 2023, gamma 5), "truncated_snr"
             (Salimans & Ho 2022), "p2" (Choi et al. 2022), each for any prediction type.
 

@@ -1,5 +1,6 @@
 """Image generation with a DDPM, as a diffusers pipeline that saves to one folder every diffusers user can open."""
 
+import copy
 import inspect
 import json
 import os
@@ -90,10 +91,9 @@ class DDPMImagePipeline(DiffusionPipeline):
             ValueError: an argument that cannot be used, named, before any computing.
         """
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
-        sample, step = self._prepare(batch_size, generator, num_inference_steps, eta, class_labels, latents)
+        sample, timesteps, step = self._prepare(batch_size, generator, num_inference_steps, eta, class_labels, latents)
         self._interrupt = False
-        # timesteps stay on the CPU: reading them never waits for the device
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(timesteps)):
             model_output, sample, _ = step(t, sample)
             if callback_on_step_end is not None:
                 tensors = {"sample": sample, "model_output": model_output}
@@ -132,16 +132,12 @@ class DDPMImagePipeline(DiffusionPipeline):
         """
         if every < 1:
             raise ValueError(f"every={every} must be 1 or more")
-        sample, step = self._prepare(batch_size, generator, num_inference_steps, eta, class_labels, latents)
-        return self._progress(sample, step, every, self.scheduler.timesteps)
+        prepared = self._prepare(batch_size, generator, num_inference_steps, eta, class_labels, latents)
+        return self._progress(*prepared, every)
 
     @torch.no_grad()
-    def _progress(self, sample, step, every, timesteps):
+    def _progress(self, sample, timesteps, step, every):
         for i, t in enumerate(self.progress_bar(timesteps)):
-            if self.scheduler.timesteps is not timesteps:
-                raise ValueError(
-                    "the scheduler's timesteps were set anew on the way; use up one progressive() before the next"
-                )
             x_t = sample
             _, sample, x_start = step(t, x_t)
             if x_start is None:
@@ -183,7 +179,8 @@ class DDPMImagePipeline(DiffusionPipeline):
             `ImagePipelineOutput` with B * K `.images`: the K of the first pair, those of the second, ...
 
         Raises:
-            ValueError: as `__call__`; images of different shapes, weights outside [0, 1], a timestep below the whole chain.
+            ValueError: as `__call__`; images of different shapes, weights outside [0, 1], a timestep that is not one of the
+                process, or below the whole chain.
         """
         if images_a.shape != images_b.shape:
             raise ValueError(
@@ -191,23 +188,23 @@ class DDPMImagePipeline(DiffusionPipeline):
             )
         if len(weights) == 0 or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights={list(weights)} must be numbers in [0, 1], one at least")
+        steps = self.scheduler.config.num_train_timesteps
+        if not timestep < steps:
+            raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {steps - 1}")
         self._check_output(output_type, ())
         pairs, count = len(images_a), len(weights)
         if class_labels is not None and torch.as_tensor(class_labels).dim() > 0:
             class_labels = torch.as_tensor(class_labels).repeat_interleave(count)
         noise = randn_tensor(images_a.shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         latents = noise.repeat_interleave(count, dim=0)
-        _, step = self._prepare(pairs * count, generator, num_inference_steps, eta, class_labels, latents)
-        timesteps = self.scheduler.timesteps
-        timesteps = timesteps[timesteps <= timestep]
+        _, chain, step = self._prepare(pairs * count, generator, num_inference_steps, eta, class_labels, latents)
+        timesteps = chain[chain <= timestep]
         if len(timesteps.unique()) < len(timesteps):
             raise ValueError(
                 f"{type(self.scheduler).__name__} visits timesteps twice and cannot start on the way; use a DDIM scheduler"
             )
         if len(timesteps) == 0:
-            raise ValueError(
-                f"timestep={timestep} is below the chain, which ends at {int(self.scheduler.timesteps[-1])}"
-            )
+            raise ValueError(f"timestep={timestep} is below the chain, which ends at {int(chain[-1])}")
         at = timesteps[:1].expand(pairs * count)
         weight = torch.tensor(weights, dtype=latents.dtype, device=latents.device).repeat(pairs).view(-1, 1, 1, 1)
         a, b = (images.to(latents).repeat_interleave(count, dim=0) for images in (images_a, images_b))
@@ -219,7 +216,7 @@ class DDPMImagePipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images)
 
     def _prepare(self, batch_size, generator, num_inference_steps, eta, class_labels, latents):
-        """x_T, and the function step(t, x_t) -> (model_output, next sample, predicted x_0 or None); sets the chain."""
+        """x_T, the timesteps, and the function step(t, x_t) -> (model_output, next sample, predicted x_0 or None)."""
         channels, sample_size = self.unet.config.in_channels, self.unet.config.sample_size
         generator = list(generator) if isinstance(generator, tuple) else generator
         if latents is not None and latents.shape[0] != batch_size and batch_size == 1:
@@ -236,7 +233,8 @@ class DDPMImagePipeline(DiffusionPipeline):
             size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
             latents = randn_tensor((batch_size, channels, *size), generator=generator, device=device, dtype=dtype)
 
-        scheduler = self.scheduler
+        # of its own: what was set on the pipeline's scheduler, such as the chain of a likelihood, stays as it is
+        scheduler = copy.copy(self.scheduler)
         if num_inference_steps is None:
             num_inference_steps = scheduler.config.num_train_timesteps
         scheduler.set_timesteps(num_inference_steps)
@@ -253,7 +251,8 @@ class DDPMImagePipeline(DiffusionPipeline):
             output = scheduler.step(model_output, t, sample, **step_kwargs)
             return model_output, output.prev_sample, getattr(output, "pred_original_sample", None)
 
-        return latents.to(device, dtype) * scheduler.init_noise_sigma, step
+        # the timesteps stay on the CPU: reading them never waits for the device
+        return latents.to(device, dtype) * scheduler.init_noise_sigma, scheduler.timesteps, step
 
     def _check_output(self, output_type, tensor_inputs):
         channels = self.unet.config.in_channels

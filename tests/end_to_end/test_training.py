@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffusers import DDPMPipeline
 from PIL import Image
 
 from ddpm_hf import DDPMImagePipeline
+from ddpm_hf.hub import write_model_card
 
 ROOT = Path(__file__).parents[2]
 SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_steps 3 --log_every 2 --lr_warmup_steps 2"
@@ -104,9 +106,22 @@ def test_estimating_a_stock_folder(trained, tmp_path):
     report = json.loads((tmp_path / "stock/evaluation.json").read_text())
     assert report["levels"] == 17 and report["steps"] == 1000 and report["evaluations_per_image"] == 10
     assert report["sampling_error"] > 0 and "10 evaluations an image in place of 1000" in result.stdout
-    card = (tmp_path / "stock/README.md").read_text()
-    assert "an unbiased estimate of the 1000 terms of the bound from\n10 network evaluations" in card
+    assert not (tmp_path / "stock/README.md").exists()  # nobody's model of this package
     assert not (tmp_path / "stock/evaluation.png").exists()
+    shutil.copytree(trained / "a/pipeline", tmp_path / "ours")
+    (tmp_path / "ours/README.md").unlink()
+    write_model_card(tmp_path / "ours")  # of that name
+    script("evaluate.py", tmp_path / "ours", "--images", 4, "--estimate", 10)
+    card = (tmp_path / "ours/README.md").read_text()
+    assert "an unbiased estimate of the 1000 terms of the bound from\n10 network evaluations" in card
+    config = tmp_path / "stock/scheduler/scheduler_config.json"
+    old = {key: value for key, value in json.loads(config.read_text()).items() if key != "prediction_type"}
+    config.write_text(json.dumps(old))  # as the first releases of diffusers wrote it
+    (tmp_path / "stock/README.md").write_text("Mine")
+    result = script("evaluate.py", tmp_path / "stock", "--images", 2, "--steps", 5, "--levels", 17)
+    assert (tmp_path / "stock/README.md").read_text() == "Mine" and "stays as it is" in result.stdout
+    refused = script("evaluate.py", tmp_path / "stock", "--images", 2, check=False)
+    assert refused.returncode == 1 and "the data set 'digits' has 17 grey levels" in refused.stderr
     refused = script("evaluate.py", tmp_path / "stock", "--images", 4, "--estimate", 1000, "--levels", 17, check=False)
     assert refused.returncode == 1 and "num_evaluations=1000 must be an integer, 8 to 999" in refused.stderr
     refused = script("evaluate.py", tmp_path / "stock", "--images", 4, "--levels", 10, check=False)
