@@ -41,7 +41,12 @@ SMALL = {
         "--learning_rate", "1e-3", "--lr_schedule", "cosine", "--lr_warmup_steps", "50", "--ema_decay", "0.995",
     ],
 }  # fmt: skip
-SCHEDULES = ("linear", "cosine")
+SCHEDULES = {
+    "linear": ["--scheduler.beta_schedule", "linear"],
+    "cosine": ["--scheduler.beta_schedule", "cosine"],
+    # a first step finer than a grey level of 256
+    "linear-from-1e-5": ["--scheduler.beta_schedule", "linear", "--scheduler.beta_start", "1e-5"],
+}
 OBJECTIVES = {
     "simple-fixed_large": ["--loss", "simple", "--scheduler.variance_type", "fixed_large"],
     "simple-fixed_small": ["--loss", "simple", "--scheduler.variance_type", "fixed_small"],
@@ -144,23 +149,25 @@ def main():
         "png": file_bits_per_dim(test_images, levels, format="PNG", optimize=True),
         "webp": file_bits_per_dim(test_images, levels, format="WEBP", lossless=True, quality=100, method=6),
     }
-    for schedule in SCHEDULES:
-        for objective, flags in OBJECTIVES.items():
-            name = f"{objective}-{schedule}"
-            settings = [*common, *flags, "--scheduler.beta_schedule", schedule]
-            if arguments.only and name not in arguments.only:
-                continue
-            asked = {"settings": settings, "images": len(test_images), "samples": arguments.samples}
-            if asked.items() <= known(path)["runs"].get(name, {}).items():
-                continue
-            folder = ROOT / "runs" / "objectives" / arguments.data / name
-            found = asked | trained(settings, folder)
-            found |= measure(folder / "pipeline", train_images, test_images, levels, arguments.samples, judge)
-            report = known(path) | beside  # read again: another process may do the other half of the runs
-            report["runs"][name] = found
-            path.write_text(json.dumps(report, indent=2) + "\n")
-            path.with_suffix(".md").write_text(table(report))
-            print(name, json.dumps(found), flush=True)
+    runs = [(objective, schedule) for schedule in ("linear", "cosine") for objective in OBJECTIVES]
+    if levels == 256:
+        runs.append(("vlb-importance", "linear-from-1e-5"))
+    for objective, schedule in runs:
+        name = f"{objective}-{schedule}"
+        settings = [*common, *OBJECTIVES[objective], *SCHEDULES[schedule]]
+        if arguments.only and name not in arguments.only:
+            continue
+        asked = {"settings": settings, "images": len(test_images), "samples": arguments.samples}
+        if asked.items() <= known(path)["runs"].get(name, {}).items():
+            continue
+        folder = ROOT / "runs" / "objectives" / arguments.data / name
+        found = asked | trained(settings, folder)
+        found |= measure(folder / "pipeline", train_images, test_images, levels, arguments.samples, judge)
+        report = known(path) | beside  # read again: another process may do the other half of the runs
+        report["runs"][name] = found
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        path.with_suffix(".md").write_text(table(report))
+        print(name, json.dumps(found), flush=True)
     print(table(known(path)))
 
 
