@@ -110,7 +110,7 @@ def judge(folder, samples, seed, stock, variance_types):
         report[f"standard_error_{variance_type}"] = result.standard_error
         report[f"decoder_{variance_type}"] = result.terms[:, 0].mean().item()
     to_levels = (torch.from_numpy(part)[:, None] for part in (train, test))
-    report["per_pixel_histogram"] = histogram_bits_per_dim(*to_levels, LEVELS)
+    report["per_pixel_histogram"] = histogram_bits_per_dim(*to_levels, LEVELS).mean().item()
     print(json.dumps(report, indent=2))
 
 

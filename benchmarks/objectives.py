@@ -145,7 +145,7 @@ def main():
     parts = (torch.from_numpy(part)[:, None] for part in (train_images, test_images))
     beside = {
         "images": len(test_images),
-        "per_pixel_histogram": histogram_bits_per_dim(*parts, levels),
+        "per_pixel_histogram": histogram_bits_per_dim(*parts, levels).mean().item(),
         "png": file_bits_per_dim(test_images, levels, format="PNG", optimize=True),
         "webp": file_bits_per_dim(test_images, levels, format="WEBP", lossless=True, quality=100, method=6),
     }
