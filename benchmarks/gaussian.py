@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ddpm_hf import VariationalDDPMScheduler, bits_per_dim
+from ddpm_hf.likelihood import standard_error
 
 MEAN, STD, LEVELS = 0.1, 0.15, 2**16 + 1
 STEPS = (10, 100, 1000, 4000)
@@ -68,7 +69,7 @@ def main():
                     "bound": found.mean,
                     "true": truth.mean().item(),
                     "gap": gap.mean().item(),
-                    "standard_error_of_gap": gap.std().item() / len(gap) ** 0.5,
+                    "standard_error_of_gap": standard_error(gap),
                     "prior": found.prior.mean().item(),
                 }
             )

@@ -395,6 +395,10 @@ def test_two_progressive_at_once(make_pipeline):
     seen = [next(first)[0]]
     assert [t for t, *_ in second] == chains[1]
     assert seen + [t for t, *_ in first] == chains[0]
+
+
+def test_refused_eta(make_pipeline):
+    pipeline = make_pipeline()
     for eta in 2.0, "1":
         with pytest.raises(ValueError, match="eta="):
             pipeline(eta=eta)

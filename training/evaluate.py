@@ -20,8 +20,8 @@ import torch
 
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
 from ddpm_hf.data import check_levels, image_column, image_transform, load_images, tensor_to_pixels
-from ddpm_hf.hub import has_our_card, write_model_card
-from ddpm_hf.likelihood import rate_distortion, standard_error
+from ddpm_hf.hub import has_our_card, write_model_card, write_whole
+from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
 
 
 def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def load_tensor(source, split, unet, levels, count=None, column=None, label_colu
         images.append(transform(image))
     if resized:
         told = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
-        print(f"images of {told} were scaled and cut to {size[1]}x{size[0]}: bits/dim are of those", file=sys.stderr)
+        print(f"images of {told} were scaled and cut to {size[1]}x{size[0]}, the network's", file=sys.stderr)
     images = torch.stack(images)
     return images, None if label_column is None else torch.tensor(dataset[label_column])
 
@@ -68,13 +68,6 @@ def terms_table(result, chain):
         values = (term.double().mean(), standard_error(term), *(error.double().mean() for error in errors))
         lines.append(",".join([str(t), *(f"{float(value):.8g}" for value in values)]))
     return "\n".join([*lines, ""])
-
-
-def write(path, text):
-    """All of it or nothing."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def plot(result, chain, path):
@@ -125,10 +118,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
     unet, scheduler = pipeline.unet, pipeline.scheduler
-    if not hasattr(scheduler, "chain"):
-        raise ValueError(
-            f"the pipeline's scheduler is a {type(scheduler).__name__}; the bound is of DDPMScheduler's process"
-        )
+    check_scheduler(scheduler)
     if arguments.steps is not None:
         scheduler.set_timesteps(arguments.steps)
     if arguments.first > 0:
@@ -140,7 +130,8 @@ def main():
         scheduler.set_timesteps(timesteps=timesteps)
     levels = scheduler.levels if arguments.levels is None else arguments.levels
     folder = Path(arguments.out or (arguments.pipeline if os.path.isdir(arguments.pipeline) else "."))
-    our_card = not arguments.out and has_our_card(folder)  # before evaluation.json, which it tells of
+    own = folder.resolve() == Path(arguments.pipeline).resolve()  # not the folder one happens to be in
+    our_card = own and has_our_card(folder)  # before evaluation.json, which it tells of
     data = (unet, levels)
     columns = (arguments.image_column, arguments.label_column)
     x_start, labels = load_tensor(arguments.data, arguments.split, *data, arguments.images, *columns)
@@ -198,13 +189,13 @@ def main():
         print(f"  an independent per-pixel histogram of {arguments.histogram}: {histogram.mean():.4f}, {beside}")
 
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    write_whole(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     if not arguments.estimate:
-        write(folder / "evaluation.csv", terms_table(result, scheduler.chain))
+        write_whole(folder / "evaluation.csv", terms_table(result, scheduler.chain))
         plot(result, scheduler.chain, folder / "evaluation.png")
     if our_card:
         write_model_card(folder)
-    elif (folder / "README.md").is_file() and not arguments.out:
+    elif own and (folder / "README.md").is_file():
         print(f"{folder}/README.md is not as this package writes it, and stays as it is")
     print(f"wrote {folder}/evaluation.json" + ("" if arguments.estimate else ", .csv and .png"))
 

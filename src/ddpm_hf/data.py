@@ -124,22 +124,23 @@ def image_transform(
                     f"levels={levels} takes 16-bit grey images of {width}x{height} as they are; one is of mode "
                     f"{image.mode}, {image.size[0]}x{image.size[1]}, for {channels} channels"
                 )
-            pixels = torch.from_numpy(np.asarray(image).astype(np.int32))[None]
-            return pixels_to_tensor(pixels.flip(2) if flips() else pixels, levels)
+            pixels = np.asarray(image).astype(np.int32)
+        else:
+            pixels = np.array(eight_bits(image))
+        pixels = torch.from_numpy(pixels).view(height, width, channels)
+        if random_flip and torch.rand(()) < 0.5:
+            pixels = pixels.flip(1)
+        return pixels_to_tensor(pixels.permute(2, 0, 1), levels)
+
+    def eight_bits(image):
         if image.mode.startswith("I;16"):  # convert would cut off all above 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(f"an image has pixels of 32 bits (mode {image.mode}); convert the data to 8 or 16 bits")
         image = ImageOps.exif_transpose(image).convert(PIL_MODES[channels])
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(image)).view(height, width, channels)
-        if flips():
-            pixels = pixels.flip(1)
-        return pixels_to_tensor(pixels.permute(2, 0, 1), levels)
-
-    def flips():
-        return random_flip and torch.rand(()) < 0.5
+        return (
+            image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        )
 
     return transform
 

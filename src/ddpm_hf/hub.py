@@ -15,10 +15,15 @@ TEMPLATES = (Path(__file__).parent / "model_card.md", Path(__file__).parents[2] 
 
 def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> Path:
     """Writes README.md of a saved pipeline, as `model_card` makes it; returns its path. Arguments and errors are its."""
-    temporary = Path(folder) / ".README.md"
-    model_card(folder, repo_id).save(temporary)
-    os.replace(temporary, Path(folder) / "README.md")
-    return Path(folder) / "README.md"
+    return write_whole(Path(folder) / "README.md", str(model_card(folder, repo_id)))
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a text file by way of a temporary name, so that it is never there in part; returns its path."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+    return path
 
 
 def has_our_card(folder: str | os.PathLike) -> bool:

@@ -310,11 +310,7 @@ class _Evaluator:
     """Terms of the bound for rows of (image, t, noise), with the network in evaluation mode while it is entered."""
 
     def __init__(self, unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size):
-        if not hasattr(scheduler, "chain"):
-            raise ValueError(
-                f"scheduler is a {type(scheduler).__name__}; the bound is of a VariationalDDPMScheduler, "
-                "which VariationalDDPMScheduler.from_config(scheduler.config) makes"
-            )
+        check_scheduler(scheduler)
         self.unet, self.scheduler, self.x_start = unet, scheduler, x_start
         self.class_labels = None if class_labels is None else torch.as_tensor(class_labels, device=x_start.device)
         self.clip_sample, self.levels = clip_sample, scheduler.levels if levels is None else levels
@@ -379,6 +375,15 @@ class _Evaluator:
             for row in (~term.isfinite()).nonzero().flatten().tolist():
                 at = t if isinstance(t, int) else t[row].item()
                 raise ValueError(f"the bound's term of image {index[row].item()} at t={at} is {term[row].item()}")
+
+
+def check_scheduler(scheduler) -> None:
+    """Raises ValueError for a scheduler that has no bound."""
+    if not hasattr(scheduler, "chain"):
+        raise ValueError(
+            f"scheduler is a {type(scheduler).__name__}; the bound is of a VariationalDDPMScheduler, "
+            "which VariationalDDPMScheduler.from_config(scheduler.config) makes"
+        )
 
 
 def _check_images(x_start, levels):
