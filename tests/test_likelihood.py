@@ -9,7 +9,13 @@ from diffusers import DDPMScheduler
 from golden_data import SEED_X, case_id, case_scheduler, golden_cases, images, network, randn
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_hf.likelihood import bits_per_dim, estimate_bits_per_dim, progressive_coding, rate_distortion
+from ddpm_hf.likelihood import (
+    _LinearDenoiser,
+    bits_per_dim,
+    estimate_bits_per_dim,
+    progressive_coding,
+    rate_distortion,
+)
 from ddpm_hf.scheduler import VariationalDDPMScheduler, space_timesteps
 from ddpm_hf.unet import DDPMUNet
 
@@ -435,6 +441,29 @@ def test_the_estimate_is_unbiased(chain, num_evaluations):
     assert 0.9 < told / actual < 2
     assert torch.equal(found[0].prior, scheduler.prior_bits_per_dim(x_start))
     assert torch.equal(found[0].total, found[0].prior + found[0].kl + found[0].decoder)
+
+
+@pytest.mark.parametrize("count", [1, 6, 40])
+def test_the_linear_denoiser_and_its_expectation(count):
+    """Against dense matrices, and the mean over many draws of noise."""
+    scheduler = VariationalDDPMScheduler(100)
+    x_start = torch.rand(count, 3, 2, 2, dtype=F64) * 2 - 1
+    flat = x_start.flatten(1)
+    centred = flat - flat.mean(0)
+    covariance = (centred.T @ centred + flat.var(correction=0) * torch.eye(12, dtype=F64)) / (count + 1)
+    linear = _LinearDenoiser(scheduler, x_start)
+    for t in 0, 30, 99:
+        abar = scheduler.alphas_cumprod[t].double()
+        gain = abar.sqrt() * covariance @ torch.linalg.inv(abar * covariance + (1 - abar) * torch.eye(12, dtype=F64))
+        noise = torch.randn(200_000, 3, 2, 2, dtype=F64)
+        index = torch.arange(count).repeat_interleave(200_000 // count)
+        noise = noise[: len(index)]
+        x_t = abar.sqrt() * centred[index] + (1 - abar).sqrt() * noise.flatten(1)
+        error = (x_t @ gain.T - centred[index]).square().sum(1).view(count, -1)
+        excess = linear.excess(index, torch.full_like(index, t), noise).view(count, -1)
+        expected = error / (1 + excess)  # of each image, the same for every noise
+        torch.testing.assert_close(expected, expected[:, :1].expand_as(expected), rtol=1e-8, atol=0)
+        assert (excess.mean(1).abs() < 5 * excess.std(1) / excess.shape[1] ** 0.5).all() and excess.std() > 0.1
 
 
 def test_the_estimate_and_the_bound_agree(tiny):

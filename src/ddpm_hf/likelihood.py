@@ -217,9 +217,10 @@ def estimate_bits_per_dim(
 ) -> BitsPerDimEstimate:
     """An unbiased estimate of `bits_per_dim` from few network evaluations.
 
-    L_T is exact and L_0 is always evaluated (twice). Of the KL terms each image draws one timestep in each of K strata, which
-    hold equal shares of the terms' size as a pilot run finds it; the images' draws in a stratum are spread evenly over it.
-    What the terms owe to the norm of their noise, whose expectation is known, is taken off (a control variate).
+    L_T is exact and L_0 is always evaluated (twice). Of the KL terms each image draws one timestep in each of K strata; the
+    images' draws in a stratum are spread evenly over it. The error that the same noise costs the best linear denoiser has a
+    known expectation: what the terms owe to it is taken off (a control variate). The strata hold equal shares of the spread
+    that then is left, as a pilot run finds it.
 
     Args:
         num_evaluations: network evaluations an image, pilot and decoder included: 8 to below the length of the chain.
@@ -241,6 +242,7 @@ def estimate_bits_per_dim(
             f"num_evaluations={num_evaluations} must be an integer, 8 to {N - 1}; all {N} steps are bits_per_dim's"
         )
     chain = torch.tensor(scheduler.chain)
+    linear = _LinearDenoiser(scheduler, x_start)
     pilot = max(1, min(num_evaluations // 10, -(-256 // B)))
     strata = num_evaluations - pilot - 2
 
@@ -249,38 +251,38 @@ def estimate_bits_per_dim(
         return torch.rand(shape, generator=generator, device=device, dtype=torch.float64).cpu()
 
     def terms(positions):
-        """Each image's term at its (B, n) positions in the chain, 0 alone or not at all, and mean(noise^2) - 1."""
+        """Each image's term at its (B, n) positions in the chain, 0 alone or not at all, and the excess their noise costs."""
         index = torch.arange(B).repeat_interleave(positions.shape[1])
         found = []
         for rows, at in zip(index.split(batch_size or B), positions.flatten().split(batch_size or B)):
-            noise = evaluate.noise((len(rows), *x_start.shape[1:]), generator)
+            rows, noise = rows.to(x_start.device), evaluate.noise((len(rows), *x_start.shape[1:]), generator)
             t = chain[at] if at.any() else int(chain[0])
-            term, *_ = evaluate.at_noise(rows.to(x_start.device), t, noise)
-            found.append(torch.stack((term, noise.square().flatten(1).mean(1) - 1)))
+            term, *_ = evaluate.at_noise(rows, t, noise)
+            found.append(torch.stack((term.double(), linear.excess(rows, chain[at].to(rows.device), noise))))
             bar.update(len(rows))
-        return torch.cat(found, dim=1).cpu().double().view(2, B, -1)
+        return torch.cat(found, dim=1).cpu().view(2, B, -1)
 
     with evaluate, tqdm(total=B * num_evaluations, desc="bits/dim", disable=not progress_bar) as bar:
         first, _ = terms(torch.zeros(B, 2, dtype=torch.int64))
         # the pilot: positions spread evenly in their logarithm, over which the terms change evenly
         u = (uniform(B * pilot).argsort() + uniform(B * pilot)) / (B * pilot)
         at = torch.exp(u * math.log(N)).long().clamp(1, N - 1).view(B, pilot)
-        size, slope = _fit_pilot(at, *terms(at), N - 1)
+        spread, slope = _fit_pilot(at, *terms(at), N - 1)
         step = torch.arange(1, N)
         # 1 / step is what the terms are like before anything is known; no step is left without a chance
         trust = 0.94 * at.numel() / (at.numel() + 8)
-        parts = ((trust, size), (0.97 - trust, 1 / step), (0.03, step**0))
+        parts = ((trust, spread), (0.97 - trust, 1 / step), (0.03, step**0))
         share = sum(weight * part / part.sum() for weight, part in parts)
         # each stratum has 1 / strata of the probability, each image a cell of its own in it
         u = (uniform(B, strata).argsort(dim=0) + uniform(B, strata)) / B
         u = (torch.arange(strata) + u) / strata
         at = torch.searchsorted(share.cumsum(0), u).clamp(max=N - 2) + 1
-        term, norm = terms(at)
-        drawn = (term - slope[at - 1] * norm) / (strata * share[at - 1])
+        term, excess = terms(at)
+        drawn = (term - slope[at - 1] * excess) / (strata * share[at - 1])
     prior = scheduler.prior_bits_per_dim(x_start)
     kl, decoder = (part.to(prior) for part in (drawn.sum(1), first.mean(1)))
     if B > 1:  # the images' draws in a stratum stand for repeated ones, but for what an image costs on the whole
-        rest = drawn - drawn.mean(1, keepdim=True)
+        rest = drawn - drawn.mean(1, keepdim=True) * drawn.mean(0) / drawn.mean().clamp(min=1e-30)
         variance = strata / (strata - 1) * rest.var(0).sum() / B
     else:  # a stratum's draw for the line between its neighbours', too much where that is curved
         off = drawn[:, 1:-1] - (drawn[:, :-2] + drawn[:, 2:]) / 2
@@ -289,21 +291,57 @@ def estimate_bits_per_dim(
     return BitsPerDimEstimate(prior + kl + decoder, prior, kl, decoder, variance.sqrt().item())
 
 
-def _fit_pilot(positions, terms, norms, steps):
-    """At positions 1 .. steps the root mean square of the terms and what they gain with mean(noise^2), by log(position)."""
+def _fit_pilot(positions, terms, excess, steps):
+    """At positions 1 .. steps the spread of the terms and what they gain with excess, both by log(position)."""
     order = positions.flatten().argsort()
-    x, y, h = (values.flatten()[order] for values in (positions.log(), terms, norms))
-    parts = max(1, min(20, len(x) // 2))
-    centres = torch.stack([part.mean() for part in x.tensor_split(parts)]).numpy()
-    sizes = torch.stack([part.square().mean() for part in y.tensor_split(parts)]).clamp(min=1e-30).sqrt().log().numpy()
-    grid = np.log(np.arange(1, steps + 1))
-    size = torch.from_numpy(np.exp(np.interp(grid, centres, sizes)))
-    if len(x) < 32:
-        return size, torch.zeros_like(size)
-    # term / size = 1 + (a + b log(position)) h
-    relative = y / torch.from_numpy(np.exp(np.interp(x.numpy(), centres, sizes)))
-    a, b = torch.linalg.lstsq(torch.stack((h, h * x), dim=1), (relative - relative.mean())[:, None]).solution.flatten()
-    return size, size * (a + b * torch.from_numpy(grid))
+    x, y, excess = (values.flatten()[order] for values in (positions.log(), terms, excess))
+    grid = torch.arange(1, steps + 1).log()
+
+    def root_mean_square(values, parts):
+        """Of values sorted by x: a function of x."""
+        centres = torch.stack([part.mean() for part in x.tensor_split(parts)])
+        sizes = torch.stack([part.square().mean() for part in values.tensor_split(parts)]).clamp(min=1e-30).sqrt().log()
+        return lambda at: torch.from_numpy(np.exp(np.interp(at.numpy(), centres.numpy(), sizes.numpy())))
+
+    size = root_mean_square(y, max(1, min(20, len(x) // 2)))
+    if len(x) < 32:  # too few for a spread: take it in proportion to the size
+        return size(grid), torch.zeros(steps, dtype=torch.float64)
+    # term / size = 1 + (a + b log(position)) excess + rest
+    relative = y / size(x)
+    controls = torch.stack((excess, excess * x), dim=1)
+    gain = torch.linalg.lstsq(controls, (relative - relative.mean())[:, None]).solution
+    rest = root_mean_square(relative - relative.mean() - (controls @ gain).flatten(), max(4, min(10, len(x) // 16)))
+    return size(grid) * rest(grid).clamp(min=0.02), size(grid) * (gain[0] + gain[1] * grid)
+
+
+class _LinearDenoiser:
+    """The linear denoiser of least squared error for Gaussian data with the images' mean and (shrunk) covariance."""
+
+    def __init__(self, scheduler, x_start):
+        self.alphas_cumprod = scheduler.alphas_cumprod.double()
+        images = x_start[:512].flatten(1).double()  # enough for a covariance
+        _, values, self.directions = torch.linalg.svd(images - images.mean(0), full_matrices=False)
+        self.x_start = (x_start.flatten(1) - images.mean(0)) @ self.directions.T
+        # the rest of the space has the weight of one image whose pixels vary alike
+        self.rest = images.var(correction=0) / (len(images) + 1)
+        self.variances = values.square() / (len(images) + 1) + self.rest
+
+    def excess(self, index, t, noise):
+        """(rows,): its squared error with this noise, relative to the expectation over noise, less 1.
+
+        Of images beyond the first 512 it is the error in the plane of those: as good for a control variate.
+        """
+        alpha = self.alphas_cumprod.to(t.device)[t][:, None]
+        keep, add = alpha.sqrt(), (1 - alpha).sqrt()
+        noise = noise.flatten(1).double()
+        along = noise @ self.directions.T
+        beyond = noise.square().sum(1, keepdim=True) - along.square().sum(1, keepdim=True)
+        dimensions = noise.shape[1] - len(self.variances)
+        gain, rest = (keep * v / (alpha * v + 1 - alpha) for v in (self.variances, self.rest))
+        bias, scale = (gain * keep - 1) * self.x_start[index], gain * add
+        expected = (bias.square() + scale.square()).sum(1) + dimensions * (rest * add).square()[:, 0]
+        error = (bias + scale * along).square().sum(1) + (beyond * (rest * add).square())[:, 0]
+        return (error - expected) / expected.clamp(min=1e-30)
 
 
 class _Evaluator:
