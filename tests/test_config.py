@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import PRESETS, ConfigError, load_config
+from config import PRESETS, ConfigError, checkpoint_to_resume, load_config
 
 TRAIN = Path(__file__).parents[1] / "training" / "train.py"
 
@@ -79,8 +80,40 @@ def test_mistakes_are_told_in_one_line(argv, message):
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("steps: 1")
+    load("--output_dir", str(tmp_path))  # stopped before its first checkpoint
+    with pytest.raises(ConfigError, match="holds something already"):
+        load("--output_dir", str(tmp_path), "--resume", "never")
+    (tmp_path / "pipeline").mkdir()
     with pytest.raises(ConfigError, match="holds something already"):
         load("--output_dir", str(tmp_path))
+
+
+def test_the_checkpoint_to_resume(tmp_path):
+    run = tmp_path / "run"
+    text = yaml.safe_dump(dataclasses.asdict(load("--output_dir", str(run))))
+    for name in ("0000900", "12000000", ".0001000", "notes"):
+        folder = run / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(text)
+        if name == "0000900":  # of this run, and none is newer
+            assert checkpoint_to_resume(load("--output_dir", str(run))) == folder
+    steps = ("--steps", "13000000")
+    config = load("--output_dir", str(run), *steps, "--sample_every", "7")
+    assert checkpoint_to_resume(config) == run / "checkpoints/12000000"
+    older = str(run / "checkpoints/0000900")
+    assert str(checkpoint_to_resume(load("--output_dir", str(tmp_path / "new"), "--resume", older))) == older
+    for argv, message in (
+        (["--resume", older], "resume=.*0000900' is older than .*12000000"),
+        (["--resume", str(run / "checkpoints/notes")], "resume=.*notes' is neither auto, never nor"),
+        (["--resume", "always"], "resume='always' is neither"),
+        (["--resume", "never"], "holds something already"),
+        (["--seed", "3"], r"seed=3, but .*12000000 was trained with 0; give that"),
+        (["--unet.dropout", "0.2"], r"unet=.*'dropout': 0.2.* was trained with"),
+        (["--steps", "7"], "steps=7, but .*12000000 is further already"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            load("--output_dir", str(run), *steps, *argv)
+        assert "\n" not in str(caught.value)
 
 
 def test_bad_yaml(tmp_path):

@@ -54,12 +54,18 @@ class TrainConfig:
     seed: int = 0
     # what it writes
     output_dir: str = "runs/digits"
+    resume: str = "auto"  # auto: from the newest checkpoint in output_dir, if any; never; or the path of a checkpoint
+    checkpoint_every: int = 1000  # and at the end; 0 for none
+    keep_checkpoints: int = 2
     log_every: int = 20
     sample_every: int = 1000  # a sheet of EMA samples; 0 for none
     sample_count: int = 64
     sample_steps: int | None = None  # network calls an image; None for all timesteps
 
 
+# of a run that goes on from a checkpoint
+MAY_CHANGE = {"steps", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
+MAY_CHANGE |= {"log_every", "sample_every", "sample_count", "sample_steps"}
 DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
 
 
@@ -177,10 +183,18 @@ def _typed(key, value, expected):
 
 
 def _check(config):
-    for key in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "sample_count", "channels"):
+    for key in (
+        "steps",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "log_every",
+        "sample_count",
+        "channels",
+        "keep_checkpoints",
+    ):
         if getattr(config, key) < 1:
             raise ConfigError(f"{key}={getattr(config, key)} must be 1 or more")
-    for key in ("sample_every", "num_workers", "lr_warmup_steps"):
+    for key in ("sample_every", "checkpoint_every", "num_workers", "lr_warmup_steps"):
         if getattr(config, key) < 0:
             raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
     if config.sample_steps is not None and config.sample_steps < 1:
@@ -231,10 +245,48 @@ def _check(config):
     if is_path and not os.path.exists(config.data):
         raise ConfigError(f"data={config.data!r} does not exist")
     output = Path(config.output_dir)
-    if output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another or remove it")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir={config.output_dir!r} is a file")
+    checkpoint_to_resume(config)
+
+
+def checkpoints_in(output_dir: str) -> list[Path]:
+    """The whole checkpoints of a run, `<output_dir>/checkpoints/<step>`, the newest last."""
+    folders = [path for path in Path(output_dir, "checkpoints").glob("*") if path.is_dir() and path.name.isdigit()]
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint from which the run `config` goes on; None for a new run.
+
+    Raises:
+        ConfigError: `resume` names no checkpoint, or one that is older than what output_dir holds, or of another config;
+            output_dir holds something that is no run to go on with.
+    """
+    output, found = Path(config.output_dir), checkpoints_in(config.output_dir)
+    if config.resume in ("auto", "never"):
+        path = found[-1] if found and config.resume == "auto" else None
+    else:
+        path = Path(os.path.expanduser(config.resume))
+        if not (path / "config.yaml").is_file() or not path.name.isdigit():
+            raise ConfigError(f"resume={config.resume!r} is neither auto, never nor a folder .../checkpoints/<step>")
+        if found and int(found[-1].name) > int(path.name):
+            raise ConfigError(f"resume={config.resume!r} is older than {found[-1]}; choose another output_dir")
+    if path is None:
+        # stopped before its first checkpoint
+        again = config.resume == "auto" and (output / "config.yaml").is_file() and not (output / "pipeline").exists()
+        if output.is_dir() and any(output.iterdir()) and not again:
+            raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another or remove it")
+        return None
+    if int(path.name) > config.steps:
+        raise ConfigError(f"steps={config.steps}, but {path} is further already; give more steps or another output_dir")
+    before, now = yaml.safe_load((path / "config.yaml").read_text()), dataclasses.asdict(config)
+    for key in now:
+        if key not in MAY_CHANGE and before.get(key) != now[key]:
+            raise ConfigError(
+                f"{key}={now[key]!r}, but {path} was trained with {before.get(key)!r}; give that, or another output_dir"
+            )
+    return path
 
 
 def image_size(config: TrainConfig) -> tuple[int, ...]:

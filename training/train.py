@@ -13,11 +13,12 @@ import inspect
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
-from config import ConfigError, TrainConfig, image_size, load_config, nearest
+from config import ConfigError, TrainConfig, checkpoint_to_resume, image_size, load_config, nearest
 
 if __name__ == "__main__":  # before the slow imports: a mistyped key shall not wait for them
     try:
@@ -28,7 +29,8 @@ if __name__ == "__main__":  # before the slow imports: a mistyped key shall not 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from checkpoints import Checkpoints
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -36,8 +38,8 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
-from ddpm_hf.data import check_levels, image_transform, load_images, training_set
-from ddpm_hf.hub import write_model_card
+from ddpm_hf.data import check_levels, image_transform, load_images, random_flip, training_set
+from ddpm_hf.hub import write_model_card, write_whole
 from ddpm_hf.objectives import TIMESTEPS
 from ddpm_hf.scheduler import VARIANCE_TYPES
 
@@ -87,7 +89,7 @@ def open_data(config: TrainConfig) -> torch.utils.data.Dataset:
     levels = config.scheduler.get("levels", 256)
     try:
         check_levels(config.data, levels)
-        transform = image_transform(image_size(config), config.channels, levels, config.random_flip)
+        transform = image_transform(image_size(config), config.channels, levels)
         images = load_images(config.data, config.split)
         dataset = training_set(images, transform, config.image_column, config.label_column)
         if len(dataset) < config.batch_size:
@@ -107,14 +109,23 @@ def open_data(config: TrainConfig) -> torch.utils.data.Dataset:
 
 def train(config: TrainConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved pipeline."""
+    resumed = checkpoint_to_resume(config)
     accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps, mixed_precision=config.mixed_precision
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        # the order of the images is a function of the seed and the epoch alone
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
     use_all_cores(accelerator)
     set_seed(config.seed, device_specific=True)
     dataset = open_data(config)
     loader = torch.utils.data.DataLoader(
-        dataset, config.batch_size, shuffle=True, drop_last=True, num_workers=config.num_workers
+        dataset,
+        config.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=config.num_workers,
+        generator=torch.Generator(),  # reading ahead shall not draw from the generator of noise and timesteps
     )
     unet, scheduler, objective, timesteps = build(config)
     optimizer = torch.optim.AdamW(
@@ -134,14 +145,23 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output_dir)
     if accelerator.is_main_process:
         (output / "samples").mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    log = Log(config, output, accelerator)
-    step = 0
-    while step < config.steps:
-        for batch in loader:
+        write_whole(output / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    log, at = Log(config, output, accelerator), Position()
+    checkpoints = Checkpoints(
+        config, accelerator, at=at, ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, log=log
+    )
+    if resumed:
+        checkpoints.load(resumed)
+        ema.to(accelerator.device)
+    log.begin(at.step)
+    while at.step < config.steps:
+        loader.set_epoch(at.epoch)
+        for batch in accelerator.skip_first_batches(loader, at.batch):
+            at.batch += 1
             with accelerator.accumulate(unet):
-                t, weights = timesteps.sample(len(batch["x_start"]), accelerator.device)
-                losses = objective(unet, batch["x_start"], batch.get("class_labels"), t)
+                x_start = random_flip(batch["x_start"]) if config.random_flip else batch["x_start"]
+                t, weights = timesteps.sample(len(x_start), accelerator.device)
+                losses = objective(unet, x_start, batch.get("class_labels"), t)
                 timesteps.update(t, losses)
                 loss = (weights * losses).mean()
                 accelerator.backward(loss)
@@ -154,15 +174,18 @@ def train(config: TrainConfig) -> Path:
                 continue
             lr_schedule.step()
             ema.step(unet.parameters())
-            step += 1
-            log.step(step, lr_schedule.get_last_lr()[0])
-            if accelerator.is_main_process and config.sample_every and step % config.sample_every == 0:
+            at.step += 1
+            log.step(at.step, lr_schedule.get_last_lr()[0])
+            if accelerator.is_main_process and config.sample_every and at.step % config.sample_every == 0:
                 with EMAWeights(ema, unet):
                     save_samples(
-                        config, accelerator.unwrap_model(unet), scheduler, output / "samples" / f"{step:07d}.png"
+                        config, accelerator.unwrap_model(unet), scheduler, output / "samples" / f"{at.step:07d}.png"
                     )
-            if step == config.steps:
+            if config.checkpoint_every and (at.step % config.checkpoint_every == 0 or at.step == config.steps):
+                checkpoints.save(at.step)
+            if at.step == config.steps:
                 break
+        at.epoch, at.batch = at.epoch + 1, 0
     log.close()
     if accelerator.is_main_process:
         ema.copy_to(unet.parameters())
@@ -176,6 +199,20 @@ def use_all_cores(accelerator):
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a run is: optimizer steps in all, and batches of the present epoch."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+    state_dict = dataclasses.asdict
+
+    def load_state_dict(self, state):
+        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
 
 
 class EMAWeights:
@@ -199,9 +236,22 @@ class Log:
 
     def __init__(self, config, output, accelerator):
         self.config, self.output, self.main = config, output, accelerator.is_main_process
+        self.device = accelerator.device
         self.images = config.batch_size * accelerator.num_processes
         self.bar = tqdm(total=config.steps, desc="train", disable=not self.main)
-        self.losses, self.seen, self.rows, self.start = [], 0, [], time.perf_counter()
+        self.losses, self.rows, self.seen, self.start = [], [], 0, time.perf_counter()
+
+    def state_dict(self):
+        return {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0), "rows": self.rows}
+
+    def load_state_dict(self, state):
+        self.losses, self.rows = list(state["losses"].to(self.device)), state["rows"]
+
+    def begin(self, step):
+        """What was logged after `step` by a run that was stopped is forgotten."""
+        if self.main:
+            self.bar.update(step)
+            write_whole(self.output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, loss):
         self.losses.append(loss.detach())
@@ -278,10 +328,12 @@ def save_pipeline(config, unet, scheduler, folder):
     temporary = folder.with_name(f".{folder.name}")
     DDPMImagePipeline(unet, scheduler).save_pretrained(temporary)
     told = dataclasses.asdict(config)
-    del told["output_dir"]  # paths of this machine are nobody else's concern
+    del told["output_dir"], told["resume"]  # paths of this machine are nobody else's concern
     told["data"] = Path(config.data).name if os.path.exists(config.data) else config.data
     (temporary / "training.json").write_text(json.dumps(told, indent=2) + "\n")
     write_model_card(temporary)
+    if folder.exists():  # of fewer steps
+        shutil.rmtree(folder)
     os.replace(temporary, folder)
 
 

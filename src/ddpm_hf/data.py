@@ -101,14 +101,13 @@ def image_column(dataset: datasets.Dataset, column: str | None = None) -> str:
 
 
 def image_transform(
-    size: tuple[int, int], channels: int = 3, levels: int = 256, random_flip: bool = False
+    size: tuple[int, int], channels: int = 3, levels: int = 256
 ) -> Callable[[Image.Image], torch.Tensor]:
     """A function from a PIL image to a float32 tensor (channels, *size) in [-1, 1].
 
     The image is scaled until it covers `size` = (height, width) and cut at the centre; one that has that size is left as it
     is. `levels` is the number of grey levels of its pixels (17 for the digits). Images of 16 bits lose the lower 8, but for
-    levels above 256: then they must be of one channel and of that size. random_flip: left to right, every other time, by
-    torch's generator.
+    levels above 256: then they must be of one channel and of that size.
 
     Raises:
         ValueError: channels other than 1, 3 or 4; when called, an image of 32 bits, or one that levels above 256 do not fit.
@@ -128,8 +127,6 @@ def image_transform(
         else:
             pixels = np.array(eight_bits(image))
         pixels = torch.from_numpy(pixels).view(height, width, channels)
-        if random_flip and torch.rand(()) < 0.5:
-            pixels = pixels.flip(1)
         return pixels_to_tensor(pixels.permute(2, 0, 1), levels)
 
     def eight_bits(image):
@@ -143,6 +140,12 @@ def image_transform(
         )
 
     return transform
+
+
+def random_flip(images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W), every other one at random flipped left to right, by torch's generator of their device."""
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(chosen, images.flip(-1), images)
 
 
 def pixels_to_tensor(pixels: torch.Tensor, levels: int = 256) -> torch.Tensor:

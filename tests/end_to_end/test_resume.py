@@ -1,0 +1,96 @@
+"""Runs that are killed and started again end as the one that was let alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+# 22 batches an epoch, dropout, flips, and a sampler of timesteps that has learned from the second step on
+RUN = (
+    "--steps 24 --batch_size 64 --learning_rate 0.001 --lr_warmup_steps 15 --ema_decay 0.9 --log_every 3 --sample_every 12 "
+    "--sample_count 2 --sample_steps 2 --checkpoint_every 4 --random_flip true --loss vlb --timesteps loss_second_moment "
+    "--scheduler.num_train_timesteps 4 --unet.block_out_channels [8,16] --unet.norm_num_groups 4 "
+    "--unet.attention_head_dim 8 --unet.dropout 0.1"
+)
+
+
+def start(folder, *extra, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    command = [*launcher, str(ROOT / "training/train.py"), *RUN.split(), *extra, "--output_dir", str(folder)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
+    )
+
+
+def finish(process):
+    """Waits for a run that must succeed."""
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+
+
+def kill_when(process, path):
+    """Kills the run and all its processes when path is there."""
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def results(folder, step=24):
+    """All that a run ends with: weights, checkpoint and what it logged, but for its speed."""
+    checkpoint = folder / f"checkpoints/{step:07d}"
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["images_per_second"]
+    run = torch.load(checkpoint / "run.pt", weights_only=True)
+    return {
+        "log": rows,
+        "weights": load_file(checkpoint / "model.safetensors"),
+        "averaged weights": load_file(folder / "pipeline/unet/diffusion_pytorch_model.safetensors"),
+        "optimizer": torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"],
+        "ema": run["ema"]["shadow_params"],
+        "timesteps": run["timesteps"],
+        "learning rate": run["lr_schedule"]["_last_lr"],
+        "position": run["at"],
+    }
+
+
+# at the start, after a checkpoint, in the middle of writing one
+STOPS = ["log.jsonl", "checkpoints/0000004", "checkpoints/.0000012", "checkpoints/0000016"]
+
+
+@pytest.mark.parametrize(
+    "processes, extra, stops",
+    [
+        (1, "--gradient_accumulation_steps 2", STOPS[2:3]),
+        pytest.param(1, "--num_workers 2", STOPS, marks=pytest.mark.slow),
+        pytest.param(2, "--num_workers 2 --batch_size 32", STOPS, marks=pytest.mark.slow),
+        pytest.param(2, "--gradient_accumulation_steps 2 --batch_size 32", STOPS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
+    extra = extra.split()
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    finish(start(alone, *extra, processes=processes))
+    finish(start(killed, *extra, "--steps", "3", processes=processes))  # done, but then it is to have more steps
+    for stop in stops:
+        kill_when(start(killed, *extra, processes=processes), killed / stop)
+    finish(start(killed, *extra, processes=processes))
+    one, other = results(alone), results(killed)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert [row["step"] for row in one["log"]] == list(range(3, 25, 3))
+    assert one["timesteps"]["count"].min() >= 10  # it had learned where to look
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["0000020", "0000024"]
