@@ -49,7 +49,7 @@ def one_step_a_call(unet, scheduler, x_start):
     return total
 
 
-def wall_times(unet, scheduler, x_start, batch_size, rounds=5, steps=100):
+def wall_times(unet, scheduler, x_start, batch_size, rounds=3, steps=100):
     """Medians, on a chain of `steps`, of rounds in which the plain loop and ours take turns; the chain is left so."""
     scheduler.set_timesteps(steps)
     calls = partial(one_step_a_call, unet, scheduler), partial(bits_per_dim, unet, scheduler, batch_size=batch_size)

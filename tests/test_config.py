@@ -89,31 +89,48 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 
 
 def test_the_checkpoint_to_resume(tmp_path):
-    run = tmp_path / "run"
+    run, new = tmp_path / "run", str(tmp_path / "new")
     text = yaml.safe_dump(dataclasses.asdict(load("--output_dir", str(run))))
     for name in ("0000900", "12000000", ".0001000", "notes"):
         folder = run / "checkpoints" / name
         folder.mkdir(parents=True)
+        (run / "config.yaml").write_text(text)
         (folder / "config.yaml").write_text(text)
         if name == "0000900":  # of this run, and none is newer
             assert checkpoint_to_resume(load("--output_dir", str(run))) == folder
-    steps = ("--steps", "13000000")
+    steps, older = ("--steps", "13000000", "--lr_schedule", "constant"), run / "checkpoints/0000900"
+    text = text.replace("lr_schedule: cosine", "lr_schedule: constant")
+    for folder in (run, run / "checkpoints/12000000", older):
+        (folder / "config.yaml").write_text(text)
     config = load("--output_dir", str(run), *steps, "--sample_every", "7")
     assert checkpoint_to_resume(config) == run / "checkpoints/12000000"
-    older = str(run / "checkpoints/0000900")
-    assert str(checkpoint_to_resume(load("--output_dir", str(tmp_path / "new"), "--resume", older))) == older
+
+    # from another run's checkpoint, and on from its own when it is killed
+    config = load("--output_dir", new, "--resume", str(older), *steps)
+    assert checkpoint_to_resume(config) == older
+    own = tmp_path / "new/checkpoints/0001000"
+    own.mkdir(parents=True)
+    for folder in (tmp_path / "new", own):
+        (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    assert checkpoint_to_resume(config) == own
+
     for argv, message in (
-        (["--resume", older], "resume=.*0000900' is older than .*12000000"),
-        (["--resume", str(run / "checkpoints/notes")], "resume=.*notes' is neither auto, never nor"),
+        (["--resume", str(older)], "holds something already"),  # which did not begin there
+        (["--resume", str(run / "checkpoints/none")], "resume=.*none' is neither auto, never nor"),
         (["--resume", "always"], "resume='always' is neither"),
         (["--resume", "never"], "holds something already"),
         (["--seed", "3"], r"seed=3, but .*12000000 was trained with 0; give that"),
         (["--unet.dropout", "0.2"], r"unet=.*'dropout': 0.2.* was trained with"),
         (["--steps", "7"], "steps=7, but .*12000000 is further already"),
+        (["--lr_schedule", "cosine"], "steps=13000000, but .*12000000 was trained with|lr_schedule='cosine', but"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             load("--output_dir", str(run), *steps, *argv)
         assert "\n" not in str(caught.value)
+    for broken in ("", "- 1", "a: [", "a: \0"):
+        (run / "checkpoints/12000000/config.yaml").write_text(broken)
+        with pytest.raises(ConfigError, match="12000000/config.yaml cannot be read; remove .*12000000 to go on"):
+            load("--output_dir", str(run), *steps)
 
 
 def test_bad_yaml(tmp_path):

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import load
 
-from config import TrainConfig, checkpoints_in
+from config import ConfigError, TrainConfig, checkpoints_in
 
 
 class Checkpoints:
@@ -29,20 +30,39 @@ class Checkpoints:
         whole, main = self.folder / f"{step:07d}", self.accelerator.is_main_process
         temporary = whole.with_name(f".{whole.name}")
         if main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for stopped in self.folder.glob(".*"):
+                shutil.rmtree(stopped)
             temporary.mkdir(parents=True)
             (temporary / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
-            torch.save({name: part.state_dict() for name, part in self.parts.items()}, temporary / "run.pt")
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            torch.save({**state, "processes": self.accelerator.num_processes}, temporary / "run.pt")
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(temporary)
         self.accelerator.wait_for_everyone()
         if main:
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
             os.replace(temporary, whole)
             for old in checkpoints_in(self.config.output_dir)[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old)
+                os.replace(old, old.with_name(f".{old.name}"))
+                shutil.rmtree(old.with_name(f".{old.name}"))
 
     def load(self, path: Path) -> None:
-        self.accelerator.load_state(path)
-        state = torch.load(path / "run.pt", map_location="cpu", weights_only=True)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        """Raises ConfigError for a checkpoint that cannot be read, or that another number of processes wrote."""
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        try:
+            state = torch.load(path / "run.pt", map_location="cpu", weights_only=True)
+            if state["processes"] == processes:
+                load(path / f"random_states_{index}.pkl")  # accelerate goes on without it and says nothing
+                self.accelerator.load_state(path)
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+        except Exception as error:
+            raise ConfigError(
+                f"{path} cannot be read ({type(error).__name__}); remove it to go on from an older one"
+            ) from error
+        if state["processes"] != processes:
+            raise ConfigError(
+                f"{path} was written by {state['processes']} processes, this run has {processes}; start as many"
+            )

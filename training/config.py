@@ -63,8 +63,8 @@ class TrainConfig:
     sample_steps: int | None = None  # network calls an image; None for all timesteps
 
 
-# of a run that goes on from a checkpoint
-MAY_CHANGE = {"steps", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
+# of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
+MAY_CHANGE = {"num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
 MAY_CHANGE |= {"log_every", "sample_every", "sample_count", "sample_steps"}
 DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
 
@@ -260,33 +260,43 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     """The checkpoint from which the run `config` goes on; None for a new run.
 
     Raises:
-        ConfigError: `resume` names no checkpoint, or one that is older than what output_dir holds, or of another config;
-            output_dir holds something that is no run to go on with.
+        ConfigError: output_dir holds something that is no run to go on with, or one of another config; `resume` names none.
     """
     output, found = Path(config.output_dir), checkpoints_in(config.output_dir)
-    if config.resume in ("auto", "never"):
-        path = found[-1] if found and config.resume == "auto" else None
-    else:
-        path = Path(os.path.expanduser(config.resume))
-        if not (path / "config.yaml").is_file() or not path.name.isdigit():
-            raise ConfigError(f"resume={config.resume!r} is neither auto, never nor a folder .../checkpoints/<step>")
-        if found and int(found[-1].name) > int(path.name):
-            raise ConfigError(f"resume={config.resume!r} is older than {found[-1]}; choose another output_dir")
+    path = None if config.resume in ("auto", "never") else Path(os.path.expanduser(config.resume))
+    if path and not (path / "config.yaml").is_file():
+        raise ConfigError(f"resume={config.resume!r} is neither auto, never nor a folder .../checkpoints/<step>")
+    ours = (
+        config.resume != "never" and (output / "config.yaml").is_file()
+    )  # perhaps stopped before its first checkpoint
+    if ours and path:
+        ours = _read_run(output).get("resume") == config.resume
+    filled = output.is_dir() and any(name[0] != "." for name in os.listdir(output))
+    if filled and (not ours or (not found and (output / "pipeline").exists())):
+        raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another or remove it")
+    path = found[-1] if found else path
     if path is None:
-        # stopped before its first checkpoint
-        again = config.resume == "auto" and (output / "config.yaml").is_file() and not (output / "pipeline").exists()
-        if output.is_dir() and any(output.iterdir()) and not again:
-            raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another or remove it")
         return None
-    if int(path.name) > config.steps:
-        raise ConfigError(f"steps={config.steps}, but {path} is further already; give more steps or another output_dir")
-    before, now = yaml.safe_load((path / "config.yaml").read_text()), dataclasses.asdict(config)
+    before, now = _read_run(path), dataclasses.asdict(config)
+    may_change = MAY_CHANGE | ({"steps"} if config.lr_schedule.startswith("constant") else set())
     for key in now:
-        if key not in MAY_CHANGE and before.get(key) != now[key]:
+        if key not in may_change and before.get(key) != now[key]:
             raise ConfigError(
                 f"{key}={now[key]!r}, but {path} was trained with {before.get(key)!r}; give that, or another output_dir"
             )
+    if path.name.isdigit() and int(path.name) > config.steps:
+        raise ConfigError(f"steps={config.steps}, but {path} is further already; give more steps or another output_dir")
     return path
+
+
+def _read_run(folder):
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{folder / 'config.yaml'} cannot be read; remove {folder} to go on without it")
+    return values
 
 
 def image_size(config: TrainConfig) -> tuple[int, ...]:

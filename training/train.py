@@ -111,11 +111,17 @@ def train(config: TrainConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved pipeline."""
     resumed = checkpoint_to_resume(config)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # where this is not said, several processes on the CPU do not find each other
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         # the order of the images is a function of the seed and the epoch alone
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise ConfigError(
+            f"{started} processes were started, accelerate found {accelerator.num_processes}; see the README"
+        )
     use_all_cores(accelerator)
     set_seed(config.seed, device_specific=True)
     dataset = open_data(config)
@@ -144,8 +150,9 @@ def train(config: TrainConfig) -> Path:
 
     output = Path(config.output_dir)
     if accelerator.is_main_process:
-        (output / "samples").mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        (output / "samples").mkdir(exist_ok=True)
     log, at = Log(config, output, accelerator), Position()
     checkpoints = Checkpoints(
         config, accelerator, at=at, ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, log=log
@@ -254,7 +261,8 @@ class Log:
             write_whole(self.output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, loss):
-        self.losses.append(loss.detach())
+        if self.main:
+            self.losses.append(loss.detach())
         self.seen += self.images
 
     def step(self, step, learning_rate):

@@ -260,6 +260,7 @@ def estimate_bits_per_dim(
             term, *_ = evaluate.at_noise(rows, t, noise)
             found.append(torch.stack((term.double(), linear.excess(rows, chain[at].to(rows.device), noise))))
             bar.update(len(rows))
+        evaluate.check_terms()
         return torch.cat(found, dim=1).cpu().view(2, B, -1)
 
     with evaluate, tqdm(total=B * num_evaluations, desc="bits/dim", disable=not progress_bar) as bar:
@@ -282,7 +283,7 @@ def estimate_bits_per_dim(
     prior = scheduler.prior_bits_per_dim(x_start)
     kl, decoder = (part.to(prior) for part in (drawn.sum(1), first.mean(1)))
     if B > 1:  # the images' draws in a stratum stand for repeated ones, but for what an image costs on the whole
-        rest = drawn - drawn.mean(1, keepdim=True) * drawn.mean(0) / drawn.mean().clamp(min=1e-30)
+        rest = drawn - drawn.mean(1, keepdim=True)
         variance = strata / (strata - 1) * rest.var(0).sum() / B
     else:  # a stratum's draw for the line between its neighbours', too much where that is curved
         off = drawn[:, 1:-1] - (drawn[:, :-2] + drawn[:, 2:]) / 2
@@ -374,7 +375,7 @@ class _Evaluator:
         for module, mode in self.modes.items():
             module.training = mode
         if error is None:
-            self._check_terms()
+            self.check_terms()
 
     def noise(self, shape, generator):
         return torch.randn(shape, generator=generator, device=self.x_start.device, dtype=self.x_start.dtype)
@@ -402,10 +403,10 @@ class _Evaluator:
         errors = (p.pred_original_sample - x_start, epsilon - noise)
         self.pending.append((term, index, t))
         if term.device.type == "cpu" or len(self.pending) == 50:  # looking waits for an accelerator
-            self._check_terms()
+            self.check_terms()
         return torch.stack((term, *(error.square().flatten(1).mean(1) for error in errors)))
 
-    def _check_terms(self):
+    def check_terms(self):
         pending, self.pending = self.pending, []
         if not pending or torch.stack([term.isfinite().all() for term, *_ in pending]).all():
             return

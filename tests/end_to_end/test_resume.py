@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,20 +18,24 @@ ROOT = Path(__file__).parents[2]
 RUN = (
     "--steps 24 --batch_size 64 --learning_rate 0.001 --lr_warmup_steps 15 --ema_decay 0.9 --log_every 3 --sample_every 12 "
     "--sample_count 2 --sample_steps 2 --checkpoint_every 4 --random_flip true --loss vlb --timesteps loss_second_moment "
-    "--scheduler.num_train_timesteps 4 --unet.block_out_channels [8,16] --unet.norm_num_groups 4 "
-    "--unet.attention_head_dim 8 --unet.dropout 0.1"
+    "--lr_schedule constant_with_warmup --scheduler.num_train_timesteps 4 --unet.block_out_channels [8,16] "
+    "--unet.norm_num_groups 4 --unet.attention_head_dim 8 --unet.dropout 0.1"
 )
 
 
 def start(folder, *extra, processes=1):
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=127.0.0.1:0",
+        ]
     command = [*launcher, str(ROOT / "training/train.py"), *RUN.split(), *extra, "--output_dir", str(folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
-    )
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
 def finish(process):
@@ -40,11 +45,13 @@ def finish(process):
 
 
 def kill_when(process, path):
-    """Kills the run and all its processes when path is there."""
-    while not path.exists():
+    """Kills the run and all its processes when path is there, or the checkpoint that it becomes."""
+    whole = path.with_name(path.name.lstrip("."))
+    while not (path.exists() or whole.exists()):
         assert process.poll() is None, process.stderr.read()[-3000:]
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.0005)
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
@@ -92,5 +99,26 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     one, other = results(alone), results(killed)
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert [row["step"] for row in one["log"]] == list(range(3, 25, 3))
+    states = (killed / "checkpoints/0000024").glob("random_states_*.pkl")
+    assert len(list(states)) == processes  # there were as many
     assert one["timesteps"]["count"].min() >= 10  # it had learned where to look
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["0000020", "0000024"]
+
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path):
+    finish(start(tmp_path, "--steps", "4"))
+    whole = tmp_path / "checkpoints/0000004"
+    (tmp_path / "pipeline").rename(tmp_path / "kept")
+    for name in ("random_states_0.pkl", "run.pt", "model.safetensors"):
+        path = whole / name
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        process = start(tmp_path, "--steps", "6")
+        _, errors = process.communicate()
+        assert process.returncode == 1 and "Traceback" not in errors
+        assert f"{whole} cannot be read" in errors.splitlines()[-1] and "remove it" in errors
+        path.write_bytes(data)
+    process = start(tmp_path, "--steps", "6", processes=2)
+    _, errors = process.communicate()
+    assert process.returncode != 0 and "was written by 1 processes, this run has 2" in errors
+    assert not (tmp_path / "pipeline").exists()
