@@ -1,7 +1,26 @@
-import pytest
-import torch
+import os
+import tempfile
+from pathlib import Path
 
-from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
+from hub_server import HubServer
+
+# huggingface_hub reads these when it is imported
+FOLDER = tempfile.TemporaryDirectory(prefix="ddpm-hf-hub-")
+HUB = HubServer(Path(FOLDER.name) / "hub")
+os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_TOKEN="writer")
+os.environ.update(HF_HOME=f"{FOLDER.name}/home", HF_HUB_DISABLE_TELEMETRY="1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A Hub of files on 127.0.0.1; the token is that of its user "user"."""
+    with HUB:
+        yield HUB
 
 
 @pytest.fixture(autouse=True)

@@ -61,11 +61,15 @@ class TrainConfig:
     sample_every: int = 1000  # a sheet of EMA samples; 0 for none
     sample_count: int = 64
     sample_steps: int | None = None  # network calls an image; None for all timesteps
+    # where it is published at the end
+    push_to_hub: str | None = None  # user/name of a repository on the Hub; None for nowhere
+    hub_private: bool = False  # where the repository is made: for its owner only
+    license: str | None = None  # of the model card: the Hub's name of one, as apache-2.0
 
 
 # of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
 MAY_CHANGE = {"num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
-MAY_CHANGE |= {"log_every", "sample_every", "sample_count", "sample_steps"}
+MAY_CHANGE |= {"log_every", "sample_every", "sample_count", "sample_steps", "push_to_hub", "hub_private", "license"}
 DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
 
 

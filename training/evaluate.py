@@ -87,7 +87,8 @@ def plot(result, chain, path):
     right.set(xlabel="rate, bits/dim", ylabel="distortion, RMSE of the predicted x_0 on 0..255", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_name(f".{path.name}"), dpi=120)
+    os.replace(path.with_name(f".{path.name}"), path)
     plt.close(figure)
 
 
@@ -164,6 +165,9 @@ def main():
         "levels": levels,
         "seed": arguments.seed,
     }
+    options = ("split", "images", "steps", "first", "estimate", "levels", "seed")
+    told = [f"--{name} {value}" for name in options if (value := getattr(arguments, name))]
+    report["command"] = f"python training/evaluate.py pipeline --data {report['data']} {' '.join(told)}"
     if arguments.histogram:
         train, _ = load_tensor(arguments.data, arguments.histogram, *data, column=arguments.image_column)
         pixels = (tensor_to_pixels(x, levels) for x in (train, x_start))
@@ -190,7 +194,10 @@ def main():
 
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
-    if not arguments.estimate:
+    if arguments.estimate:  # what an earlier evaluation left is not of this one
+        (folder / "evaluation.csv").unlink(missing_ok=True)
+        (folder / "evaluation.png").unlink(missing_ok=True)
+    else:
         write_whole(folder / "evaluation.csv", terms_table(result, scheduler.chain))
         plot(result, scheduler.chain, folder / "evaluation.png")
     if our_card:

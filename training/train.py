@@ -26,6 +26,8 @@ if __name__ == "__main__":  # before the slow imports: a mistyped key shall not 
     except ConfigError as error:
         sys.exit(f"train.py: {error}")
 
+import accelerate
+import diffusers
 import torch
 import yaml
 from accelerate import Accelerator
@@ -34,13 +36,16 @@ from checkpoints import Checkpoints
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from huggingface_hub import get_token
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
-from ddpm_hf.data import check_levels, image_transform, load_images, random_flip, training_set
-from ddpm_hf.hub import write_model_card, write_whole
+from ddpm_hf.data import BUILT_IN, check_levels, image_transform, load_images, random_flip, training_set
+from ddpm_hf.hub import push_pipeline, write_model_card, write_whole
 from ddpm_hf.objectives import TIMESTEPS
+from ddpm_hf.push import HubError
 from ddpm_hf.scheduler import VARIANCE_TYPES
 
 
@@ -110,6 +115,8 @@ def open_data(config: TrainConfig) -> torch.utils.data.Dataset:
 def train(config: TrainConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved pipeline."""
     resumed = checkpoint_to_resume(config)
+    if config.push_to_hub and not get_token():
+        raise ConfigError(f"push_to_hub={config.push_to_hub!r}: there is no token; run `hf auth login` or set HF_TOKEN")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # where this is not said, several processes on the CPU do not find each other
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -336,9 +343,20 @@ def save_pipeline(config, unet, scheduler, folder):
     temporary = folder.with_name(f".{folder.name}")
     DDPMImagePipeline(unet, scheduler).save_pretrained(temporary)
     told = dataclasses.asdict(config)
-    del told["output_dir"], told["resume"]  # paths of this machine are nobody else's concern
-    told["data"] = Path(config.data).name if os.path.exists(config.data) else config.data
+    for key in ("output_dir", "resume", "push_to_hub", "hub_private", "license"):
+        del told[key]  # of nobody else's concern
+    local = os.path.exists(config.data)
+    told["data"] = Path(config.data).name if local else config.data
+    told["hub_dataset"] = None if local or config.data in BUILT_IN else config.data
+    told["versions"] = {module.__name__: module.__version__ for module in (ddpm_hf, torch, diffusers, accelerate)}
     (temporary / "training.json").write_text(json.dumps(told, indent=2) + "\n")
+    pictures = {
+        "training.png": [folder.parent / "loss.png"],
+        "samples.png": sorted(folder.parent.glob("samples/*.png")),
+    }
+    for name, found in pictures.items():
+        if found:
+            shutil.copy(found[-1], temporary / name)
     write_model_card(temporary)
     if folder.exists():  # of fewer steps
         shutil.rmtree(folder)
@@ -360,6 +378,13 @@ def main():
     except (ConfigError, OSError) as error:  # OSError: an image that cannot be read, a full disk
         sys.exit(f"train.py: {' '.join(str(error).split())}")
     print(f"saved {folder}")
+    if CONFIG.push_to_hub and int(os.environ.get("RANK", 0)) == 0:
+        try:
+            info = push_pipeline(folder, CONFIG.push_to_hub, license=CONFIG.license, private=CONFIG.hub_private or None)
+        except (HubError, ValueError) as error:
+            again = f"python training/push.py {folder} --repo_id {CONFIG.push_to_hub}"
+            sys.exit(f"train.py: {error}; to try again: {again}")
+        print(f"published {info.commit_url}")
 
 
 if __name__ == "__main__":

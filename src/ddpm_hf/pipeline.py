@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from numbers import Real
 
@@ -14,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from .push import push_folder
 from .scheduler import VariationalDDPMScheduler
 from .unet import DDPMUNet
 
@@ -48,6 +50,40 @@ class DDPMImagePipeline(DiffusionPipeline):
         if type(scheduler).__name__ == "DDPMScheduler":
             scheduler = VariationalDDPMScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMImagePipeline":
+        """As diffusers' method, of any pipeline of a network and a scheduler; of weights it reads safetensors alone.
+
+        Raises:
+            ValueError: another kind of pipeline; weights that are pickled, or not of the network's config.
+            OSError: a file that is missing or cannot be read, named.
+        """
+        path, where = (
+            pretrained_model_name_or_path,
+            ("cache_dir", "force_download", "local_files_only", "token", "revision"),
+        )
+        index = cls.load_config(path, **{name: kwargs[name] for name in where if name in kwargs})
+        components = {name for name, entry in index.items() if isinstance(entry, list) and name != "_class_name"}
+        if components != {"unet", "scheduler"}:
+            raise ValueError(
+                f"{path} holds a {index.get('_class_name')} of {', '.join(sorted(components))}; this class opens pipelines of "
+                "a unet and a scheduler"
+            )
+        try:
+            return super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
+        except OSError as error:
+            if "safetensors" not in str(error) or "Unable to load" in str(error):
+                raise
+            raise ValueError(
+                f"{path}/unet has no safetensors; if you trust who made its pickled weights, open it with "
+                "use_safetensors=False and save it: save_pretrained writes safetensors"
+            ) from error
+        except ValueError as error:
+            if "expected shape" not in str(error):
+                raise
+            told = str(error).split("because ")[-1].split(". If you")[0]
+            raise ValueError(f"{path}/unet: its weights are of another network than its config.json, {told}") from error
 
     @property
     def interrupt(self) -> bool:
@@ -319,10 +355,59 @@ class DDPMImagePipeline(DiffusionPipeline):
         with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:
             file.write(self_contained_source())
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As diffusers' method; push_to_hub=True publishes the folder by `push_folder` with repo_id (else the folder's name),
+        commit_message, private, token, revision, create_pr.
+        """
+        names = ("commit_message", "private", "token", "revision", "create_pr")
+        where = {name: kwargs.pop(name) for name in names if name in kwargs}
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        if push_to_hub:
+            push_folder(save_directory, repo_id, **where)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        revision: str | None = None,
+        max_shard_size: int | str | None = None,
+    ):
+        """Saves the pipeline to a temporary folder and publishes it by `push_folder`, whose arguments and errors these are.
+
+        With a variant, say "fp16", those weights stand beside the others in the repository.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            return push_folder(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
 
 def self_contained_source() -> str:
     """The source of the network, the scheduler and the pipeline as one module that imports nothing of this package."""
     # one module each in the package, the same one three times in a published pipeline.py
-    modules = dict.fromkeys(c.__module__ for c in (DDPMUNet, VariationalDDPMScheduler, DDPMImagePipeline))
+    parts = (DDPMUNet, VariationalDDPMScheduler, push_folder, DDPMImagePipeline)
+    modules = dict.fromkeys(part.__module__ for part in parts)
     sources = (inspect.getsource(sys.modules[name]).strip() for name in modules)
     return re.sub(r"^from \.\w+ import \w+\n", "", "\n\n\n".join(sources), flags=re.MULTILINE) + "\n"

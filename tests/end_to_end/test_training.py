@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from ddpm_hf import DDPMImagePipeline
+from ddpm_hf.data import digits
 from ddpm_hf.hub import write_model_card
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +24,10 @@ SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_st
 NETWORK = ["--unet.block_out_channels", "[8, 16]", "--unet.norm_num_groups", "4", "--unet.attention_head_dim", "8"]
 
 
-def script(name, *argv, launcher=("python",), check=True):
+def script(name, *argv, launcher=("python",), check=True, **environment):
     launcher = [sys.executable] if launcher == ("python",) else list(launcher)
     command = [*launcher, str(ROOT / "training" / name), *map(str, argv)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
@@ -214,3 +216,29 @@ def test_what_the_data_does_not_hold_is_told_in_one_line(tmp_path):
         result = script("train.py", *extra, "--output_dir", tmp_path / "run", check=False)
         assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_from_a_data_set_on_the_hub_to_a_model_on_the_hub(hub, tmp_path):
+    digits("test").select(range(32)).push_to_hub("user/training-images", split="train")
+    arguments = [*SMALL.split(), *NETWORK, "--data", "user/training-images", "--output_dir", tmp_path / "run"]
+    arguments += ["--push_to_hub", "user/trained", "--license", "mit"]
+    hub.faults[:] = [dict(match="POST .*/trained/commit/main", do=500)]
+    broken = script("train.py", *arguments, check=False, HF_HUB_OFFLINE="0")
+    assert broken.returncode == 1 and "the Hub answered 500" in broken.stderr and "Traceback" not in broken.stderr
+    assert f"python training/push.py {tmp_path}/run/pipeline --repo_id user/trained" in broken.stderr
+    result = script("push.py", tmp_path / "run", "--repo_id", "user/trained", "--license", "mit", HF_HUB_OFFLINE="0")
+    assert f"published {hub.url}/user/trained/commit/" in result.stdout
+    files = hub.files("user/trained")
+    assert {"samples.png", "training.png", "training.json"} <= files.keys()
+    assert not [name for name in files if "optimizer" in name or "checkpoint" in name]
+    assert not [name for name, data in files.items() if str(tmp_path).encode() in data]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.datasets == ["user/training-images"] and card.data.license == "mit"
+    refused = script(
+        "push.py", tmp_path / "run", "--repo_id", "user/x", "--token", "nobody", check=False, HF_HUB_OFFLINE="0"
+    )
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("push.py: user/x: no valid token")
+    arguments[-5] = tmp_path / "other"
+    refused = script("train.py", *arguments, check=False, HF_HUB_OFFLINE="0", HF_TOKEN="")
+    assert refused.returncode == 1 and "there is no token; run `hf auth login` or set HF_TOKEN" in refused.stderr
+    assert not (tmp_path / "other").exists()

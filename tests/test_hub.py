@@ -1,0 +1,403 @@
+"""Publishing to, and opening from, a Hub: the one of conftest.py on 127.0.0.1."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepScheduler
+from huggingface_hub import ModelCard
+
+import ddpm_hf
+from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler
+from ddpm_hf.hub import push_pipeline, write_model_card
+from ddpm_hf.push import HubError, push_folder
+
+# prints the classes, saves twenty-step samples and the weights
+OPEN = """
+import logging, sys
+import numpy as np, torch
+how, repo, out = sys.argv[1:]
+if how != "package":
+    sys.modules["ddpm_hf"] = None  # not importable
+import diffusers
+told = []
+class Tell(logging.Handler):
+    def emit(self, record):
+        told.append(record.getMessage())
+logging.getLogger("diffusers").addHandler(Tell(level=logging.WARNING))
+kwargs = {
+    "stock": {},
+    "package": {},
+    "remote": {"custom_pipeline": repo, "trust_remote_code": True},
+    "branch": {"revision": "remote-code", "trust_remote_code": True},
+}[how]
+if how == "package":
+    from ddpm_hf import DDPMImagePipeline as Opened
+else:
+    Opened = diffusers.DiffusionPipeline
+pipe = Opened.from_pretrained(repo, **kwargs)
+images = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+np.save(out, images)
+torch.save(pipe.unet.state_dict(), out + ".pt")
+print(type(pipe).__name__, type(pipe.unet).__name__, type(pipe.scheduler).__name__)
+print("told:", [line for line in told if "trust" not in line.lower()])
+"""
+
+
+def elsewhere(code, home, *argv, package=True, **environment):
+    """Runs code in a new process with a home of its own, on the same Hub."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "HF_HOME": str(home),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "PYTHONPATH": str(Path(ddpm_hf.__file__).parents[1]) if package else "",
+        **environment,
+    }
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, argv)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def images_of(pipeline, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np", **kwargs).images
+
+
+@pytest.fixture
+def saved(make_pipeline, tmp_path):
+    """A folder as train.py and evaluate.py leave it."""
+    scheduler = VariationalDDPMScheduler(beta_schedule="cosine", timestep_spacing="iddpm", levels=17)
+    folder = tmp_path / "run/pipeline"
+    make_pipeline(scheduler=scheduler).save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(TRAINING))
+    write_model_card(folder)
+    return folder
+
+
+TRAINING = {
+    "data": "digits", "split": "train", "steps": 7, "batch_size": 2, "gradient_accumulation_steps": 3, "ema_decay": 0.5,
+    "learning_rate": 0.1, "loss": "simple", "seed": 0, "hub_dataset": "user/images", "versions": {"torch": "2.0"},
+}  # fmt: skip
+
+
+def classes(how):
+    ours = "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler"
+    return "DDPMPipeline UNet2DModel DDPMScheduler" if how == "stock" else ours
+
+
+@pytest.mark.parametrize("how", ["stock", "remote", "branch", "package"])
+def test_who_opens_what(hub, saved, tmp_path, how):
+    push_pipeline(saved, f"user/opened-{how}")
+    here = images_of(DDPMImagePipeline.from_pretrained(saved))
+    told = elsewhere(OPEN, tmp_path / "home", how, f"user/opened-{how}", tmp_path / "out", package=how == "package")
+    assert classes(how) in told and "told: []" in told
+    images = np.load(tmp_path / "out.npy")
+    if how == "stock":  # steps in its own order
+        np.testing.assert_allclose(images, here, atol=1 / 255)
+    else:
+        np.testing.assert_array_equal(images, here)
+    weights, own = torch.load(tmp_path / "out.pt"), DDPMImagePipeline.from_pretrained(saved).unet.state_dict()
+    assert weights.keys() == own.keys() and all(torch.equal(weights[key], own[key]) for key in own)
+
+
+def test_what_is_published(hub, saved):
+    (saved / "optimizer.bin").write_bytes(b"x")
+    (saved / "checkpoints").mkdir()
+    (saved / "checkpoints/model.safetensors").write_bytes(b"x")
+    (saved / "notes.txt").write_text("mine")
+    (saved / "samples.png").write_bytes(b"x")
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    info = push_pipeline(saved, "user/published", license="mit", private=True, commit_message="First")
+    assert info.commit_url.startswith(f"{hub.url}/user/published/commit/")
+    files = hub.files("user/published")
+    assert sorted(files) == [
+        "README.md", "model_index.json", "pipeline.py", "samples.png", "scheduler/scheduler_config.json", "training.json",
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    repository = hub.repositories["model", "user/published"]
+    assert repository["private"] and repository["log"][1:] == [("main", "First"), ("remote-code", "First")]
+    other = hub.files("user/published", "remote-code")
+    assert {name for name in files if files[name] != other[name]} == {"model_index.json"}
+    uploads = [request for request in hub.requests if request[0] == "PUT"]
+    weights = {**hub.repositories["model", "user/published"]["commits"][repository["branches"]["main"]]}
+    sha = weights["unet/diffusion_pytorch_model.safetensors"]["sha256"]
+    assert sum(sha in path for _, path, _ in uploads) == 1  # for both branches
+    assert before == {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    card = ModelCard(files["README.md"].decode())
+    assert (
+        card.data.license == "mit" and card.data.datasets == ["user/images"] and card.data.library_name == "diffusers"
+    )
+    assert "7 optimizer steps" in card.text and '"user/published"' in card.text and "torch 2.0" in card.text
+    assert "![samples](samples.png)" in card.text and "Not measured" in card.text and card.data.eval_results is None
+
+
+def test_pushing_again_sends_what_is_missing(hub, saved):
+    push_pipeline(saved, "user/again")
+    log = len(hub.repositories["model", "user/again"]["log"])
+    push_pipeline(saved, "user/again")
+    assert len(hub.repositories["model", "user/again"]["log"]) == log  # no empty commit
+    evaluation = {"total": 3.0, "standard_error": 0.1, "prior": 0.0, "kl": 2.5, "decoder": 0.5, "first_timestep": 0}
+    evaluation |= {"images": 4, "split": "test", "data": "digits", "steps": 1000, "seed": 0, "sampling_error": None}
+    evaluation |= {"command": "python training/evaluate.py pipeline --images 4"}
+    (saved / "evaluation.json").write_text(json.dumps(evaluation))
+    write_model_card(saved)
+    uploads = sum(method == "PUT" for method, *_ in hub.requests)
+    push_pipeline(saved, "user/again")
+    assert sum(method == "PUT" for method, *_ in hub.requests) == uploads
+    card = ModelCard(hub.files("user/again")["README.md"].decode())
+    result = card.data.eval_results[0]
+    assert (result.metric_value, result.dataset_name, result.dataset_split) == (3.0, "digits", "test")
+    assert "`python training/evaluate.py pipeline --images 4`" in card.text
+    (saved / "README.md").write_text("---\nlibrary_name: diffusers\n---\nMine\n")
+    push_pipeline(saved, "user/again")
+    assert hub.files("user/again")["README.md"].endswith(b"Mine\n")
+
+
+def test_a_pipeline_pushes_itself(hub, saved, make_pipeline, tmp_path):
+    push_pipeline(saved, "user/itself")
+    files = hub.files("user/itself")
+    pipeline = DDPMImagePipeline.from_pretrained("user/itself", cache_dir=tmp_path / "a")
+    log = len(hub.repositories["model", "user/itself"]["log"])
+    pipeline.push_to_hub("user/itself")
+    assert hub.files("user/itself") == files and len(hub.repositories["model", "user/itself"]["log"]) == log
+    # other weights: what was told of the old ones goes
+    other = make_pipeline(scheduler=pipeline.scheduler)
+    other.unet.conv_in.bias.data.add_(1)
+    other.push_to_hub("user/itself", commit_message="Other weights")
+    files = hub.files("user/itself")
+    assert "training.json" not in files and b"Not recorded" in files["README.md"]
+    other.push_to_hub("user/itself", create_pr=True)
+    other.unet.conv_in.bias.data.add_(1)
+    info = other.push_to_hub("user/itself", create_pr=True)
+    assert info.pr_url.startswith(f"{hub.url}/user/itself/discussions/") and hub.files("user/itself") == files
+    other.save_pretrained(tmp_path / "itself", push_to_hub=True, revision="trial", repo_id="user/itself")
+    assert hub.files("user/itself") == files and hub.files("user/itself", "trial") != files
+    assert not (tmp_path / "itself/README.md").exists()
+    other.save_pretrained(tmp_path / "named-by-folder", push_to_hub=True)
+    assert "model_index.json" in hub.files("user/named-by-folder")
+
+
+@pytest.mark.parametrize(
+    "fault, token, name, message",
+    [
+        (None, "nobody", "user/broken", "no valid token; run `hf auth login`"),
+        (None, "reader", "user/broken", "this token may not write there"),
+        (None, "writer", "other/broken", "this token may not write there"),
+        (None, "writer", "user/bro ken", "is no name of a repository"),
+        (dict(match="POST .*/commit/main", do="drop"), "writer", "user/broken", "was not reached or broke off"),
+        (dict(match="POST .*/commit/main", do=412), "writer", "user/broken", "push again"),
+        (dict(match="POST .*/commit/main", do=500), "writer", "user/broken", "the Hub answered 500; .* is whole"),
+        (dict(match="PUT /signed", do=403, times=9), "writer", "user/broken", "may not write"),
+        (dict(match="POST /api/repos/create", do="drop", times=9), "writer", "user/broken", "was not reached"),
+        (dict(match="POST .*/commit/remote-code", do=500), "writer", "user/broken", "the Hub answered 500"),
+    ],
+)
+def test_a_push_that_breaks(hub, saved, fault, token, name, message):
+    push_pipeline(saved, "user/broken")
+    before, local = hub.files("user/broken"), {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    pipeline = DDPMImagePipeline.from_pretrained(saved)
+    pipeline.unet.conv_in.bias.data.fill_(len(hub.requests))  # as nobody has sent before
+    other = saved.parent / "other"
+    pipeline.save_pretrained(other)
+    hub.faults[:] = [fault] if fault else []
+    with pytest.raises(HubError, match=message) as caught:
+        push_folder(other, name, token=token)
+    hub.faults.clear()
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+    assert token not in str(caught.value)
+    if not fault or "remote-code" not in fault["match"]:
+        assert hub.files("user/broken") == before
+    assert local == {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    push_folder(other, "user/broken", token="writer")  # and again, without the fault
+    assert hub.files("user/broken")["model_index.json"] == before["model_index.json"]
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    for branch in "main", "remote-code":
+        assert hub.files("user/broken", branch)[weights] == (other / weights).read_bytes()
+
+
+def test_an_upload_that_is_cut_once_is_sent_again(hub, saved):
+    hub.faults[:] = [dict(match="PUT /signed", do="drop")]
+    DDPMImagePipeline.from_pretrained(saved).push_to_hub("user/cut")
+    hub.faults.clear()
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert hub.files("user/cut")[weights] == (saved / weights).read_bytes()
+
+
+def test_folders_that_are_not_published(hub, saved, make_pipeline, tmp_path):
+    requests = len(hub.requests)
+
+    def refused(folder, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            push_folder(folder, "user/never")
+        assert "\n" not in str(caught.value)
+
+    refused(tmp_path, "is no pipeline: it has no model_index.json")
+    make_pipeline().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    refused(tmp_path / "pickled", r"pickled/unet/diffusion_pytorch_model.bin is a pickle.*save_pretrained")
+    shutil.copytree(saved, tmp_path / "mixed")
+    make_pipeline(channels=3).unet.save_pretrained(tmp_path / "three")
+    shutil.copy(tmp_path / "three/config.json", tmp_path / "mixed/unet")
+    refused(
+        tmp_path / "mixed", r"holds conv_in.weight of shape \[8, 1, 3, 3\], its config.json asks for \[8, 3, 3, 3\]"
+    )
+    shutil.copytree(saved, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost/scheduler")
+    refused(tmp_path / "lost", "lost/scheduler has no config")
+    diffusers.DDPMPipeline.from_pretrained(saved).save_pretrained(tmp_path / "stock")
+    refused(tmp_path / "stock", "was not saved by DDPMImagePipeline .* save it again")
+    assert len(hub.requests) == requests and ("model", "user/never") not in hub.repositories
+
+
+def test_another_models_repository_is_not_overwritten(hub, saved):
+    repository = hub.create("user/taken")
+    entry = hub.entry("model_index.json", b'{"_class_name": "StableDiffusionPipeline"}')
+    hub.commit(repository, "main", {"model_index.json": entry}, "other")
+    with pytest.raises(HubError, match="user/taken holds a StableDiffusionPipeline already; choose another name"):
+        push_pipeline(saved, "user/taken")
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_other_schedulers_are_published_as_they_are(hub, saved, tmp_path, scheduler):
+    pipeline = DDPMImagePipeline.from_pretrained(saved)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.push_to_hub(f"user/{scheduler.__name__}")
+    again = DDPMImagePipeline.from_pretrained(f"user/{scheduler.__name__}", cache_dir=tmp_path / "cache")
+    assert type(again.scheduler) is scheduler
+    np.testing.assert_array_equal(images_of(again), images_of(pipeline))
+
+
+def test_variants_shards_and_dtypes(hub, saved, tmp_path):
+    pipeline = DDPMImagePipeline.from_pretrained(saved)
+    pipeline.push_to_hub("user/variants", max_shard_size="20KB")
+    files = hub.files("user/variants")
+    assert sum(name.endswith(".safetensors") for name in files) > 1
+    half = DDPMImagePipeline.from_pretrained(saved, torch_dtype=torch.float16)
+    half.push_to_hub("user/variants", variant="fp16")
+    again = DDPMImagePipeline.from_pretrained("user/variants", cache_dir=tmp_path / "a")
+    np.testing.assert_array_equal(images_of(again), images_of(pipeline))
+    read = DDPMImagePipeline.from_pretrained(
+        "user/variants", variant="fp16", torch_dtype=torch.float16, cache_dir=tmp_path
+    )
+    assert read.unet.dtype == torch.float16 and torch.equal(read.unet.conv_in.weight, half.unet.conv_in.weight)
+
+
+def test_stock_repositories_open_as_ours(hub, tmp_path):
+    torch.manual_seed(1)
+    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4, **blocks)
+    stock = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(clip_sample=False))
+    stock.push_to_hub("user/stock", token="writer")
+    ours = DDPMImagePipeline.from_pretrained("user/stock", cache_dir=tmp_path)
+    assert type(ours.scheduler) is VariationalDDPMScheduler and ours.scheduler.config.clip_sample is False
+    np.testing.assert_allclose(images_of(ours), images_of(stock), atol=1e-3)
+
+
+ROUND = """
+import sys
+first, second, source, repo, out = sys.argv[1:]
+import diffusers, torch
+from ddpm_hf import DDPMImagePipeline
+
+def open(how, x):
+    if how == "stock":
+        return diffusers.DiffusionPipeline.from_pretrained(x)
+    if how == "package":
+        return DDPMImagePipeline.from_pretrained(x)
+    return diffusers.DiffusionPipeline.from_pretrained(x, custom_pipeline=x, trust_remote_code=True)
+
+pipe = open(first, source)
+if first == "stock":
+    pipe = DDPMImagePipeline(pipe.unet, pipe.scheduler)
+pipe.save_pretrained(out)
+pipe = open(second, out)
+if second == "stock":
+    pipe = DDPMImagePipeline(pipe.unet, pipe.scheduler)
+pipe.push_to_hub(repo)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["stock", "package", "remote"])
+@pytest.mark.parametrize("second", ["stock", "package", "remote"])
+def test_round_trips(hub, saved, tmp_path, first, second):
+    """load -> save -> load -> push leaves the files as they were; stock classes keep what they do not know."""
+    repo = f"user/round-{first}-{second}"
+    push_pipeline(saved, "user/source")
+    elsewhere(ROUND, tmp_path / "home", first, second, "user/source", repo, tmp_path / "out")
+    files, source = hub.files(repo), hub.files("user/source")
+    for name in ("model_index.json", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"):
+        assert files[name] == source[name], name
+    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+        assert json.loads(files[name]) == json.loads(source[name]), name
+    again = DDPMImagePipeline.from_pretrained(repo, cache_dir=tmp_path / "cache")
+    np.testing.assert_array_equal(images_of(again), images_of(DDPMImagePipeline.from_pretrained(saved)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("do", ["drop", 503])
+def test_a_hub_that_stays_broken(hub, saved, do):
+    hub.faults[:] = [dict(match="PUT /signed", do=do, times=99)]
+    with pytest.raises(HubError, match="was not reached|answered 503"):
+        DDPMImagePipeline.from_pretrained(saved).push_to_hub("user/stays-broken")
+    hub.faults.clear()
+    assert list(hub.files("user/stays-broken")) == []
+
+
+def test_what_does_not_open_as_ours(saved, make_pipeline, tmp_path):
+    def refused(folder, error, message):
+        with pytest.raises(error, match=message) as caught:
+            DDPMImagePipeline.from_pretrained(folder)
+        assert "\n" not in str(caught.value).strip()
+
+    refused(saved.parent, OSError, "no file named model_index.json .*run")
+    make_pipeline().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    refused(tmp_path / "pickled", ValueError, "pickled/unet has no safetensors; .* save_pretrained writes safetensors")
+    opened = DDPMImagePipeline.from_pretrained(tmp_path / "pickled", use_safetensors=False)  # trusted
+    assert type(opened.unet).__name__ == "DDPMUNet"
+    shutil.copytree(saved, tmp_path / "mixed")
+    make_pipeline(channels=3).unet.save_config(tmp_path / "mixed/unet")
+    refused(
+        tmp_path / "mixed", ValueError, "mixed/unet: its weights are of another network than its config.json, conv_in"
+    )
+    shutil.copytree(saved, tmp_path / "cut")
+    weights = tmp_path / "cut/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(tmp_path / "cut", OSError, "cut/unet/diffusion_pytorch_model.safetensors")
+    shutil.copytree(saved, tmp_path / "other")
+    index = json.loads((saved / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "other/model_index.json").write_text(json.dumps(index))
+    refused(tmp_path / "other", ValueError, "holds a StableDiffusionPipeline of scheduler, unet, vae; this class opens")
+
+
+def test_keys_of_a_newer_version_are_named_and_kept(saved, tmp_path, caplog):
+    files = [saved / "unet/config.json", saved / "scheduler/scheduler_config.json"]
+    for path in files:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "of_tomorrow": 3}))
+    pipeline = DDPMImagePipeline.from_pretrained(saved)
+    assert "of_tomorrow" in caplog.text
+    pipeline.save_pretrained(tmp_path / "again")
+    for path in files:
+        assert json.loads((tmp_path / "again" / path.relative_to(saved)).read_text())["of_tomorrow"] == 3
+
+
+def test_data_sets_on_the_hub(hub):
+    import datasets
+
+    from ddpm_hf.data import digits, load_images
+
+    digits("test").select(range(32)).push_to_hub("user/images", split="train", token="writer")
+    images = load_images("user/images", "train")
+    assert images[3]["image"].size == (8, 8) and len(images) == 32
+    streamed = next(iter(datasets.load_dataset("user/images", split="train", streaming=True)))
+    assert np.array_equal(np.asarray(streamed["image"]), np.asarray(images[0]["image"]))
