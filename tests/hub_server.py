@@ -253,6 +253,12 @@ class _Handler(BaseHTTPRequestHandler):
         repository["branches"][branch] = self._commit(repository, start)[0]
         self._json({})
 
+    def delete_branch(self, type, repo_id, branch):
+        self._writer(repo_id)
+        if self._repository(repo_id, type)["branches"].pop(branch, None) is None:
+            raise _Problem(404, "Invalid rev id", "RevisionNotFound")
+        self._json({})
+
     # uploading
 
     def preupload(self, type, repo_id, revision):
@@ -310,8 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if not (self.hub.blobs / value["oid"]).is_file():
                     raise _Problem(400, f"{value['path']} was not uploaded")
                 files[value["path"]] = self.hub.entry(value["path"], sha256=value["oid"])
-            elif key == "deletedFile":
-                files.pop(value["path"])
+            elif key == "deletedFile" and files.pop(value["path"], None) is None:
+                raise _Problem(400, f"A file with this name doesn't exist: {value['path']}")
         if header.get("parentCommit", parent) != parent:
             raise _Problem(412, "A commit has happened since")
         request = None
@@ -356,6 +362,7 @@ ROUTES = [
     ("POST", f"/api/{TYPE}/{ID}/paths-info/{REVISION}", "paths_info"),
     ("GET", f"/api/{TYPE}/{ID}/refs", "refs"),
     ("POST", f"/api/{TYPE}/{ID}/branch/(?P<branch>.+)", "branch"),
+    ("DELETE", f"/api/{TYPE}/{ID}/branch/(?P<branch>.+)", "delete_branch"),
     ("POST", f"/api/{TYPE}/{ID}/preupload/{REVISION}", "preupload"),
     ("POST", f"/api/{TYPE}/{ID}/commit/{REVISION}", "commit"),
     ("POST", f"/(?:datasets/)?{ID}\\.git/info/lfs/objects/batch", "lfs_batch"),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import traceback
 from pathlib import Path
 
 import diffusers
@@ -13,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepScheduler
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler
-from ddpm_hf.hub import push_pipeline, write_model_card
-from ddpm_hf.push import HubError, push_folder
+from ddpm_hf.hub import write_model_card
+from ddpm_hf.push import HubError, push_folder, weights_digest
 
 # prints the classes, saves twenty-step samples and the weights
 OPEN = """
@@ -97,7 +98,7 @@ def classes(how):
 
 @pytest.mark.parametrize("how", ["stock", "remote", "branch", "package"])
 def test_who_opens_what(hub, saved, tmp_path, how):
-    push_pipeline(saved, f"user/opened-{how}")
+    push_folder(saved, f"user/opened-{how}")
     here = images_of(DDPMImagePipeline.from_pretrained(saved))
     told = elsewhere(OPEN, tmp_path / "home", how, f"user/opened-{how}", tmp_path / "out", package=how == "package")
     assert classes(how) in told and "told: []" in told
@@ -117,7 +118,7 @@ def test_what_is_published(hub, saved):
     (saved / "notes.txt").write_text("mine")
     (saved / "samples.png").write_bytes(b"x")
     before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
-    info = push_pipeline(saved, "user/published", license="mit", private=True, commit_message="First")
+    info = push_folder(saved, "user/published", license="mit", private=True, commit_message="First")
     assert info.commit_url.startswith(f"{hub.url}/user/published/commit/")
     files = hub.files("user/published")
     assert sorted(files) == [
@@ -142,9 +143,9 @@ def test_what_is_published(hub, saved):
 
 
 def test_pushing_again_sends_what_is_missing(hub, saved):
-    push_pipeline(saved, "user/again")
+    push_folder(saved, "user/again")
     log = len(hub.repositories["model", "user/again"]["log"])
-    push_pipeline(saved, "user/again")
+    push_folder(saved, "user/again")
     assert len(hub.repositories["model", "user/again"]["log"]) == log  # no empty commit
     evaluation = {"total": 3.0, "standard_error": 0.1, "prior": 0.0, "kl": 2.5, "decoder": 0.5, "first_timestep": 0}
     evaluation |= {"images": 4, "split": "test", "data": "digits", "steps": 1000, "seed": 0, "sampling_error": None}
@@ -152,19 +153,19 @@ def test_pushing_again_sends_what_is_missing(hub, saved):
     (saved / "evaluation.json").write_text(json.dumps(evaluation))
     write_model_card(saved)
     uploads = sum(method == "PUT" for method, *_ in hub.requests)
-    push_pipeline(saved, "user/again")
+    push_folder(saved, "user/again")
     assert sum(method == "PUT" for method, *_ in hub.requests) == uploads
     card = ModelCard(hub.files("user/again")["README.md"].decode())
     result = card.data.eval_results[0]
     assert (result.metric_value, result.dataset_name, result.dataset_split) == (3.0, "digits", "test")
     assert "`python training/evaluate.py pipeline --images 4`" in card.text
     (saved / "README.md").write_text("---\nlibrary_name: diffusers\n---\nMine\n")
-    push_pipeline(saved, "user/again")
+    push_folder(saved, "user/again")
     assert hub.files("user/again")["README.md"].endswith(b"Mine\n")
 
 
 def test_a_pipeline_pushes_itself(hub, saved, make_pipeline, tmp_path):
-    push_pipeline(saved, "user/itself")
+    push_folder(saved, "user/itself")
     files = hub.files("user/itself")
     pipeline = DDPMImagePipeline.from_pretrained("user/itself", cache_dir=tmp_path / "a")
     log = len(hub.repositories["model", "user/itself"]["log"])
@@ -196,14 +197,15 @@ def test_a_pipeline_pushes_itself(hub, saved, make_pipeline, tmp_path):
         (None, "writer", "user/bro ken", "is no name of a repository"),
         (dict(match="POST .*/commit/main", do="drop"), "writer", "user/broken", "was not reached or broke off"),
         (dict(match="POST .*/commit/main", do=412), "writer", "user/broken", "push again"),
-        (dict(match="POST .*/commit/main", do=500), "writer", "user/broken", "the Hub answered 500; .* is whole"),
+        (dict(match="POST .*/commit/main", do=409), "writer", "user/broken", "taken by somebody else"),
+        (dict(match="POST .*/commit/main", do=500), "writer", "user/broken", "the Hub answered 500; nothing is lost"),
         (dict(match="PUT /signed", do=403, times=9), "writer", "user/broken", "may not write"),
         (dict(match="POST /api/repos/create", do="drop", times=9), "writer", "user/broken", "was not reached"),
         (dict(match="POST .*/commit/remote-code", do=500), "writer", "user/broken", "the Hub answered 500"),
     ],
 )
 def test_a_push_that_breaks(hub, saved, fault, token, name, message):
-    push_pipeline(saved, "user/broken")
+    push_folder(saved, "user/broken")
     before, local = hub.files("user/broken"), {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
     pipeline = DDPMImagePipeline.from_pretrained(saved)
     pipeline.unet.conv_in.bias.data.fill_(len(hub.requests))  # as nobody has sent before
@@ -226,7 +228,10 @@ def test_a_push_that_breaks(hub, saved, fault, token, name, message):
 
 
 def test_an_upload_that_is_cut_once_is_sent_again(hub, saved):
-    hub.faults[:] = [dict(match="PUT /signed", do="drop")]
+    hub.faults[:] = [
+        dict(match="PUT /signed", do="drop"),
+        dict(match="POST .*/commit/main", do=0.5),
+    ]  # and a slow commit
     DDPMImagePipeline.from_pretrained(saved).push_to_hub("user/cut")
     hub.faults.clear()
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -263,7 +268,7 @@ def test_another_models_repository_is_not_overwritten(hub, saved):
     entry = hub.entry("model_index.json", b'{"_class_name": "StableDiffusionPipeline"}')
     hub.commit(repository, "main", {"model_index.json": entry}, "other")
     with pytest.raises(HubError, match="user/taken holds a StableDiffusionPipeline already; choose another name"):
-        push_pipeline(saved, "user/taken")
+        push_folder(saved, "user/taken")
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
@@ -304,6 +309,7 @@ def test_stock_repositories_open_as_ours(hub, tmp_path):
 
 ROUND = """
 import sys
+import traceback
 first, second, source, repo, out = sys.argv[1:]
 import diffusers, torch
 from ddpm_hf import DDPMImagePipeline
@@ -332,7 +338,7 @@ pipe.push_to_hub(repo)
 def test_round_trips(hub, saved, tmp_path, first, second):
     """load -> save -> load -> push leaves the files as they were; stock classes keep what they do not know."""
     repo = f"user/round-{first}-{second}"
-    push_pipeline(saved, "user/source")
+    push_folder(saved, "user/source")
     elsewhere(ROUND, tmp_path / "home", first, second, "user/source", repo, tmp_path / "out")
     files, source = hub.files(repo), hub.files("user/source")
     for name in ("model_index.json", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"):
@@ -401,3 +407,117 @@ def test_data_sets_on_the_hub(hub):
     assert images[3]["image"].size == (8, 8) and len(images) == 32
     streamed = next(iter(datasets.load_dataset("user/images", split="train", streaming=True)))
     assert np.array_equal(np.asarray(streamed["image"]), np.asarray(images[0]["image"]))
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def test_weights_of_before_are_never_what_is_opened(hub, saved, tmp_path):
+    pipeline = DDPMImagePipeline.from_pretrained(saved)
+    pipeline.push_to_hub("user/before", max_shard_size="20KB")
+    half = DDPMImagePipeline.from_pretrained(saved, torch_dtype=torch.float16)
+    half.push_to_hub("user/before", variant="fp16")
+    files = hub.files("user/before")
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in files and "README.md" in files
+    pipeline.unet.conv_in.bias.data.fill_(5)
+    pipeline.push_to_hub("user/before")
+    left = [name for name in hub.files("user/before") if name.startswith("unet/") and name != "unet/config.json"]
+    assert left == [WEIGHTS]  # neither shards nor a variant of other weights
+    opened = DDPMImagePipeline.from_pretrained("user/before", cache_dir=tmp_path)
+    assert (opened.unet.conv_in.bias == 5).all()
+
+
+def test_a_variant_beside_leaves_card_and_numbers(hub, saved):
+    (saved / "README.md").write_text("---\nlibrary_name: diffusers\n---\nMine\n")
+    push_folder(saved, "user/beside")
+    before = hub.files("user/beside")
+    DDPMImagePipeline.from_pretrained(saved, torch_dtype=torch.float16).push_to_hub("user/beside", variant="fp16")
+    files = hub.files("user/beside")
+    assert files.keys() - before.keys() == {"unet/diffusion_pytorch_model.fp16.safetensors"}
+    assert all(files[name] == before[name] for name in before)
+
+
+def test_remote_code_is_as_main(hub, saved, make_pipeline):
+    push_folder(saved, "user/same")
+    other = make_pipeline()
+    other.unet.conv_in.bias.data.fill_(7)
+    for fault in (dict(match="POST .*/commit/remote-code", do=500), dict(match="POST .*/branch/remote-code", do=500)):
+        other.unet.conv_in.bias.data.add_(1)
+        hub.faults[:] = [fault]
+        with pytest.raises(HubError, match="answered 500"):
+            other.push_to_hub("user/same")
+        hub.faults.clear()
+        other.push_to_hub("user/same")
+        main, branch = hub.files("user/same"), hub.files("user/same", "remote-code")
+        assert main.keys() == branch.keys() and "training.json" not in main
+        assert [name for name in main if main[name] != branch[name]] == ["model_index.json"]
+        assert json.loads(branch["model_index.json"])["_class_name"] == ["pipeline", "DDPMImagePipeline"]
+    with pytest.raises(ValueError, match="is kept by this package beside main"):
+        push_folder(saved, "user/same", revision="remote-code")
+
+
+EVALUATION = {
+    "total": 3.0, "standard_error": None, "prior": 0.0, "kl": 2.5, "decoder": 0.5, "first_timestep": 0, "images": 4,
+    "split": "test", "data": "digits", "steps": 1000, "seed": 0, "sampling_error": None,
+}  # fmt: skip
+
+
+def test_numbers_of_other_weights_are_not_told(hub, saved):
+    evaluation = {**EVALUATION, "weights": weights_digest(saved)}
+    (saved / "evaluation.json").write_text(json.dumps(evaluation))
+    (saved / "evaluation.png").write_bytes(b"x")
+    write_model_card(saved)
+    push_folder(saved, "user/told", license="mit")
+    files = hub.files("user/told")
+    assert b"| total | 3.0000 |" in files["README.md"] and "evaluation.png" in files
+    pipeline = DDPMImagePipeline.from_pretrained(saved)
+    pipeline.unet.conv_in.bias.data.fill_(3)
+    pipeline.save_pretrained(saved, push_to_hub=True, repo_id="user/told")  # beside the numbers of the old ones
+    files = hub.files("user/told")
+    card = ModelCard(files["README.md"].decode())
+    assert "Not measured" in card.text and card.data.license == "mit"  # which stays
+    assert not [name for name in files if name.startswith("evaluation")]
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, diffusers.PNDMScheduler, DPMSolverMultistepScheduler])
+def test_pipelines_with_schedulers_of_their_own(hub, make_pipeline, scheduler):
+    make_pipeline(scheduler=scheduler()).push_to_hub(f"user/own-{scheduler.__name__}")
+    card = hub.files(f"user/own-{scheduler.__name__}")["README.md"].decode()
+    assert "trained with" not in card and "grey levels of the data" not in card and "Not recorded" in card
+
+
+def test_the_card_shows_calls_that_run(hub, make_pipeline):
+    make_pipeline(num_class_embeds=3).push_to_hub("classes")  # of the token's own name
+    card = hub.files("user/classes")["README.md"].decode()
+    assert "Plain diffusers cannot sample a class-conditional network" in card
+    assert 'from_pretrained("user/classes")' in card and "pipe(batch_size=4)" not in card
+
+
+def test_what_is_not_the_networks_fault_is_not_called_so(hub, saved, monkeypatch):
+    (saved / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match="evaluation.json is not JSON .*; save the pipeline again"):
+        push_folder(saved, "user/fault")
+    (saved / "evaluation.json").unlink()
+    for name in ("unet/trainer_state.json", "scheduler/optimizer.safetensors"):
+        (saved / name).write_bytes(b"x")
+    push_folder(saved, "user/fault")
+    assert not [name for name in hub.files("user/fault") if "trainer" in name or "optimizer" in name]
+    secret = "x" * 30
+    with pytest.raises(HubError, match="reached|token") as caught:
+        push_folder(saved, "user/fault", token=f"{secret}\x01")
+    assert secret not in "".join(traceback.format_exception(caught.value))
+    repository = hub.create("user/of-others")
+    hub.commit(repository, "main", {"config.json": hub.entry("config.json", b"{}")}, "other")
+    with pytest.raises(HubError, match="user/of-others holds something that is no pipeline; choose another name"):
+        push_folder(saved, "user/of-others")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set; unset it"):
+        push_folder(saved, "user/fault")
+
+
+def test_shards_and_index_that_do_not_belong_together(saved):
+    pipeline = DDPMImagePipeline.from_pretrained(saved)
+    pipeline.save_pretrained(saved, max_shard_size="20KB")
+    pipeline.save_pretrained(saved)  # diffusers leaves the index
+    with pytest.raises(ValueError, match="do not belong together; save the pipeline to an empty folder"):
+        push_folder(saved, "user/shards")

@@ -22,6 +22,7 @@ from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
 from ddpm_hf.data import check_levels, image_column, image_transform, load_images, tensor_to_pixels
 from ddpm_hf.hub import has_our_card, write_model_card, write_whole
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
+from ddpm_hf.push import weights_digest
 
 
 def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int) -> torch.Tensor:
@@ -192,6 +193,8 @@ def main():
         beside = f"{above.mean():+.4f} +- {standard_error(above):.4f} from the total"
         print(f"  an independent per-pixel histogram of {arguments.histogram}: {histogram.mean():.4f}, {beside}")
 
+    if own:
+        report["weights"] = weights_digest(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     if arguments.estimate:  # what an earlier evaluation left is not of this one

@@ -10,8 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ddpm_hf.hub import push_pipeline
-from ddpm_hf.push import HubError
+from ddpm_hf.push import HubError, push_folder
 
 
 def main():
@@ -29,7 +28,7 @@ def main():
     if not (folder / "model_index.json").is_file() and (folder / "pipeline").is_dir():
         folder = folder / "pipeline"
     options["private"] = options["private"] or None  # leave it to the owner's default
-    info = push_pipeline(folder, options.pop("repo_id"), **options)
+    info = push_folder(folder, options.pop("repo_id"), **options)
     print(f"published {info.pr_url or info.commit_url}")
 
 

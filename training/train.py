@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -43,9 +44,9 @@ from tqdm.auto import tqdm
 import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
 from ddpm_hf.data import BUILT_IN, check_levels, image_transform, load_images, random_flip, training_set
-from ddpm_hf.hub import push_pipeline, write_model_card, write_whole
+from ddpm_hf.hub import write_model_card, write_whole
 from ddpm_hf.objectives import TIMESTEPS
-from ddpm_hf.push import HubError
+from ddpm_hf.push import HubError, push_folder, weights_digest
 from ddpm_hf.scheduler import VARIANCE_TYPES
 
 
@@ -348,15 +349,13 @@ def save_pipeline(config, unet, scheduler, folder):
     local = os.path.exists(config.data)
     told["data"] = Path(config.data).name if local else config.data
     told["hub_dataset"] = None if local or config.data in BUILT_IN else config.data
+    told["weights"] = weights_digest(temporary)
     told["versions"] = {module.__name__: module.__version__ for module in (ddpm_hf, torch, diffusers, accelerate)}
     (temporary / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-    pictures = {
-        "training.png": [folder.parent / "loss.png"],
-        "samples.png": sorted(folder.parent.glob("samples/*.png")),
-    }
-    for name, found in pictures.items():
-        if found:
-            shutil.copy(found[-1], temporary / name)
+    pictures = {"training.png": "loss.png", "samples.png": f"samples/{config.steps:07d}.png"}  # of these weights
+    for name, source in pictures.items():
+        if (folder.parent / source).is_file():
+            shutil.copy(folder.parent / source, temporary / name)
     write_model_card(temporary)
     if folder.exists():  # of fewer steps
         shutil.rmtree(folder)
@@ -380,10 +379,11 @@ def main():
     print(f"saved {folder}")
     if CONFIG.push_to_hub and int(os.environ.get("RANK", 0)) == 0:
         try:
-            info = push_pipeline(folder, CONFIG.push_to_hub, license=CONFIG.license, private=CONFIG.hub_private or None)
+            info = push_folder(folder, CONFIG.push_to_hub, license=CONFIG.license, private=CONFIG.hub_private or None)
         except (HubError, ValueError) as error:
-            again = f"python training/push.py {folder} --repo_id {CONFIG.push_to_hub}"
-            sys.exit(f"train.py: {error}; to try again: {again}")
+            again = ["python", "training/push.py", str(folder), "--repo_id", CONFIG.push_to_hub]
+            again += ["--private"] * CONFIG.hub_private + (["--license", CONFIG.license] if CONFIG.license else [])
+            sys.exit(f"train.py: {error}; to try again: {shlex.join(again)}")
         print(f"published {info.commit_url}")
 
 

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .push import push_folder
+from .push import told_of
 from .unet import DDPMUNet
 
 # installed beside the package; at the project's root in a checkout
@@ -43,27 +43,19 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def has_our_card(folder: str | os.PathLike) -> bool:
-    """Whether README.md of a saved pipeline is as `write_model_card` left it, by the digest in its last line."""
-    try:
-        text = (Path(folder) / "README.md").read_text(encoding="utf-8")
-    except OSError:
-        return False
+    """Whether README.md of a saved pipeline is as `write_model_card` left it."""
+    path = Path(folder) / "README.md"
+    return path.is_file() and is_our_card(path.read_text(encoding="utf-8"))
+
+
+def is_our_card(text: str) -> bool:
+    """Whether a card is as `card_text` made it, by the digest in its last line."""
     return text == _signed(text.rpartition("\n<!--")[0])
 
 
 def _signed(text):
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"{text}\n<!-- of ddpm-hf, {digest}: written anew with the numbers of the folder, unless it is changed by hand -->\n"
-
-
-def push_pipeline(folder: str | os.PathLike, repo_id: str, *, license: str | None = None, **options) -> CommitInfo:
-    """`push_folder` with the folder's card written for `repo_id` and `license`, unless it was changed by hand.
-
-    Args:
-        options: of `push_folder`, but for card. Its errors are these.
-    """
-    card = card_text(folder, repo_id, license) if has_our_card(folder) else None
-    return push_folder(folder, repo_id, card=card, **options)
 
 
 def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: str | None = None) -> ModelCard:
@@ -81,10 +73,8 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
     folder = Path(folder)
     unet, scheduler = _read(folder / "unet/config.json"), _read(folder / "scheduler/scheduler_config.json")
     stock_prediction = scheduler.get("prediction_type", "epsilon")
-    scheduler = {**scheduler, **scheduler.get("_ddpm_hf", {"levels": 256})}
-    training, evaluation = (
-        _read(folder / name) if (folder / name).is_file() else None for name in ("training.json", "evaluation.json")
-    )
+    scheduler = {**scheduler, **scheduler.get("_ddpm_hf", {})}
+    training, evaluation = (told_of(folder, name) for name in ("training", "evaluation"))
     name = folder.name.lstrip(".")  # a folder that is being written has a dot
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
     size = unet["sample_size"]
@@ -95,13 +85,18 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         images = "x".join(str(side) for side in sides) + " images"
     with torch.device("meta"):
         parameters = DDPMUNet.from_config(unet).num_parameters()
+    variance = str(scheduler.get("variance_type") or "")
     reason = None
     if stock_prediction == "previous":
         reason = "a network that predicts the previous image"
-    elif scheduler["variance_type"].startswith("learned"):
+    elif variance.startswith("learned"):
         reason = "with learned variances"
+    elif unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None:
+        reason = "a class-conditional network"
+    elif size is None:
+        reason = "a network of no fixed size"
     cited = ["ddpm"]
-    if reason == "with learned variances" or scheduler["beta_schedule"] == "cosine":
+    if reason == "with learned variances" or scheduler.get("beta_schedule") == "cosine":
         cited.append("iddpm")
     return ModelCard.from_template(
         ModelCardData(
@@ -118,11 +113,11 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         repo_id=repo_id,
         images=images,
         parameters=f"{parameters:,}",
-        steps=scheduler["num_train_timesteps"],
-        beta_schedule=scheduler["beta_schedule"],
-        prediction_type=scheduler["prediction_type"],
-        variance_type=scheduler["variance_type"],
-        levels=scheduler["levels"],
+        steps=scheduler.get("num_train_timesteps"),
+        beta_schedule=scheduler.get("beta_schedule"),
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        variance_type=variance,
+        levels=scheduler.get("levels"),
         stock=reason is None,
         stock_reason=reason,
         pictures=[path.name for path in folder.glob("*.png")],

@@ -65,15 +65,17 @@ class DDPMImagePipeline(DiffusionPipeline):
         )
         index = cls.load_config(path, **{name: kwargs[name] for name in where if name in kwargs})
         components = {name for name, entry in index.items() if isinstance(entry, list) and name != "_class_name"}
-        if components != {"unet", "scheduler"}:
+        components = {name for name in components if index[name][0] is not None}
+        if components != {"unet", "scheduler"} or index["unet"][-1] not in ("UNet2DModel", "DDPMUNet"):
             raise ValueError(
                 f"{path} holds a {index.get('_class_name')} of {', '.join(sorted(components))}; this class opens pipelines of "
-                "a unet and a scheduler"
+                "a UNet2DModel and a scheduler"
             )
         try:
-            return super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
+            kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
+            return super().from_pretrained(path, **kwargs)
         except OSError as error:
-            if "safetensors" not in str(error) or "Unable to load" in str(error):
+            if "no file named diffusion_pytorch_model" not in str(error):
                 raise
             raise ValueError(
                 f"{path}/unet has no safetensors; if you trust who made its pickled weights, open it with "
@@ -365,9 +367,9 @@ class DDPMImagePipeline(DiffusionPipeline):
         **kwargs,
     ) -> None:
         """As diffusers' method; push_to_hub=True publishes the folder by `push_folder` with repo_id (else the folder's name),
-        commit_message, private, token, revision, create_pr.
+        license, commit_message, private, token, revision, create_pr.
         """
-        names = ("commit_message", "private", "token", "revision", "create_pr")
+        names = ("license", "commit_message", "private", "token", "revision", "create_pr")
         where = {name: kwargs.pop(name) for name in names if name in kwargs}
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
@@ -386,6 +388,7 @@ class DDPMImagePipeline(DiffusionPipeline):
         *,
         revision: str | None = None,
         max_shard_size: int | str | None = None,
+        license: str | None = None,
     ):
         """Saves the pipeline to a temporary folder and publishes it by `push_folder`, whose arguments and errors these are.
 
@@ -396,6 +399,7 @@ class DDPMImagePipeline(DiffusionPipeline):
             return push_folder(
                 folder,
                 repo_id,
+                license=license,
                 commit_message=commit_message,
                 private=private,
                 token=token,

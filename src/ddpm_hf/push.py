@@ -9,19 +9,21 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
 from .unet import DDPMUNet
 
-# beside the weights, configs and source of a pipeline
-ROOT_FILES = re.compile(
-    r"model_index\.json|pipeline\.py|README\.md|LICENSE|(training|evaluation)\.(json|csv|png)|samples\.png"
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model(?:\.\w+)?)(?:-\d+-of-\d+)?\.(?:safetensors(?:\.index(\.\w+)?\.json)?|bin)"
 )
+# what tells of the weights: of the run, and of how they were measured
+TOLD = re.compile(r"(training|evaluation)\.(json|csv|png)|samples\.png")
 # a branch whose index names the class in pipeline.py, for from_pretrained(x, revision="remote-code", trust_remote_code=True)
 REMOTE_CODE = "remote-code"
-OUR_CLASS = ["pipeline", "DDPMImagePipeline"]
+STOCK_CLASS, OUR_CLASS = "DDPMPipeline", ["pipeline", "DDPMImagePipeline"]
 
 
 class HubError(RuntimeError):
@@ -32,7 +34,7 @@ def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    card: str | None = None,
+    license: str | None = None,
     commit_message: str | None = None,
     private: bool | None = None,
     token: str | None = None,
@@ -41,14 +43,16 @@ def push_folder(
 ) -> CommitInfo:
     """Publishes a saved pipeline in one commit; sends only what the repository does not have.
 
-    A second commit keeps the branch "remote-code", which differs by the class in model_index.json alone: no weights go twice.
-    The folder is only read; a push that breaks leaves the branch as it was, and can be repeated.
+    What the repository holds of other weights goes in the same commit; a variant, say "fp16", alone stands beside the others. A
+    second commit keeps the branch "remote-code", which differs from main by the class in model_index.json: no weights go twice.
+    The folder is only read; a push that breaks leaves main as it was, and can be repeated.
 
     Args:
-        folder: of `save_pretrained`, with safetensors; of other files only cards, pictures and numbers of the run are sent.
+        folder: of `save_pretrained`, with safetensors; of other files only the card, pictures and numbers of the run are sent.
+            Its card is written anew for the repository, unless it was changed by hand; without one the repository's stays if it
+            was, or if the weights are the same.
         repo_id: "user/name", or "name" for the token's own; made if it is not there.
-        card: text of README.md. None for the folder's own; without one the repository's stays as long as the weights do, and
-            else a new one is made, and numbers and pictures of other weights go.
+        license: for the card, the Hub's name of one; None for what the repository's card says.
         commit_message, private, token, create_pr: as in diffusers' `push_to_hub`.
         revision: branch; made if it is not there. None for main.
 
@@ -61,40 +65,105 @@ def push_folder(
     """
     folder = Path(folder)
     files = published_files(folder)
+    if revision == REMOTE_CODE:
+        raise ValueError(f"revision={revision!r} is kept by this package beside main; choose another")
     commit_message = commit_message or "Upload DDPMImagePipeline"
-    with _explained(folder, repo_id):
-        api = HfApi(token=token)
+    with _explained(repo_id):
+        api = HfApi(token=token.strip() if isinstance(token, str) else token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=revision)
-        if "model_index.json" in there:
-            _check_repository(api.hf_hub_download(repo_id, "model_index.json", revision=revision), repo_id)
-        gone = []
-        if card is None and "README.md" not in files and not _same_weights(api, repo_id, revision, files, there):
-            card = _new_card(folder, repo_id)
-            gone = [
-                name for name in there if ROOT_FILES.fullmatch(name) and name not in {*files, "README.md", "LICENSE"}
-            ]
-        if card is not None:
-            files["README.md"] = card.encode()
-
-        def commit(files, **where):
-            operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-            operations += [CommitOperationDelete(name) for name in gone]
-            return api.create_commit(repo_id, operations, commit_message=commit_message, **where)
-
-        info = commit(files, revision=revision, create_pr=create_pr)
+        there = _tree(api, repo_id, revision)
+        _check_repository(api, repo_id, revision, there)
+        hub, old = _hub(), None
+        if "README.md" in there:
+            path = api.hf_hub_download(repo_id, "README.md", revision=revision)
+            old = Path(path).read_text(encoding="utf-8")
+    gone, changed = _left_behind(files, there)
+    if "README.md" in files:
+        written = hub is not None and hub.has_our_card(folder)
+    else:
+        written = hub is not None and (old is None or (changed and hub.is_our_card(old)))
+    if written:
+        license = license or (old and ModelCard(old, ignore_metadata_errors=True).data.license)
+        files["README.md"] = hub.card_text(folder, repo_id, license).encode()
+    with _explained(repo_id):
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        operations += [CommitOperationDelete(name) for name in sorted(gone)]
+        info = api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
         if revision in (None, constants.DEFAULT_REVISION) and not create_pr:
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            index = json.dumps({**index, "_class_name": OUR_CLASS}, indent=2, sort_keys=True) + "\n"
-            api.create_branch(repo_id, branch=REMOTE_CODE, exist_ok=True)
-            commit({**files, "model_index.json": index.encode()}, revision=REMOTE_CODE)
+            _keep_remote_code(api, repo_id, info.oid, files["model_index.json"], commit_message)
     return info
 
 
-def published_files(folder: Path) -> dict[str, Path]:
-    """What of a saved pipeline belongs on the Hub: path in the repository -> file.
+def _hub():
+    """The module that writes cards; None where the package is not installed, as for a published pipeline.py."""
+    try:  # not as a statement: diffusers would ask users of a published pipeline.py for the package
+        return importlib.import_module("ddpm_hf.hub")
+    except ImportError:
+        return None
+
+
+def _tree(api, repo_id, revision):
+    infos = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    return {info.path: info for info in infos if isinstance(info, RepoFile)}
+
+
+def _variant(name):
+    """ "diffusion_pytorch_model" or "diffusion_pytorch_model.fp16" of a file of weights, or of their index; None of others."""
+    match = WEIGHTS.fullmatch(name.removeprefix("unet/"))
+    return match and match[1] + (match[2] or "")
+
+
+def _left_behind(files, there):
+    """What of the repository's files goes, and whether the weights that its card tells of change."""
+    weights = {name: path for name, path in files.items() if _variant(name)}
+    same = all(name in there and there[name].size == path.stat().st_size for name, path in weights.items()) and all(
+        there[name].lfs.sha256 == _sha256(path) for name, path in weights.items() if there[name].lfs
+    )
+    sent, others = {_variant(name) for name in weights}, {name for name in there if _variant(name)} - weights.keys()
+    beside = "diffusion_pytorch_model" not in sent and any(_variant(name) not in sent for name in others)
+    gone = {name for name in others if _variant(name) in sent or not (same or beside)}
+    if not beside and (not same or "README.md" in files):
+        gone |= {name for name in there if TOLD.fullmatch(name)} - files.keys()
+    return gone, not (same or beside)
+
+
+def _keep_remote_code(api, repo_id, commit, index, commit_message):
+    """The branch for trusted code: as main at this commit, but for the class in the index."""
+    index = json.loads(index if isinstance(index, bytes) else index.read_text(encoding="utf-8"))
+    index = (json.dumps({**index, "_class_name": OUR_CLASS}, indent=2, sort_keys=True) + "\n").encode()
+    branches = {branch.name for branch in api.list_repo_refs(repo_id).branches}
+    if REMOTE_CODE in branches:
+        blobs = {name: info.blob_id for name, info in _tree(api, repo_id, commit).items()}
+        blobs["model_index.json"] = hashlib.sha1(b"blob %d\0" % len(index) + index).hexdigest()  # as git names it
+        if blobs == {name: info.blob_id for name, info in _tree(api, repo_id, REMOTE_CODE).items()}:
+            return
+        api.delete_branch(repo_id, branch=REMOTE_CODE)
+    api.create_branch(repo_id, branch=REMOTE_CODE, revision=commit)
+    operations = [CommitOperationAdd("model_index.json", index)]
+    api.create_commit(repo_id, operations, commit_message=commit_message, revision=REMOTE_CODE)
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the network's weights in a saved pipeline, by which numbers are known to be of them."""
+    digest = hashlib.sha256()
+    for path in sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors")):
+        digest.update(f"{path.name} {_sha256(path)}".encode())
+    return digest.hexdigest()
+
+
+def told_of(folder: Path, name: str) -> dict | None:
+    """training.json or evaluation.json of a saved pipeline; None if it is not there, or of other weights."""
+    path = folder / f"{name}.json"
+    values = _read(path) if path.is_file() else None
+    return None if values and values.get("weights", (now := weights_digest(folder))) != now else values
+
+
+def published_files(folder: Path) -> dict[str, Path | bytes]:
+    """What of a saved pipeline belongs on the Hub: path in the repository -> file, or its content.
 
     Raises:
         ValueError: something is missing or does not belong together; the message names the file and the mend.
@@ -103,39 +172,60 @@ def published_files(folder: Path) -> dict[str, Path]:
         raise ValueError(
             f"{folder} is no pipeline: it has no model_index.json; give what save_pretrained wrote, such as a run's pipeline/"
         )
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = _read(folder / "model_index.json")
     source = folder / "pipeline.py"
-    if index["_class_name"] != "DDPMPipeline" or not source.is_file() or OUR_CLASS[1] not in source.read_text("utf-8"):
+    ours = index["_class_name"] in (STOCK_CLASS, OUR_CLASS) and source.is_file()
+    if not ours or f"class {OUR_CLASS[1]}(" not in source.read_text(encoding="utf-8"):
         raise ValueError(
             f"{folder} was not saved by DDPMImagePipeline (its index says {index['_class_name']}): open it with "
             "DDPMImagePipeline.from_pretrained and save it again"
         )
-    files = {path.name: path for path in folder.iterdir() if path.is_file() and ROOT_FILES.fullmatch(path.name)}
-    components = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    for name in components:
-        found = {path for path in (folder / name).glob("*") if path.suffix in (".json", ".safetensors")}
-        if not any(path.name in ("config.json", "scheduler_config.json") for path in found):
+    files = {name: folder / name for name in ("pipeline.py", "README.md", "LICENSE") if (folder / name).is_file()}
+    files["model_index.json"] = (
+        json.dumps({**index, "_class_name": STOCK_CLASS}, indent=2, sort_keys=True) + "\n"
+    ).encode()
+    for name, config in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        if not (folder / name / config).is_file():
             raise ValueError(f"{folder / name} has no config, but model_index.json names it; save the pipeline again")
-        files |= {f"{name}/{path.name}": path for path in found}
+        files[f"{name}/{config}"] = folder / name / config
     _check_weights(folder / "unet")
+    files |= {
+        f"unet/{path.name}": path
+        for path in (folder / "unet").iterdir()
+        if _variant(path.name) and path.suffix != ".bin"
+    }
+    for path in folder.iterdir():
+        part = "training" if path.name == "samples.png" else path.stem
+        if TOLD.fullmatch(path.name) and (told_of(folder, part) is not None or not (folder / f"{part}.json").is_file()):
+            files[path.name] = path
     return files
 
 
 def _check_weights(folder):
     with torch.device("meta"):
-        unet = DDPMUNet.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        unet = DDPMUNet.from_config(_read(folder / "config.json"))
     expected = {name: list(tensor.shape) for name, tensor in unet.state_dict().items()}
-    variants = {}  # "" or ".fp16" -> the shapes of all its shards
-    for path in sorted(folder.glob("*.safetensors")):
-        variant = re.sub(r"-\d+-of-\d+", "", path.name)
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        variants.setdefault(variant, {}).update(shapes)
+    variants = {}  # "diffusion_pytorch_model.fp16" -> its files
+    for path in sorted(folder.iterdir()):
+        if _variant(path.name) and path.suffix != ".bin":
+            variants.setdefault(_variant(path.name), []).append(path)
     if not variants:
         pickled = next(folder.glob("*.bin"), None)
         what = f"{pickled} is a pickle, which is not published" if pickled else f"{folder} holds no weights"
         raise ValueError(f"{what}; open the pipeline and save it with save_pretrained, which writes safetensors")
-    for variant, found in variants.items():
+    for variant, paths in variants.items():
+        indices = [path for path in paths if path.suffix == ".json"]
+        shards = {path.name for path in paths} - {path.name for path in indices}
+        named = set(_read(indices[0])["weight_map"].values()) if indices else {f"{variant}.safetensors"}
+        if shards != named:
+            raise ValueError(
+                f"{folder / variant}*: {', '.join(sorted(shards ^ named)[:3])} do not belong together; save the pipeline to an "
+                "empty folder"
+            )
+        found = {}
+        for name in shards:
+            with safe_open(folder / name, framework="pt") as file:
+                found |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         if found != expected:
             name = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
             raise ValueError(
@@ -144,21 +234,11 @@ def _check_weights(folder):
             )
 
 
-def _same_weights(api, repo_id, revision, files, there):
-    """Whether a repository that has a card has these weights."""
-    weights = {name: path for name, path in files.items() if name.endswith(".safetensors")}
-    if "README.md" not in there or not weights.keys() <= set(there):
-        return False
-    infos = api.get_paths_info(repo_id, list(weights), revision=revision)
-    return all(info.lfs and info.lfs.sha256 == _sha256(weights[info.path]) for info in infos)
-
-
-def _new_card(folder, repo_id):
-    try:  # not as a statement: diffusers would ask users of a published pipeline.py for the package
-        hub = importlib.import_module("ddpm_hf.hub")
-    except ImportError:
-        return "---\nlibrary_name: diffusers\npipeline_tag: unconditional-image-generation\n---\n"
-    return hub.card_text(folder, repo_id)
+def _read(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); save the pipeline again") from None
 
 
 def _sha256(path):
@@ -166,27 +246,36 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_repository(index, repo_id):
-    name = json.loads(Path(index).read_text(encoding="utf-8")).get("_class_name")
-    if name not in ("DDPMPipeline", OUR_CLASS):
-        raise HubError(f"{repo_id} holds a {name} already; choose another name for the repository")
+def _check_repository(api, repo_id, revision, there):
+    if "model_index.json" in there:
+        path = api.hf_hub_download(repo_id, "model_index.json", revision=revision)
+        name = _read(Path(path)).get("_class_name")
+        if name not in (STOCK_CLASS, OUR_CLASS):
+            raise HubError(f"{repo_id} holds a {name} already; choose another name for the repository")
+    elif there.keys() - {".gitattributes", "README.md", "LICENSE"}:
+        raise HubError(f"{repo_id} holds something that is no pipeline; choose another name for the repository")
 
 
 @contextlib.contextmanager
-def _explained(folder, repo_id):
-    """Errors of the Hub in one line, with what to do."""
+def _explained(repo_id):
+    """Errors of the Hub in one line, with what to do; without those they come from, which may show the token."""
     try:
         yield
     except HubError:
         raise
     except Exception as error:
         chain = [error]
-        while chain[-1].__cause__ or chain[-1].__context__:
-            chain.append(chain[-1].__cause__ or chain[-1].__context__)
+        while (last := chain[-1]).__cause__ or (last.__context__ and not last.__suppress_context__):
+            chain.append(last.__cause__ or last.__context__)
+            if isinstance(chain[-1], HubError):  # what went wrong before
+                chain.pop()
+                break
         status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), None)
-        again = f"{folder} is whole, push it again later"
+        again = "nothing is lost, push it again later"
         if isinstance(error, HFValidationError):
             message = f"repo_id={repo_id!r} is no name of a repository; give user/name"
+        elif isinstance(error, OfflineModeIsEnabled):
+            message = f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish"
         elif status == 401 or any(isinstance(e, LocalTokenNotFoundError) for e in chain):
             message = f"{repo_id}: no valid token; run `hf auth login`, set HF_TOKEN, or give token="
         elif status == 403:
@@ -195,10 +284,14 @@ def _explained(folder, repo_id):
             message = f"{repo_id}: not found, or private to somebody else; choose another name"
         elif status in (409, 412):
             message = f"{repo_id}: changed or taken by somebody else at the same time ({status}); push again"
+        elif status is not None and status < 500:
+            message = f"{repo_id}: the Hub refused it ({status}): {' '.join(str(error).split())}"
         elif status is not None:
             message = f"{repo_id}: the Hub answered {status}; {again}"
-        else:
+        elif any(type(e).__module__.startswith("httpx") or isinstance(e, ConnectionError) for e in chain):
             message = (
                 f"{repo_id}: {constants.ENDPOINT} was not reached or broke off ({type(chain[-1]).__name__}); {again}"
             )
-        raise HubError(message) from error
+        else:
+            raise
+        raise HubError(message) from None
