@@ -105,6 +105,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["0000020", "0000024"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read(tmp_path):
     finish(start(tmp_path, "--steps", "4"))
     whole = tmp_path / "checkpoints/0000004"
