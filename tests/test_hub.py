@@ -1,72 +1,20 @@
 """Publishing to, and opening from, a Hub: the one of conftest.py on 127.0.0.1."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 import traceback
-from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepScheduler
+from elsewhere import open_elsewhere, run_elsewhere
 from huggingface_hub import ModelCard, constants
 
-import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler
 from ddpm_hf.hub import write_model_card
 from ddpm_hf.push import HubError, push_folder, weights_digest
-
-# prints the classes, saves twenty-step samples and the weights
-OPEN = """
-import logging, sys
-import numpy as np, torch
-how, repo, out = sys.argv[1:]
-if how != "package":
-    sys.modules["ddpm_hf"] = None  # not importable
-import diffusers
-told = []
-class Tell(logging.Handler):
-    def emit(self, record):
-        told.append(record.getMessage())
-logging.getLogger("diffusers").addHandler(Tell(level=logging.WARNING))
-kwargs = {
-    "stock": {},
-    "package": {},
-    "remote": {"custom_pipeline": repo, "trust_remote_code": True},
-    "branch": {"revision": "remote-code", "trust_remote_code": True},
-}[how]
-if how == "package":
-    from ddpm_hf import DDPMImagePipeline as Opened
-else:
-    Opened = diffusers.DiffusionPipeline
-pipe = Opened.from_pretrained(repo, **kwargs)
-images = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
-np.save(out, images)
-torch.save(pipe.unet.state_dict(), out + ".pt")
-print(type(pipe).__name__, type(pipe.unet).__name__, type(pipe.scheduler).__name__)
-print("told:", [line for line in told if "trust" not in line.lower()])
-"""
-
-
-def elsewhere(code, home, *argv, package=True, **environment):
-    """Runs code in a new process with a home of its own, on the same Hub."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "HF_HOME": str(home),
-        "HF_MODULES_CACHE": str(home / "modules"),
-        "PYTHONPATH": str(Path(ddpm_hf.__file__).parents[1]) if package else "",
-        **environment,
-    }
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, argv)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
 
 
 def images_of(pipeline, **kwargs):
@@ -100,7 +48,7 @@ def classes(how):
 def test_who_opens_what(hub, saved, tmp_path, how):
     push_folder(saved, f"user/opened-{how}")
     here = images_of(DDPMImagePipeline.from_pretrained(saved))
-    told = elsewhere(OPEN, tmp_path / "home", how, f"user/opened-{how}", tmp_path / "out", package=how == "package")
+    told = open_elsewhere(how, f"user/opened-{how}", tmp_path / "out", tmp_path / "home", steps=20)
     assert classes(how) in told and "told: []" in told
     images = np.load(tmp_path / "out.npy")
     if how == "stock":  # steps in its own order
@@ -339,7 +287,7 @@ def test_round_trips(hub, saved, tmp_path, first, second):
     """load -> save -> load -> push leaves the files as they were; stock classes keep what they do not know."""
     repo = f"user/round-{first}-{second}"
     push_folder(saved, "user/source")
-    elsewhere(ROUND, tmp_path / "home", first, second, "user/source", repo, tmp_path / "out")
+    run_elsewhere(ROUND, tmp_path / "home", first, second, "user/source", repo, tmp_path / "out")
     files, source = hub.files(repo), hub.files("user/source")
     for name in ("model_index.json", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"):
         assert files[name] == source[name], name

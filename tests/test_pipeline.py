@@ -1,9 +1,5 @@
 import inspect
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import diffusers
@@ -20,8 +16,8 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from elsewhere import open_elsewhere
 
-import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.hub import has_our_card, write_model_card
 from ddpm_hf.pipeline import self_contained_source
@@ -207,49 +203,6 @@ def test_wrong_labels_and_channels(make_pipeline):
 
 # the saved folder
 
-OPEN = """
-    import logging, sys, warnings
-    import numpy as np, torch
-    import diffusers
-    folder, how, out = sys.argv[1:]
-    records = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    diffusers.utils.logging.add_handler(handler)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if how == "package":
-            from ddpm_hf import DDPMImagePipeline
-            pipe = DDPMImagePipeline.from_pretrained(folder)
-        else:
-            sys.modules["ddpm_hf"] = None  # not importable
-            kwargs = {"custom_pipeline": folder, "trust_remote_code": True} if how == "remote" else {}
-            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **kwargs)
-    told = [m for m in records if "trust" not in m.lower()]
-    told += [str(w.message) for w in caught if issubclass(w.category, UserWarning) and "diffusers" in w.filename]
-    images = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
-    np.save(out, images)
-    print(type(pipe).__name__, type(pipe.unet).__name__, type(pipe.scheduler).__name__, getattr(pipe.scheduler, "levels", None))
-    print("told:", told)
-    if how == "remote":
-        pipe.save_pretrained(out + "_again")
-"""
-
-
-def open_elsewhere(folder, how, out, cache):
-    source = str(Path(ddpm_hf.__file__).parents[1])
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as here: sums of as many parts, the same pixels
-        "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": source if how == "package" else "",
-    }
-    command = [sys.executable, "-c", textwrap.dedent(OPEN), str(folder), how, str(out)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
 
 def test_a_saved_folder_opens_three_ways_in_a_new_process(make_pipeline, tmp_path):
     scheduler = VariationalDDPMScheduler(
@@ -260,11 +213,11 @@ def test_a_saved_folder_opens_three_ways_in_a_new_process(make_pipeline, tmp_pat
     pipeline.save_pretrained(folder)
     here = run(pipeline, num_inference_steps=10)
 
-    told = open_elsewhere(folder, "package", tmp_path / "package", tmp_path / "cache")
+    told = open_elsewhere("package", folder, tmp_path / "package", tmp_path / "cache", steps=10)
     assert "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler 17" in told
     np.testing.assert_array_equal(np.load(tmp_path / "package.npy"), here)
 
-    told = open_elsewhere(folder, "remote", tmp_path / "remote", tmp_path / "cache")
+    told = open_elsewhere("remote", folder, tmp_path / "remote", tmp_path / "cache", steps=10)
     assert "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler 17" in told
     np.testing.assert_array_equal(np.load(tmp_path / "remote.npy"), here)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -273,7 +226,7 @@ def test_a_saved_folder_opens_three_ways_in_a_new_process(make_pipeline, tmp_pat
     for name in files:
         assert (folder / name).read_bytes() == (again / name).read_bytes(), name
 
-    told = open_elsewhere(folder, "stock", tmp_path / "stock", tmp_path / "cache")
+    told = open_elsewhere("stock", folder, tmp_path / "stock", tmp_path / "cache", steps=10)
     assert "DDPMPipeline UNet2DModel DDPMScheduler None" in told and "told: []" in told
     np.testing.assert_allclose(np.load(tmp_path / "stock.npy"), here, atol=1 / 255)
 

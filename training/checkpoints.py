@@ -1,16 +1,14 @@
 """Checkpoints of a run: each is whole or not there, and a run that goes on from one ends as if it had not been stopped."""
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import load
 
-from config import ConfigError, TrainConfig, checkpoints_in
+from config import ConfigError, TrainConfig, as_yaml, checkpoints_in
 
 
 class Checkpoints:
@@ -33,7 +31,7 @@ class Checkpoints:
             for stopped in self.folder.glob(".*"):
                 shutil.rmtree(stopped)
             temporary.mkdir(parents=True)
-            (temporary / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+            (temporary / "config.yaml").write_text(as_yaml(self.config))
             state = {name: part.state_dict() for name, part in self.parts.items()}
             torch.save({**state, "processes": self.accelerator.num_processes}, temporary / "run.pt")
         self.accelerator.wait_for_everyone()

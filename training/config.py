@@ -303,6 +303,11 @@ def _read_run(folder):
     return values
 
 
+def as_yaml(config: TrainConfig) -> str:
+    """The whole config as config.yaml holds it."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
 def image_size(config: TrainConfig) -> tuple[int, ...]:
     """(height, width) in pixels."""
     size = config.image_size

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from config import ConfigError, TrainConfig, checkpoint_to_resume, image_size, load_config, nearest
+from config import ConfigError, TrainConfig, as_yaml, checkpoint_to_resume, image_size, load_config, nearest
 
 if __name__ == "__main__":  # before the slow imports: a mistyped key shall not wait for them
     try:
@@ -30,7 +30,6 @@ if __name__ == "__main__":  # before the slow imports: a mistyped key shall not 
 import accelerate
 import diffusers
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from checkpoints import Checkpoints
@@ -159,7 +158,7 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output_dir)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        write_whole(output / "config.yaml", as_yaml(config))
         (output / "samples").mkdir(exist_ok=True)
     log, at = Log(config, output, accelerator), Position()
     checkpoints = Checkpoints(
@@ -369,7 +368,7 @@ def main():
     except (ValueError, TypeError) as error:
         sys.exit(f"train.py: {error}")
     if DRY_RUN:
-        print(yaml.safe_dump(dataclasses.asdict(CONFIG), sort_keys=False), end="")
+        print(as_yaml(CONFIG), end="")
         print(f"# {unet.num_parameters():,} parameters")
         return
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .push import told_of
+from .push import read_json, told_of
 from .unet import DDPMUNet
 
 # installed beside the package; at the project's root in a checkout
@@ -71,10 +71,11 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         ValueError: its network is not one that `DDPMUNet` supports.
     """
     folder = Path(folder)
-    unet, scheduler = _read(folder / "unet/config.json"), _read(folder / "scheduler/scheduler_config.json")
+    unet, scheduler = read_json(folder / "unet/config.json"), read_json(folder / "scheduler/scheduler_config.json")
     stock_prediction = scheduler.get("prediction_type", "epsilon")
     scheduler = {**scheduler, **scheduler.get("_ddpm_hf", {})}
-    training, evaluation = (told_of(folder, name) for name in ("training", "evaluation"))
+    told = told_of(folder)
+    training, evaluation = told.get("training"), told.get("evaluation")
     name = folder.name.lstrip(".")  # a folder that is being written has a dot
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
     size = unet["sample_size"]
@@ -145,7 +146,3 @@ def _result(evaluation):
         metric_name="bits/dim, variational bound",
         metric_value=round(evaluation["total"], 4),
     )
-
-
-def _read(path):
-    return json.loads(path.read_text(encoding="utf-8"))

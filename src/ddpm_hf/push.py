@@ -155,11 +155,15 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def told_of(folder: Path, name: str) -> dict | None:
-    """training.json or evaluation.json of a saved pipeline; None if it is not there, or of other weights."""
-    path = folder / f"{name}.json"
-    values = _read(path) if path.is_file() else None
-    return None if values and values.get("weights", (now := weights_digest(folder))) != now else values
+def told_of(folder: Path) -> dict[str, dict | None]:
+    """training.json and evaluation.json of a saved pipeline by "training" and "evaluation": of other weights they are None.
+
+    What is not there is left out.
+    """
+    now = weights_digest(folder)
+    paths = {name: folder / f"{name}.json" for name in ("training", "evaluation")}
+    found = {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    return {name: values if values.get("weights", now) == now else None for name, values in found.items()}
 
 
 def published_files(folder: Path) -> dict[str, Path | bytes]:
@@ -172,7 +176,7 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
         raise ValueError(
             f"{folder} is no pipeline: it has no model_index.json; give what save_pretrained wrote, such as a run's pipeline/"
         )
-    index = _read(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     source = folder / "pipeline.py"
     ours = index["_class_name"] in (STOCK_CLASS, OUR_CLASS) and source.is_file()
     if not ours or f"class {OUR_CLASS[1]}(" not in source.read_text(encoding="utf-8"):
@@ -194,16 +198,17 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
         for path in (folder / "unet").iterdir()
         if _variant(path.name) and path.suffix != ".bin"
     }
+    told = told_of(folder)
     for path in folder.iterdir():
         part = "training" if path.name == "samples.png" else path.stem
-        if TOLD.fullmatch(path.name) and (told_of(folder, part) is not None or not (folder / f"{part}.json").is_file()):
+        if TOLD.fullmatch(path.name) and told.get(part, path) is not None:
             files[path.name] = path
     return files
 
 
 def _check_weights(folder):
     with torch.device("meta"):
-        unet = DDPMUNet.from_config(_read(folder / "config.json"))
+        unet = DDPMUNet.from_config(read_json(folder / "config.json"))
     expected = {name: list(tensor.shape) for name, tensor in unet.state_dict().items()}
     variants = {}  # "diffusion_pytorch_model.fp16" -> its files
     for path in sorted(folder.iterdir()):
@@ -216,7 +221,7 @@ def _check_weights(folder):
     for variant, paths in variants.items():
         indices = [path for path in paths if path.suffix == ".json"]
         shards = {path.name for path in paths} - {path.name for path in indices}
-        named = set(_read(indices[0])["weight_map"].values()) if indices else {f"{variant}.safetensors"}
+        named = set(read_json(indices[0])["weight_map"].values()) if indices else {f"{variant}.safetensors"}
         if shards != named:
             raise ValueError(
                 f"{folder / variant}*: {', '.join(sorted(shards ^ named)[:3])} do not belong together; save the pipeline to an "
@@ -234,7 +239,8 @@ def _check_weights(folder):
             )
 
 
-def _read(path):
+def read_json(path: Path) -> dict:
+    """A JSON file of a saved pipeline. Raises ValueError that names it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -249,7 +255,7 @@ def _sha256(path):
 def _check_repository(api, repo_id, revision, there):
     if "model_index.json" in there:
         path = api.hf_hub_download(repo_id, "model_index.json", revision=revision)
-        name = _read(Path(path)).get("_class_name")
+        name = read_json(Path(path)).get("_class_name")
         if name not in (STOCK_CLASS, OUR_CLASS):
             raise HubError(f"{repo_id} holds a {name} already; choose another name for the repository")
     elif there.keys() - {".gitattributes", "README.md", "LICENSE"}:
