@@ -13,6 +13,7 @@ from elsewhere import open_elsewhere, run_elsewhere
 from huggingface_hub import ModelCard, constants
 
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler
+from ddpm_hf.data import digits, load_images
 from ddpm_hf.hub import write_model_card
 from ddpm_hf.push import HubError, push_folder, weights_digest
 
@@ -34,8 +35,9 @@ def saved(make_pipeline, tmp_path):
 
 
 TRAINING = {
-    "data": "digits", "split": "train", "steps": 7, "batch_size": 2, "gradient_accumulation_steps": 3, "ema_decay": 0.5,
-    "learning_rate": 0.1, "loss": "simple", "seed": 0, "hub_dataset": "user/images", "versions": {"torch": "2.0"},
+    "config": "iddpm-cifar10", "data": "digits", "split": "train", "steps": 7, "batch_size": 2, "ema_decay": 0.5,
+    "gradient_accumulation_steps": 3, "learning_rate": 0.1, "loss": "simple", "seed": 0, "hub_dataset": "user/images",
+    "versions": {"torch": "2.0"},
 }  # fmt: skip
 
 
@@ -86,7 +88,12 @@ def test_what_is_published(hub, saved):
     assert (
         card.data.license == "mit" and card.data.datasets == ["user/images"] and card.data.library_name == "diffusers"
     )
-    assert "7 optimizer steps" in card.text and '"user/published"' in card.text and "torch 2.0" in card.text
+    assert (
+        "Preset `iddpm-cifar10`. " in card.text
+        and "7 optimizer steps" in card.text
+        and '"user/published"' in card.text
+        and "torch 2.0" in card.text
+    )
     assert "![samples](samples.png)" in card.text and "Not measured" in card.text and card.data.eval_results is None
 
 
@@ -106,7 +113,7 @@ def test_pushing_again_sends_what_is_missing(hub, saved):
     card = ModelCard(hub.files("user/again")["README.md"].decode())
     result = card.data.eval_results[0]
     assert (result.metric_value, result.dataset_name, result.dataset_split) == (3.0, "digits", "test")
-    assert "`python training/evaluate.py pipeline --images 4`" in card.text
+    assert result.metric_args == {"command": evaluation["command"]} and f"`{evaluation['command']}`" in card.text
     (saved / "README.md").write_text("---\nlibrary_name: diffusers\n---\nMine\n")
     push_folder(saved, "user/again")
     assert hub.files("user/again")["README.md"].endswith(b"Mine\n")
@@ -257,44 +264,49 @@ def test_stock_repositories_open_as_ours(hub, tmp_path):
 
 ROUND = """
 import sys
-import traceback
-first, second, source, repo, out = sys.argv[1:]
-import diffusers, torch
+import diffusers
 from ddpm_hf import DDPMImagePipeline
 
-def open(how, x):
-    if how == "stock":
-        return diffusers.DiffusionPipeline.from_pretrained(x)
+x, repo, out, *hows = sys.argv[1:]
+for i, how in enumerate(hows):
     if how == "package":
-        return DDPMImagePipeline.from_pretrained(x)
-    return diffusers.DiffusionPipeline.from_pretrained(x, custom_pipeline=x, trust_remote_code=True)
-
-pipe = open(first, source)
-if first == "stock":
-    pipe = DDPMImagePipeline(pipe.unet, pipe.scheduler)
-pipe.save_pretrained(out)
-pipe = open(second, out)
-if second == "stock":
-    pipe = DDPMImagePipeline(pipe.unet, pipe.scheduler)
+        pipe = DDPMImagePipeline.from_pretrained(x)
+    elif how == "remote":
+        pipe = diffusers.DiffusionPipeline.from_pretrained(x, custom_pipeline=x, trust_remote_code=True)
+    else:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(x)
+        pipe = DDPMImagePipeline(pipe.unet, pipe.scheduler)
+    x = f"{out}/{i}"
+    pipe.save_pretrained(x)
 pipe.push_to_hub(repo)
 """
+ORDERS = [(first, second) for first in ("stock", "package", "remote") for second in ("stock", "package", "remote")]
+# each of these orders, one after the other
+CHAIN = ("stock", "stock", "package", "package", "remote", "remote", "stock", "remote", "package", "stock")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["stock", "package", "remote"])
-@pytest.mark.parametrize("second", ["stock", "package", "remote"])
-def test_round_trips(hub, saved, tmp_path, first, second):
+@pytest.mark.parametrize(
+    "hows, scheduler",
+    [(order, None) for order in ORDERS]
+    + [(CHAIN, kind) for kind in (None, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)],
+)
+def test_round_trips(hub, saved, tmp_path, hows, scheduler):
     """load -> save -> load -> push leaves the files as they were; stock classes keep what they do not know."""
-    repo = f"user/round-{first}-{second}"
-    push_folder(saved, "user/source")
-    run_elsewhere(ROUND, tmp_path / "home", first, second, "user/source", repo, tmp_path / "out")
-    files, source = hub.files(repo), hub.files("user/source")
+    pipeline = DDPMImagePipeline.from_pretrained(saved)
+    if scheduler:
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    repo = f"user/{''.join(how[0] for how in hows)}-{type(pipeline.scheduler).__name__}"
+    pipeline.push_to_hub(f"{repo}-source")
+    run_elsewhere(ROUND, tmp_path / "home", f"{repo}-source", repo, tmp_path / "out", *hows)
+    files, source = hub.files(repo), hub.files(f"{repo}-source")
     for name in ("model_index.json", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"):
         assert files[name] == source[name], name
     for name in ("unet/config.json", "scheduler/scheduler_config.json"):
         assert json.loads(files[name]) == json.loads(source[name]), name
     again = DDPMImagePipeline.from_pretrained(repo, cache_dir=tmp_path / "cache")
-    np.testing.assert_array_equal(images_of(again), images_of(DDPMImagePipeline.from_pretrained(saved)))
+    assert type(again.scheduler) is type(pipeline.scheduler)
+    np.testing.assert_array_equal(images_of(again), images_of(pipeline))
 
 
 @pytest.mark.slow
@@ -348,14 +360,10 @@ def test_keys_of_a_newer_version_are_named_and_kept(saved, tmp_path, caplog):
 
 
 def test_data_sets_on_the_hub(hub):
-    import datasets
-
-    from ddpm_hf.data import digits, load_images
-
     digits("test").select(range(32)).push_to_hub("user/images", split="train", token="writer")
     images = load_images("user/images", "train")
     assert images[3]["image"].size == (8, 8) and len(images) == 32
-    streamed = next(iter(datasets.load_dataset("user/images", split="train", streaming=True)))
+    streamed = next(iter(load_images("user/images", "train", streaming=True)))
     assert np.array_equal(np.asarray(streamed["image"]), np.asarray(images[0]["image"]))
 
 
@@ -436,7 +444,14 @@ def test_pipelines_with_schedulers_of_their_own(hub, make_pipeline, scheduler):
     assert "trained with" not in card and "grey levels of the data" not in card and "Not recorded" in card
 
 
-def test_the_card_shows_calls_that_run(hub, make_pipeline):
+def test_the_card_shows_calls_that_run(hub, saved, make_pipeline):
+    call, first = (
+        'from_pretrained("user/first", revision="remote-code"',
+        push_folder(saved, "user/first", create_pr=True),
+    )
+    assert call not in hub.files("user/first", first.pr_revision)["README.md"].decode()
+    push_folder(saved, "user/first")
+    assert call in hub.files("user/first")["README.md"].decode()
     make_pipeline(num_class_embeds=3).push_to_hub("classes")  # of the token's own name
     card = hub.files("user/classes")["README.md"].decode()
     assert "Plain diffusers cannot sample a class-conditional network" in card

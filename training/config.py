@@ -22,9 +22,12 @@ class ConfigError(ValueError):
 class TrainConfig:
     """Every key of a YAML file or of the command line. "Steps" are optimizer steps."""
 
+    config: str = "digits"  # the preset that it begins with, or the path of a YAML file
     # data
     data: str = "digits"  # digits, mnist, a folder of images, a .parquet file or folder, or a Hub id
     split: str = "train"
+    streaming: bool = False  # images are read as they are needed, from files or the Hub; nothing is copied to the disk
+    shuffle_buffer: int = 10000  # of a stream: the next image is one of so many
     image_column: str | None = None  # None: the only column of images
     label_column: str | None = None  # class labels, for a network with unet.num_class_embeds
     image_size: int | list[int] = 8  # side, or [height, width]; images are scaled and cut to it
@@ -68,7 +71,7 @@ class TrainConfig:
 
 
 # of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
-MAY_CHANGE = {"num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
+MAY_CHANGE = {"config", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
 MAY_CHANGE |= {"log_every", "sample_every", "sample_count", "sample_steps", "push_to_hub", "hub_private", "license"}
 DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
 
@@ -80,8 +83,8 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
         ConfigError: an unknown key (with the nearest one), a wrong type, a missing value or file.
     """
     arguments, dry_run = _read_arguments(argv)
-    source = arguments.pop("config", "digits")
-    values = _read_yaml(source)
+    source = arguments.pop("config", TrainConfig.config)
+    values = {"config": Path(source).name, **_read_yaml(source)}  # config.yaml of a run tells what that one began with
     for key, text in arguments.items():
         part, _, name = key.partition(".")
         value = _parse(text)
@@ -195,6 +198,7 @@ def _check(config):
         "sample_count",
         "channels",
         "keep_checkpoints",
+        "shuffle_buffer",
     ):
         if getattr(config, key) < 1:
             raise ConfigError(f"{key}={getattr(config, key)} must be 1 or more")

@@ -31,8 +31,10 @@ import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from checkpoints import Checkpoints
+from datasets.distributed import split_dataset_by_node
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -85,8 +87,8 @@ def build(config: TrainConfig) -> tuple:
     return unet, scheduler, objective, TIMESTEPS[config.timesteps](scheduler)
 
 
-def open_data(config: TrainConfig) -> torch.utils.data.Dataset:
-    """The training set, its first image read.
+def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> torch.utils.data.Dataset:
+    """The training set, its first image read; of a stream, shuffled, the part of this process.
 
     Raises:
         ConfigError: data that cannot be opened or does not fit the config.
@@ -95,13 +97,19 @@ def open_data(config: TrainConfig) -> torch.utils.data.Dataset:
     try:
         check_levels(config.data, levels)
         transform = image_transform(image_size(config), config.channels, levels)
-        images = load_images(config.data, config.split)
-        dataset = training_set(images, transform, config.image_column, config.label_column)
-        if len(dataset) < config.batch_size:
+        images = load_images(config.data, config.split, config.streaming)
+        columns = config.image_column, config.label_column
+        dataset = training_set(images, transform, *columns)
+        item = next(iter(dataset), None)
+        if item is None:
+            raise ValueError("there are no images in it")
+        if config.streaming:
+            images = images.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
+            dataset = training_set(split_dataset_by_node(images, process, processes), transform, *columns)
+        elif len(dataset) < config.batch_size:
             raise ValueError(
                 f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}"
             )
-        item = dataset[0]
     except (ValueError, OSError) as error:
         raise ConfigError(f"data={config.data!r}: {' '.join(str(error).split())}") from error
     classes = config.unet.get("num_class_embeds")
@@ -112,6 +120,21 @@ def open_data(config: TrainConfig) -> torch.utils.data.Dataset:
     return dataset
 
 
+def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch.utils.data.DataLoader:
+    """Batches of this process's images on its device; their order is a function of the seed and the epoch alone."""
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        config.batch_size,
+        shuffle=None if config.streaming else True,
+        drop_last=True,
+        num_workers=config.num_workers,
+        generator=torch.Generator(),  # reading ahead shall not draw from the generator of noise and timesteps
+    )
+    if config.streaming:  # divided already; a process whose part is shorter begins its next epoch earlier
+        return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True, dispatch_batches=False)
+    return accelerator.prepare(loader)
+
+
 def train(config: TrainConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved pipeline."""
     resumed = checkpoint_to_resume(config)
@@ -119,9 +142,11 @@ def train(config: TrainConfig) -> Path:
         raise ConfigError(f"push_to_hub={config.push_to_hub!r}: there is no token; run `hf auth login` or set HF_TOKEN")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # where this is not said, several processes on the CPU do not find each other
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # a step is of so many batches, also where an epoch ends between them
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         mixed_precision=config.mixed_precision,
-        # the order of the images is a function of the seed and the epoch alone
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -131,15 +156,8 @@ def train(config: TrainConfig) -> Path:
         )
     use_all_cores(accelerator)
     set_seed(config.seed, device_specific=True)
-    dataset = open_data(config)
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        config.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=config.num_workers,
-        generator=torch.Generator(),  # reading ahead shall not draw from the generator of noise and timesteps
-    )
+    dataset = open_data(config, accelerator.process_index, accelerator.num_processes)
+    loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -153,7 +171,7 @@ def train(config: TrainConfig) -> Path:
     )
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     ema.to(accelerator.device)
-    unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
 
     output = Path(config.output_dir)
     if accelerator.is_main_process:
@@ -199,6 +217,8 @@ def train(config: TrainConfig) -> Path:
                 checkpoints.save(at.step)
             if at.step == config.steps:
                 break
+        if at.batch == 0:
+            raise ConfigError(f"batch_size={config.batch_size} is more than the images of {config.data!r} to a process")
         at.epoch, at.batch = at.epoch + 1, 0
     log.close()
     if accelerator.is_main_process:
@@ -217,7 +237,7 @@ def use_all_cores(accelerator):
 
 @dataclasses.dataclass
 class Position:
-    """How far a run is: optimizer steps in all, and batches of the present epoch."""
+    """How far a process is: optimizer steps in all, and batches of the present epoch."""
 
     step: int = 0
     epoch: int = 0

@@ -46,30 +46,36 @@ def _built_in(images, labels, split, test_images):
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def load_images(source: str, split: str = "train") -> datasets.Dataset:
+def load_images(
+    source: str, split: str = "train", streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
     """Opens a data set.
 
     Args:
         source: "digits" or "mnist" (they come with packages, nothing is downloaded), a folder of images, a .parquet file
             or a folder of them, or the id of a data set on the Hub.
-        split: of the data set; slices such as "train[:1000]" as `datasets` takes them for all but "digits" and "mnist".
+        split: of the data set; slices such as "train[:1000]" as `datasets` takes them for all but "digits" and "mnist", and
+            not for streams.
+        streaming: nothing is copied to the disk: images are read from the source as they are asked for, in its order.
 
     Returns:
-        A `datasets.Dataset`.
+        A `datasets.Dataset`; a `datasets.IterableDataset` if streaming.
 
     Raises:
         ValueError: the split is not there.
         FileNotFoundError: the source is not there.
     """
     if source in BUILT_IN:
-        return BUILT_IN[source](split)
+        images = BUILT_IN[source](split)
+        return images.to_iterable_dataset(num_shards=8) if streaming else images
     if source.endswith(".parquet"):
-        return datasets.load_dataset("parquet", data_files=source, split=split)
+        return datasets.load_dataset("parquet", data_files=source, split=split, streaming=streaming)
     if os.path.isdir(source):
         endings = {os.path.splitext(name)[1].lower() for _, _, names in os.walk(source) for name in names}
         parquet = ".parquet" in endings and not endings & set(Image.registered_extensions())
-        return datasets.load_dataset("parquet" if parquet else "imagefolder", data_dir=source, split=split)
-    return datasets.load_dataset(source, split=split)
+        kind = "parquet" if parquet else "imagefolder"
+        return datasets.load_dataset(kind, data_dir=source, split=split, streaming=streaming)
+    return datasets.load_dataset(source, split=split, streaming=streaming)
 
 
 def check_levels(source: str, levels: int) -> None:
@@ -80,7 +86,7 @@ def check_levels(source: str, levels: int) -> None:
         )
 
 
-def image_column(dataset: datasets.Dataset, column: str | None = None) -> str:
+def image_column(dataset: datasets.Dataset | datasets.IterableDataset, column: str | None = None) -> str:
     """The column that holds the images: `column` if given, else the only one of the Image type.
 
     Raises:
@@ -167,12 +173,12 @@ def tensor_to_pixels(images: torch.Tensor, levels: int = 256) -> torch.Tensor:
 
 
 def training_set(
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | datasets.IterableDataset,
     transform: Callable[[Image.Image], torch.Tensor],
     column: str | None = None,
     label_column: str | None = None,
-) -> datasets.Dataset:
-    """The data set with items {"x_start": (C, H, W) float32 in [-1, 1]} and, with a label column, {"class_labels": int}.
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The data set or stream with items {"x_start": (C, H, W) float32 in [-1, 1]}, and {"class_labels": int} of a label column.
 
     Raises:
         ValueError: a column that is not there.
@@ -187,4 +193,6 @@ def training_set(
             items["class_labels"] = rows[label_column]
         return items
 
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(batch_transform, batched=True, batch_size=1, remove_columns=dataset.column_names)
     return dataset.with_transform(batch_transform)

@@ -50,21 +50,25 @@ def has_our_card(folder: str | os.PathLike) -> bool:
 
 def is_our_card(text: str) -> bool:
     """Whether a card is as `card_text` made it, by the digest in its last line."""
-    return text == _signed(text.rpartition("\n<!--")[0])
+    return text == _signed(text.rpartition("\n\n<!--")[0])
 
 
 def _signed(text):
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{text}\n<!-- of ddpm-hf, {digest}: written anew with the numbers of the folder, unless it is changed by hand -->\n"
+    note = "written anew with the numbers of the folder, unless it is changed by hand"
+    return f"{text}\n\n<!-- of ddpm-hf, {digest}: {note} -->\n"
 
 
-def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: str | None = None) -> ModelCard:
+def model_card(
+    folder: str | os.PathLike, repo_id: str | None = None, license: str | None = None, remote_code: bool = True
+) -> ModelCard:
     """The card of a saved pipeline from `model_card.md` and what the folder tells of itself.
 
     Args:
         folder: a saved pipeline; training.json, evaluation.json and pictures in it are told where they are.
         repo_id: what the card's examples open; None for the name of the folder, or of the run whose "pipeline" it is.
         license: the Hub's name of one, "apache-2.0"; None says nothing of it.
+        remote_code: whether the repository has the branch "remote-code", or is to have it.
 
     Raises:
         FileNotFoundError: not a saved pipeline.
@@ -121,6 +125,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
         levels=scheduler.get("levels"),
         stock=reason is None,
         stock_reason=reason,
+        remote_code=remote_code,
         pictures=[path.name for path in folder.glob("*.png")],
         training=training,
         configuration=training and json.dumps(training, indent=2),
@@ -129,9 +134,9 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None, license: s
     )
 
 
-def card_text(folder: str | os.PathLike, repo_id: str | None = None, license: str | None = None) -> str:
-    """README.md with `model_card`, and a last line by which `has_our_card` knows it."""
-    return _signed(str(model_card(folder, repo_id, license)))
+def card_text(folder: str | os.PathLike, repo_id: str | None = None, **kwargs) -> str:
+    """README.md with `model_card`, of the same arguments, and a last line by which `has_our_card` knows it."""
+    return _signed(str(model_card(folder, repo_id, **kwargs)))
 
 
 def _result(evaluation):
@@ -145,4 +150,5 @@ def _result(evaluation):
         metric_type="bits_per_dim",
         metric_name="bits/dim, variational bound",
         metric_value=round(evaluation["total"], 4),
+        metric_args={"command": evaluation["command"]} if evaluation.get("command") else None,
     )

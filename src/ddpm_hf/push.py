@@ -71,6 +71,7 @@ def push_folder(
     with _explained(repo_id):
         api = HfApi(token=token.strip() if isinstance(token, str) else token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        to_main = revision in (None, constants.DEFAULT_REVISION) and not create_pr
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = _tree(api, repo_id, revision)
@@ -86,14 +87,16 @@ def push_folder(
         written = hub is not None and (old is None or (changed and hub.is_our_card(old)))
     if written:
         license = license or (old and ModelCard(old, ignore_metadata_errors=True).data.license)
-        files["README.md"] = hub.card_text(folder, repo_id, license).encode()
+        with _explained(repo_id):
+            remote_code = to_main or REMOTE_CODE in _branches(api, repo_id)
+        files["README.md"] = hub.card_text(folder, repo_id, license=license, remote_code=remote_code).encode()
     with _explained(repo_id):
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         operations += [CommitOperationDelete(name) for name in sorted(gone)]
         info = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
-        if revision in (None, constants.DEFAULT_REVISION) and not create_pr:
+        if to_main:
             _keep_remote_code(api, repo_id, info.oid, files["model_index.json"], commit_message)
     return info
 
@@ -117,6 +120,10 @@ def _variant(name):
     return match and match[1] + (match[2] or "")
 
 
+def _branches(api, repo_id):
+    return {branch.name for branch in api.list_repo_refs(repo_id).branches}
+
+
 def _left_behind(files, there):
     """What of the repository's files goes, and whether the weights that its card tells of change."""
     weights = {name: path for name, path in files.items() if _variant(name)}
@@ -135,8 +142,7 @@ def _keep_remote_code(api, repo_id, commit, index, commit_message):
     """The branch for trusted code: as main at this commit, but for the class in the index."""
     index = json.loads(index if isinstance(index, bytes) else index.read_text(encoding="utf-8"))
     index = (json.dumps({**index, "_class_name": OUR_CLASS}, indent=2, sort_keys=True) + "\n").encode()
-    branches = {branch.name for branch in api.list_repo_refs(repo_id).branches}
-    if REMOTE_CODE in branches:
+    if REMOTE_CODE in _branches(api, repo_id):
         blobs = {name: info.blob_id for name, info in _tree(api, repo_id, commit).items()}
         blobs["model_index.json"] = hashlib.sha1(b"blob %d\0" % len(index) + index).hexdigest()  # as git names it
         if blobs == {name: info.blob_id for name, info in _tree(api, repo_id, REMOTE_CODE).items()}:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,11 @@ from diffusers import DDPMPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from config import ConfigError, load_config
 from ddpm_hf import DDPMImagePipeline
 from ddpm_hf.data import digits
 from ddpm_hf.hub import write_model_card
+from train import open_data, train
 
 ROOT = Path(__file__).parents[2]
 SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_steps 3 --log_every 2 --lr_warmup_steps 2"
@@ -150,9 +153,6 @@ def test_the_histogram_is_what_it_says():
 
 
 def test_the_averaged_weights_are_the_ones_saved(tmp_path):
-    from config import load_config
-    from train import train
-
     arguments = [*SMALL.split(), *NETWORK, "--ema_decay", "0.0", "--output_dir", str(tmp_path / "no_average")]
     last = train(load_config(arguments)[0])
     arguments[-3:] = ["0.9999", "--output_dir", str(tmp_path / "average")]
@@ -216,6 +216,39 @@ def test_what_the_data_does_not_hold_is_told_in_one_line(tmp_path):
         result = script("train.py", *extra, "--output_dir", tmp_path / "run", check=False)
         assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_a_stream(hub, tmp_path, monkeypatch):
+    """From the Hub and from files as from memory: the same images, each epoch in an order of its own."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s at the end of each epoch
+    digits("test").push_to_hub("user/streamed", split="train", num_shards=3)
+    digits("test").to_parquet(tmp_path / "images.parquet")
+    arguments = [*SMALL.split(), *NETWORK, "--streaming", "true", "--shuffle_buffer", "50", "--data"]
+    expected = torch.stack([item["x_start"] for item in open_data(load_config(["--split", "test"])[0])])
+    for source in ("user/streamed", str(tmp_path / "images.parquet")):
+        config, _ = load_config([*arguments, source])
+        epochs = []
+        for epoch in (0, 1):
+            stream = open_data(config)
+            stream.set_epoch(epoch)
+            epochs.append(torch.stack([item["x_start"] for item in stream]))
+        shares = [torch.stack([item["x_start"] for item in open_data(config, process, 2)]) for process in (0, 1)]
+        assert not torch.equal(*epochs)
+        for images in (*epochs, torch.cat(shares)):
+            assert not torch.equal(images, expected)
+            torch.testing.assert_close(
+                images.flatten(1).unique(dim=0), expected.flatten(1).unique(dim=0), rtol=0, atol=0
+            )
+            assert len(images) == 360
+    folder = train(load_config([*arguments, "user/streamed", "--output_dir", str(tmp_path / "run")])[0])
+    assert json.loads((folder / "training.json").read_text())["hub_dataset"] == "user/streamed"
+    train(load_config([*SMALL.split(), *NETWORK, "--data", "user/streamed", "--output_dir", str(tmp_path / "copy")])[0])
+    for extra, message in (
+        (["user/streamed", "--batch_size", "361"], "batch_size=361 is more than the images of 'user/streamed'"),
+        (["user/streamed", "--split", "train[:9]"], r"train\[:9\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(load_config([*arguments, *extra, "--output_dir", str(tmp_path / "none")])[0])
 
 
 def test_from_a_data_set_on_the_hub_to_a_model_on_the_hub(hub, tmp_path):
