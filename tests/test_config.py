@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scripts import ROOT, script
 
 from config import PRESETS, ConfigError, checkpoint_to_resume, load_config
 
-TRAIN = Path(__file__).parents[1] / "training" / "train.py"
+TRAIN = ROOT / "training/train.py"
 
 
 def load(*argv):
@@ -140,10 +141,6 @@ def test_bad_yaml(tmp_path):
         load("--config", str(path))
 
 
-def run(*argv):
-    return subprocess.run([sys.executable, str(TRAIN), *argv], capture_output=True, text=True)
-
-
 def test_a_mistake_ends_the_script_before_torch_is_imported():
     code = f"""
 import runpy, sys
@@ -170,12 +167,12 @@ except SystemExit as error:
     ],
 )
 def test_mistakes_in_the_parts(argv, message):
-    result = run(*argv, "--output_dir", "/tmp/there/is/no/such/folder")
+    result = script("train.py", *argv, "--output_dir", "/tmp/there/is/no/such/folder", check=False)
     assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("train.py: ")
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
 def test_dry_run_shows_the_resolved_config():
-    result = run("--dry_run", "--steps", "5", "--output_dir", "/tmp/there/is/no/such/folder")
+    result = script("train.py", "--dry_run", "--steps", "5", "--output_dir", "/tmp/there/is/no/such/folder")
     assert yaml.safe_load(result.stdout)["steps"] == 5 and "parameters" in result.stdout
     assert not Path("/tmp/there/is/no/such/folder").exists()

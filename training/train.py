@@ -31,7 +31,7 @@ import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from checkpoints import Checkpoints
 from datasets.distributed import split_dataset_by_node
@@ -135,6 +135,18 @@ def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch
     return accelerator.prepare(loader)
 
 
+def batches(loader, config, at):
+    """Batches without end, from the place `at` on, which moves with them."""
+    while True:
+        loader.set_epoch(at.epoch)
+        for batch in skip_first_batches(loader, at.batch):
+            at.batch += 1
+            yield batch
+        if at.batch == 0:
+            raise ConfigError(f"batch_size={config.batch_size} is more than the images of {config.data!r} to a process")
+        at.epoch, at.batch = at.epoch + 1, 0
+
+
 def train(config: TrainConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved pipeline."""
     resumed = checkpoint_to_resume(config)
@@ -186,10 +198,10 @@ def train(config: TrainConfig) -> Path:
         checkpoints.load(resumed)
         ema.to(accelerator.device)
     log.begin(at.step)
-    while at.step < config.steps:
-        loader.set_epoch(at.epoch)
-        for batch in accelerator.skip_first_batches(loader, at.batch):
-            at.batch += 1
+    with log:
+        stream = batches(loader, config, at)
+        while at.step < config.steps:
+            batch = next(stream)
             with accelerator.accumulate(unet):
                 x_start = random_flip(batch["x_start"]) if config.random_flip else batch["x_start"]
                 t, weights = timesteps.sample(len(x_start), accelerator.device)
@@ -210,17 +222,10 @@ def train(config: TrainConfig) -> Path:
             log.step(at.step, lr_schedule.get_last_lr()[0])
             if accelerator.is_main_process and config.sample_every and at.step % config.sample_every == 0:
                 with EMAWeights(ema, unet):
-                    save_samples(
-                        config, accelerator.unwrap_model(unet), scheduler, output / "samples" / f"{at.step:07d}.png"
-                    )
+                    path = output / "samples" / f"{at.step:07d}.png"
+                    save_samples(config, accelerator.unwrap_model(unet), scheduler, path)
             if config.checkpoint_every and (at.step % config.checkpoint_every == 0 or at.step == config.steps):
                 checkpoints.save(at.step)
-            if at.step == config.steps:
-                break
-        if at.batch == 0:
-            raise ConfigError(f"batch_size={config.batch_size} is more than the images of {config.data!r} to a process")
-        at.epoch, at.batch = at.epoch + 1, 0
-    log.close()
     if accelerator.is_main_process:
         ema.copy_to(unet.parameters())
         save_pipeline(config, accelerator.unwrap_model(unet).eval(), scheduler, output / "pipeline")
@@ -304,9 +309,12 @@ class Log:
         self.bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
         self.losses, self.seen, self.start = [], 0, time.perf_counter()
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
         self.bar.close()
-        if self.main:
+        if self.main and self.rows:
             plot_loss(self.rows, self.output / "loss.png")
 
 

@@ -1,9 +1,9 @@
 """The line from images to a loadable pipeline, as a user runs it."""
 
+import contextlib
+import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import yaml
 from diffusers import DDPMPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from scripts import ROOT, script
 
 from config import ConfigError, load_config
 from ddpm_hf import DDPMImagePipeline
@@ -22,18 +23,8 @@ from ddpm_hf.data import digits
 from ddpm_hf.hub import write_model_card
 from train import open_data, train
 
-ROOT = Path(__file__).parents[2]
 SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_steps 3 --log_every 2 --lr_warmup_steps 2"
 NETWORK = ["--unet.block_out_channels", "[8, 16]", "--unet.norm_num_groups", "4", "--unet.attention_head_dim", "8"]
-
-
-def script(name, *argv, launcher=("python",), check=True, **environment):
-    launcher = [sys.executable] if launcher == ("python",) else list(launcher)
-    command = [*launcher, str(ROOT / "training" / name), *map(str, argv)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +33,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "1"]
     script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "a", launcher=accelerate)
-    script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "b")
+    script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "b", launcher=[sys.executable])
     script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "c", "--seed", "1")
     return folder
 
@@ -137,9 +128,9 @@ def test_the_example_of_the_readme_runs(trained):
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "runs/demo/pipeline" in code
     code = code.replace("runs/demo/pipeline", str(trained / "a" / "pipeline"))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    bits, error = map(float, result.stdout.split())
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        exec(compile(code, "README.md", "exec"), {})
+    bits, error = map(float, told.getvalue().split())
     assert bits > 0 and error > 0
 
 
@@ -256,10 +247,13 @@ def test_from_a_data_set_on_the_hub_to_a_model_on_the_hub(hub, tmp_path):
     arguments = [*SMALL.split(), *NETWORK, "--data", "user/training-images", "--output_dir", tmp_path / "run"]
     arguments += ["--push_to_hub", "user/trained", "--license", "mit"]
     hub.faults[:] = [dict(match="POST .*/trained/commit/main", do=500)]
-    broken = script("train.py", *arguments, check=False, HF_HUB_OFFLINE="0")
+    broken = script("train.py", *arguments, check=False)
     assert broken.returncode == 1 and "the Hub answered 500" in broken.stderr and "Traceback" not in broken.stderr
     assert f"python training/push.py {tmp_path}/run/pipeline --repo_id user/trained" in broken.stderr
-    result = script("push.py", tmp_path / "run", "--repo_id", "user/trained", "--license", "mit", HF_HUB_OFFLINE="0")
+    result = script(
+        "push.py", tmp_path / "run", "--repo_id", "user/trained", "--license", "mit",
+        launcher=[sys.executable], HF_HUB_OFFLINE="0",
+    )  # fmt: skip
     assert f"published {hub.url}/user/trained/commit/" in result.stdout
     files = hub.files("user/trained")
     assert {"samples.png", "training.png", "training.json"} <= files.keys()
@@ -267,11 +261,9 @@ def test_from_a_data_set_on_the_hub_to_a_model_on_the_hub(hub, tmp_path):
     assert not [name for name, data in files.items() if str(tmp_path).encode() in data]
     card = ModelCard(files["README.md"].decode())
     assert card.data.datasets == ["user/training-images"] and card.data.license == "mit"
-    refused = script(
-        "push.py", tmp_path / "run", "--repo_id", "user/x", "--token", "nobody", check=False, HF_HUB_OFFLINE="0"
-    )
+    refused = script("push.py", tmp_path / "run", "--repo_id", "user/x", "--token", "nobody", check=False)
     assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("push.py: user/x: no valid token")
     arguments[-5] = tmp_path / "other"
-    refused = script("train.py", *arguments, check=False, HF_HUB_OFFLINE="0", HF_TOKEN="")
+    refused = script("train.py", *arguments, check=False, HF_TOKEN="")
     assert refused.returncode == 1 and "there is no token; run `hf auth login` or set HF_TOKEN" in refused.stderr
     assert not (tmp_path / "other").exists()
