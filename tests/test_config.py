@@ -7,7 +7,7 @@ import pytest
 import yaml
 from scripts import ROOT, script
 
-from config import PRESETS, ConfigError, checkpoint_to_resume, load_config
+from config import PRESETS, ConfigError, as_yaml, checkpoint_to_resume, load_config
 
 TRAIN = ROOT / "training/train.py"
 
@@ -170,6 +170,30 @@ def test_mistakes_in_the_parts(argv, message):
     result = script("train.py", *argv, "--output_dir", "/tmp/there/is/no/such/folder", check=False)
     assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("train.py: ")
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_runs_of_before_a_key_was_there(tmp_path):
+    """They had its default. The workers of a stream are part of its order."""
+    run = tmp_path / "run"
+    values = yaml.safe_load(as_yaml(load("--output_dir", str(run))))
+    (run / "checkpoints/0000002").mkdir(parents=True)
+    assert "preset" not in values
+    old = {key: value for key, value in values.items() if key not in ("streaming", "shuffle_buffer")}
+    for path in (run, run / "checkpoints/0000002"):
+        (path / "config.yaml").write_text(yaml.safe_dump(old))
+    config = load("--output_dir", str(run), "--num_workers", "2")
+    assert config.preset == "digits" and checkpoint_to_resume(config).name == "0000002"
+    with pytest.raises(ConfigError, match="streaming=True, but .* was trained with False"):
+        load("--output_dir", str(run), "--streaming", "true")
+    (run / "checkpoints/0000002/config.yaml").write_text(yaml.safe_dump({**old, "streaming": True}))
+    with pytest.raises(ConfigError, match="num_workers=2, but .* was trained with 0"):
+        load("--output_dir", str(run), "--streaming", "true", "--num_workers", "2")
+    assert (
+        load("--config", str(run / "config.yaml"), "--resume", "never", "--output_dir", str(tmp_path / "b")).preset
+        is None
+    )
+    with pytest.raises(ConfigError, match="unknown key 'preset'"):
+        load("--preset", "mnist")
 
 
 def test_dry_run_shows_the_resolved_config():

@@ -35,7 +35,7 @@ def saved(make_pipeline, tmp_path):
 
 
 TRAINING = {
-    "config": "iddpm-cifar10", "data": "digits", "split": "train", "steps": 7, "batch_size": 2, "ema_decay": 0.5,
+    "preset": "iddpm-cifar10", "data": "digits", "split": "train", "steps": 7, "batch_size": 2, "ema_decay": 0.5,
     "gradient_accumulation_steps": 3, "learning_rate": 0.1, "loss": "simple", "seed": 0, "hub_dataset": "user/images",
     "versions": {"torch": "2.0"},
 }  # fmt: skip
@@ -89,7 +89,7 @@ def test_what_is_published(hub, saved):
         card.data.license == "mit" and card.data.datasets == ["user/images"] and card.data.library_name == "diffusers"
     )
     assert (
-        "Preset `iddpm-cifar10`. " in card.text
+        "Begun from preset `iddpm-cifar10`. " in card.text
         and "7 optimizer steps" in card.text
         and '"user/published"' in card.text
         and "torch 2.0" in card.text
@@ -456,6 +456,57 @@ def test_the_card_shows_calls_that_run(hub, saved, make_pipeline):
     card = hub.files("user/classes")["README.md"].decode()
     assert "Plain diffusers cannot sample a class-conditional network" in card
     assert 'from_pretrained("user/classes")' in card and "pipe(batch_size=4)" not in card
+
+
+def test_the_license_is_the_one_that_was_said(hub, saved, make_pipeline):
+    push_folder(saved, "user/licensed", license="mit")
+    push_folder(saved, "user/licensed")  # which says nothing of it
+    first = hub.files("user/licensed")
+    assert ModelCard(first["README.md"].decode()).data.license == "mit"
+    (saved / "README.md").unlink()
+    push_folder(saved, "user/licensed", license="apache-2.0")
+    card = hub.files("user/licensed")["README.md"].decode()
+    assert card.replace("apache-2.0", "mit").rpartition("<!--")[0] == first["README.md"].decode().rpartition("<!--")[0]
+    make_pipeline().push_to_hub("user/licensed")  # other weights: the card is still this package's
+    card = ModelCard(hub.files("user/licensed")["README.md"].decode())
+    assert card.data.license == "apache-2.0" and "Not recorded" in card.text
+    (saved / "README.md").write_text("---\ntags:\n- mine\n---\nMine\n")
+    push_folder(saved, "user/licensed", license="mit")
+    card = ModelCard(hub.files("user/licensed")["README.md"].decode())
+    assert (card.data.license, card.data.tags, card.text.strip()) == ("mit", ["mine"], "Mine")
+    (saved / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ValueError, match="README.md: its header is not YAML .*; mend it by hand"):
+        push_folder(saved, "user/licensed", license="mit")
+    push_folder(saved, "user/licensed")
+    (saved / "README.md").unlink()
+    make_pipeline().push_to_hub("user/licensed")  # over what has no license that can be read
+
+
+@pytest.mark.parametrize("name", ["training", "evaluation"])
+@pytest.mark.parametrize(
+    "values", ["[]", "null", "{}", '{"data": "digits", "split": "test", "loss": "vlb", "total": NaN}']
+)
+def test_numbers_that_nobody_measured(saved, name, values):
+    (saved / f"{name}.json").write_text(values)
+    with pytest.raises(ValueError, match=rf"{name}.json lacks a finite value of one of data, .*; remove it") as caught:
+        push_folder(saved, "user/never")
+    assert "\n" not in str(caught.value)
+
+
+def test_pull_requests_are_added_to(hub, saved, make_pipeline):
+    push_folder(saved, "user/request")
+    first = make_pipeline()
+    first.unet.conv_in.bias.data.add_(1)
+    pr = first.push_to_hub("user/request", create_pr=True).pr_revision
+    assert b'revision="remote-code"' not in hub.files("user/request", pr)["README.md"]  # which is of main
+    first.unet.conv_in.bias.data.add_(1)
+    requests = len(hub.requests)
+    first.push_to_hub("user/request", revision=pr)
+    assert not [path for method, path, _ in hub.requests[requests:] if method == "POST" and "/branch/" in path]
+    with pytest.raises(HubError, match="revision='' is no name of a branch"):
+        push_folder(saved, "user/request", revision="")
+    with pytest.raises(HubError, match="no valid token"):
+        push_folder(saved, "user/request", token="a\nb")
 
 
 def test_what_is_not_the_networks_fault_is_not_called_so(hub, saved, monkeypatch):

@@ -22,7 +22,6 @@ class ConfigError(ValueError):
 class TrainConfig:
     """Every key of a YAML file or of the command line. "Steps" are optimizer steps."""
 
-    config: str = "digits"  # the preset that it begins with, or the path of a YAML file
     # data
     data: str = "digits"  # digits, mnist, a folder of images, a .parquet file or folder, or a Hub id
     split: str = "train"
@@ -68,10 +67,12 @@ class TrainConfig:
     push_to_hub: str | None = None  # user/name of a repository on the Hub; None for nowhere
     hub_private: bool = False  # where the repository is made: for its owner only
     license: str | None = None  # of the model card: the Hub's name of one, as apache-2.0
+    # no key: the preset that it began with, for the model card
+    preset: str | None = dataclasses.field(default=None, init=False)
 
 
 # of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
-MAY_CHANGE = {"config", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
+MAY_CHANGE = {"preset", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
 MAY_CHANGE |= {"log_every", "sample_every", "sample_count", "sample_steps", "push_to_hub", "hub_private", "license"}
 DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
 
@@ -83,8 +84,8 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
         ConfigError: an unknown key (with the nearest one), a wrong type, a missing value or file.
     """
     arguments, dry_run = _read_arguments(argv)
-    source = arguments.pop("config", TrainConfig.config)
-    values = {"config": Path(source).name, **_read_yaml(source)}  # config.yaml of a run tells what that one began with
+    source = arguments.pop("config", "digits")
+    values = _read_yaml(source)
     for key, text in arguments.items():
         part, _, name = key.partition(".")
         value = _parse(text)
@@ -97,7 +98,7 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
             values[part] = {**inner, name: value}
         else:
             values[key] = value
-    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig) if field.init}
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(f"unknown key {key!r}{nearest(key, fields)}")
@@ -106,6 +107,7 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
         if key in values:
             values[key] = os.path.expanduser(values[key])
     config = TrainConfig(**values)
+    config.preset = source if _preset(source).is_file() else None
     _check(config)
     return config, dry_run
 
@@ -129,8 +131,12 @@ def _read_arguments(argv):
     return arguments, dry_run
 
 
+def _preset(name):
+    return PRESETS / f"{name}.yaml"
+
+
 def _read_yaml(source):
-    path = Path(source) if source.endswith((".yaml", ".yml")) else PRESETS / f"{source}.yaml"
+    path = Path(source) if source.endswith((".yaml", ".yml")) else _preset(source)
     if not path.is_file():
         known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
         raise ConfigError(f"config {source!r} is neither a .yaml file nor a preset; presets: {', '.join(known)}")
@@ -285,12 +291,13 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     path = found[-1] if found else path
     if path is None:
         return None
-    before, now = _read_run(path), dataclasses.asdict(config)
+    before, now = {**dataclasses.asdict(TrainConfig()), **_read_run(path)}, dataclasses.asdict(config)
     may_change = MAY_CHANGE | ({"steps"} if config.lr_schedule.startswith("constant") else set())
+    may_change -= {"num_workers"} if config.streaming else set()  # they divide the stream
     for key in now:
-        if key not in may_change and before.get(key) != now[key]:
+        if key not in may_change and before[key] != now[key]:
             raise ConfigError(
-                f"{key}={now[key]!r}, but {path} was trained with {before.get(key)!r}; give that, or another output_dir"
+                f"{key}={now[key]!r}, but {path} was trained with {before[key]!r}; give that, or another output_dir"
             )
     if path.name.isdigit() and int(path.name) > config.steps:
         raise ConfigError(f"steps={config.steps}, but {path} is further already; give more steps or another output_dir")
@@ -309,7 +316,9 @@ def _read_run(folder):
 
 def as_yaml(config: TrainConfig) -> str:
     """The whole config as config.yaml holds it."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    values = dataclasses.asdict(config)
+    del values["preset"]
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def image_size(config: TrainConfig) -> tuple[int, ...]:

@@ -20,7 +20,9 @@ def main():
     parser.add_argument("--license", help="the Hub's name of one, as apache-2.0; nothing is said of it if left out")
     parser.add_argument("--private", action="store_true", help="where the repository is made: for its owner only")
     parser.add_argument("--revision", help="branch; main if left out")
-    parser.add_argument("--create_pr", action="store_true", help="as a pull request")
+    parser.add_argument(
+        "--create_pr", action="store_true", help="as a pull request; push to main once more when it is merged"
+    )
     parser.add_argument("--commit_message")
     parser.add_argument("--token", help="better: `hf auth login`, or HF_TOKEN")
     options = vars(parser.parse_args())

@@ -100,8 +100,7 @@ def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> torc
         images = load_images(config.data, config.split, config.streaming)
         columns = config.image_column, config.label_column
         dataset = training_set(images, transform, *columns)
-        item = next(iter(dataset), None)
-        if item is None:
+        if next(iter(dataset), None) is None:
             raise ValueError("there are no images in it")
         if config.streaming:
             images = images.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
@@ -112,16 +111,14 @@ def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> torc
             )
     except (ValueError, OSError) as error:
         raise ConfigError(f"data={config.data!r}: {' '.join(str(error).split())}") from error
-    classes = config.unet.get("num_class_embeds")
-    if classes is not None and not isinstance(item["class_labels"], int):
-        raise ConfigError(
-            f"label_column={config.label_column!r} holds {item['class_labels']!r}; labels must be integers"
-        )
     return dataset
 
 
 def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch.utils.data.DataLoader:
-    """Batches of this process's images on its device; their order is a function of the seed and the epoch alone."""
+    """Batches of this process's images on its device; their order is a function of the seed and the epoch alone.
+
+    That of a stream is one of the processes and workers too.
+    """
     loader = torch.utils.data.DataLoader(
         dataset,
         config.batch_size,
@@ -136,15 +133,31 @@ def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch
 
 
 def batches(loader, config, at):
-    """Batches without end, from the place `at` on, which moves with them."""
-    while True:
+    """Batches without end, from the place `at` on, which moves with them.
+
+    Raises:
+        ConfigError: an image or label that cannot be read, or epochs without a batch.
+    """
+    empty = 0  # the parts of a stream are others in each epoch
+    while empty < 10:
         loader.set_epoch(at.epoch)
-        for batch in skip_first_batches(loader, at.batch):
+        epoch = iter(skip_first_batches(loader, at.batch))
+        while (batch := _next(epoch, config)) is not None:
             at.batch += 1
             yield batch
-        if at.batch == 0:
-            raise ConfigError(f"batch_size={config.batch_size} is more than the images of {config.data!r} to a process")
+        empty = 0 if at.batch else empty + 1
         at.epoch, at.batch = at.epoch + 1, 0
+    raise ConfigError(
+        f"batch_size={config.batch_size} is more than the images of {config.data!r} to a process, or, of a stream, to "
+        f"each of its num_workers={config.num_workers}"
+    )
+
+
+def _next(epoch, config):
+    try:
+        return next(epoch, None)
+    except Exception as error:  # of a worker it holds the whole traceback, and ends with what happened
+        raise ConfigError(f"data={config.data!r}: {str(error).strip().splitlines()[-1]}") from error
 
 
 def train(config: TrainConfig) -> Path:

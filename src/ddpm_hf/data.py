@@ -181,16 +181,21 @@ def training_set(
     """The data set or stream with items {"x_start": (C, H, W) float32 in [-1, 1]}, and {"class_labels": int} of a label column.
 
     Raises:
-        ValueError: a column that is not there.
+        ValueError: a column that is not there; when read, an image that is missing or a label that is no integer.
     """
     column = image_column(dataset, column)
     if label_column is not None and label_column not in dataset.column_names:
         raise ValueError(f"label_column={label_column!r} is not in the data; it has {', '.join(dataset.column_names)}")
 
     def batch_transform(rows):
+        if None in rows[column]:
+            raise ValueError(f"image_column={column!r} has a row without an image; remove it")
         items = {"x_start": [transform(image) for image in rows[column]]}
         if label_column is not None:
             items["class_labels"] = rows[label_column]
+            wrong = [label for label in rows[label_column] if not isinstance(label, int)]
+            if wrong:
+                raise ValueError(f"label_column={label_column!r} holds {wrong[0]!r}; labels must be integers")
         return items
 
     if isinstance(dataset, datasets.IterableDataset):

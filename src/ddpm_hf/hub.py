@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .push import read_json, told_of
+from .push import read_json, read_text, told_of
 from .unet import DDPMUNet
 
 # installed beside the package; at the project's root in a checkout
@@ -45,12 +45,37 @@ def write_whole(path: Path, text: str) -> Path:
 def has_our_card(folder: str | os.PathLike) -> bool:
     """Whether README.md of a saved pipeline is as `write_model_card` left it."""
     path = Path(folder) / "README.md"
-    return path.is_file() and is_our_card(path.read_text(encoding="utf-8"))
+    return path.is_file() and is_our_card(read_text(path))
 
 
 def is_our_card(text: str) -> bool:
     """Whether a card is as `card_text` made it, by the digest in its last line."""
     return text == _signed(text.rpartition("\n\n<!--")[0])
+
+
+def license_of(text: str) -> str | None:
+    """The license in a card's header, if it has one."""
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data.license
+    except Exception:  # no YAML
+        return None
+
+
+def licensed(text: str, license: str) -> str:
+    """A card with this license in its header; as `card_text` made it if it was.
+
+    Raises:
+        ValueError: a header that is no YAML.
+    """
+    ours = is_our_card(text)
+    try:
+        card = ModelCard(text.rpartition("\n\n<!--")[0] if ours else text, ignore_metadata_errors=True)
+    except Exception as error:
+        raise ValueError(
+            f"README.md: its header is not YAML ({' '.join(str(error).split())}); mend it by hand"
+        ) from None
+    card.data.license = license
+    return _signed(str(card)) if ours else str(card)
 
 
 def _signed(text):
@@ -68,7 +93,7 @@ def model_card(
         folder: a saved pipeline; training.json, evaluation.json and pictures in it are told where they are.
         repo_id: what the card's examples open; None for the name of the folder, or of the run whose "pipeline" it is.
         license: the Hub's name of one, "apache-2.0"; None says nothing of it.
-        remote_code: whether the repository has the branch "remote-code", or is to have it.
+        remote_code: whether it is the card of a repository's main, beside which the branch "remote-code" is kept.
 
     Raises:
         FileNotFoundError: not a saved pipeline.

@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
@@ -21,6 +22,17 @@ WEIGHTS = re.compile(
 )
 # what tells of the weights: of the run, and of how they were measured
 TOLD = re.compile(r"(training|evaluation)\.(json|csv|png)|samples\.png")
+# values that the card tells of training.json and evaluation.json: texts, numbers
+NEEDED = {
+    "training": (
+        ("data", "split", "loss"),
+        ("steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "ema_decay", "seed"),
+    ),
+    "evaluation": (
+        ("data", "split"),
+        ("total", "prior", "kl", "decoder", "images", "steps", "first_timestep", "seed"),
+    ),
+}
 # a branch whose index names the class in pipeline.py, for from_pretrained(x, revision="remote-code", trust_remote_code=True)
 REMOTE_CODE = "remote-code"
 STOCK_CLASS, OUR_CLASS = "DDPMPipeline", ["pipeline", "DDPMImagePipeline"]
@@ -53,8 +65,9 @@ def push_folder(
             was, or if the weights are the same.
         repo_id: "user/name", or "name" for the token's own; made if it is not there.
         license: for the card, the Hub's name of one; None for what the repository's card says.
-        commit_message, private, token, create_pr: as in diffusers' `push_to_hub`.
-        revision: branch; made if it is not there. None for main.
+        commit_message, private, token: as in diffusers' `push_to_hub`.
+        revision: branch, made if it is not there, or "refs/pr/1" of a pull request; None for main.
+        create_pr: as a pull request. Once it is merged, push to main again, so that "remote-code" follows.
 
     Returns:
         `CommitInfo` of huggingface_hub: the commit's address, that of the pull request as `pr_url`.
@@ -68,29 +81,21 @@ def push_folder(
     if revision == REMOTE_CODE:
         raise ValueError(f"revision={revision!r} is kept by this package beside main; choose another")
     commit_message = commit_message or "Upload DDPMImagePipeline"
-    with _explained(repo_id):
+    with _explained(repo_id, revision):
         api = HfApi(token=token.strip() if isinstance(token, str) else token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         to_main = revision in (None, constants.DEFAULT_REVISION) and not create_pr
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = _tree(api, repo_id, revision)
         _check_repository(api, repo_id, revision, there)
-        hub, old = _hub(), None
+        old = ""
         if "README.md" in there:
             path = api.hf_hub_download(repo_id, "README.md", revision=revision)
-            old = Path(path).read_text(encoding="utf-8")
+            old = Path(path).read_text(encoding="utf-8", errors="replace")
     gone, changed = _left_behind(files, there)
-    if "README.md" in files:
-        written = hub is not None and hub.has_our_card(folder)
-    else:
-        written = hub is not None and (old is None or (changed and hub.is_our_card(old)))
-    if written:
-        license = license or (old and ModelCard(old, ignore_metadata_errors=True).data.license)
-        with _explained(repo_id):
-            remote_code = to_main or REMOTE_CODE in _branches(api, repo_id)
-        files["README.md"] = hub.card_text(folder, repo_id, license=license, remote_code=remote_code).encode()
-    with _explained(repo_id):
+    files |= _card(folder, files, old, repo_id, license, changed, to_main)
+    with _explained(repo_id, revision):
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         operations += [CommitOperationDelete(name) for name in sorted(gone)]
         info = api.create_commit(
@@ -99,6 +104,22 @@ def push_folder(
         if to_main:
             _keep_remote_code(api, repo_id, info.oid, files["model_index.json"], commit_message)
     return info
+
+
+def _card(folder, files, old, repo_id, license, changed, to_main):
+    """README.md as it is to be sent, if not as it is in the folder or was in the repository, whose text is `old`."""
+    hub, mine = _hub(), files.get("README.md")
+    if hub is None:
+        return {}
+    text = read_text(mine) if mine else old
+    if not text or (hub.is_our_card(text) and (mine or changed)):
+        license = license or hub.license_of(old)
+        text = hub.card_text(folder, repo_id, license=license, remote_code=to_main)
+    elif license and license != hub.license_of(text):
+        text = hub.licensed(text, license)
+    else:
+        return {}
+    return {"README.md": text.encode()}
 
 
 def _hub():
@@ -120,10 +141,6 @@ def _variant(name):
     return match and match[1] + (match[2] or "")
 
 
-def _branches(api, repo_id):
-    return {branch.name for branch in api.list_repo_refs(repo_id).branches}
-
-
 def _left_behind(files, there):
     """What of the repository's files goes, and whether the weights that its card tells of change."""
     weights = {name: path for name, path in files.items() if _variant(name)}
@@ -142,7 +159,7 @@ def _keep_remote_code(api, repo_id, commit, index, commit_message):
     """The branch for trusted code: as main at this commit, but for the class in the index."""
     index = json.loads(index if isinstance(index, bytes) else index.read_text(encoding="utf-8"))
     index = (json.dumps({**index, "_class_name": OUR_CLASS}, indent=2, sort_keys=True) + "\n").encode()
-    if REMOTE_CODE in _branches(api, repo_id):
+    if REMOTE_CODE in {branch.name for branch in api.list_repo_refs(repo_id).branches}:
         blobs = {name: info.blob_id for name, info in _tree(api, repo_id, commit).items()}
         blobs["model_index.json"] = hashlib.sha1(b"blob %d\0" % len(index) + index).hexdigest()  # as git names it
         if blobs == {name: info.blob_id for name, info in _tree(api, repo_id, REMOTE_CODE).items()}:
@@ -164,12 +181,23 @@ def weights_digest(folder: Path) -> str:
 def told_of(folder: Path) -> dict[str, dict | None]:
     """training.json and evaluation.json of a saved pipeline by "training" and "evaluation": of other weights they are None.
 
-    What is not there is left out.
+    What is not there is left out. Raises ValueError for what training/train.py and evaluate.py do not write.
     """
-    now = weights_digest(folder)
-    paths = {name: folder / f"{name}.json" for name in ("training", "evaluation")}
-    found = {name: read_json(path) for name, path in paths.items() if path.is_file()}
-    return {name: values if values.get("weights", now) == now else None for name, values in found.items()}
+    now, found = weights_digest(folder), {}
+    for name, (texts, numbers) in NEEDED.items():
+        path = folder / f"{name}.json"
+        if path.is_file():
+            values = read_json(path)
+            whole = isinstance(values, dict) and all(isinstance(values.get(key), str) for key in texts)
+            if not whole or not all(_finite(values.get(key)) for key in numbers):
+                keys = ", ".join((*texts, *numbers))
+                raise ValueError(f"{path} lacks a finite value of one of {keys}; remove it")
+            found[name] = values if values.get("weights", now) == now else None
+    return found
+
+
+def _finite(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def published_files(folder: Path) -> dict[str, Path | bytes]:
@@ -245,11 +273,19 @@ def _check_weights(folder):
             )
 
 
+def read_text(path: Path) -> str:
+    """A text file of a saved pipeline. Raises ValueError that names it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); write it again") from None
+
+
 def read_json(path: Path) -> dict:
     """A JSON file of a saved pipeline. Raises ValueError that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); save the pipeline again") from None
 
 
@@ -269,7 +305,7 @@ def _check_repository(api, repo_id, revision, there):
 
 
 @contextlib.contextmanager
-def _explained(repo_id):
+def _explained(repo_id, revision=None):
     """Errors of the Hub in one line, with what to do; without those they come from, which may show the token."""
     try:
         yield
@@ -288,10 +324,12 @@ def _explained(repo_id):
             message = f"repo_id={repo_id!r} is no name of a repository; give user/name"
         elif isinstance(error, OfflineModeIsEnabled):
             message = f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish"
-        elif status == 401 or any(isinstance(e, LocalTokenNotFoundError) for e in chain):
+        elif status == 401 or any(type(e).__name__ in ("LocalTokenNotFoundError", "LocalProtocolError") for e in chain):
             message = f"{repo_id}: no valid token; run `hf auth login`, set HF_TOKEN, or give token="
         elif status == 403:
             message = f"{repo_id}: this token may not write there; take one with write access, or a name of your own"
+        elif status == 404 and revision is not None:
+            message = f"{repo_id}: not found, private to somebody else, or revision={revision!r} is no name of a branch"
         elif status == 404:
             message = f"{repo_id}: not found, or private to somebody else; choose another name"
         elif status in (409, 412):

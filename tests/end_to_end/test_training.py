@@ -27,6 +27,12 @@ SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_st
 NETWORK = ["--unet.block_out_channels", "[8, 16]", "--unet.norm_num_groups", "4", "--unet.attention_head_dim", "8"]
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    """`datasets` sleeps for 5 s at the end of each epoch of a shuffled stream."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Two runs of the same seed by accelerate launch and by python, the third with another seed."""
@@ -184,6 +190,40 @@ def test_an_image_that_cannot_be_read_is_told_in_one_line(tmp_path):
     assert not (tmp_path / "run/pipeline").exists()
 
 
+@pytest.mark.parametrize("extra", [[], ["--num_workers", "1"], ["--streaming", "true"]])
+def test_rows_that_are_no_data_are_told_in_one_line(tmp_path, extra):
+    rows = {"image": [Image.new("L", (8, 8), i) for i in range(16)], "label": list(range(16))}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for change, message in (
+        ({"label": [*range(15), None]}, "label_column='label' holds None; labels must be integers"),
+        ({"image": [*rows["image"][:15], None]}, "image_column='image' has a row without an image; remove it"),
+        ({"image": [*rows["image"][:15], Image.new("L", (8, 8), 40)]}, "levels=17, but the data has a pixel of 40"),
+    ):
+        datasets.Dataset.from_dict(rows | change, features=features).to_parquet(tmp_path / "rows.parquet")
+        arguments = [
+            *SMALL.split(),
+            *NETWORK,
+            *extra,
+            "--data",
+            tmp_path / "rows.parquet",
+            "--output_dir",
+            tmp_path / "run",
+        ]
+        arguments += ["--label_column", "label", "--unet.num_class_embeds", "16"]
+        result = script("train.py", *arguments, check=False)
+        last = result.stderr.splitlines()[-1]
+        assert result.returncode == 1 and last.startswith("train.py: data=") and message in last
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_a_stream_that_workers_divide_unevenly(tmp_path):
+    """Epochs in which no worker has a whole batch are passed over."""
+    for i, count in enumerate((7, 8, 9)):
+        digits("test").select(range(count)).to_parquet(tmp_path / f"{i}.parquet")
+    arguments = [*SMALL.split(), *NETWORK, "--streaming", "true", "--num_workers", "2", "--data", str(tmp_path)]
+    train(load_config([*arguments, "--output_dir", str(tmp_path / "run")])[0])
+
+
 def test_class_conditional(tmp_path):
     script(
         "train.py", *SMALL.split(), *NETWORK, "--label_column", "label", "--unet.num_class_embeds", "10",
@@ -209,9 +249,8 @@ def test_what_the_data_does_not_hold_is_told_in_one_line(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_a_stream(hub, tmp_path, monkeypatch):
+def test_a_stream(hub, tmp_path):
     """From the Hub and from files as from memory: the same images, each epoch in an order of its own."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s at the end of each epoch
     digits("test").push_to_hub("user/streamed", split="train", num_shards=3)
     digits("test").to_parquet(tmp_path / "images.parquet")
     arguments = [*SMALL.split(), *NETWORK, "--streaming", "true", "--shuffle_buffer", "50", "--data"]
