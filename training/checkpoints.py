@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, load
+from safetensors import SafetensorError
+from stops import tell
 
 from config import ConfigError, TrainConfig, as_yaml, checkpoints_in
 
@@ -23,45 +25,95 @@ class Checkpoints:
         self.config, self.accelerator, self.at, self.parts = config, accelerator, at, parts
         self.folder = Path(config.output_dir) / "checkpoints"
 
-    def save(self, step: int) -> None:
-        """Writes a checkpoint, then removes all but the newest `keep_checkpoints`."""
-        whole, main = self.folder / f"{step:07d}", self.accelerator.is_main_process
+    def save(self, step: int) -> bool:
+        """Writes a checkpoint, then removes all but the newest `keep_checkpoints`.
+
+        Returns whether it is there: what could not be written is told, and leaves the older ones as they were.
+        """
+        whole = self.folder / f"{step:07d}"
         temporary = whole.with_name(f".{whole.name}")
         places = gather_object([self.at.state_dict()])
-        if main:
+
+        def begin():
             for stopped in self.folder.glob(".*"):
                 shutil.rmtree(stopped)
             temporary.mkdir(parents=True)
             (temporary / "config.yaml").write_text(as_yaml(self.config))
             state = {name: part.state_dict() for name, part in self.parts.items()}
             torch.save({**state, "at": places}, temporary / "run.pt")
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(temporary)
-        self.accelerator.wait_for_everyone()
-        if main:
+
+        def end():
             for path in temporary.iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
             os.replace(temporary, whole)
+
+        main = self.accelerator.is_main_process
+        saved = (
+            self._everywhere(begin if main else None)
+            and self._everywhere(lambda: self.accelerator.save_state(temporary))
+            and self._everywhere(end if main else None)
+        )
+        if main and saved:
             for old in checkpoints_in(self.config.output_dir)[: -self.config.keep_checkpoints]:
                 os.replace(old, old.with_name(f".{old.name}"))
                 shutil.rmtree(old.with_name(f".{old.name}"))
+        elif main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return saved
+
+    def _everywhere(self, write):
+        """Whether all processes have done it; each waits for the others, and what went wrong is told."""
+        problem = None
+        try:
+            if write:
+                write()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = " ".join(str(error).split())
+        problems = [each for each in gather_object([problem]) if each]
+        if problems and self.accelerator.is_main_process:
+            left = checkpoints_in(self.config.output_dir)
+            tell(
+                f"a checkpoint could not be written ({problems[0]}); the run goes on, "
+                f"the last whole one is {left[-1] if left else 'none'}"
+            )
+        return not problems
 
     def load(self, path: Path) -> None:
-        """Raises ConfigError for a checkpoint that cannot be read, or that another number of processes wrote."""
+        """Goes on from the checkpoint `path`; where it is this run's own and cannot be read, from the newest older one.
+
+        Those that cannot be read are told, and renamed to `<step>.unreadable`.
+
+        Raises:
+            ConfigError: none can be read, or another number of processes wrote it.
+        """
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        try:
-            state = torch.load(path / "run.pt", map_location="cpu", weights_only=True)
-            before = len(state["at"])
-            if before == processes:
-                load(path / f"random_states_{index}.pkl")  # accelerate goes on without it and says nothing
-                self.accelerator.load_state(path)
-                self.at.load_state_dict(state["at"][index])
-                for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
-        except Exception as error:
-            raise ConfigError(
-                f"{path} cannot be read ({type(error).__name__}); remove it to go on from an older one"
-            ) from error
-        if before != processes:
-            raise ConfigError(f"{path} was written by {before} processes, this run has {processes}; start as many")
+        older = [each for each in checkpoints_in(self.config.output_dir) if each.name < path.name]
+        candidates, unreadable = [path, *(reversed(older) if path.parent == self.folder else ())], []
+        for candidate in candidates:
+            problem = None
+            try:
+                state = torch.load(candidate / "run.pt", map_location="cpu", weights_only=True)
+                written = len(state["at"])
+                if written == processes:
+                    load(candidate / f"random_states_{index}.pkl")  # accelerate goes on without it and says nothing
+                    self.accelerator.load_state(candidate)
+                    self.at.load_state_dict(state["at"][index])
+                    for name, part in self.parts.items():
+                        part.load_state_dict(state[name])
+            except Exception as error:
+                problem = type(error).__name__
+            problem = next((each for each in gather_object([problem]) if each), None)
+            if problem:
+                unreadable.append((candidate, problem))
+                continue
+            if written != processes:
+                raise ConfigError(
+                    f"{candidate} was written by {written} processes, this run has {processes}; start as many"
+                )
+            if self.accelerator.is_main_process:
+                for broken, why in unreadable:
+                    os.replace(broken, broken.with_name(f"{broken.name}.unreadable"))
+                    tell(f"{broken} cannot be read ({why}); the run goes on from {candidate}")
+            return
+        raise ConfigError(f"{path} cannot be read ({unreadable[0][1]}), nor one before it; remove {path.parent}")

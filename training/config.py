@@ -50,6 +50,7 @@ class TrainConfig:
     adam_betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    max_steps_skipped: int = 25  # in a row, for want of a finite gradient, before the run gives up
     ema_decay: float = 0.9999
     mixed_precision: str = "no"  # no, bf16, fp16
     num_workers: int = 0  # processes that read images
@@ -73,7 +74,16 @@ class TrainConfig:
 
 # of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
 MAY_CHANGE = {"preset", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
-MAY_CHANGE |= {"log_every", "sample_every", "sample_count", "sample_steps", "push_to_hub", "hub_private", "license"}
+MAY_CHANGE |= {
+    "max_steps_skipped",
+    "log_every",
+    "sample_every",
+    "sample_count",
+    "sample_steps",
+    "push_to_hub",
+    "hub_private",
+    "license",
+}
 DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
 
 
@@ -205,6 +215,7 @@ def _check(config):
         "channels",
         "keep_checkpoints",
         "shuffle_buffer",
+        "max_steps_skipped",
     ):
         if getattr(config, key) < 1:
             raise ConfigError(f"{key}={getattr(config, key)} must be 1 or more")

@@ -40,6 +40,8 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import get_token
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from stops import FiniteSteps, Signals, Stopped, going_on, ignore_interrupts
 from tqdm.auto import tqdm
 
 import ddpm_hf
@@ -125,6 +127,7 @@ def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch
         shuffle=None if config.streaming else True,
         drop_last=True,
         num_workers=config.num_workers,
+        worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # reading ahead shall not draw from the generator of noise and timesteps
     )
     if config.streaming:  # divided already; a process whose part is shorter begins its next epoch earlier
@@ -189,7 +192,7 @@ def train(config: TrainConfig) -> Path:
         config.learning_rate,
         betas=tuple(config.adam_betas),
         weight_decay=config.weight_decay,
-        fused=accelerator.device.type in ("cpu", "cuda"),
+        fused=True,
     )
     lr_schedule = get_scheduler(
         config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
@@ -204,14 +207,14 @@ def train(config: TrainConfig) -> Path:
         write_whole(output / "config.yaml", as_yaml(config))
         (output / "samples").mkdir(exist_ok=True)
     log, at = Log(config, output, accelerator), Position()
-    checkpoints = Checkpoints(
-        config, accelerator, at=at, ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, log=log
-    )
+    finite = FiniteSteps(accelerator.device, config.max_steps_skipped)
+    parts = dict(ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, log=log, finite=finite)
+    checkpoints = Checkpoints(config, accelerator, at, **parts)
     if resumed:
         checkpoints.load(resumed)
         ema.to(accelerator.device)
     log.begin(at.step)
-    with log:
+    with log, Signals(accelerator) as signals:
         stream = batches(loader, config, at)
         while at.step < config.steps:
             batch = next(stream)
@@ -223,7 +226,8 @@ def train(config: TrainConfig) -> Path:
                 loss = (weights * losses).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                    finite.check(norm, optimizer.optimizer, scaled=accelerator.scaler is not None)
                 optimizer.step()
                 optimizer.zero_grad()
             log.add(loss)
@@ -232,13 +236,21 @@ def train(config: TrainConfig) -> Path:
             lr_schedule.step()
             ema.step(unet.parameters())
             at.step += 1
-            log.step(at.step, lr_schedule.get_last_lr()[0])
+            if log.step(at.step, lr_schedule.get_last_lr()[0], norm, finite):
+                finite.raise_if_lost(norm, t, losses, at)
             if accelerator.is_main_process and config.sample_every and at.step % config.sample_every == 0:
-                with EMAWeights(ema, unet):
+                with EMAWeights(ema, unet), going_on("a sheet of samples"):
                     path = output / "samples" / f"{at.step:07d}.png"
                     save_samples(config, accelerator.unwrap_model(unet), scheduler, path)
-            if config.checkpoint_every and (at.step % config.checkpoint_every == 0 or at.step == config.steps):
-                checkpoints.save(at.step)
+            signal = signals.stop(at.step) if at.step < config.steps else None
+            due = config.checkpoint_every and (at.step % config.checkpoint_every == 0 or at.step == config.steps)
+            saved = checkpoints.save(at.step) if due or signal else False
+            if signal:
+                raise Stopped(
+                    f"stopped by signal {signal} after step {at.step}; the same command goes on from "
+                    f"{'there' if saved else 'the last checkpoint'}",
+                    status=128 + signal,
+                )
     if accelerator.is_main_process:
         ema.copy_to(unet.parameters())
         save_pipeline(config, accelerator.unwrap_model(unet).eval(), scheduler, output / "pipeline")
@@ -310,17 +322,29 @@ class Log:
             self.losses.append(loss.detach())
         self.seen += self.images
 
-    def step(self, step, learning_rate):
+    def step(self, step, learning_rate, norm, finite):
+        """After each optimizer step; whether it was one of those that are logged."""
         self.bar.update()
-        if not self.main or step % self.config.log_every and step != self.config.steps:
-            return
-        loss, seconds = torch.stack(self.losses).mean().item(), time.perf_counter() - self.start
-        row = {"step": step, "loss": loss, "learning_rate": learning_rate, "images_per_second": self.seen / seconds}
-        self.rows.append(row)
-        with open(self.output / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
+        if step % self.config.log_every and step != self.config.steps:
+            return False
+        if self.main:
+            losses, seconds = torch.stack(self.losses), time.perf_counter() - self.start
+            row = {
+                "step": step,
+                "loss": losses[losses.isfinite()].mean().item(),
+                "gradient_norm": norm.item(),
+                "steps_skipped": int(finite.skipped),
+                "learning_rate": learning_rate,
+                "images_per_second": self.seen / seconds,
+            }
+            row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no others
+            self.rows.append(row)
+            with going_on("log.jsonl"), open(self.output / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            shown = {"loss": f"{losses.mean():.4f}", "images_per_s": f"{row['images_per_second']:.0f}"}
+            self.bar.set_postfix(shown | ({"skipped": row["steps_skipped"]} if row["steps_skipped"] else {}))
         self.losses, self.seen, self.start = [], 0, time.perf_counter()
+        return True
 
     def __enter__(self):
         return self
@@ -328,7 +352,8 @@ class Log:
     def __exit__(self, *exception):
         self.bar.close()
         if self.main and self.rows:
-            plot_loss(self.rows, self.output / "loss.png")
+            with going_on("loss.png"):
+                plot_loss(self.rows, self.output / "loss.png")
 
 
 def plot_loss(rows, path):
@@ -338,7 +363,7 @@ def plot_loss(rows, path):
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows])
+    axes.plot([row["step"] for row in rows], [math.nan if row["loss"] is None else row["loss"] for row in rows])
     axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -414,7 +439,14 @@ def main():
         return
     try:
         folder = train(CONFIG)
-    except (ConfigError, OSError) as error:  # OSError: an image that cannot be read, a full disk
+    except Stopped as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except (
+        ConfigError,
+        OSError,
+        SafetensorError,
+    ) as error:  # a full disk, which safetensors has an error of its own for
         sys.exit(f"train.py: {' '.join(str(error).split())}")
     print(f"saved {folder}")
     if CONFIG.push_to_hub and int(os.environ.get("RANK", 0)) == 0:

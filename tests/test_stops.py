@@ -1,0 +1,113 @@
+"""Runs that are told to end, that diverge, and that cannot write."""
+
+import copy
+import json
+import math
+import os
+import resource
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scripts import script
+from stops import FiniteSteps, Signals
+
+from config import ConfigError, checkpoints_in, load_config
+from train import train
+
+RUN = (
+    "--steps 6 --batch_size 16 --sample_every 0 --sample_steps 3 --log_every 1 --lr_warmup_steps 0 --checkpoint_every 2 "
+    "--lr_schedule constant --unet.block_out_channels [8,16] --unet.norm_num_groups 4 --unet.attention_head_dim 8"
+)
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing():
+    weights = torch.nn.Parameter(torch.ones(3))
+    optimizer, finite = torch.optim.AdamW([weights], 0.1, fused=True), FiniteSteps(torch.device("cpu"), 3)
+    before, rows = [], []
+    for value in (1.0, 2.0, math.nan, math.inf, 1.0, math.nan):
+        weights.grad = torch.tensor([0.5, value, 0.5])
+        finite.check(weights.grad.norm(), optimizer)
+        state = copy.deepcopy((weights.data, optimizer.state_dict()["state"]))
+        optimizer.step()
+        same = torch.equal(weights, state[0])
+        before.append(same)
+        if same:
+            torch.testing.assert_close(optimizer.state_dict()["state"], state[1], rtol=0, atol=0)
+        rows.append((int(finite.skipped), int(finite.in_a_row)))
+    assert before == [False, False, True, True, False, True]
+    assert rows == [(0, 0), (0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+    assert optimizer.state[weights]["step"] == 3
+    other = FiniteSteps(torch.device("cpu"), 3)
+    other.load_state_dict(finite.state_dict())
+    assert (other.skipped, other.in_a_row) == (3, 1)
+
+
+def test_a_run_that_is_lost_stops_and_says_where(tmp_path):
+    result = script(
+        "train.py", *RUN.split(), "--learning_rate", "1e30", "--steps", 40, "--max_steps_skipped", 5, "--checkpoint_every", 3,
+        "--output_dir", tmp_path, check=False,
+    )  # fmt: skip
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("train.py: 5 steps in a row had no finite gradient")
+    assert "epoch 0, batch " in last and "gradient norm nan" in last and "losses that are not finite at t = " in last
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["steps_skipped"] == 5 and rows[-1]["gradient_norm"] is None and rows[-1]["loss"] is None
+    assert checkpoints_in(str(tmp_path)) and not (tmp_path / "pipeline").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_a_step(number):
+    before = signal.getsignal(number)
+    with Signals(SimpleNamespace(num_processes=1)) as signals:
+        assert signals.stop(1) is None
+        os.kill(os.getpid(), number)
+        assert signals.stop(2) == number
+        assert signal.getsignal(number) == before  # the next one ends it
+    assert signal.getsignal(number) == before
+
+
+def test_a_full_disk_ends_nothing(tmp_path):
+    """Files of more than 100 kB cannot be written: the network's, and the optimizer's."""
+    arguments = [*RUN.split(), "--output_dir", str(tmp_path)]
+    train(load_config([*arguments, "--steps", "2"])[0])
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        result = script("train.py", *arguments, check=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    # the pipeline itself could not be written either
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("train.py: Error while serializing")
+    assert result.stderr.count("a checkpoint could not be written") == 2
+    assert f"the run goes on, the last whole one is {tmp_path}/checkpoints/0000002" in result.stderr
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000002"]
+    train(load_config(arguments)[0])
+    assert [path.name for path in checkpoints_in(str(tmp_path))] == ["0000004", "0000006"]
+
+
+@pytest.mark.parametrize("name", ["random_states_0.pkl", "run.pt", "model.safetensors", "optimizer.bin"])
+def test_a_checkpoint_cut_short(tmp_path, capsys, name):
+    arguments = [*RUN.split(), "--output_dir", str(tmp_path)]
+    whole = train(load_config(arguments)[0])
+    weights = (whole / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "pipeline").rename(tmp_path / "before")
+    path = tmp_path / "checkpoints/0000006" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    train(load_config(arguments)[0])
+    assert f"{path.parent} cannot be read" in capsys.readouterr().err
+    assert (whole / "unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["0000004", "0000006", "0000006.unreadable"]
+
+
+def test_no_checkpoint_that_can_be_read(tmp_path):
+    arguments = [*RUN.split(), "--output_dir", str(tmp_path)]
+    train(load_config(arguments)[0])
+    (tmp_path / "pipeline").rename(tmp_path / "before")
+    for path in checkpoints_in(str(tmp_path)):
+        (path / "run.pt").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="0000006 cannot be read .*, nor one before it; remove"):
+        train(load_config(arguments)[0])
+    assert len(checkpoints_in(str(tmp_path))) == 2

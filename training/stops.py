@@ -1,0 +1,113 @@
+"""What ends a run before its last step, a signal or gradients that stay without a finite value; and what does not."""
+
+import contextlib
+import signal
+import sys
+import threading
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+
+class Stopped(RuntimeError):
+    """A run that ended early. `status` is the exit status of its process."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+class Signals:
+    """SIGTERM and Ctrl-C within this context wait for the end of a step; the second of a kind does what it always does."""
+
+    EVERY = 10  # several processes ask each other every so many steps: each time they wait for the device
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.received, self.before = accelerator, None, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others may not, as in a notebook's
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.received = number
+        signal.signal(number, self.before[number])
+
+    def stop(self, step: int) -> int | None:
+        """The number of the signal that this or another process has received, in all of them after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        if step % self.EVERY == 0:
+            if self.received:
+                self.accelerator.set_trigger()
+            if self.accelerator.check_trigger():
+                return self.received or signal.SIGTERM
+        return None
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Of a process that reads images: Ctrl-C reaches it too, but the run decides when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class FiniteSteps:
+    """Skips the optimizer steps whose gradient is not finite, where the gradient is: the host does not wait for it.
+
+    skipped, in_a_row: float32 scalars on the device, of the run and of the last steps.
+    """
+
+    def __init__(self, device: torch.device, limit: int):
+        self.limit = limit
+        self.skipped, self.in_a_row = torch.zeros(2, device=device)
+
+    def state_dict(self):
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state):
+        self.skipped, self.in_a_row = (state[key].to(self.skipped.device) for key in ("skipped", "in_a_row"))
+
+    def check(self, norm: torch.Tensor, optimizer: torch.optim.AdamW, scaled: bool = False) -> None:
+        """Before each step: a fused optimizer leaves all as it is where `found_inf` is 1.
+
+        norm: of the gradient, a scalar. scaled: a gradient scaler sees to that itself.
+        """
+        bad = 1 - norm.detach().isfinite().float()
+        self.skipped, self.in_a_row = self.skipped + bad, (self.in_a_row + 1) * bad
+        if not scaled:
+            optimizer.found_inf = bad
+
+    def raise_if_lost(self, norm: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, at) -> None:
+        """After some steps, as it waits for the device. The tensors are of the last one, `at` its place in the data.
+
+        Raises:
+            Stopped: `limit` steps in a row were skipped, the last one among them.
+        """
+        if self.in_a_row < self.limit:
+            return
+        bad = ~losses.isfinite()
+        where = ", ".join(map(str, t[bad].tolist()[:8])) or "none here"
+        raise Stopped(
+            f"{int(self.in_a_row)} steps in a row had no finite gradient and were skipped; the last: step {at.step}, epoch "
+            f"{at.epoch}, batch {at.batch - 1}, gradient norm {float(norm)}, losses that are not finite at t = {where}; try a "
+            "lower learning_rate, more lr_warmup_steps, or mixed_precision no"
+        )
+
+
+def tell(message: str) -> None:
+    """A line for the user, above the progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def going_on(what: str):
+    """A file that cannot be written is told, and ends nothing."""
+    try:
+        yield
+    except OSError as error:
+        tell(f"{what} could not be written ({error}); the run goes on")
