@@ -90,7 +90,7 @@ def results(folder, step=24):
 
 
 # at the start, after a checkpoint, in the middle of writing one
-STOPS = ["log.jsonl", "checkpoints/0000004", "checkpoints/.0000012", "checkpoints/0000016"]
+STOPS = ["log.jsonl", "checkpoints/0000008", "checkpoints/.0000012", "checkpoints/0000016"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     finish(start(alone, *extra, processes=processes))
     if len(stops) > 1:
         finish(start(killed, *extra, "--steps", "3", processes=processes))  # done, but then it is to have more steps
-    end_when(start(killed, *extra, processes=processes), killed / "log.jsonl", signal.SIGINT)
+    end_when(start(killed, *extra, processes=processes), killed / "checkpoints/.0000004", signal.SIGINT)
     for stop in stops:
         end_when(start(killed, *extra, processes=processes), killed / stop)
     finish(start(killed, *extra, processes=processes))
