@@ -1,3 +1,5 @@
+import tarfile
+
 import datasets
 import numpy as np
 import pytest
@@ -6,12 +8,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ddpm_hf.data import (
+    PixelTensors,
     check_levels,
+    collate,
     image_column,
+    image_to_pixels,
     image_transform,
+    label_names,
     load_images,
+    pixels_to_batch,
     pixels_to_tensor,
-    random_flip,
     tensor_to_pixels,
     training_set,
 )
@@ -57,15 +63,141 @@ def test_mnist_is_padded():
     assert not image[:2].any() and not image[:, -2:].any()
 
 
-def test_training_items():
-    data = training_set(load_images("digits"), image_transform((8, 8), 1, 17), label_column="label")
-    batch = next(iter(torch.utils.data.DataLoader(data, 5)))
-    assert batch["x_start"].shape == (5, 1, 8, 8) and batch["x_start"].dtype == torch.float32
+@pytest.mark.parametrize("memory", [0, 2**20])
+def test_training_items(memory):
+    data = training_set(load_images("digits"), image_to_pixels((8, 8), 1, 17), label_column="label", memory=memory)
+    assert isinstance(data, PixelTensors) == bool(memory)
+    batch = next(iter(torch.utils.data.DataLoader(data, 5, collate_fn=collate)))
+    assert batch["pixels"].shape == (5, 1, 8, 8) and batch["pixels"].dtype == torch.uint8
     assert batch["class_labels"].dtype == torch.int64
     raw = load_images("digits")[:5]
     pixels = torch.stack([torch.from_numpy(np.array(image)) for image in raw["image"]])
-    assert torch.equal(tensor_to_pixels(batch["x_start"], 17)[:, 0], pixels)
+    assert torch.equal(batch["pixels"][:, 0], pixels)
     assert batch["class_labels"].tolist() == raw["label"]
+    assert torch.equal(pixels_to_batch(batch["pixels"], 17), pixels_to_tensor(pixels[:, None], 17))
+
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def with_palette(transparency=None):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, *RED])
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (Image.new("L", (4, 4), 100), (100, 100, 100)),
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.new("RGB", (4, 4), RED), RED),
+        (Image.new("RGBA", (4, 4), (*RED, 255)), RED),
+        (Image.new("RGBA", (4, 4), (*RED, 0)), BLUE),
+        (Image.new("RGBA", (4, 4), (*RED, 51)), (51, 0, 204)),
+        (Image.new("LA", (4, 4), (100, 0)), BLUE),
+        (Image.new("LA", (4, 4), (100, 255)), (100, 100, 100)),
+        (with_palette(), RED),
+        (with_palette(1), BLUE),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), RED),
+        (Image.fromarray(np.full((4, 4), 100 << 8 | 7, dtype=np.uint16)), (100, 100, 100)),
+        (Image.new("YCbCr", (4, 4), (255, 128, 128)), (255, 255, 255)),
+    ],
+)
+def test_modes(image, expected):
+    pixels = image_to_pixels((4, 4), 3, background="blue")(image)
+    assert (pixels == torch.tensor(expected, dtype=torch.uint8)[:, None, None]).all(), pixels[:, 0, 0]
+    grey = image_to_pixels((4, 4), 1, background="#0000ff")(image)
+    assert (grey == Image.new("RGB", (1, 1), expected).convert("L").getpixel((0, 0))).all()
+
+
+def test_alpha_stays_where_there_are_four_channels():
+    pixels = image_to_pixels((2, 2), 4)(Image.new("RGBA", (2, 2), (1, 2, 3, 4)))
+    assert pixels[:, 0, 0].tolist() == [1, 2, 3, 4]
+    assert image_to_pixels((2, 2), 4)(Image.new("RGB", (2, 2), (1, 2, 3)))[:, 0, 0].tolist() == [1, 2, 3, 255]
+
+
+def test_exif_turns(tmp_path):
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    found = image_to_pixels((3, 2), 1)(Image.open(tmp_path / "turned.png"))[0]
+    assert torch.equal(found, torch.from_numpy(np.rot90(np.asarray(image), -1).copy()))
+
+
+def test_scaling_takes_in_the_whole_area():
+    """A board of single black and white pixels is grey from afar: nothing is left to chance."""
+    board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
+    for crop in ("center", "none"):
+        small = image_to_pixels((8, 8), 1, crop=crop)(board)
+        assert (small.float() - 127.5).abs().max() < 3
+    halves = np.zeros((8, 16), np.uint8)
+    halves[:, 8:] = 200
+    cut, whole = (image_to_pixels((4, 4), 1, crop=crop)(Image.fromarray(halves))[0] for crop in ("center", "none"))
+    assert cut[0, 0] < 20 and cut[0, -1] > 180 and whole.shape == (4, 4)
+    quarters = np.repeat(np.array([[0, 100, 200, 250]], np.uint8), 4, 0).repeat(4, 1)
+    cut, whole = (image_to_pixels((4, 4), 1, crop=crop)(Image.fromarray(quarters))[0, 0] for crop in ("center", "none"))
+    assert 90 < cut[0] < 110 and 190 < cut[-1] < 210  # the middle half
+    assert whole[0] < 10 and whole[-1] > 240
+    with pytest.raises(ValueError, match="crop='middle' must be one of center, none"):
+        image_to_pixels((4, 4), crop="middle")
+    with pytest.raises(ValueError, match="unknown color"):
+        image_to_pixels((4, 4), background="whit")
+
+
+def labelled(values, feature=None):
+    features = datasets.Features({"image": datasets.Image(), "kind": feature or datasets.Value("string")})
+    images = [Image.new("L", (2, 2), i) for i in range(len(values))]
+    return datasets.Dataset.from_dict({"image": images, "kind": values}, features=features)
+
+
+def test_labels():
+    to_pixels, integers = image_to_pixels((2, 2), 1), datasets.Value("int64")
+
+    def found(data, classes=None):
+        return training_set(data, to_pixels, None, "kind", classes).tensors["class_labels"].tolist()
+
+    data = labelled(["dog", "cat", "dog", "ant"])
+    assert found(data, 3) == [2, 1, 2, 0] and label_names(data, "kind", 3) == ["ant", "cat", "dog"]
+    data = labelled([7, 3, 7], integers)
+    assert found(data, 2) == [1, 0, 1] and label_names(data, "kind", 2) == ["3", "7"]
+    data = labelled([1, 0, 1], integers)
+    assert found(data, 4) == [1, 0, 1] and label_names(data, "kind", 4) is None
+    data = labelled([1, 0], datasets.ClassLabel(names=["b", "a"]))
+    assert found(data, 2) == [1, 0] and label_names(data, "kind", 2) == ["b", "a"]
+    with pytest.raises(ValueError, match="label_column='kind' has no value in 2 of 3 rows; fill or remove them"):
+        found(labelled(["dog", None, None]))
+    with pytest.raises(ValueError, match="has no value in 1 of 2 rows"):
+        found(labelled([1, -1], datasets.ClassLabel(names=["b", "a"])))
+    with pytest.raises(ValueError, match="has 3 labels, unet.num_class_embeds=2; set it to 3"):
+        found(labelled(["dog", "cat", "ant"]), 2)
+    stream = labelled([1, 0, 2], integers).to_iterable_dataset()
+    assert [item["class_labels"] for item in training_set(stream, to_pixels, None, "kind", 3)] == [1, 0, 2]
+    with pytest.raises(ValueError, match="label_column='kind' holds 2; labels must be integers, 0 to 1"):
+        list(training_set(stream, to_pixels, None, "kind", 2))
+
+
+def test_kinds_of_files(folder, tmp_path):
+    (tmp_path / "f").mkdir()
+    data = load_images(str(folder))
+    expected = [np.asarray(image) for image in data["image"]]
+    data.to_parquet(tmp_path / "f/a.parquet")
+    data.save_to_disk(tmp_path / "disk")
+    with datasets.arrow_writer.ArrowWriter(features=data.features, path=str(tmp_path / "b.arrow")) as writer:
+        for row in data.cast_column("image", datasets.Image(decode=False)):
+            writer.write(row)
+        writer.finalize()
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        for i in range(4):
+            tar.add(folder / f"{i}.png", f"{i}.png")
+    for source in ("f", "f/a.parquet", "disk", "b.arrow", "c.tar"):
+        for streaming in (False, True):
+            found = load_images(str(tmp_path / source), streaming=streaming)
+            column = image_column(found)
+            assert all(np.array_equal(np.asarray(row[column]), image) for row, image in zip(found, expected)), source
 
 
 def test_image_folder_is_scaled_and_cut(folder):
@@ -100,14 +232,15 @@ def test_local_parquet(folder, tmp_path):
     with pytest.raises(ValueError, match="image_column='kind' holds"):
         image_column(data, "kind")
     with pytest.raises(ValueError, match="label_column='label'"):
-        training_set(data, image_transform((8, 8)), label_column="label")
+        training_set(data, image_to_pixels((8, 8)), label_column="label")
     with pytest.raises(ValueError, match="image_column is needed"):
         image_column(data.remove_columns("picture"))
 
 
 def test_flips_every_other_image():
-    images = torch.rand(400, 1, 3, 4)
-    found = random_flip(images)
+    pixels = torch.randint(0, 17, (400, 1, 3, 4), dtype=torch.uint8)
+    images = pixels_to_tensor(pixels, 17)
+    found = pixels_to_batch(pixels, 17, flip=True)
     flipped = (found == images.flip(-1)).flatten(1).all(1)
     assert 140 < flipped.sum() < 260 and torch.equal(found[~flipped], images[~flipped])
 

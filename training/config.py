@@ -29,7 +29,11 @@ class TrainConfig:
     shuffle_buffer: int = 10000  # of a stream: the next image is one of so many
     image_column: str | None = None  # None: the only column of images
     label_column: str | None = None  # class labels, for a network with unet.num_class_embeds
+    max_broken: float = 0.01  # share of images that may be left out because they cannot be read
+    memory_gb: float = 1.0  # a data set whose pixels need no more is read once and kept
     image_size: int | list[int] = 8  # side, or [height, width]; images are scaled and cut to it
+    crop: str = "center"  # what is too long is cut off; none: stretched
+    background: str = "white"  # of what is transparent, where there are less than 4 channels; a name or #rrggbb
     channels: int = 1
     random_flip: bool = False  # left to right, every other image
     # network and process: keys of DDPMUNet and of VariationalDDPMScheduler
@@ -230,6 +234,10 @@ def _check(config):
         )
     if not 0 <= config.weight_decay < math.inf:
         raise ConfigError(f"weight_decay={config.weight_decay} must be 0 or more")
+    if not 0 <= config.max_broken < 1 or not 0 <= config.memory_gb < math.inf:
+        raise ConfigError(
+            f"max_broken={config.max_broken} must be 0 to below 1, memory_gb={config.memory_gb} 0 or more"
+        )
     if config.seed < 0:
         raise ConfigError(f"seed={config.seed} must be 0 or more")
     if not config.output_dir:

@@ -46,7 +46,16 @@ from tqdm.auto import tqdm
 
 import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
-from ddpm_hf.data import BUILT_IN, check_levels, image_transform, load_images, random_flip, training_set
+from ddpm_hf.data import (
+    BUILT_IN,
+    check_levels,
+    collate,
+    image_to_pixels,
+    label_names,
+    load_images,
+    pixels_to_batch,
+    training_set,
+)
 from ddpm_hf.hub import write_model_card, write_whole
 from ddpm_hf.objectives import TIMESTEPS
 from ddpm_hf.push import HubError, push_folder, weights_digest
@@ -89,8 +98,8 @@ def build(config: TrainConfig) -> tuple:
     return unet, scheduler, objective, TIMESTEPS[config.timesteps](scheduler)
 
 
-def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> torch.utils.data.Dataset:
-    """The training set, its first image read; of a stream, shuffled, the part of this process.
+def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tuple:
+    """The training set, its first image read, and the names of its labels or None; of a stream, shuffled, this process's part.
 
     Raises:
         ConfigError: data that cannot be opened or does not fit the config.
@@ -98,22 +107,23 @@ def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> torc
     levels = config.scheduler.get("levels", 256)
     try:
         check_levels(config.data, levels)
-        transform = image_transform(image_size(config), config.channels, levels)
+        to_pixels = image_to_pixels(image_size(config), config.channels, levels, config.background, config.crop)
         images = load_images(config.data, config.split, config.streaming)
-        columns = config.image_column, config.label_column
-        dataset = training_set(images, transform, *columns)
-        if next(iter(dataset), None) is None:
-            raise ValueError("there are no images in it")
+        columns = config.image_column, config.label_column, config.unet.get("num_class_embeds")
+        names = label_names(images, *columns[1:])
         if config.streaming:
+            if next(iter(training_set(images, to_pixels, *columns)), None) is None:
+                raise ValueError("there are no images in it")
             images = images.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
-            dataset = training_set(split_dataset_by_node(images, process, processes), transform, *columns)
-        elif len(dataset) < config.batch_size:
+            images = split_dataset_by_node(images, process, processes)
+        dataset = training_set(images, to_pixels, *columns, config.max_broken, int(config.memory_gb * 2**30))
+        if not config.streaming and len(dataset) < config.batch_size:
             raise ValueError(
                 f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}"
             )
     except (ValueError, OSError) as error:
         raise ConfigError(f"data={config.data!r}: {' '.join(str(error).split())}") from error
-    return dataset
+    return dataset, names
 
 
 def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch.utils.data.DataLoader:
@@ -127,6 +137,7 @@ def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch
         shuffle=None if config.streaming else True,
         drop_last=True,
         num_workers=config.num_workers,
+        collate_fn=collate,
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # reading ahead shall not draw from the generator of noise and timesteps
     )
@@ -184,7 +195,7 @@ def train(config: TrainConfig) -> Path:
         )
     use_all_cores(accelerator)
     set_seed(config.seed, device_specific=True)
-    dataset = open_data(config, accelerator.process_index, accelerator.num_processes)
+    dataset, names = open_data(config, accelerator.process_index, accelerator.num_processes)
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     optimizer = torch.optim.AdamW(
@@ -219,7 +230,7 @@ def train(config: TrainConfig) -> Path:
         while at.step < config.steps:
             batch = next(stream)
             with accelerator.accumulate(unet):
-                x_start = random_flip(batch["x_start"]) if config.random_flip else batch["x_start"]
+                x_start = pixels_to_batch(batch["pixels"], scheduler.levels, config.random_flip)
                 t, weights = timesteps.sample(len(x_start), accelerator.device)
                 losses = objective(unet, x_start, batch.get("class_labels"), t)
                 timesteps.update(t, losses)
@@ -253,7 +264,7 @@ def train(config: TrainConfig) -> Path:
                 )
     if accelerator.is_main_process:
         ema.copy_to(unet.parameters())
-        save_pipeline(config, accelerator.unwrap_model(unet).eval(), scheduler, output / "pipeline")
+        save_pipeline(config, accelerator.unwrap_model(unet).eval(), scheduler, output / "pipeline", names)
     accelerator.end_training()
     return output / "pipeline"
 
@@ -404,7 +415,7 @@ def save_sheet(images, path, columns=None):
     os.replace(temporary, path)
 
 
-def save_pipeline(config, unet, scheduler, folder):
+def save_pipeline(config, unet, scheduler, folder, label_names=None):
     """Written under another name and renamed: a folder of this name is whole."""
     temporary = folder.with_name(f".{folder.name}")
     DDPMImagePipeline(unet, scheduler).save_pretrained(temporary)
@@ -414,6 +425,7 @@ def save_pipeline(config, unet, scheduler, folder):
     local = os.path.exists(config.data)
     told["data"] = Path(config.data).name if local else config.data
     told["hub_dataset"] = None if local or config.data in BUILT_IN else config.data
+    told["label_names"] = label_names
     told["weights"] = weights_digest(temporary)
     told["versions"] = {module.__name__: module.__version__ for module in (ddpm_hf, torch, diffusers, accelerate)}
     (temporary / "training.json").write_text(json.dumps(told, indent=2) + "\n")

@@ -1,15 +1,23 @@
-"""Data sets of images, of any kind that Hugging Face `datasets` reads, as tensors in [-1, 1]; and back to pixels."""
+"""Data sets of images, of any kind that Hugging Face `datasets` reads, as pixels and tensors in [-1, 1]; and back."""
 
+import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 DIGITS_TEST_IMAGES = 360
+# endings of files, and what `datasets` calls a loader of them; pictures are for its "imagefolder"
+FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+CROPS = ("center", "none")
 
 
 def digits(split: str) -> datasets.Dataset:
@@ -52,8 +60,9 @@ def load_images(
     """Opens a data set.
 
     Args:
-        source: "digits" or "mnist" (they come with packages, nothing is downloaded), a folder of images, a .parquet file
-            or a folder of them, or the id of a data set on the Hub.
+        source: "digits" or "mnist" (they come with packages, nothing is downloaded); a folder of images, whose sub-folders are
+            labels; a .parquet, .arrow or .tar (webdataset) file, or a folder of them; what `save_to_disk` wrote; or the id of a
+            data set on the Hub.
         split: of the data set; slices such as "train[:1000]" as `datasets` takes them for all but "digits" and "mnist", and
             not for streams.
         streaming: nothing is copied to the disk: images are read from the source as they are asked for, in its order.
@@ -68,13 +77,21 @@ def load_images(
     if source in BUILT_IN:
         images = BUILT_IN[source](split)
         return images.to_iterable_dataset(num_shards=8) if streaming else images
-    if source.endswith(".parquet"):
-        return datasets.load_dataset("parquet", data_files=source, split=split, streaming=streaming)
+    ending = os.path.splitext(source)[1].lower()
+    if ending in FILES:
+        return datasets.load_dataset(FILES[ending], data_files=source, split=split, streaming=streaming)
+    if os.path.isfile(os.path.join(source, "state.json")):
+        images = datasets.load_from_disk(source)
+        return images.to_iterable_dataset(num_shards=min(8, len(images))) if streaming else images
     if os.path.isdir(source):
         endings = {os.path.splitext(name)[1].lower() for _, _, names in os.walk(source) for name in names}
-        parquet = ".parquet" in endings and not endings & set(Image.registered_extensions())
-        kind = "parquet" if parquet else "imagefolder"
-        return datasets.load_dataset(kind, data_dir=source, split=split, streaming=streaming)
+        kinds = [FILES[ending] for ending in FILES if ending in endings]
+        if kinds and not endings & set(Image.registered_extensions()):
+            files = [
+                str(path) for path in sorted(Path(source).rglob("*")) if FILES.get(path.suffix.lower()) == kinds[0]
+            ]
+            return datasets.load_dataset(kinds[0], data_files=files, split=split, streaming=streaming)
+        return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming)
 
 
@@ -106,23 +123,34 @@ def image_column(dataset: datasets.Dataset | datasets.IterableDataset, column: s
     return found[0]
 
 
-def image_transform(
-    size: tuple[int, int], channels: int = 3, levels: int = 256
+def image_to_pixels(
+    size: tuple[int, int], channels: int = 3, levels: int = 256, background: str = "white", crop: str = "center"
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """A function from a PIL image to a float32 tensor (channels, *size) in [-1, 1].
+    """A function from a PIL image to its pixels, uint8 (channels, *size) in 0 .. levels - 1; int32 above 256 levels.
 
-    The image is scaled until it covers `size` = (height, width) and cut at the centre; one that has that size is left as it
-    is. `levels` is the number of grey levels of its pixels (17 for the digits). Images of 16 bits lose the lower 8, but for
-    levels above 256: then they must be of one channel and of that size.
+    Of any mode: turned as EXIF says, what is transparent laid on the background (but for 4 channels), then grey for 1 channel,
+    RGB for 3. 16 bits lose the lower 8, but for levels above 256: then images must be of one channel and that size. Scaled by
+    Lanczos' filter, which covers the whole image.
+
+    Args:
+        size: (height, width).
+        levels: grey levels of the data (17 for the digits).
+        background: a name or "#rrggbb", as Pillow reads them.
+        crop: "center": scaled until it covers `size`, and cut at the centre. "none": stretched to it. One of that size is left
+            as it is.
 
     Raises:
-        ValueError: channels other than 1, 3 or 4; when called, an image of 32 bits, or one that levels above 256 do not fit.
+        ValueError: an argument that is not one of these; when called, an image of 32 bits or of more levels, or one that levels
+            above 256 do not fit.
     """
     height, width = size
     if channels not in PIL_MODES:
         raise ValueError(f"channels={channels}: images have 1, 3 or 4")
+    if crop not in CROPS:
+        raise ValueError(f"crop={crop!r} must be one of {', '.join(CROPS)}")
+    color = (*ImageColor.getrgb(background)[:3], 255)  # raises ValueError
 
-    def transform(image):
+    def to_pixels(image):
         if levels > 256:
             if not (image.mode.startswith("I;16") and channels == 1 and image.size == (width, height)):
                 raise ValueError(
@@ -132,26 +160,46 @@ def image_transform(
             pixels = np.asarray(image).astype(np.int32)
         else:
             pixels = np.array(eight_bits(image))
-        pixels = torch.from_numpy(pixels).view(height, width, channels)
-        return pixels_to_tensor(pixels.permute(2, 0, 1), levels)
+        pixels = torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
+        _check_range(pixels, levels)
+        return pixels
 
     def eight_bits(image):
         if image.mode.startswith("I;16"):  # convert would cut off all above 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(f"an image has pixels of 32 bits (mode {image.mode}); convert the data to 8 or 16 bits")
-        image = ImageOps.exif_transpose(image).convert(PIL_MODES[channels])
-        return (
-            image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        )
+        image = ImageOps.exif_transpose(image)
+        if channels != 4 and (image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, color), image)
+        image = image.convert(PIL_MODES[channels])
+        if image.size == (width, height):
+            return image
+        if crop == "none":
+            return image.resize((width, height), Image.Resampling.LANCZOS)
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
-    return transform
+    return to_pixels
 
 
-def random_flip(images: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W), every other one at random flipped left to right, by torch's generator of their device."""
-    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(chosen, images.flip(-1), images)
+def image_transform(
+    size: tuple[int, int], channels: int = 3, levels: int = 256, background: str = "white", crop: str = "center"
+) -> Callable[[Image.Image], torch.Tensor]:
+    """A function from a PIL image to a float32 tensor (channels, *size) in [-1, 1], by way of `image_to_pixels`."""
+    to_pixels = image_to_pixels(size, channels, levels, background, crop)
+    return lambda image: _scaled(to_pixels(image), levels)
+
+
+def pixels_to_batch(pixels: torch.Tensor, levels: int = 256, flip: bool = False) -> torch.Tensor:
+    """Pixels (B, C, H, W) as `image_to_pixels` gives them -> x_start, float32 in [-1, 1], where they are, and unchecked.
+
+    flip: every other one at random left to right, by torch's generator of their device.
+    """
+    if flip:
+        chosen = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
+        pixels = torch.where(chosen, pixels.flip(-1), pixels)
+    return _scaled(pixels, levels)
 
 
 def pixels_to_tensor(pixels: torch.Tensor, levels: int = 256) -> torch.Tensor:
@@ -160,9 +208,19 @@ def pixels_to_tensor(pixels: torch.Tensor, levels: int = 256) -> torch.Tensor:
     Raises:
         ValueError: a pixel at or above `levels`.
     """
+    _check_range(pixels, levels)
+    return _scaled(pixels, levels)
+
+
+def _check_range(pixels, levels):
+    if levels == 256 and pixels.dtype == torch.uint8:
+        return
     highest = int(pixels.max())  # a number: levels = 256 would wrap around in uint8
     if highest >= levels:
         raise ValueError(f"levels={levels}, but the data has a pixel of {highest}; set levels to its grey levels")
+
+
+def _scaled(pixels, levels):
     return pixels.float() * (2 / (levels - 1)) - 1
 
 
@@ -174,30 +232,171 @@ def tensor_to_pixels(images: torch.Tensor, levels: int = 256) -> torch.Tensor:
 
 def training_set(
     dataset: datasets.Dataset | datasets.IterableDataset,
-    transform: Callable[[Image.Image], torch.Tensor],
+    to_pixels: Callable[[Image.Image], torch.Tensor],
     column: str | None = None,
     label_column: str | None = None,
-) -> datasets.Dataset | datasets.IterableDataset:
-    """The data set or stream with items {"x_start": (C, H, W) float32 in [-1, 1]}, and {"class_labels": int} of a label column.
+    num_classes: int | None = None,
+    max_broken: float = 0.0,
+    memory: int = 2**30,
+) -> torch.utils.data.Dataset | datasets.IterableDataset:
+    """A data set, or stream, with items {"pixels": what `to_pixels` gives}, and {"class_labels": int} of a label column.
+
+    Args:
+        column: of the images; None for the only one.
+        label_column: labels of any kind. Integers below num_classes and `ClassLabel` stay; of others, not of a stream, the
+            sorted values become 0, 1, ...: see `label_names`.
+        num_classes: of the network; labels are 0 .. num_classes - 1.
+        max_broken: share of the images that may be unreadable: they are left out, each with a line in the log.
+        memory: bytes; a data set whose pixels need no more is read once, and is `PixelTensors`.
 
     Raises:
-        ValueError: a column that is not there; when read, an image that is missing or a label that is no integer.
+        ValueError: a column that is not there, labels that do not fit; now or when read, too many images that cannot be read.
     """
     column = image_column(dataset, column)
     if label_column is not None and label_column not in dataset.column_names:
         raise ValueError(f"label_column={label_column!r} is not in the data; it has {', '.join(dataset.column_names)}")
-
-    def batch_transform(rows):
-        if None in rows[column]:
-            raise ValueError(f"image_column={column!r} has a row without an image; remove it")
-        items = {"x_start": [transform(image) for image in rows[column]]}
-        if label_column is not None:
-            items["class_labels"] = rows[label_column]
-            wrong = [label for label in rows[label_column] if not isinstance(label, int)]
-            if wrong:
-                raise ValueError(f"label_column={label_column!r} holds {wrong[0]!r}; labels must be integers")
-        return items
-
+    ids = label_ids(dataset, label_column, num_classes)
+    dataset = dataset.select_columns([column, *([label_column] if label_column else [])])
+    dataset = dataset.cast_column(column, datasets.Image(decode=False))  # a broken one shall not end it
+    read = _Reader(to_pixels, column, label_column, ids, num_classes, max_broken)
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(batch_transform, batched=True, batch_size=1, remove_columns=dataset.column_names)
-    return dataset.with_transform(batch_transform)
+        return dataset.map(read.rows, batched=True, batch_size=1, remove_columns=dataset.column_names)
+    images = ReadImages(dataset, read)
+    if len(images) and memory >= len(images) * images[0]["pixels"].nbytes:
+        return images.in_memory()
+    return images
+
+
+def label_ids(dataset, label_column: str | None, num_classes: int | None = None) -> dict | None:
+    """Label -> 0, 1, ... for a column of a data set; None where its labels are these already, or cannot be known of a stream.
+
+    Raises:
+        ValueError: labels that are missing, or more than `num_classes`.
+    """
+    if label_column is None:
+        return None
+    feature = dataset.features[label_column]
+    is_class = isinstance(feature, datasets.ClassLabel)
+    values = {}
+    if not isinstance(dataset, datasets.IterableDataset):
+        column = list(dataset[label_column])
+        missing = sum(value is None or (is_class and value < 0) for value in column)
+        if missing:
+            raise ValueError(
+                f"label_column={label_column!r} has no value in {missing} of {len(column)} rows; fill or remove them"
+            )
+        values = set(column)
+    found = len(feature.names) if is_class else len(values)
+    if num_classes is not None and found > num_classes:
+        raise ValueError(
+            f"label_column={label_column!r} has {found} labels, unet.num_class_embeds={num_classes}; set it to {found}"
+        )
+    whole = all(isinstance(value, int) and 0 <= value < (num_classes or found) for value in values)
+    return None if is_class or whole else {value: i for i, value in enumerate(sorted(values))}
+
+
+def label_names(dataset, label_column: str | None, num_classes: int | None = None) -> list[str] | None:
+    """Names of the labels 0, 1, ... that `training_set` gives; None where a label is its own name."""
+    ids = label_ids(dataset, label_column, num_classes)
+    if ids is not None:
+        return [str(value) for value in ids]
+    feature = dataset.features.get(label_column) if label_column else None
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+class _Reader:
+    """Rows -> items; counts what cannot be read, in its own process."""
+
+    def __init__(self, to_pixels, column, label_column, ids, num_classes, max_broken):
+        self.to_pixels, self.column, self.label_column = to_pixels, column, label_column
+        self.ids, self.num_classes, self.max_broken = ids, num_classes, max_broken
+        self.broken, self.seen = set(), 0
+
+    def item(self, row, name, total):
+        """The item of a row; None for an image that cannot be read, called `name` if it has no file."""
+        try:
+            if row[self.column] is None:
+                raise OSError("no image")
+            image = datasets.Image().decode_example(row[self.column])
+            image.load()
+        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            name = row[self.column] and row[self.column].get("path") or name
+            why = " ".join(str(error).split())
+            if name not in self.broken:
+                self.broken.add(name)
+                if len(self.broken) > self.max_broken * total:
+                    raise ValueError(
+                        f"{len(self.broken)} of {total} images cannot be read, the last {name} ({why}); remove it, or "
+                        f"raise max_broken={self.max_broken}, the share that may be left out"
+                    ) from None
+                logger.warning("%s cannot be read (%s) and is left out", name, why)
+            return None
+        item = {"pixels": self.to_pixels(image)}
+        if self.label_column is not None:
+            label = row[self.label_column]
+            label = label if self.ids is None else self.ids.get(label)
+            if not isinstance(label, int) or not 0 <= label < (self.num_classes or label + 1):
+                raise ValueError(
+                    f"label_column={self.label_column!r} holds {label!r}; labels must be integers, 0 to "
+                    f"{(self.num_classes or 0) - 1}"
+                )
+            item["class_labels"] = label
+        return item
+
+    def rows(self, rows):
+        """Of a stream: what can be read of a few rows."""
+        names = list(rows)
+        rows = [dict(zip(names, values)) for values in zip(*rows.values())]
+        self.seen += len(rows)
+        items = [self.item(row, f"image {self.seen} of this part of the stream", max(1000, self.seen)) for row in rows]
+        items = [item for item in items if item is not None]
+        keys = ["pixels", *(["class_labels"] if self.label_column is not None else [])]
+        return {key: [item[key] for item in items] for key in keys}
+
+
+class ReadImages(torch.utils.data.Dataset):
+    """Images that are read each time; in place of one that cannot be read stands the next that can."""
+
+    def __init__(self, dataset, read):
+        self.dataset, self.read = dataset, read
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        for i in range(index, index + len(self)):
+            item = self._item(i % len(self))
+            if item is not None:
+                return item
+        raise ValueError("no image of the data can be read")
+
+    def _item(self, index):
+        return self.read.item(self.dataset[index], f"row {index}", len(self))
+
+    def in_memory(self) -> "PixelTensors":
+        """All that can be read, as one tensor."""
+        rows = tqdm(range(len(self)), desc="reading images", leave=False, delay=2)
+        items = [item for item in map(self._item, rows) if item is not None]
+        labels = torch.tensor([item["class_labels"] for item in items]) if "class_labels" in items[0] else None
+        return PixelTensors(torch.stack([item["pixels"] for item in items]), labels)
+
+
+class PixelTensors(torch.utils.data.Dataset):
+    """pixels (N, C, H, W) as `image_to_pixels` gives them, and labels int64 (N,) or None; batches are cut out at once."""
+
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor | None = None):
+        self.tensors = {"pixels": pixels} | ({} if labels is None else {"class_labels": labels})
+
+    def __len__(self):
+        return len(self.tensors["pixels"])
+
+    def __getitem__(self, index):
+        return {key: values[index] for key, values in self.tensors.items()}
+
+    def __getitems__(self, indices):
+        return self[torch.as_tensor(indices)]
+
+
+def collate(batch: list[dict] | dict) -> dict:
+    """A batch of items of `training_set`, for a DataLoader."""
+    return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)

@@ -175,45 +175,47 @@ def test_a_folder_of_colour_images_with_flips_and_accumulation(tmp_path):
     assert pipeline(num_inference_steps=2).images[0].size == (16, 8)
 
 
-def test_an_image_that_cannot_be_read_is_told_in_one_line(tmp_path):
+@pytest.mark.parametrize("extra", ["", "--memory_gb 0", "--memory_gb 0 --num_workers 1", "--streaming true"])
+def test_images_that_cannot_be_read(tmp_path, extra, caplog):
+    """Up to a share of them is left out, each with its name; more end the run in one line."""
     (tmp_path / "images").mkdir()
-    for i in range(16):
-        Image.fromarray(np.full((8, 8), i, dtype=np.uint8)).save(tmp_path / f"images/{i:02}.png")
+    for i in range(40):
+        Image.fromarray(np.full((8, 8), i % 17, dtype=np.uint8)).save(tmp_path / f"images/{i:02}.png")
     whole = (tmp_path / "images/07.png").read_bytes()
     (tmp_path / "images/07.png").write_bytes(whole[: len(whole) // 2])
-    result = script(
-        "train.py", *SMALL.split(), *NETWORK, "--data", tmp_path / "images", "--scheduler.levels", 256,
-        "--output_dir", tmp_path / "run", check=False,
-    )  # fmt: skip
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("train.py: ") and "image file" in result.stderr
-    assert not (tmp_path / "run/pipeline").exists()
+    arguments = [*SMALL.split(), *NETWORK, "--data", tmp_path / "images", *extra.split(), "--output_dir"]
+    result = script("train.py", *arguments, tmp_path / "none", "--max_broken", 0, check=False)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("train.py: data=") and "\r" not in last
+    assert "images/07.png (" in last and "images cannot be read, the last " in last and "raise max_broken=0" in last
+    assert not (tmp_path / "none/pipeline").exists()
+    script("train.py", *arguments, tmp_path / "run", "--max_broken", 0.03)
+    if "workers" not in extra:  # which log in their own process
+        assert [record.message for record in caplog.records if "07.png cannot be read (" in record.message]
+        assert len(caplog.records) < 4
 
 
-@pytest.mark.parametrize("extra", [[], ["--num_workers", "1"], ["--streaming", "true"]])
+@pytest.mark.parametrize("extra", ["", "--memory_gb 0 --num_workers 1", "--memory_gb 0", "--streaming true"])
 def test_rows_that_are_no_data_are_told_in_one_line(tmp_path, extra):
     rows = {"image": [Image.new("L", (8, 8), i) for i in range(16)], "label": list(range(16))}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    for change, message in (
-        ({"label": [*range(15), None]}, "label_column='label' holds None; labels must be integers"),
-        ({"image": [*rows["image"][:15], None]}, "image_column='image' has a row without an image; remove it"),
+    cases = [
         ({"image": [*rows["image"][:15], Image.new("L", (8, 8), 40)]}, "levels=17, but the data has a pixel of 40"),
-    ):
+        ({"label": [*range(15), 17]}, "label_column='label' h"),  # has 17 labels, or holds 17
+        ({"label": [*range(15), None]}, "label_column='label' h"),  # has no value in 1 of 16 rows, or holds None
+    ]
+    for change, message in cases[: 3 if "num_workers" not in extra else 1]:
         datasets.Dataset.from_dict(rows | change, features=features).to_parquet(tmp_path / "rows.parquet")
-        arguments = [
-            *SMALL.split(),
-            *NETWORK,
-            *extra,
-            "--data",
-            tmp_path / "rows.parquet",
-            "--output_dir",
-            tmp_path / "run",
-        ]
-        arguments += ["--label_column", "label", "--unet.num_class_embeds", "16"]
+        arguments = [*SMALL.split(), *NETWORK, *extra.split(), "--data", tmp_path / "rows.parquet"]
+        arguments += ["--label_column", "label", "--unet.num_class_embeds", "16", "--output_dir", tmp_path / "run"]
+        if message.startswith("label") and not extra.startswith(
+            "--s"
+        ):  # 15 others and this one: as many as there may be
+            arguments[-3] = "15"
         result = script("train.py", *arguments, check=False)
         last = result.stderr.splitlines()[-1]
-        assert result.returncode == 1 and last.startswith("train.py: data=") and message in last
-        shutil.rmtree(tmp_path / "run")
+        assert result.returncode == 1 and last.startswith("train.py: data=") and message in last, last
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
 def test_a_stream_that_workers_divide_unevenly(tmp_path):
@@ -254,15 +256,15 @@ def test_a_stream(hub, tmp_path):
     digits("test").push_to_hub("user/streamed", split="train", num_shards=3)
     digits("test").to_parquet(tmp_path / "images.parquet")
     arguments = [*SMALL.split(), *NETWORK, "--streaming", "true", "--shuffle_buffer", "50", "--data"]
-    expected = torch.stack([item["x_start"] for item in open_data(load_config(["--split", "test"])[0])])
+    expected = torch.stack([item["pixels"] for item in open_data(load_config(["--split", "test"])[0])[0]])
     for source in ("user/streamed", str(tmp_path / "images.parquet")):
         config, _ = load_config([*arguments, source])
         epochs = []
         for epoch in (0, 1):
-            stream = open_data(config)
+            stream, _ = open_data(config)
             stream.set_epoch(epoch)
-            epochs.append(torch.stack([item["x_start"] for item in stream]))
-        shares = [torch.stack([item["x_start"] for item in open_data(config, process, 2)]) for process in (0, 1)]
+            epochs.append(torch.stack([item["pixels"] for item in stream]))
+        shares = [torch.stack([item["pixels"] for item in open_data(config, process, 2)[0]]) for process in (0, 1)]
         assert not torch.equal(*epochs)
         for images in (*epochs, torch.cat(shares)):
             assert not torch.equal(images, expected)
