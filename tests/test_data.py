@@ -174,6 +174,14 @@ def test_labels():
         found(labelled([1, -1], datasets.ClassLabel(names=["b", "a"])))
     with pytest.raises(ValueError, match="has 3 labels, unet.num_class_embeds=2; set it to 3"):
         found(labelled(["dog", "cat", "ant"]), 2)
+    held_out = labelled(["dog", "ant"])  # which would be 1 and 0 by themselves
+    data = training_set(held_out, to_pixels, None, "kind", 3, ["ant", "cat", "dog"])
+    assert data.tensors["class_labels"].tolist() == [2, 0]
+    held_out = labelled([1, 0], datasets.ClassLabel(names=["dog", "ant"]))
+    data = training_set(held_out, to_pixels, None, "kind", 3, ["ant", "cat", "dog"])
+    assert data.tensors["class_labels"].tolist() == [0, 2]
+    with pytest.raises(ValueError, match="has the label 'owl'; known are ant, cat, dog"):
+        training_set(labelled(["owl"]), to_pixels, None, "kind", 3, ["ant", "cat", "dog"])
     stream = labelled([1, 0, 2], integers).to_iterable_dataset()
     assert [item["class_labels"] for item in training_set(stream, to_pixels, None, "kind", 3)] == [1, 0, 2]
     with pytest.raises(ValueError, match="label_column='kind' holds 2; labels must be integers, 0 to 1"):

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
-from ddpm_hf.data import check_levels, image_column, image_transform, load_images, tensor_to_pixels
+from ddpm_hf.data import check_levels, image_to_pixels, load_images, pixels_to_tensor, tensor_to_pixels, training_set
 from ddpm_hf.hub import has_our_card, write_model_card, write_whole
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
-from ddpm_hf.push import weights_digest
+from ddpm_hf.push import told_of, weights_digest
 
 
 def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int) -> torch.Tensor:
@@ -37,8 +37,8 @@ def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int)
     return -log_probabilities.gather(0, test.long()).flatten(1).mean(1)
 
 
-def load_tensor(source, split, unet, levels, count=None, column=None, label_column=None):
-    """x_start (N, C, H, W) of a data set at the network's size, and its labels or None."""
+def load_tensor(source, split, unet, levels, count=None, column=None, label_column=None, training=None):
+    """x_start (N, C, H, W) of a data set at the network's size, and labels or None, by the rules of `training` (training.json)."""
     check_levels(source, levels)
     dataset = load_images(source, split)
     dataset = dataset if count is None else dataset.select(range(min(count, len(dataset))))
@@ -46,19 +46,23 @@ def load_tensor(source, split, unet, levels, count=None, column=None, label_colu
     if size is None:
         raise ValueError("the network's config has no sample_size, the side of its images; set it")
     size = (size, size) if isinstance(size, int) else tuple(size)
-    transform = image_transform(size, unet.config.in_channels, levels)
-    images, resized = [], set()
-    for image in dataset[image_column(dataset, column)]:
+    had = training or {}
+    rules = {key: had[key] for key in ("background", "crop") if key in had}
+    to_pixels, resized = image_to_pixels(size, unet.config.in_channels, levels, **rules), set()
+
+    def noted(image):
         if levels <= 256 and image.mode.startswith("I;16"):
             raise ValueError(f"an image has 16 bits, levels is {levels}; give levels=65536, or data of 8 bits")
         if image.size != size[::-1]:
             resized.add(image.size)
-        images.append(transform(image))
+        return to_pixels(image)
+
+    classes = unet.config.num_class_embeds
+    data = training_set(dataset, noted, column, label_column, classes, had.get("label_names"), memory=2**40)
     if resized:
         told = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
         print(f"images of {told} were scaled and cut to {size[1]}x{size[0]}, the network's", file=sys.stderr)
-    images = torch.stack(images)
-    return images, None if label_column is None else torch.tensor(dataset[label_column])
+    return pixels_to_tensor(data.tensors["pixels"], levels), data.tensors.get("class_labels")
 
 
 def terms_table(result, chain):
@@ -136,7 +140,8 @@ def main():
     our_card = own and has_our_card(folder)  # before evaluation.json, which it tells of
     data = (unet, levels)
     columns = (arguments.image_column, arguments.label_column)
-    x_start, labels = load_tensor(arguments.data, arguments.split, *data, arguments.images, *columns)
+    training = told_of(Path(arguments.pipeline)).get("training") if os.path.isdir(arguments.pipeline) else None
+    x_start, labels = load_tensor(arguments.data, arguments.split, *data, arguments.images, *columns, training)
     measure = bits_per_dim
     if arguments.estimate is not None:
         measure = functools.partial(estimate_bits_per_dim, num_evaluations=arguments.estimate)
@@ -170,7 +175,7 @@ def main():
     told = [f"--{name} {value}" for name in options if (value := getattr(arguments, name))]
     report["command"] = f"python training/evaluate.py pipeline --data {report['data']} {' '.join(told)}"
     if arguments.histogram:
-        train, _ = load_tensor(arguments.data, arguments.histogram, *data, column=arguments.image_column)
+        train, _ = load_tensor(arguments.data, arguments.histogram, *data, None, columns[0], None, training)
         pixels = (tensor_to_pixels(x, levels) for x in (train, x_start))
         histogram = histogram_bits_per_dim(*pixels, levels)
         above = histogram - result.total.double().cpu()  # of the same images, so its error is smaller than theirs

@@ -116,7 +116,9 @@ def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tupl
                 raise ValueError("there are no images in it")
             images = images.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
             images = split_dataset_by_node(images, process, processes)
-        dataset = training_set(images, to_pixels, *columns, config.max_broken, int(config.memory_gb * 2**30))
+        dataset = training_set(
+            images, to_pixels, *columns, max_broken=config.max_broken, memory=int(config.memory_gb * 2**30)
+        )
         if not config.streaming and len(dataset) < config.batch_size:
             raise ValueError(
                 f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}"

@@ -236,6 +236,7 @@ def training_set(
     column: str | None = None,
     label_column: str | None = None,
     num_classes: int | None = None,
+    names: list[str] | None = None,
     max_broken: float = 0.0,
     memory: int = 2**30,
 ) -> torch.utils.data.Dataset | datasets.IterableDataset:
@@ -246,6 +247,7 @@ def training_set(
         label_column: labels of any kind. Integers below num_classes and `ClassLabel` stay; of others, not of a stream, the
             sorted values become 0, 1, ...: see `label_names`.
         num_classes: of the network; labels are 0 .. num_classes - 1.
+        names: of the labels 0, 1, ... where another data set has given them, see `label_names`.
         max_broken: share of the images that may be unreadable: they are left out, each with a line in the log.
         memory: bytes; a data set whose pixels need no more is read once, and is `PixelTensors`.
 
@@ -255,7 +257,7 @@ def training_set(
     column = image_column(dataset, column)
     if label_column is not None and label_column not in dataset.column_names:
         raise ValueError(f"label_column={label_column!r} is not in the data; it has {', '.join(dataset.column_names)}")
-    ids = label_ids(dataset, label_column, num_classes)
+    ids = label_ids(dataset, label_column, num_classes, names)
     dataset = dataset.select_columns([column, *([label_column] if label_column else [])])
     dataset = dataset.cast_column(column, datasets.Image(decode=False))  # a broken one shall not end it
     read = _Reader(to_pixels, column, label_column, ids, num_classes, max_broken)
@@ -267,32 +269,42 @@ def training_set(
     return images
 
 
-def label_ids(dataset, label_column: str | None, num_classes: int | None = None) -> dict | None:
+def label_ids(
+    dataset, label_column: str | None, num_classes: int | None = None, names: list[str] | None = None
+) -> dict | None:
     """Label -> 0, 1, ... for a column of a data set; None where its labels are these already, or cannot be known of a stream.
 
     Raises:
-        ValueError: labels that are missing, or more than `num_classes`.
+        ValueError: labels that are missing, more than `num_classes`, or not among `names`.
     """
     if label_column is None:
         return None
     feature = dataset.features[label_column]
-    is_class = isinstance(feature, datasets.ClassLabel)
-    values = {}
+    classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    values = set(range(len(classes or ())))
     if not isinstance(dataset, datasets.IterableDataset):
         column = list(dataset[label_column])
-        missing = sum(value is None or (is_class and value < 0) for value in column)
+        missing = sum(value is None or (classes is not None and value < 0) for value in column)
         if missing:
             raise ValueError(
                 f"label_column={label_column!r} has no value in {missing} of {len(column)} rows; fill or remove them"
             )
-        values = set(column)
-    found = len(feature.names) if is_class else len(values)
-    if num_classes is not None and found > num_classes:
+        values |= set(column)
+    if names is not None:
+        called = {value: classes[value] if classes else str(value) for value in values}
+        unknown = sorted(set(called.values()) - set(names))
+        if unknown:
+            raise ValueError(
+                f"label_column={label_column!r} has the label {unknown[0]!r}; known are {', '.join(names)}"
+            )
+        return {value: names.index(name) for value, name in called.items()} or None
+    if num_classes is not None and len(values) > num_classes:
         raise ValueError(
-            f"label_column={label_column!r} has {found} labels, unet.num_class_embeds={num_classes}; set it to {found}"
+            f"label_column={label_column!r} has {len(values)} labels, unet.num_class_embeds={num_classes}; set it to "
+            f"{len(values)}"
         )
-    whole = all(isinstance(value, int) and 0 <= value < (num_classes or found) for value in values)
-    return None if is_class or whole else {value: i for i, value in enumerate(sorted(values))}
+    whole = all(isinstance(value, int) and 0 <= value < (num_classes or len(values)) for value in values)
+    return None if classes or whole else {value: i for i, value in enumerate(sorted(values))}
 
 
 def label_names(dataset, label_column: str | None, num_classes: int | None = None) -> list[str] | None:
