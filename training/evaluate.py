@@ -38,7 +38,7 @@ def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int)
 
 
 def load_tensor(source, split, unet, levels, count=None, column=None, label_column=None, training=None):
-    """x_start (N, C, H, W) of a data set at the network's size, and labels or None, by the rules of `training` (training.json)."""
+    """x_start (N, C, H, W) of a data set at the network's size, and labels or None, by the rules of training.json."""
     check_levels(source, levels)
     dataset = load_images(source, split)
     dataset = dataset if count is None else dataset.select(range(min(count, len(dataset))))

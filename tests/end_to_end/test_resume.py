@@ -102,7 +102,7 @@ STOPS = ["log.jsonl", "checkpoints/0000008", "checkpoints/.0000012", "checkpoint
         # eight parts of 180 or 179 images to two processes of two workers: their epochs end at different steps, within a step
         pytest.param(
             2,
-            "--streaming true --num_workers 2 --batch_size 36 --gradient_accumulation_steps 2",
+            "--streaming true --num_workers 2 --batch_size 120 --gradient_accumulation_steps 2",
             STOPS,
             marks=pytest.mark.slow,
         ),
@@ -126,7 +126,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     states = (killed / "checkpoints/0000024").glob("random_states_*.pkl")
     assert len(list(states)) == processes  # there were as many
     assert one["timesteps"]["count"].min() >= 10  # it had learned where to look
-    assert (len({at["batch"] for at in one["position"]}) > 1) == (processes > 1 and "--streaming" in extra)
+    assert (len({(at["epoch"], at["batch"]) for at in one["position"]}) > 1) == (
+        processes > 1 and "--streaming" in extra
+    )
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["0000020", "0000024"]
 
 
