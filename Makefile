@@ -22,7 +22,7 @@ demo: $(READY)
 	    --first 14  # steps of less noise are far finer than one of 17 grey levels; 14 is the best for the training split
 	$(BIN)/python -W ignore -c "from diffusers import DiffusionPipeline as P; \
 	    print('opened by plain diffusers as', type(P.from_pretrained('$(DEMO)/pipeline')).__name__)"
-	@echo "look at $(DEMO)/samples.png, $(DEMO)/loss.png and $(DEMO)/pipeline/evaluation.png"
+	@echo "look at $(DEMO)/samples.png, $(DEMO)/curves.png and $(DEMO)/pipeline/evaluation.png"
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -52,9 +52,9 @@ def test_a_run_that_is_lost_stops_and_says_where(tmp_path):
     last = result.stderr.splitlines()[-1]
     assert result.returncode == 1 and last.startswith("train.py: 5 steps in a row had no finite gradient")
     assert "epoch 0, batch " in last and "gradient norm nan" in last and "losses that are not finite at t = " in last
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["steps_skipped"] == 5 and rows[-1]["gradient_norm"] is None and rows[-1]["loss"] is None
-    assert checkpoints_in(str(tmp_path)) and not (tmp_path / "pipeline").exists()
+    assert [path.name for path in checkpoints_in(str(tmp_path))] == ["0000003"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,5 +1,6 @@
 """Checkpoints of a run: each is whole or not there, and a run that goes on from one ends as if it had not been stopped."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -24,9 +25,16 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, at, **parts):
         self.config, self.accelerator, self.at, self.parts = config, accelerator, at, parts
         self.folder = Path(config.output_dir) / "checkpoints"
+        self.best = {"step": 0, "bits_per_dim": math.inf}
+
+    def is_best(self, step: int, bits_per_dim: float) -> bool:
+        """Whether no checkpoint before was as good; then the one of this step, once saved, stays."""
+        if bits_per_dim < self.best["bits_per_dim"]:
+            self.best = {"step": step, "bits_per_dim": bits_per_dim}
+        return self.best["step"] == step
 
     def save(self, step: int) -> bool:
-        """Writes a checkpoint, then removes all but the newest `keep_checkpoints`.
+        """Writes a checkpoint, then removes all but the newest `keep_checkpoints` and the best.
 
         Returns whether it is there: what could not be written is told, and leaves the older ones as they were.
         """
@@ -40,7 +48,7 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             (temporary / "config.yaml").write_text(as_yaml(self.config))
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            torch.save({**state, "at": places}, temporary / "run.pt")
+            torch.save({**state, "at": places, "best": self.best}, temporary / "run.pt")
 
         def end():
             for path in temporary.iterdir():
@@ -56,8 +64,9 @@ class Checkpoints:
         )
         if main and saved:
             for old in checkpoints_in(self.config.output_dir)[: -self.config.keep_checkpoints]:
-                os.replace(old, old.with_name(f".{old.name}"))
-                shutil.rmtree(old.with_name(f".{old.name}"))
+                if int(old.name) != self.best["step"]:
+                    os.replace(old, old.with_name(f".{old.name}"))
+                    shutil.rmtree(old.with_name(f".{old.name}"))
         elif main:
             shutil.rmtree(temporary, ignore_errors=True)
         return saved
@@ -99,6 +108,7 @@ class Checkpoints:
                     load(candidate / f"random_states_{index}.pkl")  # accelerate goes on without it and says nothing
                     self.accelerator.load_state(candidate)
                     self.at.load_state_dict(state["at"][index])
+                    self.best = state["best"]
                     for name, part in self.parts.items():
                         part.load_state_dict(state[name])
             except Exception as error:

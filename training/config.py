@@ -63,11 +63,17 @@ class TrainConfig:
     output_dir: str = "runs/digits"
     resume: str = "auto"  # auto: from the newest checkpoint in output_dir, if any; never; or the path of a checkpoint
     checkpoint_every: int = 1000  # and at the end; 0 for none
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest, and the best by held-out bits/dim beside them
     log_every: int = 20
     sample_every: int = 1000  # a sheet of EMA samples; 0 for none
     sample_count: int = 64
     sample_steps: int | None = None  # network calls an image; None for all timesteps
+    eval_every: int = 0  # steps between estimates of held-out bits/dim, and at the end; 0 for none
+    eval_data: str | None = None  # as data, of which it is if null
+    eval_split: str = "test"
+    eval_images: int = 64
+    eval_evaluations: int = 50  # network calls an image, see estimate_bits_per_dim
+    trackers: list[str] = dataclasses.field(default_factory=list)  # of accelerate: tensorboard, wandb, trackio, ...
     # where it is published at the end
     push_to_hub: str | None = None  # user/name of a repository on the Hub; None for nowhere
     hub_private: bool = False  # where the repository is made: for its owner only
@@ -220,12 +226,15 @@ def _check(config):
         "keep_checkpoints",
         "shuffle_buffer",
         "max_steps_skipped",
+        "eval_images",
     ):
         if getattr(config, key) < 1:
             raise ConfigError(f"{key}={getattr(config, key)} must be 1 or more")
-    for key in ("sample_every", "checkpoint_every", "num_workers", "lr_warmup_steps"):
+    for key in ("sample_every", "checkpoint_every", "eval_every", "num_workers", "lr_warmup_steps"):
         if getattr(config, key) < 0:
             raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
+    if config.eval_evaluations < 8:
+        raise ConfigError(f"eval_evaluations={config.eval_evaluations} must be 8 or more")
     if config.sample_steps is not None and config.sample_steps < 1:
         raise ConfigError(f"sample_steps={config.sample_steps} must be 1 or more, or null for all timesteps")
     if not 0 < config.learning_rate < math.inf or not config.max_grad_norm > 0:

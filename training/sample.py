@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+from watch import as_sheet, cycled_labels, save_picture
 
 from ddpm_hf import DDPMImagePipeline
 from evaluate import load_tensor
-from train import cycled_labels, save_sheet
 
 
 def main():
@@ -57,7 +57,7 @@ def main():
         images, columns = interpolation_rows(pipeline, arguments, how)
     else:
         images, columns = pipeline(arguments.count, **how).images, None
-    save_sheet(images, arguments.out, columns)
+    save_picture(as_sheet(images, columns), arguments.out)
     print(f"wrote {arguments.out}")
 
 

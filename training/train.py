@@ -11,12 +11,10 @@ A preset is a name in training/configs or the path of a YAML file; every key of 
 import dataclasses
 import inspect
 import json
-import math
 import os
 import shlex
 import shutil
 import sys
-import time
 from pathlib import Path
 
 from config import ConfigError, TrainConfig, as_yaml, checkpoint_to_resume, image_size, load_config, nearest
@@ -27,8 +25,7 @@ if __name__ == "__main__":  # before the slow imports: a mistyped key shall not 
     except ConfigError as error:
         sys.exit(f"train.py: {error}")
 
-import accelerate
-import diffusers
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
@@ -37,14 +34,11 @@ from checkpoints import Checkpoints
 from datasets.distributed import split_dataset_by_node
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from huggingface_hub import get_token
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from stops import FiniteSteps, Signals, Stopped, going_on, ignore_interrupts
-from tqdm.auto import tqdm
+from watch import MODULES, Log, as_sheet, check_trackers, environment, held_out_bits_per_dim, samples, save_picture
 
-import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
 from ddpm_hf.data import (
     BUILT_IN,
@@ -54,6 +48,7 @@ from ddpm_hf.data import (
     label_names,
     load_images,
     pixels_to_batch,
+    pixels_to_tensor,
     training_set,
 )
 from ddpm_hf.hub import write_model_card, write_whole
@@ -84,6 +79,7 @@ def build(config: TrainConfig) -> tuple:
     scheduler = VariationalDDPMScheduler(**config.scheduler)
     if config.sample_steps is not None:
         VariationalDDPMScheduler.from_config(scheduler.config).set_timesteps(config.sample_steps)
+    check_trackers(config.trackers)
     learned = scheduler.variance_type.startswith("learned")
     unet = DDPMUNet(
         sample_size=image_size(config),
@@ -126,6 +122,29 @@ def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tupl
     except (ValueError, OSError) as error:
         raise ConfigError(f"data={config.data!r}: {' '.join(str(error).split())}") from error
     return dataset, names
+
+
+def open_held_out(config: TrainConfig, names: list[str] | None) -> tuple:
+    """x_start (eval_images, C, H, W) and labels or None, of which bits/dim are measured.
+
+    Raises:
+        ConfigError: as `open_data`.
+    """
+    levels, source = config.scheduler.get("levels", 256), config.eval_data or config.data
+    try:
+        to_pixels = image_to_pixels(image_size(config), config.channels, levels, config.background, config.crop)
+        images = load_images(source, config.eval_split, config.streaming)
+        if config.streaming:
+            images = datasets.Dataset.from_list(list(images.take(config.eval_images)), images.features)
+        else:
+            images = images.select(range(min(config.eval_images, len(images))))
+        columns = config.image_column, config.label_column, config.unet.get("num_class_embeds"), names
+        tensors = training_set(images, to_pixels, *columns, memory=2**40).tensors
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"eval_data={source!r}, eval_split={config.eval_split!r}: {' '.join(str(error).split())}"
+        ) from error
+    return pixels_to_tensor(tensors["pixels"], levels), tensors.get("class_labels")
 
 
 def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch.utils.data.DataLoader:
@@ -188,6 +207,8 @@ def train(config: TrainConfig) -> Path:
             config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         mixed_precision=config.mixed_precision,
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -198,6 +219,7 @@ def train(config: TrainConfig) -> Path:
     use_all_cores(accelerator)
     set_seed(config.seed, device_specific=True)
     dataset, names = open_data(config, accelerator.process_index, accelerator.num_processes)
+    held_out = open_held_out(config, names) if config.eval_every else None
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     optimizer = torch.optim.AdamW(
@@ -218,15 +240,19 @@ def train(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "config.yaml", as_yaml(config))
+        write_whole(output / "environment.json", json.dumps(environment(accelerator), indent=2) + "\n")
         (output / "samples").mkdir(exist_ok=True)
-    log, at = Log(config, output, accelerator), Position()
-    finite = FiniteSteps(accelerator.device, config.max_steps_skipped)
+    if config.trackers:
+        accelerator.init_trackers("ddpm-hf", {key: str(value) for key, value in dataclasses.asdict(config).items()})
+    log, at = Log(config, output, accelerator, scheduler.config.num_train_timesteps), Position()
+    finite, average = FiniteSteps(accelerator.device, config.max_steps_skipped), EMAWeights(ema, unet)
     parts = dict(ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, log=log, finite=finite)
     checkpoints = Checkpoints(config, accelerator, at, **parts)
     if resumed:
         checkpoints.load(resumed)
         ema.to(accelerator.device)
     log.begin(at.step)
+    network = accelerator.unwrap_model(unet)
     with log, Signals(accelerator) as signals:
         stream = batches(loader, config, at)
         while at.step < config.steps:
@@ -236,28 +262,43 @@ def train(config: TrainConfig) -> Path:
                 t, weights = timesteps.sample(len(x_start), accelerator.device)
                 losses = objective(unet, x_start, batch.get("class_labels"), t)
                 timesteps.update(t, losses)
-                loss = (weights * losses).mean()
-                accelerator.backward(loss)
+                accelerator.backward((weights * losses).mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
                     finite.check(norm, optimizer.optimizer, scaled=accelerator.scaler is not None)
                 optimizer.step()
                 optimizer.zero_grad()
-            log.add(loss)
+            log.add(t, losses, weights)
             if not accelerator.sync_gradients:
                 continue
+            learning_rate = lr_schedule.get_last_lr()[0]
             lr_schedule.step()
             ema.step(unet.parameters())
             at.step += 1
-            if log.step(at.step, lr_schedule.get_last_lr()[0], norm, finite):
+            last, told = at.step == config.steps, dict(learning_rate=learning_rate, ema_decay=ema.cur_decay_value)
+            if log.step(at.step, norm, steps_skipped=finite.skipped, **told):
                 finite.raise_if_lost(norm, t, losses, at)
-            if accelerator.is_main_process and config.sample_every and at.step % config.sample_every == 0:
-                with EMAWeights(ema, unet), going_on("a sheet of samples"):
-                    path = output / "samples" / f"{at.step:07d}.png"
-                    save_samples(config, accelerator.unwrap_model(unet), scheduler, path)
-            signal = signals.stop(at.step) if at.step < config.steps else None
-            due = config.checkpoint_every and (at.step % config.checkpoint_every == 0 or at.step == config.steps)
+            if config.sample_every and at.step % config.sample_every == 0:
+                with average:
+                    images = samples(config, accelerator, network, scheduler)
+                if images:
+                    sheet = as_sheet(images)
+                    with going_on("a sheet of samples"):
+                        save_picture(sheet, output / "samples" / f"{at.step:07d}.png")
+                    log.show(at.step, "samples", sheet)
+            best = False
+            if config.eval_every and (at.step % config.eval_every == 0 or last):
+                with average:
+                    measured = held_out_bits_per_dim(config, accelerator, network, scheduler, *held_out)
+                log.note(at.step, **measured)
+                best = checkpoints.is_best(at.step, measured["bits_per_dim"])
+            signal = None if last else signals.stop(at.step)
+            due = config.checkpoint_every and (at.step % config.checkpoint_every == 0 or last or best)
             saved = checkpoints.save(at.step) if due or signal else False
+            if saved and not last and accelerator.is_main_process:
+                log.plot()
+                with average, going_on("the pipeline"):
+                    save_pipeline(config, at.step, network, scheduler, output / "pipeline", names)
             if signal:
                 raise Stopped(
                     f"stopped by signal {signal} after step {at.step}; the same command goes on from "
@@ -265,8 +306,8 @@ def train(config: TrainConfig) -> Path:
                     status=128 + signal,
                 )
     if accelerator.is_main_process:
-        ema.copy_to(unet.parameters())
-        save_pipeline(config, accelerator.unwrap_model(unet).eval(), scheduler, output / "pipeline", names)
+        with average:
+            save_pipeline(config, at.step, network, scheduler, output / "pipeline", names)
     accelerator.end_training()
     return output / "pipeline"
 
@@ -308,118 +349,10 @@ class EMAWeights:
         self.unet.train()
 
 
-class Log:
-    """The progress bar, log.jsonl and loss.png; the loss is read from the device every `log_every` steps only."""
-
-    def __init__(self, config, output, accelerator):
-        self.config, self.output, self.main = config, output, accelerator.is_main_process
-        self.device = accelerator.device
-        self.images = config.batch_size * accelerator.num_processes
-        self.bar = tqdm(total=config.steps, desc="train", disable=not self.main)
-        self.losses, self.rows, self.seen, self.start = [], [], 0, time.perf_counter()
-
-    def state_dict(self):
-        return {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0), "rows": self.rows}
-
-    def load_state_dict(self, state):
-        self.losses, self.rows = list(state["losses"].to(self.device)), state["rows"]
-
-    def begin(self, step):
-        """What was logged after `step` by a run that was stopped is forgotten."""
-        if self.main:
-            self.bar.update(step)
-            write_whole(self.output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def add(self, loss):
-        if self.main:
-            self.losses.append(loss.detach())
-        self.seen += self.images
-
-    def step(self, step, learning_rate, norm, finite):
-        """After each optimizer step; whether it was one of those that are logged."""
-        self.bar.update()
-        if step % self.config.log_every and step != self.config.steps:
-            return False
-        if self.main:
-            losses, seconds = torch.stack(self.losses), time.perf_counter() - self.start
-            row = {
-                "step": step,
-                "loss": losses[losses.isfinite()].mean().item(),
-                "gradient_norm": norm.item(),
-                "steps_skipped": int(finite.skipped),
-                "learning_rate": learning_rate,
-                "images_per_second": self.seen / seconds,
-            }
-            row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no others
-            self.rows.append(row)
-            with going_on("log.jsonl"), open(self.output / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            shown = {"loss": f"{losses.mean():.4f}", "images_per_s": f"{row['images_per_second']:.0f}"}
-            self.bar.set_postfix(shown | ({"skipped": row["steps_skipped"]} if row["steps_skipped"] else {}))
-        self.losses, self.seen, self.start = [], 0, time.perf_counter()
-        return True
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-        if self.main and self.rows:
-            with going_on("loss.png"):
-                plot_loss(self.rows, self.output / "loss.png")
-
-
-def plot_loss(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([row["step"] for row in rows], [math.nan if row["loss"] is None else row["loss"] for row in rows])
-    axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def save_samples(config, unet, scheduler, path):
-    """A sheet of samples from the same noise every time."""
-    process = VariationalDDPMScheduler.from_config(scheduler.config)  # sampling shall not move the training's chain
-    pipeline = DDPMImagePipeline(unet, process)
-    pipeline.set_progress_bar_config(desc="samples", leave=False)
-    generator = torch.Generator(unet.device).manual_seed(config.seed)
-    images = pipeline(
-        config.sample_count,
-        generator=generator,
-        num_inference_steps=config.sample_steps,
-        class_labels=cycled_labels(unet, config.sample_count),
-    ).images
-    save_sheet(images, path)
-
-
-def cycled_labels(unet, count):
-    """Labels 0, 1, 2, ... in turn for a class-conditional network; None for another."""
-    classes = unet.config.num_class_embeds
-    return None if classes is None else torch.arange(count) % classes
-
-
-def save_sheet(images, path, columns=None):
-    """PIL images as one sheet with grey gaps, square if columns is None; small ones enlarged so that pixels can be seen."""
-    scale = max(1, 64 // max(images[0].size))
-    images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]
-    columns = columns or math.ceil(len(images) ** 0.5)
-    rows = math.ceil(len(images) / columns)
-    images += [Image.new(images[0].mode, images[0].size)] * (rows * columns - len(images))
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
-    make_image_grid(images, rows, columns).save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
-def save_pipeline(config, unet, scheduler, folder, label_names=None):
-    """Written under another name and renamed: a folder of this name is whole."""
+def save_pipeline(config, step, unet, scheduler, folder, label_names=None):
+    """The network after `step` steps, written under another name and renamed: a folder of this name is whole."""
     temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
     DDPMImagePipeline(unet, scheduler).save_pretrained(temporary)
     told = dataclasses.asdict(config)
     for key in ("output_dir", "resume", "push_to_hub", "hub_private", "license"):
@@ -429,16 +362,20 @@ def save_pipeline(config, unet, scheduler, folder, label_names=None):
     told["hub_dataset"] = None if local or config.data in BUILT_IN else config.data
     told["label_names"] = label_names
     told["weights"] = weights_digest(temporary)
-    told["versions"] = {module.__name__: module.__version__ for module in (ddpm_hf, torch, diffusers, accelerate)}
+    told["versions"] = {module.__name__: module.__version__ for module in MODULES}
+    told["steps"] = step
     (temporary / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-    pictures = {"training.png": "loss.png", "samples.png": f"samples/{config.steps:07d}.png"}  # of these weights
+    pictures = {"training.png": "curves.png", "samples.png": f"samples/{step:07d}.png"}  # of these weights
     for name, source in pictures.items():
         if (folder.parent / source).is_file():
             shutil.copy(folder.parent / source, temporary / name)
     write_model_card(temporary)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():  # of fewer steps
-        shutil.rmtree(folder)
+        os.replace(folder, old)
     os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def main():

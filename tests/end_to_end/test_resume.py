@@ -73,9 +73,10 @@ def end_when(process, path, number=signal.SIGKILL):
 def results(folder, step=24):
     """All that a run ends with: weights, checkpoint and what it logged, but for its speed."""
     checkpoint = folder / f"checkpoints/{step:07d}"
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        del row["images_per_second"]
+        for key in ("images_per_second", "memory_gb"):
+            row.pop(key, None)
     run = torch.load(checkpoint / "run.pt", weights_only=True)
     return {
         "log": rows,
@@ -90,7 +91,7 @@ def results(folder, step=24):
 
 
 # at the start, after a checkpoint, in the middle of writing one
-STOPS = ["log.jsonl", "checkpoints/0000008", "checkpoints/.0000012", "checkpoints/0000016"]
+STOPS = ["metrics.jsonl", "checkpoints/0000008", "checkpoints/.0000012", "checkpoints/0000016"]
 
 
 @pytest.mark.parametrize(

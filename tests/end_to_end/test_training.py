@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import math
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import datasets
@@ -50,15 +52,53 @@ def weights(folder):
 
 def test_what_a_run_writes(trained):
     run = trained / "a"
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[0]["learning_rate"] > rows[-1]["learning_rate"] >= 0 and all(row["loss"] > 0 for row in rows)
     assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 6
-    for name in ("samples/0000003.png", "samples/0000006.png", "loss.png"):
+    names = ["loss", *(f"loss_t_quarter_{i}" for i in range(1, 5)), "gradient_norm", "steps_skipped", "learning_rate"]
+    names += ["ema_decay", "images_per_second", "memory_gb"]
+    assert all(sorted(row) == sorted(["step", *names]) for row in rows)
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__ and environment["processes"] == 1
+    for name in ("samples/0000003.png", "samples/0000006.png", "curves.png"):
         assert np.asarray(Image.open(run / name)).std() > 0, name
     assert not list(run.rglob(".*"))  # nothing temporary stays
     card = (run / "pipeline/README.md").read_text()
     assert "library_name: diffusers" in card and "6 optimizer steps" in card and "Not measured" in card
+
+
+def test_the_quarters_of_the_loss_are_of_it(tmp_path):
+    """And of the learned weights of an importance sampler only the loss itself."""
+    from watch import Log
+
+    accelerator = types.SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu"), trackers=[])
+    config = types.SimpleNamespace(batch_size=4, steps=9, log_every=2)
+    log = Log(config, tmp_path, accelerator, 1000)
+    log.add(torch.tensor([0, 249, 250, 999]), torch.tensor([1.0, 3, 5, 7]), torch.tensor([1.0, 1, 2, 1]))
+    log.add(torch.tensor([600, 700, 800, 20]), torch.tensor([1.0, math.inf, math.nan, 2]), torch.ones(4))
+    assert not log.step(1, torch.tensor(1.0), steps_skipped=0)
+    assert log.step(2, torch.tensor(1.0), steps_skipped=0)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["loss"] == pytest.approx((1 + 3 + 10 + 7 + 1 + 2) / 6)
+    assert [row[f"loss_t_quarter_{i}"] for i in range(1, 5)] == pytest.approx([2, 5, 1, 7])
+
+
+def test_held_out_bits_per_dim_and_the_best_checkpoint(tmp_path):
+    arguments = [*SMALL.split(), *NETWORK, "--eval_every", "2", "--eval_images", "12", "--keep_checkpoints", "1"]
+    arguments += ["--checkpoint_every", "1", "--learning_rate", "0.01", "--lr_warmup_steps", "0"]
+    arguments += ["--lr_schedule", "constant", "--ema_decay", "0.0", "--output_dir", tmp_path]
+    # learns up to the fourth step, then forgets: the best is neither the first nor the last
+    script("train.py", *arguments, "--steps", 4)
+    before = script("evaluate.py", tmp_path / "pipeline", "--images", 12, "--estimate", 50, "--seed", 0)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row for row in rows if "bits_per_dim" in row}
+    assert list(measured) == [2, 4] and f"{measured[4]['bits_per_dim']:.4f}" in before.stdout
+    assert f"{measured[4]['bits_per_dim_standard_error']:.4f}" in before.stdout
+    best = min(measured, key=lambda step: measured[step]["bits_per_dim"])
+    kept = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert kept == sorted({f"{best:07d}", "0000004"})
+    assert json.loads((tmp_path / "pipeline/training.json").read_text())["steps"] == 4
 
 
 def test_one_seed_makes_a_run_repeatable(trained):
