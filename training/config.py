@@ -39,6 +39,9 @@ class TrainConfig:
     # network and process: keys of DDPMUNet and of VariationalDDPMScheduler
     unet: dict = dataclasses.field(default_factory=dict)
     scheduler: dict = dataclasses.field(default_factory=dict)
+    init_from: str | None = (
+        None  # a pipeline's folder or Hub id, diffusers' own too: its network in place of unet and init
+    )
     init: str = "paper"  # first weights: paper (zeros where its code has them) or torch (as diffusers' class)
     # training
     loss: str = "simple"  # simple, vlb, hybrid
@@ -128,7 +131,8 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
             values[key] = os.path.expanduser(values[key])
     config = TrainConfig(**values)
     config.preset = source if _preset(source).is_file() else None
-    _check(config)
+    check(config)
+    checkpoint_to_resume(config)
     return config, dry_run
 
 
@@ -215,7 +219,8 @@ def _typed(key, value, expected):
     )
 
 
-def _check(config):
+def check(config: TrainConfig) -> None:
+    """Raises ConfigError for values that are none or do not go together."""
     for key in (
         "steps",
         "batch_size",
@@ -266,12 +271,24 @@ def _check(config):
                     f"{part}.{name} follows from image_size, channels and the variance type; leave it out"
                 )
     size = image_size(config)
+    if len(size) != 2:
+        raise ConfigError(f"image_size={config.image_size} must be one number or [height, width]")
+    if config.init_from is None:
+        _check_network(config, size)
+    # a Hub id is "name" or "user/name"; everything else that is not there is a path that is not there
+    is_path = config.data.startswith((".", "/", "~")) or config.data.count("/") > 1 or config.data.endswith(".parquet")
+    if is_path and not os.path.exists(config.data):
+        raise ConfigError(f"data={config.data!r} does not exist")
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir!r} is a file")
+
+
+def _check_network(config, size):
     channels = config.unet.get("block_out_channels", (224, 448, 672, 896))
     if not isinstance(channels, (list, tuple)) or not all(isinstance(c, int) and c > 0 for c in channels):
         raise ConfigError(f"unet.block_out_channels={channels!r} must be a list of integers, one for each level")
     stride = 2 ** (len(channels) - 1)
-    if len(size) != 2:
-        raise ConfigError(f"image_size={config.image_size} must be one number or [height, width]")
     if any(side < 1 or side % stride for side in size):
         raise ConfigError(
             f"image_size={config.image_size} must be a multiple of {stride}: unet.block_out_channels has {len(channels)} "
@@ -282,14 +299,6 @@ def _check(config):
             f"label_column={config.label_column} and unet.num_class_embeds={config.unet.get('num_class_embeds')} go "
             "together: give both for a class-conditional network, or neither"
         )
-    # a Hub id is "name" or "user/name"; everything else that is not there is a path that is not there
-    is_path = config.data.startswith((".", "/", "~")) or config.data.count("/") > 1 or config.data.endswith(".parquet")
-    if is_path and not os.path.exists(config.data):
-        raise ConfigError(f"data={config.data!r} does not exist")
-    output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output_dir={config.output_dir!r} is a file")
-    checkpoint_to_resume(config)
 
 
 def checkpoints_in(output_dir: str) -> list[Path]:
@@ -321,6 +330,7 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
         return None
     before, now = {**dataclasses.asdict(TrainConfig()), **_read_run(path)}, dataclasses.asdict(config)
     may_change = MAY_CHANGE | ({"steps"} if config.lr_schedule.startswith("constant") else set())
+    may_change |= {"unet"} if config.init_from else set()  # it is init_from's, which is not known yet
     may_change -= {"num_workers"} if config.streaming else set()  # they divide the stream
     for key in now:
         if key not in may_change and before[key] != now[key]:

@@ -17,7 +17,17 @@ import shutil
 import sys
 from pathlib import Path
 
-from config import ConfigError, TrainConfig, as_yaml, checkpoint_to_resume, image_size, load_config, nearest
+from config import (
+    DERIVED,
+    ConfigError,
+    TrainConfig,
+    as_yaml,
+    check,
+    checkpoint_to_resume,
+    image_size,
+    load_config,
+    nearest,
+)
 
 if __name__ == "__main__":  # before the slow imports: a mistyped key shall not wait for them
     try:
@@ -63,6 +73,8 @@ def build(config: TrainConfig) -> tuple:
     Raises:
         ValueError: a key or value that one of them does not take.
     """
+    if config.init_from:
+        config.unet = network_of(config)
     for part, cls in (("unet", DDPMUNet), ("scheduler", VariationalDDPMScheduler)):
         known = inspect.signature(cls).parameters
         for key in getattr(config, part):
@@ -92,6 +104,29 @@ def build(config: TrainConfig) -> tuple:
         raise ConfigError(f"timesteps={config.timesteps!r} is not known{nearest(config.timesteps, TIMESTEPS)}")
     objective = DiffusionObjective(scheduler, config.loss, config.vlb_weight, config.weighting)
     return unet, scheduler, objective, TIMESTEPS[config.timesteps](scheduler)
+
+
+def network_of(config: TrainConfig) -> dict:
+    """The keys of `unet` by which the network of `init_from` is made.
+
+    Raises:
+        ConfigError: there is none, or its channels, classes or levels of resolution are not those of the config.
+    """
+    try:
+        found = DDPMUNet.load_config(config.init_from, subfolder="unet")
+    except OSError as error:
+        raise ConfigError(f"init_from={config.init_from!r}: {' '.join(str(error).split())}") from error
+    learned = config.scheduler.get("variance_type", "fixed_small").startswith("learned")
+    for key, expected in (("in_channels", config.channels), ("out_channels", config.channels * (1 + learned))):
+        if found[key] != expected:
+            raise ConfigError(
+                f"init_from={config.init_from!r}: its network has {key} {found[key]}, channels={config.channels} and the "
+                f"variance type ask for {expected}"
+            )
+    unet = {key: found[key] for key in inspect.signature(DDPMUNet).parameters if key in found}
+    unet = {key: value for key, value in unet.items() if key not in DERIVED["unet"]}
+    check(dataclasses.replace(config, init_from=None, unet=unet))
+    return unet
 
 
 def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tuple:
@@ -222,6 +257,8 @@ def train(config: TrainConfig) -> Path:
     held_out = open_held_out(config, names) if config.eval_every else None
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
+    if config.init_from and not resumed:
+        unet.load_state_dict(DDPMImagePipeline.from_pretrained(config.init_from).unet.state_dict())
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         config.learning_rate,
@@ -358,7 +395,9 @@ def save_pipeline(config, step, unet, scheduler, folder, label_names=None):
     for key in ("output_dir", "resume", "push_to_hub", "hub_private", "license"):
         del told[key]  # of nobody else's concern
     local = os.path.exists(config.data)
-    told["data"] = Path(config.data).name if local else config.data
+    for key in ("data", "eval_data", "init_from"):
+        if told[key] and os.path.exists(told[key]):
+            told[key] = Path(told[key]).name
     told["hub_dataset"] = None if local or config.data in BUILT_IN else config.data
     told["label_names"] = label_names
     told["weights"] = weights_digest(temporary)

@@ -135,7 +135,8 @@ class Log:
         """A picture for the trackers that take any."""
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({name: np.asarray(sheet.convert("RGB"))[None]}, step=step)
+                how = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: np.asarray(sheet.convert("RGB"))[None]}, step=step, **how)
 
     def __enter__(self):
         return self

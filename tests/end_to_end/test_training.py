@@ -68,6 +68,47 @@ def test_what_a_run_writes(trained):
     assert "library_name: diffusers" in card and "6 optimizer steps" in card and "Not measured" in card
 
 
+def test_fine_tuning(trained, tmp_path):
+    """From a folder, ours or stock: the first weights are its own, whatever the preset says of the network."""
+    stock = DDPMPipeline.from_pretrained(trained / "a/pipeline")
+    stock.save_pretrained(tmp_path / "stock")
+    arguments = [*SMALL.split(), "--init_from", tmp_path / "stock", "--learning_rate", "1e-12"]
+    script("train.py", *arguments, "--output_dir", tmp_path / "run", "--checkpoint_every", 3)
+    before, after = weights(trained / "a"), weights(tmp_path / "run")
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-9)
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["unet"]["block_out_channels"] == [8, 16] and config["unet"]["norm_num_groups"] == 4
+    shutil.rmtree(tmp_path / "run/pipeline")
+    script("train.py", *arguments, "--output_dir", tmp_path / "run", "--checkpoint_every", 3)  # goes on
+    assert json.loads((tmp_path / "run/pipeline/training.json").read_text())["init_from"] == "stock"
+    for extra, message in (
+        (["--channels", 3], "its network has in_channels 1, channels=3 and the variance type ask for 3"),
+        (["--scheduler.variance_type", "learned"], "its network has out_channels 1, channels=1 and"),
+        (["--label_column", "label"], "label_column=label and unet.num_class_embeds=None go together"),
+        (["--image_size", 7], "image_size=7 must be a multiple of 2"),
+        (["--init_from", tmp_path], "init_from="),
+    ):
+        refused = script("train.py", *arguments, *extra, "--output_dir", tmp_path / "none", check=False)
+        assert refused.returncode == 1 and message in refused.stderr and refused.stderr.count("\n") < 3, refused.stderr
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    script("train.py", *SMALL.split(), *NETWORK, "--trackers", "[tensorboard]", "--output_dir", tmp_path)
+    events = EventAccumulator(str(tmp_path / "ddpm-hf")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert events.Scalars("gradient_norm")[0].value == pytest.approx(rows[0]["gradient_norm"])
+    assert [event.step for event in events.Images("samples")] == [3, 6]
+    for name, message in (("wandb", "'wandb' is not installed; pip install wandb"), ("tensorbord", "did you mean")):
+        refused = script(
+            "train.py", *SMALL.split(), "--trackers", f"[{name}]", "--output_dir", tmp_path / "b", check=False
+        )
+        assert refused.returncode == 1 and message in refused.stderr and not (tmp_path / "b").exists()
+
+
 def test_the_quarters_of_the_loss_are_of_it(tmp_path):
     """And of the learned weights of an importance sampler only the loss itself."""
     from watch import Log
