@@ -17,13 +17,13 @@ from config import ConfigError, TrainConfig, as_yaml, checkpoints_in
 class Checkpoints:
     """Saves and loads the state of a run in `<output_dir>/checkpoints/<step>/`.
 
-    accelerate keeps the network (as safetensors), the optimizer, the gradient scaler and each process's random states; `parts`
-    are all else: objects with `state_dict` and `load_state_dict`, which are the same in every process, but for `at`, the place
-    in the data. A checkpoint is written under a name that begins with a dot and renamed when it is whole.
+    accelerate keeps the network (as safetensors), the optimizer, the gradient scaler and each process's random states. All else
+    are objects with `state_dict` and `load_state_dict`: `parts`, the same in every process, and `own`, which differ. A
+    checkpoint is written under a name that begins with a dot and renamed when it is whole.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, at, **parts):
-        self.config, self.accelerator, self.at, self.parts = config, accelerator, at, parts
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, own: dict, **parts):
+        self.config, self.accelerator, self.own, self.parts = config, accelerator, own, parts
         self.folder = Path(config.output_dir) / "checkpoints"
         self.best = {"step": 0, "bits_per_dim": math.inf}
 
@@ -40,7 +40,7 @@ class Checkpoints:
         """
         whole = self.folder / f"{step:07d}"
         temporary = whole.with_name(f".{whole.name}")
-        places = gather_object([self.at.state_dict()])
+        own = gather_object([{name: part.state_dict() for name, part in self.own.items()}])
 
         def begin():
             for stopped in self.folder.glob(".*"):
@@ -48,7 +48,7 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             (temporary / "config.yaml").write_text(as_yaml(self.config))
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            torch.save({**state, "at": places, "best": self.best}, temporary / "run.pt")
+            torch.save({**state, "own": own, "best": self.best}, temporary / "run.pt")
 
         def end():
             for path in temporary.iterdir():
@@ -103,14 +103,15 @@ class Checkpoints:
             problem = None
             try:
                 state = torch.load(candidate / "run.pt", map_location="cpu", weights_only=True)
-                written = len(state["at"])
+                written = len(state["own"])
                 if written == processes:
                     load(candidate / f"random_states_{index}.pkl")  # accelerate goes on without it and says nothing
                     self.accelerator.load_state(candidate)
-                    self.at.load_state_dict(state["at"][index])
-                    self.best = state["best"]
                     for name, part in self.parts.items():
                         part.load_state_dict(state[name])
+                    for name, part in self.own.items():
+                        part.load_state_dict(state["own"][index][name])
+                    self.best = state["best"]
             except Exception as error:
                 problem = type(error).__name__
             problem = next((each for each in gather_object([problem]) if each), None)

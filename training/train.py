@@ -37,7 +37,7 @@ if __name__ == "__main__":  # before the slow imports: a mistyped key shall not 
 
 import datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from checkpoints import Checkpoints
@@ -283,8 +283,8 @@ def train(config: TrainConfig) -> Path:
         accelerator.init_trackers("ddpm-hf", {key: str(value) for key, value in dataclasses.asdict(config).items()})
     log, at = Log(config, output, accelerator, scheduler.config.num_train_timesteps), Position()
     finite, average = FiniteSteps(accelerator.device, config.max_steps_skipped), EMAWeights(ema, unet)
-    parts = dict(ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, log=log, finite=finite)
-    checkpoints = Checkpoints(config, accelerator, at, **parts)
+    parts = dict(ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, finite=finite)
+    checkpoints = Checkpoints(config, accelerator, own=dict(at=at, log=log), **parts)
     if resumed:
         checkpoints.load(resumed)
         ema.to(accelerator.device)
@@ -345,6 +345,7 @@ def train(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         with average:
             save_pipeline(config, at.step, network, scheduler, output / "pipeline", names)
+    accelerator.wait_for_everyone()  # torch can hang where the last thing that processes exchanged is no barrier
     accelerator.end_training()
     return output / "pipeline"
 
@@ -430,6 +431,7 @@ def main():
     try:
         folder = train(CONFIG)
     except Stopped as error:
+        PartialState().wait_for_everyone()  # as at the end of train
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.status)
     except (

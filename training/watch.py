@@ -60,10 +60,7 @@ def environment(accelerator) -> dict:
 
 
 class Log:
-    """The progress bar, metrics.jsonl, curves.png, and the trackers; the device is waited for every `log_every` steps only.
-
-    Losses are this process's own; the rest is the same in all.
-    """
+    """The progress bar, metrics.jsonl, curves.png, and the trackers; the device is waited for every `log_every` steps only."""
 
     def __init__(self, config, output: Path, accelerator, num_timesteps: int):
         self.config, self.output, self.accelerator = config, output, accelerator
@@ -76,7 +73,7 @@ class Log:
         self.seen, self.start = 0, time.perf_counter()
 
     def state_dict(self):
-        return {"sums": self.sums, "counts": self.counts, "rows": self.rows}
+        return {"sums": self.sums.cpu(), "counts": self.counts.cpu(), "rows": self.rows}
 
     def load_state_dict(self, state):
         self.sums, self.counts = (state[key].to(self.sums.device) for key in ("sums", "counts"))
@@ -103,8 +100,9 @@ class Log:
         self.bar.update()
         if step % self.config.log_every and step != self.config.steps:
             return False
+        sums, counts = self.accelerator.reduce(torch.stack((self.sums, self.counts)))  # of all processes
         if self.main:
-            loss, *quarters = (self.sums / self.counts).tolist()
+            loss, *quarters = (sums / counts).tolist()
             row = {"loss": loss, **{f"loss_t_quarter_{i + 1}": value for i, value in enumerate(quarters)}}
             row |= {"gradient_norm": norm, **values}
             row["images_per_second"] = self.seen / (time.perf_counter() - self.start)

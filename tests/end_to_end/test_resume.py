@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -24,17 +26,12 @@ RUN = (
 )
 
 
-def start(folder, *extra, processes=1):
+def start(folder, *extra, processes=1, script=ROOT / "training/train.py", run=RUN):
     launcher = [sys.executable]
     if processes > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--rdzv-backend=c10d",
-            "--rdzv-endpoint=127.0.0.1:0",
-        ]
-    command = [*launcher, str(ROOT / "training/train.py"), *RUN.split(), *extra, "--output_dir", str(folder)]
+        launcher += ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+        launcher += [f"--nproc_per_node={processes}"]
+    command = [*launcher, str(script), *run.split(), *extra, "--output_dir", str(folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     # a session of its own, as a terminal gives it: Ctrl-C reaches all its processes
     return subprocess.Popen(
@@ -86,7 +83,7 @@ def results(folder, step=24):
         "ema": run["ema"]["shadow_params"],
         "timesteps": run["timesteps"],
         "learning rate": run["lr_schedule"]["_last_lr"],
-        "position": run["at"],
+        "position": [own["at"] for own in run["own"]],
     }
 
 
@@ -139,3 +136,30 @@ def test_another_number_of_processes(tmp_path):
     process = start(tmp_path, "--steps", "6", processes=2)
     _, errors = process.communicate()
     assert process.returncode != 0 and "was written by 1 processes, this run has 2" in errors
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Of twice the batch, at once or accumulated: the same curve, weights, samples and bits/dim, to float32 rounding."""
+    script = ROOT / "tests/end_to_end/same_noise.py"
+    run = RUN.replace("--random_flip true", "").replace("dropout 0.1", "dropout 0")
+    run = run.replace("--loss vlb --timesteps loss_second_moment", "")
+    run += " --eval_every 12 --eval_images 6 --eval_evaluations 8"
+    runs = {"one": (1, "--batch_size 32"), "two": (2, "--batch_size 16")}
+    runs |= {"accumulated": (1, "--batch_size 16 --gradient_accumulation_steps 2")}
+    for name, (processes, extra) in runs.items():
+        finish(start(tmp_path / name, *extra.split(), processes=processes, script=script, run=run))
+        assert json.loads((tmp_path / name / "environment.json").read_text())["processes"] == processes
+    one = results(tmp_path / "one")
+    assert len(one["log"]) == 10 and one["log"][-1]["bits_per_dim"] > 0
+    for name in ("two", "accumulated"):
+        other = results(tmp_path / name)
+        for a, b in zip(one["log"], other["log"], strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                # the processes' draws of noise for bits/dim are their own
+                close = 0.3 if key.startswith("bits_per_dim") else 1e-5
+                assert a[key] == pytest.approx(b[key], rel=close), (name, key)
+        torch.testing.assert_close(one["averaged weights"], other["averaged weights"], rtol=1e-4, atol=1e-6)
+        sheets = [np.asarray(Image.open(tmp_path / each / "samples/0000024.png")).astype(int) for each in ("one", name)]
+        assert abs(sheets[0] - sheets[1]).max() <= 1

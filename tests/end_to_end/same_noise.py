@@ -1,0 +1,31 @@
+"""train.py with timesteps and noise that hang on the image and the step alone, not on the process that draws them."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
+import train  # noqa: E402
+from config import load_config  # noqa: E402
+
+CONFIG = load_config(sys.argv[1:])[0]
+
+
+class SameNoise(train.DiffusionObjective):
+    calls = 0
+
+    def __call__(self, unet, x_start, class_labels, t):
+        step = SameNoise.calls // CONFIG.gradient_accumulation_steps
+        SameNoise.calls += 1
+        noise = torch.empty_like(x_start)
+        for i, image in enumerate(x_start):
+            place = torch.arange(1, image.numel() + 1, dtype=torch.float64)
+            generator = torch.Generator().manual_seed(int((image.flatten().double() + 2) @ place * 1000) + step)
+            noise[i] = torch.randn(image.shape, generator=generator)
+            t[i] = torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
+        return super().__call__(unet, x_start, class_labels, t, noise)
+
+
+train.DiffusionObjective = SameNoise
+train.train(CONFIG)
