@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import sys
-import types
 from pathlib import Path
 
 import datasets
@@ -14,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import DDPMPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from scripts import ROOT, script
 
-from config import ConfigError, load_config
+from config import ConfigError, TrainConfig, load_config
 from ddpm_hf import DDPMImagePipeline
 from ddpm_hf.data import digits
 from ddpm_hf.hub import write_model_card
@@ -113,9 +113,7 @@ def test_the_quarters_of_the_loss_are_of_it(tmp_path):
     """And of the learned weights of an importance sampler only the loss itself."""
     from watch import Log
 
-    accelerator = types.SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu"), trackers=[])
-    config = types.SimpleNamespace(batch_size=4, steps=9, log_every=2)
-    log = Log(config, tmp_path, accelerator, 1000)
+    log = Log(TrainConfig(batch_size=4, steps=9, log_every=2), tmp_path, Accelerator(cpu=True), 1000)
     log.add(torch.tensor([0, 249, 250, 999]), torch.tensor([1.0, 3, 5, 7]), torch.tensor([1.0, 1, 2, 1]))
     log.add(torch.tensor([600, 700, 800, 20]), torch.tensor([1.0, math.inf, math.nan, 2]), torch.ones(4))
     assert not log.step(1, torch.tensor(1.0), steps_skipped=0)
