@@ -198,5 +198,6 @@ def test_runs_of_before_a_key_was_there(tmp_path):
 
 def test_dry_run_shows_the_resolved_config():
     result = script("train.py", "--dry_run", "--steps", "5", "--output_dir", "/tmp/there/is/no/such/folder")
-    assert yaml.safe_load(result.stdout)["steps"] == 5 and "parameters" in result.stdout
+    assert yaml.safe_load(result.stdout)["steps"] == 5 and "parameters, 5 steps of 64 images" in result.stdout
+    assert " GiB for weights, gradient, optimizer and average" in result.stdout
     assert not Path("/tmp/there/is/no/such/folder").exists()

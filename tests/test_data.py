@@ -184,7 +184,9 @@ def test_labels():
         training_set(labelled(["owl"]), to_pixels, None, "kind", 3, ["ant", "cat", "dog"])
     stream = labelled([1, 0, 2], integers).to_iterable_dataset()
     assert [item["class_labels"] for item in training_set(stream, to_pixels, None, "kind", 3)] == [1, 0, 2]
-    with pytest.raises(ValueError, match="label_column='kind' holds 2; labels must be integers, 0 to 1"):
+    with pytest.raises(
+        ValueError, match="label_column='kind' holds 2; labels of a stream must be integers, 0 to 1: it"
+    ):
         list(training_set(stream, to_pixels, None, "kind", 2))
 
 

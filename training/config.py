@@ -60,6 +60,7 @@ class TrainConfig:
     max_steps_skipped: int = 25  # in a row, for want of a finite gradient, before the run gives up
     ema_decay: float = 0.9999
     mixed_precision: str = "no"  # no, bf16, fp16
+    gradient_checkpointing: bool = False  # computes activations twice instead of keeping them
     num_workers: int = 0  # processes that read images
     seed: int = 0
     # what it writes

@@ -100,6 +100,8 @@ def build(config: TrainConfig) -> tuple:
         **config.unet,
     )
     unet.reset_parameters(config.init)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     if config.timesteps not in TIMESTEPS:
         raise ConfigError(f"timesteps={config.timesteps!r} is not known{nearest(config.timesteps, TIMESTEPS)}")
     objective = DiffusionObjective(scheduler, config.loss, config.vlb_weight, config.weighting)
@@ -426,7 +428,12 @@ def main():
         sys.exit(f"train.py: {error}")
     if DRY_RUN:
         print(as_yaml(CONFIG), end="")
-        print(f"# {unet.num_parameters():,} parameters")
+        parameters, images = unet.num_parameters(), CONFIG.batch_size * CONFIG.gradient_accumulation_steps
+        print(f"# {parameters:,} parameters, {CONFIG.steps:,} steps of {images:,} images a process")
+        # float32: weights, gradient, two moments of Adam, average
+        print(
+            f"# {5 * 4 * parameters / 2**30:.2f} GiB for weights, gradient, optimizer and average; activations on top"
+        )
         return
     try:
         folder = train(CONFIG)

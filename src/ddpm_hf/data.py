@@ -349,8 +349,8 @@ class _Reader:
             label = label if self.ids is None else self.ids.get(label)
             if not isinstance(label, int) or not 0 <= label < (self.num_classes or label + 1):
                 raise ValueError(
-                    f"label_column={self.label_column!r} holds {label!r}; labels must be integers, 0 to "
-                    f"{(self.num_classes or 0) - 1}"
+                    f"label_column={self.label_column!r} holds {label!r}; labels of a stream must be integers, 0 to "
+                    f"{(self.num_classes or 0) - 1}: it cannot be looked through for others before"
                 )
             item["class_labels"] = label
         return item

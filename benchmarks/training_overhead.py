@@ -1,0 +1,99 @@
+"""What a training step costs besides the step: EMA, log, checkpoints, loader, as shares of it.
+
+    python benchmarks/training_overhead.py --config cifar10 --batch_size 16
+
+Takes the arguments of training/train.py. Each part is timed alone, after one call that is not timed, the device
+waited for.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from accelerate import Accelerator  # noqa: E402
+from checkpoints import Checkpoints  # noqa: E402
+from diffusers.training_utils import EMAModel  # noqa: E402
+from stops import FiniteSteps  # noqa: E402
+from watch import Log  # noqa: E402
+
+from config import load_config  # noqa: E402
+from ddpm_hf.data import PixelTensors  # noqa: E402
+from train import Position, batches, build, open_loader, pixels_to_batch  # noqa: E402
+
+
+def seconds(call, repeats, device):
+    """The median time of a call."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        config, _ = load_config([*sys.argv[1:], "--output_dir", f"{folder}/run"])
+        Path(config.output_dir).mkdir()
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
+        device = accelerator.device
+        unet, _, objective, timesteps = build(config)
+        optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, fused=True)
+        ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
+        unet, optimizer = accelerator.prepare(unet, optimizer)
+        ema.to(device)
+        height = width = config.image_size
+        pixels = torch.randint(0, 256, (4096, config.channels, height, width), dtype=torch.uint8)
+        stream = batches(open_loader(PixelTensors(pixels), config, accelerator), config, Position())
+        finite, log = FiniteSteps(device, 25), Log(config, Path(config.output_dir), accelerator, 1000)
+        checkpoints = Checkpoints(config, accelerator, own=dict(at=Position(), log=log), ema=ema, finite=finite)
+        seen, steps = {}, iter(range(1, 100))
+
+        def step():
+            x_start = pixels_to_batch(next(stream)["pixels"], 256, config.random_flip)
+            t, weights = timesteps.sample(len(x_start), device)
+            losses = objective(unet, x_start, None, t)
+            accelerator.backward((weights * losses).mean())
+            seen["norm"] = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+            seen.update(t=t, losses=losses.detach(), weights=weights)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def logged():
+            log.add(seen["t"], seen["losses"], seen["weights"])
+            log.step(config.log_every, seen["norm"], steps_skipped=finite.skipped, learning_rate=0.1, ema_decay=0.9)
+
+        whole = seconds(step, 5, device)
+        parts = {
+            "EMA": seconds(lambda: ema.step(unet.parameters()), 10, device),
+            "skipping of steps that are not finite": seconds(
+                lambda: finite.check(seen["norm"], optimizer.optimizer), 10, device
+            ),
+            f"log, a row every {config.log_every} steps": seconds(
+                lambda: log.add(seen["t"], seen["losses"], seen["weights"]), 10, device
+            )
+            + seconds(logged, 10, device) / config.log_every,
+            f"checkpoint every {config.checkpoint_every} steps": seconds(
+                lambda: checkpoints.save(next(steps)), 2, device
+            )
+            / config.checkpoint_every,
+            "loader of a set in memory": seconds(lambda: next(stream), 50, device),
+        }
+        log.bar.close()
+    print(f"\na step of {config.batch_size} images on {device}: {1000 * whole:.1f} ms")
+    for name, value in parts.items():
+        print(f"{name:40} {1000 * value:9.3f} ms  {value / whole:8.3%}")
+    print(f"{'together':40} {1000 * sum(parts.values()):9.3f} ms  {sum(parts.values()) / whole:8.3%}")
+
+
+if __name__ == "__main__":
+    main()
