@@ -130,8 +130,13 @@ def test_the_checkpoint_to_resume(tmp_path):
         assert "\n" not in str(caught.value)
     for broken in ("", "- 1", "a: [", "a: \0"):
         (run / "checkpoints/12000000/config.yaml").write_text(broken)
-        with pytest.raises(ConfigError, match="12000000/config.yaml cannot be read; remove .*12000000 to go on"):
-            load("--output_dir", str(run), *steps)
+        assert checkpoint_to_resume(load("--output_dir", str(run), *steps)).name == "12000000"  # by the one before it
+        with pytest.raises(ConfigError, match="seed=3, but"):
+            load("--output_dir", str(run), *steps, "--seed", "3")
+    for path in run.rglob("config.yaml"):
+        path.write_text("")
+    with pytest.raises(ConfigError, match="12000000/config.yaml cannot be read; remove .*12000000 to go on"):
+        load("--output_dir", str(run), *steps)
 
 
 def test_bad_yaml(tmp_path):
@@ -183,6 +188,7 @@ def test_runs_of_before_a_key_was_there(tmp_path):
         (path / "config.yaml").write_text(yaml.safe_dump(old))
     config = load("--output_dir", str(run), "--num_workers", "2")
     assert config.preset == "digits" and checkpoint_to_resume(config).name == "0000002"
+    assert checkpoint_to_resume(load("--output_dir", str(run), "--trackers", "[tensorboard]", "--eval_every", "5"))
     with pytest.raises(ConfigError, match="streaming=True, but .* was trained with False"):
         load("--output_dir", str(run), "--streaming", "true")
     (run / "checkpoints/0000002/config.yaml").write_text(yaml.safe_dump({**old, "streaming": True}))

@@ -1,3 +1,5 @@
+import math
+import shutil
 import tarfile
 
 import datasets
@@ -170,6 +172,11 @@ def test_labels():
     assert found(data, 2) == [1, 0] and label_names(data, "kind", 2) == ["b", "a"]
     with pytest.raises(ValueError, match="label_column='kind' has no value in 2 of 3 rows; fill or remove them"):
         found(labelled(["dog", None, None]))
+    assert found(labelled([True, False], datasets.Value("bool")), 2) == [1, 0]
+    with pytest.raises(ValueError, match="has no value in 1 of 2 rows"):
+        found(labelled([0.5, math.nan], datasets.Value("float32")), 2)
+    with pytest.raises(ValueError, match="label_column='kind' holds List.*, not labels"):
+        found(labelled([[1], [2]], datasets.List(integers)), 2)
     with pytest.raises(ValueError, match="has no value in 1 of 2 rows"):
         found(labelled([1, -1], datasets.ClassLabel(names=["b", "a"])))
     with pytest.raises(ValueError, match="has 3 labels, unet.num_class_embeds=2; set it to 3"):
@@ -188,6 +195,25 @@ def test_labels():
         ValueError, match="label_column='kind' holds 2; labels of a stream must be integers, 0 to 1: it"
     ):
         list(training_set(stream, to_pixels, None, "kind", 2))
+
+
+def test_splits_of_folders(folder, tmp_path):
+    images = load_images(str(folder))
+    (tmp_path / "parts").mkdir()
+    images.select(range(3)).to_parquet(tmp_path / "parts/train-00000-of-00001.parquet")
+    images.select(range(3, 4)).to_parquet(tmp_path / "parts/test-00000-of-00001.parquet")
+    parts = {"train": images.select(range(3)), "test": images.select(range(3, 4))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    for name in ("parts", "saved"):
+        assert [len(load_images(str(tmp_path / name), split)) for split in ("train", "test")] == [3, 1]
+    images.save_to_disk(tmp_path / "one")
+    assert len(load_images(str(tmp_path / "one"), "train")) == 4
+    for split in ("test", "train[:2]"):
+        with pytest.raises(ValueError, match="is not in .*one; it has train"):
+            load_images(str(tmp_path / "one"), split)
+    shutil.copy(tmp_path / "0.png", tmp_path / "parts")
+    with pytest.raises(ValueError, match="parts holds parquet files and other images; give a folder of one kind"):
+        load_images(str(tmp_path / "parts"))
 
 
 def test_kinds_of_files(folder, tmp_path):
@@ -253,6 +279,13 @@ def test_flips_every_other_image():
     found = pixels_to_batch(pixels, 17, flip=True)
     flipped = (found == images.flip(-1)).flatten(1).all(1)
     assert 140 < flipped.sum() < 260 and torch.equal(found[~flipped], images[~flipped])
+
+
+def test_few_levels_are_scaled_too():
+    """The filter goes beyond the highest level, at edges."""
+    for image in load_images("digits", "test").select(range(20))["image"]:
+        pixels = image_to_pixels((16, 16), 1, 17)(image)
+        assert pixels.shape == (1, 16, 16) and pixels.max() <= 16
 
 
 def test_wrong_levels_are_told():

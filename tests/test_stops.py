@@ -100,6 +100,10 @@ def test_a_checkpoint_cut_short(tmp_path, capsys, name):
     assert (whole / "unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["0000004", "0000006", "0000006.unreadable"]
+    path.write_bytes(path.read_bytes()[:10])
+    (path.parent / "config.yaml").unlink()
+    train(load_config(arguments)[0])  # and once more
+    assert (whole / "unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
 def test_no_checkpoint_that_can_be_read(tmp_path):

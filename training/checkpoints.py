@@ -124,7 +124,9 @@ class Checkpoints:
                 )
             if self.accelerator.is_main_process:
                 for broken, why in unreadable:
-                    os.replace(broken, broken.with_name(f"{broken.name}.unreadable"))
+                    aside = broken.with_name(f"{broken.name}.unreadable")
+                    shutil.rmtree(aside, ignore_errors=True)  # of the same step before
+                    os.replace(broken, aside)
                     tell(f"{broken} cannot be read ({why}); the run goes on from {candidate}")
             return
         raise ConfigError(f"{path} cannot be read ({unreadable[0][1]}), nor one before it; remove {path.parent}")

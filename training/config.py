@@ -1,5 +1,6 @@
 """What a run needs, read from a preset or YAML file and the command line. Imports nothing slow: mistakes end here."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -88,16 +89,9 @@ class TrainConfig:
 
 # of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
 MAY_CHANGE = {"preset", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
-MAY_CHANGE |= {
-    "max_steps_skipped",
-    "log_every",
-    "sample_every",
-    "sample_count",
-    "sample_steps",
-    "push_to_hub",
-    "hub_private",
-    "license",
-}
+MAY_CHANGE |= {"gradient_checkpointing", "memory_gb", "max_steps_skipped", "trackers"}
+MAY_CHANGE |= {"log_every", "sample_every", "sample_count", "sample_steps", "push_to_hub", "hub_private", "license"}
+MAY_CHANGE |= {"eval_every", "eval_data", "eval_split", "eval_images", "eval_evaluations"}
 DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
 
 
@@ -133,7 +127,9 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
     config = TrainConfig(**values)
     config.preset = source if _preset(source).is_file() else None
     check(config)
-    checkpoint_to_resume(config)
+    resumed = checkpoint_to_resume(config)
+    if resumed and config.init_from:  # its network is the run's by now
+        config.unet = _run_of(resumed)["unet"]
     return config, dry_run
 
 
@@ -253,8 +249,10 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             f"max_broken={config.max_broken} must be 0 to below 1, memory_gb={config.memory_gb} 0 or more"
         )
-    if config.seed < 0:
-        raise ConfigError(f"seed={config.seed} must be 0 or more")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed} must be 0 to 2**32 - 1")
+    if not config.data:
+        raise ConfigError("data is empty; name a data set")
     if not config.output_dir:
         raise ConfigError("output_dir is empty; name a folder")
     if not 0 <= config.ema_decay < 1:
@@ -329,7 +327,7 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     path = found[-1] if found else path
     if path is None:
         return None
-    before, now = {**dataclasses.asdict(TrainConfig()), **_read_run(path)}, dataclasses.asdict(config)
+    before, now = {**dataclasses.asdict(TrainConfig()), **_run_of(path)}, dataclasses.asdict(config)
     may_change = MAY_CHANGE | ({"steps"} if config.lr_schedule.startswith("constant") else set())
     may_change |= {"unet"} if config.init_from else set()  # it is init_from's, which is not known yet
     may_change -= {"num_workers"} if config.streaming else set()  # they divide the stream
@@ -341,6 +339,15 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     if path.name.isdigit() and int(path.name) > config.steps:
         raise ConfigError(f"steps={config.steps}, but {path} is further already; give more steps or another output_dir")
     return path
+
+
+def _run_of(checkpoint):
+    """The config of a checkpoint; where it cannot be read, of one before, or of the run: the same where it matters."""
+    folders = [path for path in checkpoints_in(checkpoint.parents[1]) if path.name <= checkpoint.name]
+    for folder in (*reversed(folders), checkpoint.parents[1]):
+        with contextlib.suppress(ConfigError):
+            return _read_run(folder)
+    return _read_run(checkpoint)
 
 
 def _read_run(folder):

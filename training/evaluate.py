@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int)
     return -log_probabilities.gather(0, test.long()).flatten(1).mean(1)
 
 
-def load_tensor(source, split, unet, levels, count=None, column=None, label_column=None, training=None):
+def load_tensor(source, split, unet, levels, count=None, column=None, label_column=None, training=None, max_broken=0.0):
     """x_start (N, C, H, W) of a data set at the network's size, and labels or None, by the rules of training.json."""
     check_levels(source, levels)
     dataset = load_images(source, split)
@@ -58,7 +59,7 @@ def load_tensor(source, split, unet, levels, count=None, column=None, label_colu
         return to_pixels(image)
 
     classes = unet.config.num_class_embeds
-    data = training_set(dataset, noted, column, label_column, classes, had.get("label_names"), memory=2**40)
+    data = training_set(dataset, noted, column, label_column, classes, had.get("label_names"), max_broken, memory=2**40)
     if resized:
         told = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
         print(f"images of {told} were scaled and cut to {size[1]}x{size[0]}, the network's", file=sys.stderr)
@@ -104,6 +105,9 @@ def main():
     parser.add_argument("--split", default="test")
     parser.add_argument("--image_column")
     parser.add_argument("--label_column", help="for a class-conditional network")
+    parser.add_argument(
+        "--max_broken", type=float, default=0.0, help="share of images that may be left out as unreadable"
+    )
     parser.add_argument("--images", type=int, help="how many images of the split; all if left out")
     parser.add_argument("--batch_size", type=int, default=128, help="images times timesteps a network call")
     parser.add_argument("--levels", type=int, help="grey levels of the data; those of the pipeline if left out")
@@ -141,7 +145,9 @@ def main():
     data = (unet, levels)
     columns = (arguments.image_column, arguments.label_column)
     training = told_of(Path(arguments.pipeline)).get("training") if os.path.isdir(arguments.pipeline) else None
-    x_start, labels = load_tensor(arguments.data, arguments.split, *data, arguments.images, *columns, training)
+    x_start, labels = load_tensor(
+        arguments.data, arguments.split, *data, arguments.images, *columns, training, arguments.max_broken
+    )
     measure = bits_per_dim
     if arguments.estimate is not None:
         measure = functools.partial(estimate_bits_per_dim, num_evaluations=arguments.estimate)
@@ -175,7 +181,9 @@ def main():
     told = [f"--{name} {value}" for name in options if (value := getattr(arguments, name))]
     report["command"] = f"python training/evaluate.py pipeline --data {report['data']} {' '.join(told)}"
     if arguments.histogram:
-        train, _ = load_tensor(arguments.data, arguments.histogram, *data, None, columns[0], None, training)
+        train, _ = load_tensor(
+            arguments.data, arguments.histogram, *data, None, columns[0], None, training, arguments.max_broken
+        )
         pixels = (tensor_to_pixels(x, levels) for x in (train, x_start))
         histogram = histogram_bits_per_dim(*pixels, levels)
         above = histogram - result.total.double().cpu()  # of the same images, so its error is smaller than theirs
@@ -218,5 +226,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, tarfile.TarError) as error:
         sys.exit(f"evaluate.py: {' '.join(str(error).split())}")

@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 from config import (
@@ -54,6 +55,7 @@ from ddpm_hf.data import (
     BUILT_IN,
     check_levels,
     collate,
+    image_column,
     image_to_pixels,
     label_names,
     load_images,
@@ -73,7 +75,7 @@ def build(config: TrainConfig) -> tuple:
     Raises:
         ValueError: a key or value that one of them does not take.
     """
-    if config.init_from:
+    if config.init_from and not checkpoint_to_resume(config):
         config.unet = network_of(config)
     for part, cls in (("unet", DDPMUNet), ("scheduler", VariationalDDPMScheduler)):
         known = inspect.signature(cls).parameters
@@ -120,9 +122,9 @@ def network_of(config: TrainConfig) -> dict:
         raise ConfigError(f"init_from={config.init_from!r}: {' '.join(str(error).split())}") from error
     learned = config.scheduler.get("variance_type", "fixed_small").startswith("learned")
     for key, expected in (("in_channels", config.channels), ("out_channels", config.channels * (1 + learned))):
-        if found[key] != expected:
+        if found.get(key) != expected:
             raise ConfigError(
-                f"init_from={config.init_from!r}: its network has {key} {found[key]}, channels={config.channels} and the "
+                f"init_from={config.init_from!r}: its network has {key} {found.get(key)}, channels={config.channels} and the "
                 f"variance type ask for {expected}"
             )
     unet = {key: found[key] for key in inspect.signature(DDPMUNet).parameters if key in found}
@@ -145,7 +147,8 @@ def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tupl
         columns = config.image_column, config.label_column, config.unet.get("num_class_embeds")
         names = label_names(images, *columns[1:])
         if config.streaming:
-            if next(iter(training_set(images, to_pixels, *columns)), None) is None:
+            probe = training_set(images, to_pixels, *columns, max_broken=config.max_broken)
+            if next(iter(probe), None) is None:
                 raise ValueError("there are no images in it")
             images = images.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
             images = split_dataset_by_node(images, process, processes)
@@ -156,7 +159,7 @@ def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tupl
             raise ValueError(
                 f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}"
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, tarfile.TarError) as error:
         raise ConfigError(f"data={config.data!r}: {' '.join(str(error).split())}") from error
     return dataset, names
 
@@ -171,13 +174,16 @@ def open_held_out(config: TrainConfig, names: list[str] | None) -> tuple:
     try:
         to_pixels = image_to_pixels(image_size(config), config.channels, levels, config.background, config.crop)
         images = load_images(source, config.eval_split, config.streaming)
-        if config.streaming:
-            images = datasets.Dataset.from_list(list(images.take(config.eval_images)), images.features)
+        column = image_column(images, config.image_column)
+        images = images.cast_column(column, datasets.Image(decode=False))
+        if config.streaming:  # some of all that there are: data is often sorted
+            images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer).take(config.eval_images)
+            images = datasets.Dataset.from_list(list(images), images.features)
         else:
-            images = images.select(range(min(config.eval_images, len(images))))
+            images = images.shuffle(seed=0).select(range(min(config.eval_images, len(images))))
         columns = config.image_column, config.label_column, config.unet.get("num_class_embeds"), names
-        tensors = training_set(images, to_pixels, *columns, memory=2**40).tensors
-    except (ValueError, OSError) as error:
+        tensors = training_set(images, to_pixels, *columns, config.max_broken, memory=2**40).tensors
+    except (ValueError, OSError, tarfile.TarError) as error:
         raise ConfigError(
             f"eval_data={source!r}, eval_split={config.eval_split!r}: {' '.join(str(error).split())}"
         ) from error
@@ -260,7 +266,10 @@ def train(config: TrainConfig) -> Path:
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     if config.init_from and not resumed:
-        unet.load_state_dict(DDPMImagePipeline.from_pretrained(config.init_from).unet.state_dict())
+        try:
+            unet.load_state_dict(DDPMImagePipeline.from_pretrained(config.init_from).unet.state_dict())
+        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"init_from={config.init_from!r}: {' '.join(str(error).split())}") from error
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         config.learning_rate,

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -63,8 +62,8 @@ def load_images(
         source: "digits" or "mnist" (they come with packages, nothing is downloaded); a folder of images, whose sub-folders are
             labels; a .parquet, .arrow or .tar (webdataset) file, or a folder of them; what `save_to_disk` wrote; or the id of a
             data set on the Hub.
-        split: of the data set; slices such as "train[:1000]" as `datasets` takes them for all but "digits" and "mnist", and
-            not for streams.
+        split: of the data set; slices such as "train[:1000]" as `datasets` takes them, but for "digits" and "mnist", saved
+            data, and streams.
         streaming: nothing is copied to the disk: images are read from the source as they are asked for, in its order.
 
     Returns:
@@ -80,19 +79,26 @@ def load_images(
     ending = os.path.splitext(source)[1].lower()
     if ending in FILES:
         return datasets.load_dataset(FILES[ending], data_files=source, split=split, streaming=streaming)
-    if os.path.isfile(os.path.join(source, "state.json")):
-        images = datasets.load_from_disk(source)
-        return images.to_iterable_dataset(num_shards=min(8, len(images))) if streaming else images
+    if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
+        images = _saved_to_disk(source, split)
+        return images.to_iterable_dataset(num_shards=max(1, min(8, len(images)))) if streaming else images
     if os.path.isdir(source):
         endings = {os.path.splitext(name)[1].lower() for _, _, names in os.walk(source) for name in names}
-        kinds = [FILES[ending] for ending in FILES if ending in endings]
-        if kinds and not endings & set(Image.registered_extensions()):
-            files = [
-                str(path) for path in sorted(Path(source).rglob("*")) if FILES.get(path.suffix.lower()) == kinds[0]
-            ]
-            return datasets.load_dataset(kinds[0], data_files=files, split=split, streaming=streaming)
+        kinds = [kind for ending, kind in FILES.items() if ending in endings]
+        if len(kinds) + bool(endings & set(Image.registered_extensions())) > 1:
+            raise ValueError(f"{source} holds {', '.join(kinds)} files and other images; give a folder of one kind")
+        if kinds:
+            return datasets.load_dataset(kinds[0], data_dir=source, split=split, streaming=streaming)
         return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming)
+
+
+def _saved_to_disk(source, split):
+    images = datasets.load_from_disk(source)
+    parts = images if isinstance(images, datasets.DatasetDict) else {str(images.split or "train"): images}
+    if split not in parts:
+        raise ValueError(f"split={split!r} is not in {source}; it has {', '.join(parts)}")
+    return parts[split]
 
 
 def check_levels(source: str, levels: int) -> None:
@@ -158,11 +164,13 @@ def image_to_pixels(
                     f"{image.mode}, {image.size[0]}x{image.size[1]}, for {channels} channels"
                 )
             pixels = np.asarray(image).astype(np.int32)
+            _check_range(pixels, levels)
         else:
-            pixels = np.array(eight_bits(image))
-        pixels = torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
-        _check_range(pixels, levels)
-        return pixels
+            image = eight_bits(image)
+            if levels < 256:
+                _check_range(np.asarray(image), levels)
+            pixels = np.array(scaled(image)).clip(max=levels - 1)  # the filter goes a little beyond
+        return torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
 
     def eight_bits(image):
         if image.mode.startswith("I;16"):  # convert would cut off all above 255
@@ -173,7 +181,9 @@ def image_to_pixels(
         if channels != 4 and (image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, color), image)
-        image = image.convert(PIL_MODES[channels])
+        return image.convert(PIL_MODES[channels])
+
+    def scaled(image):
         if image.size == (width, height):
             return image
         if crop == "none":
@@ -208,13 +218,12 @@ def pixels_to_tensor(pixels: torch.Tensor, levels: int = 256) -> torch.Tensor:
     Raises:
         ValueError: a pixel at or above `levels`.
     """
-    _check_range(pixels, levels)
+    if levels != 256 or pixels.dtype != torch.uint8:
+        _check_range(pixels, levels)
     return _scaled(pixels, levels)
 
 
 def _check_range(pixels, levels):
-    if levels == 256 and pixels.dtype == torch.uint8:
-        return
     highest = int(pixels.max())  # a number: levels = 256 would wrap around in uint8
     if highest >= levels:
         raise ValueError(f"levels={levels}, but the data has a pixel of {highest}; set levels to its grey levels")
@@ -255,8 +264,6 @@ def training_set(
         ValueError: a column that is not there, labels that do not fit; now or when read, too many images that cannot be read.
     """
     column = image_column(dataset, column)
-    if label_column is not None and label_column not in dataset.column_names:
-        raise ValueError(f"label_column={label_column!r} is not in the data; it has {', '.join(dataset.column_names)}")
     ids = label_ids(dataset, label_column, num_classes, names)
     dataset = dataset.select_columns([column, *([label_column] if label_column else [])])
     dataset = dataset.cast_column(column, datasets.Image(decode=False))  # a broken one shall not end it
@@ -279,12 +286,16 @@ def label_ids(
     """
     if label_column is None:
         return None
+    if label_column not in dataset.column_names:
+        raise ValueError(f"label_column={label_column!r} is not in the data; it has {', '.join(dataset.column_names)}")
     feature = dataset.features[label_column]
+    if not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
+        raise ValueError(f"label_column={label_column!r} holds {feature}, not labels")
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
     values = set(range(len(classes or ())))
     if not isinstance(dataset, datasets.IterableDataset):
         column = list(dataset[label_column])
-        missing = sum(value is None or (classes is not None and value < 0) for value in column)
+        missing = sum(value is None or value != value or (classes is not None and value < 0) for value in column)
         if missing:
             raise ValueError(
                 f"label_column={label_column!r} has no value in {missing} of {len(column)} rows; fill or remove them"
@@ -352,7 +363,7 @@ class _Reader:
                     f"label_column={self.label_column!r} holds {label!r}; labels of a stream must be integers, 0 to "
                     f"{(self.num_classes or 0) - 1}: it cannot be looked through for others before"
                 )
-            item["class_labels"] = label
+            item["class_labels"] = int(label)
         return item
 
     def rows(self, rows):

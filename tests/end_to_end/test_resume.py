@@ -157,9 +157,9 @@ def test_two_processes_compute_what_one_does(tmp_path):
         for a, b in zip(one["log"], other["log"], strict=True):
             assert a.keys() == b.keys()
             for key in a:
-                # the processes' draws of noise for bits/dim are their own
-                close = 0.3 if key.startswith("bits_per_dim") else 1e-5
-                assert a[key] == pytest.approx(b[key], rel=close), (name, key)
+                if "error" not in key:  # of few images, each process's with noise of its own
+                    close = 0.1 if key == "bits_per_dim" else 1e-5
+                    assert a[key] == pytest.approx(b[key], rel=close), (name, key)
         torch.testing.assert_close(one["averaged weights"], other["averaged weights"], rtol=1e-4, atol=1e-6)
         sheets = [np.asarray(Image.open(tmp_path / each / "samples/0000024.png")).astype(int) for each in ("one", name)]
         assert abs(sheets[0] - sheets[1]).max() <= 1
