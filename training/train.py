@@ -330,7 +330,8 @@ def train(config: TrainConfig) -> Path:
                 with average:
                     images = samples(config, accelerator, network, scheduler)
                 if images:
-                    sheet = as_sheet(images)
+                    classes = network.config.num_class_embeds
+                    sheet = as_sheet(images, columns=classes if classes and classes <= len(images) else None)
                     with going_on("a sheet of samples"):
                         save_picture(sheet, output / "samples" / f"{at.step:07d}.png")
                     log.show(at.step, "samples", sheet)

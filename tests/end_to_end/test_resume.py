@@ -160,6 +160,6 @@ def test_two_processes_compute_what_one_does(tmp_path):
                 if "error" not in key:  # of few images, each process's with noise of its own
                     close = 0.1 if key == "bits_per_dim" else 1e-5
                     assert a[key] == pytest.approx(b[key], rel=close), (name, key)
-        torch.testing.assert_close(one["averaged weights"], other["averaged weights"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one["averaged weights"], other["averaged weights"], rtol=1e-4, atol=2e-5)
         sheets = [np.asarray(Image.open(tmp_path / each / "samples/0000024.png")).astype(int) for each in ("one", name)]
         assert abs(sheets[0] - sheets[1]).max() <= 1
