@@ -235,7 +235,8 @@ def _next(epoch, config):
     try:
         return next(epoch, None)
     except Exception as error:  # of a worker it holds the whole traceback, and ends with what happened
-        raise ConfigError(f"data={config.data!r}: {str(error).strip().splitlines()[-1]}") from error
+        told = str(error).strip() or type(error).__name__
+        raise ConfigError(f"data={config.data!r}: {told.splitlines()[-1]}") from error
 
 
 def train(config: TrainConfig) -> Path:
