@@ -160,6 +160,9 @@ def test_two_processes_compute_what_one_does(tmp_path):
                 if "error" not in key:  # of few images, each process's with noise of its own
                     close = 0.1 if key == "bits_per_dim" else 1e-5
                     assert a[key] == pytest.approx(b[key], rel=close), (name, key)
-        torch.testing.assert_close(one["averaged weights"], other["averaged weights"], rtol=1e-4, atol=2e-5)
+        for key, value in one["averaged weights"].items():
+            # the bias of a key changes no attention: its gradient is rounding alone, which Adam makes as large as any
+            if not key.endswith("to_k.bias"):
+                torch.testing.assert_close(other["averaged weights"][key], value, rtol=1e-4, atol=1e-6)
         sheets = [np.asarray(Image.open(tmp_path / each / "samples/0000024.png")).astype(int) for each in ("one", name)]
         assert abs(sheets[0] - sheets[1]).max() <= 1
