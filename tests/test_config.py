@@ -139,6 +139,20 @@ def test_the_checkpoint_to_resume(tmp_path):
         load("--output_dir", str(run), *steps)
 
 
+def test_a_checkpoint_is_compared_with_its_own_config(tmp_path, monkeypatch):
+    """By a relative path too, and whatever lies in the folders above it."""
+    copied = tmp_path / "other/copies/0000004"
+    copied.mkdir(parents=True)
+    text = as_yaml(load())
+    (copied / "config.yaml").write_text(text)
+    (tmp_path / "other/config.yaml").write_text(text.replace("seed: 0", "seed: 3"))
+    monkeypatch.chdir(copied.parent)
+    for path in ("./0000004", str(copied)):
+        assert checkpoint_to_resume(load("--resume", path)) == Path(path)
+        with pytest.raises(ConfigError, match="seed=3, but .*0000004 was trained with 0"):
+            load("--resume", path, "--seed", "3")
+
+
 def test_bad_yaml(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("steps: [1")

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from scripts import script
 from stops import FiniteSteps, Signals
+from watch import environment
 
 from config import ConfigError, checkpoints_in, load_config
 from train import train
@@ -55,6 +57,12 @@ def test_a_run_that_is_lost_stops_and_says_where(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["steps_skipped"] == 5 and rows[-1]["gradient_norm"] is None and rows[-1]["loss"] is None
     assert [path.name for path in checkpoints_in(str(tmp_path))] == ["0000003"]
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    told = environment(Accelerator(cpu=True))
+    assert told["commit"] is None and told["processes"] == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

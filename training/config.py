@@ -343,8 +343,12 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
 
 def _run_of(checkpoint):
     """The config of a checkpoint; where it cannot be read, of one before, or of the run: the same where it matters."""
-    folders = [path for path in checkpoints_in(checkpoint.parents[1]) if path.name <= checkpoint.name]
-    for folder in (*reversed(folders), checkpoint.parents[1]):
+    path = checkpoint.absolute()
+    others = []
+    if path.parent.name == "checkpoints":
+        output = path.parents[1]
+        others = [*reversed([each for each in checkpoints_in(output) if each.name < path.name]), output]
+    for folder in (checkpoint, *others):
         with contextlib.suppress(ConfigError):
             return _read_run(folder)
     return _read_run(checkpoint)

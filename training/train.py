@@ -133,16 +133,25 @@ def network_of(config: TrainConfig) -> dict:
     return unet
 
 
+def levels_of(config: TrainConfig) -> int:
+    """Grey levels of the data."""
+    return config.scheduler.get("levels", 256)
+
+
+def pixels_by(config: TrainConfig):
+    """The function from a PIL image to its pixels, for training and held-out data alike."""
+    return image_to_pixels(image_size(config), config.channels, levels_of(config), config.background, config.crop)
+
+
 def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tuple:
     """The training set, its first image read, and the names of its labels or None; of a stream, shuffled, this process's part.
 
     Raises:
         ConfigError: data that cannot be opened or does not fit the config.
     """
-    levels = config.scheduler.get("levels", 256)
     try:
-        check_levels(config.data, levels)
-        to_pixels = image_to_pixels(image_size(config), config.channels, levels, config.background, config.crop)
+        check_levels(config.data, levels_of(config))
+        to_pixels = pixels_by(config)
         images = load_images(config.data, config.split, config.streaming)
         columns = config.image_column, config.label_column, config.unet.get("num_class_embeds")
         names = label_names(images, *columns[1:])
@@ -170,9 +179,9 @@ def open_held_out(config: TrainConfig, names: list[str] | None) -> tuple:
     Raises:
         ConfigError: as `open_data`.
     """
-    levels, source = config.scheduler.get("levels", 256), config.eval_data or config.data
+    source = config.eval_data or config.data
     try:
-        to_pixels = image_to_pixels(image_size(config), config.channels, levels, config.background, config.crop)
+        to_pixels = pixels_by(config)
         images = load_images(source, config.eval_split, config.streaming)
         column = image_column(images, config.image_column)
         images = images.cast_column(column, datasets.Image(decode=False))
@@ -187,7 +196,7 @@ def open_held_out(config: TrainConfig, names: list[str] | None) -> tuple:
         raise ConfigError(
             f"eval_data={source!r}, eval_split={config.eval_split!r}: {' '.join(str(error).split())}"
         ) from error
-    return pixels_to_tensor(tensors["pixels"], levels), tensors.get("class_labels")
+    return pixels_to_tensor(tensors["pixels"], levels_of(config)), tensors.get("class_labels")
 
 
 def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch.utils.data.DataLoader:
@@ -452,11 +461,7 @@ def main():
         PartialState().wait_for_everyone()  # as at the end of train
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.status)
-    except (
-        ConfigError,
-        OSError,
-        SafetensorError,
-    ) as error:  # a full disk, which safetensors has an error of its own for
+    except (ConfigError, OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         sys.exit(f"train.py: {' '.join(str(error).split())}")
     print(f"saved {folder}")
     if CONFIG.push_to_hub and int(os.environ.get("RANK", 0)) == 0:

@@ -44,8 +44,11 @@ def check_trackers(names: list[str]) -> None:
 
 def environment(accelerator) -> dict:
     """Where and with what a run is computed."""
-    folder = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        commit = None
     cuda = accelerator.device.type == "cuda"
     return {
         "versions": {module.__name__: module.__version__ for module in MODULES},
@@ -55,7 +58,7 @@ def environment(accelerator) -> dict:
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
     }
 
 
@@ -91,8 +94,10 @@ class Log:
         good = losses.isfinite()
         quarter = torch.where(good, 1 + t * 4 // self.num_timesteps, 0)
         finite = torch.where(good, losses.float(), 0)
-        self.sums.index_add_(0, quarter, torch.where(good, finite, 0)).select(0, 0).add_((finite * weights).sum())
-        self.counts.index_add_(0, quarter, good.float()).select(0, 0).add_(good.sum())
+        self.sums.index_add_(0, quarter, finite)
+        self.sums[0] += (finite * weights).sum()
+        self.counts.index_add_(0, quarter, good.float())
+        self.counts[0] += good.sum()
         self.seen += self.images
 
     def step(self, step: int, norm: torch.Tensor, **values: float | torch.Tensor) -> bool:
