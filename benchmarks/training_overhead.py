@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from accelerate import Accelerator  # noqa: E402
 from checkpoints import Checkpoints  # noqa: E402
 from diffusers.training_utils import EMAModel  # noqa: E402
+from inputs import Position, batches, open_loader  # noqa: E402
 from stops import FiniteSteps  # noqa: E402
 from watch import Log  # noqa: E402
 
 from config import load_config  # noqa: E402
-from ddpm_hf.data import PixelTensors  # noqa: E402
-from train import Position, batches, build, open_loader, pixels_to_batch  # noqa: E402
+from ddpm_hf.data import PixelTensors, pixels_to_batch  # noqa: E402
+from train import build  # noqa: E402
 
 
 def seconds(call, repeats, device):
@@ -64,12 +65,12 @@ def main():
             losses = objective(unet, x_start, None, t)
             accelerator.backward((weights * losses).mean())
             seen["norm"] = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-            seen.update(t=t, losses=losses.detach(), weights=weights)
+            seen.update(x_start=x_start, t=t, losses=losses.detach(), weights=weights)
             optimizer.step()
             optimizer.zero_grad()
 
         def logged():
-            log.add(seen["t"], seen["losses"], seen["weights"])
+            log.add(seen["x_start"], seen["t"], seen["losses"], seen["weights"])
             log.step(config.log_every, seen["norm"], steps_skipped=finite.skipped, learning_rate=0.1, ema_decay=0.9)
 
         whole = seconds(step, 5, device)
@@ -79,7 +80,7 @@ def main():
                 lambda: finite.check(seen["norm"], optimizer.optimizer), 10, device
             ),
             f"log, a row every {config.log_every} steps": seconds(
-                lambda: log.add(seen["t"], seen["losses"], seen["weights"]), 10, device
+                lambda: log.add(seen["x_start"], seen["t"], seen["losses"], seen["weights"]), 10, device
             )
             + seconds(logged, 10, device) / config.log_every,
             f"checkpoint every {config.checkpoint_every} steps": seconds(

@@ -66,6 +66,7 @@ def test_command_line_beats_the_file(tmp_path):
         (["--adam_betas", "[0.9, x]"], r"adam_betas\[1\]='x'"),
         (["--channels", "2"], "channels=2"),
         (["--ema_decay", "1"], "ema_decay"),
+        (["--num_workers", "100000"], "num_workers=100000 is more than 16 for each of"),
         (["--seed", "-1"], "seed=-1"),
         (["--seed", "2024-13-45"], "seed='2024-13-45'"),
         (["--output_dir", ""], "output_dir=None"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+WORKERS_A_CORE = 16  # the most that can be meant
 PRESETS = Path(__file__).parent / "configs"
 
 
@@ -61,6 +62,7 @@ class TrainConfig:
     max_steps_skipped: int = 25  # in a row, for want of a finite gradient, before the run gives up
     ema_decay: float = 0.9999
     mixed_precision: str = "no"  # no, bf16, fp16
+    compile: bool = False  # by torch.compile: slow first steps, faster ones after them
     gradient_checkpointing: bool = False  # computes activations twice instead of keeping them
     num_workers: int = 0  # processes that read images
     seed: int = 0
@@ -71,6 +73,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest, and the best by held-out bits/dim beside them
     log_every: int = 20
     sample_every: int = 1000  # a sheet of EMA samples; 0 for none
+    sample_raw: int = 5  # so many first sheets have one of the weights that are not averaged beside them
     sample_count: int = 64
     sample_steps: int | None = None  # network calls an image; None for all timesteps
     eval_every: int = 0  # steps between estimates of held-out bits/dim, and at the end; 0 for none
@@ -79,7 +82,7 @@ class TrainConfig:
     eval_images: int = 64
     eval_evaluations: int = 50  # network calls an image, see estimate_bits_per_dim
     trackers: list[str] = dataclasses.field(default_factory=list)  # of accelerate: tensorboard, wandb, trackio, ...
-    # where it is published at the end
+    # where it is published, at checkpoints and at the end
     push_to_hub: str | None = None  # user/name of a repository on the Hub; None for nowhere
     hub_private: bool = False  # where the repository is made: for its owner only
     license: str | None = None  # of the model card: the Hub's name of one, as apache-2.0
@@ -89,8 +92,17 @@ class TrainConfig:
 
 # of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
 MAY_CHANGE = {"preset", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
-MAY_CHANGE |= {"gradient_checkpointing", "memory_gb", "max_steps_skipped", "trackers"}
-MAY_CHANGE |= {"log_every", "sample_every", "sample_count", "sample_steps", "push_to_hub", "hub_private", "license"}
+MAY_CHANGE |= {"compile", "gradient_checkpointing", "memory_gb", "max_steps_skipped", "trackers"}
+MAY_CHANGE |= {
+    "log_every",
+    "sample_every",
+    "sample_count",
+    "sample_steps",
+    "sample_raw",
+    "push_to_hub",
+    "hub_private",
+    "license",
+}
 MAY_CHANGE |= {"eval_every", "eval_data", "eval_split", "eval_images", "eval_evaluations"}
 DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
 
@@ -232,9 +244,14 @@ def check(config: TrainConfig) -> None:
     ):
         if getattr(config, key) < 1:
             raise ConfigError(f"{key}={getattr(config, key)} must be 1 or more")
-    for key in ("sample_every", "checkpoint_every", "eval_every", "num_workers", "lr_warmup_steps"):
+    for key in ("sample_every", "sample_raw", "checkpoint_every", "eval_every", "num_workers", "lr_warmup_steps"):
         if getattr(config, key) < 0:
             raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
+    if config.num_workers > WORKERS_A_CORE * os.cpu_count():
+        raise ConfigError(
+            f"num_workers={config.num_workers} is more than {WORKERS_A_CORE} for each of {os.cpu_count()} cores, which ends in "
+            "a machine that answers no more; take as many as there are cores, or fewer"
+        )
     if config.eval_evaluations < 8:
         raise ConfigError(f"eval_evaluations={config.eval_evaluations} must be 8 or more")
     if config.sample_steps is not None and config.sample_steps < 1:

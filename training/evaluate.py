@@ -18,6 +18,7 @@ import tarfile
 from pathlib import Path
 
 import torch
+from sheets import save_figure
 
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
 from ddpm_hf.data import check_levels, image_to_pixels, load_images, pixels_to_tensor, tensor_to_pixels, training_set
@@ -93,8 +94,7 @@ def plot(result, chain, path):
     right.set(xlabel="rate, bits/dim", ylabel="distortion, RMSE of the predicted x_0 on 0..255", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path.with_name(f".{path.name}"), dpi=120)
-    os.replace(path.with_name(f".{path.name}"), path)
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from watch import as_sheet, cycled_labels, save_picture
+from sheets import as_images, as_sheet, cycled_labels, save_picture
 
 from ddpm_hf import DDPMImagePipeline
 from evaluate import load_tensor
@@ -66,7 +66,7 @@ def progressive_rows(pipeline, count, columns, how):
     steps = how["num_inference_steps"] or pipeline.scheduler.config.num_train_timesteps
     shown = {round(i * (steps - 1) / (columns - 1)) for i in range(columns)}
     seen = [x_start for i, (_, _, x_start) in enumerate(pipeline.progressive(count, **how)) if i in shown]
-    return pipeline._to_output(torch.stack(seen, dim=1).flatten(0, 1), "pil"), len(seen)
+    return as_images(torch.stack(seen, dim=1).flatten(0, 1)), len(seen)
 
 
 def interpolation_rows(pipeline, arguments, how, columns=9):
@@ -79,7 +79,7 @@ def interpolation_rows(pipeline, arguments, how, columns=9):
     weights = [i / (columns - 1) for i in range(columns)]
     mixed = pipeline.interpolate(a, b, weights, arguments.interpolate, output_type="latent", **how).images
     rows = torch.cat((a[:, None], mixed.unflatten(0, (len(a), columns)), b[:, None]), dim=1)
-    return pipeline._to_output(rows.flatten(0, 1), "pil"), columns + 2
+    return as_images(rows.flatten(0, 1)), columns + 2
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""What a run tells of itself: numbers, curves, sheets of samples, bits/dim of held-out images."""
+"""What a run tells of itself: numbers, curves, bits/dim and loss of held-out images."""
 
 import json
 import math
-import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -14,21 +12,28 @@ import accelerate
 import datasets
 import diffusers
 import numpy as np
+import psutil
 import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
+from PIL import Image
+from sheets import CHANNELS, channel_statistics, save_figure
 from stops import going_on
 from tqdm.auto import tqdm
 
 import ddpm_hf
 from config import ConfigError, nearest
-from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, bits_per_dim, estimate_bits_per_dim
+from ddpm_hf import VariationalDDPMScheduler, bits_per_dim, estimate_bits_per_dim
 from ddpm_hf.hub import write_whole
 from ddpm_hf.likelihood import standard_error
 
+try:
+    import resource
+except ImportError:
+    resource = None
+
 MODULES = (ddpm_hf, torch, diffusers, accelerate, datasets)
+ROUNDS = 8  # timesteps for each image of `held_out_loss`
 
 
 def check_trackers(names: list[str]) -> None:
@@ -65,21 +70,25 @@ def environment(accelerator) -> dict:
 class Log:
     """The progress bar, metrics.jsonl, curves.png, and the trackers; the device is waited for every `log_every` steps only."""
 
+    SUMS = ("sums", "counts", "colours")
+
     def __init__(self, config, output: Path, accelerator, num_timesteps: int):
         self.config, self.output, self.accelerator = config, output, accelerator
         self.main, self.num_timesteps = accelerator.is_main_process, num_timesteps
         self.images = config.batch_size * accelerator.num_processes
         self.bar = tqdm(total=config.steps, desc="train", disable=None if self.main else True, dynamic_ncols=True)
         self.rows = []
-        # loss and loss by quarter of t: sums, and of how many
+        # sums of the loss and the loss by quarter of t, and of how many; of the images, their channels and the squares of these
         self.sums, self.counts = torch.zeros(2, 5, device=accelerator.device)
+        self.colours = torch.zeros(3, config.channels, device=accelerator.device)
         self.seen, self.start = 0, time.perf_counter()
 
     def state_dict(self):
-        return {"sums": self.sums.cpu(), "counts": self.counts.cpu(), "rows": self.rows}
+        return {**{key: getattr(self, key).cpu() for key in self.SUMS}, "rows": self.rows}
 
     def load_state_dict(self, state):
-        self.sums, self.counts = (state[key].to(self.sums.device) for key in ("sums", "counts"))
+        for key in self.SUMS:
+            getattr(self, key).copy_(state[key])
         self.rows = state["rows"]
 
     def begin(self, step: int) -> None:
@@ -89,8 +98,8 @@ class Log:
             write_whole(self.output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     @torch.no_grad()
-    def add(self, t: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor) -> None:
-        """A batch: timesteps, losses, weights of the losses, each (B,). What is not finite is left out."""
+    def add(self, x_start: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor) -> None:
+        """A batch: images (B, C, H, W); timesteps, losses, weights of these, (B,). Losses that are not finite are left out."""
         good = losses.isfinite()
         quarter = torch.where(good, 1 + t * 4 // self.num_timesteps, 0)
         finite = torch.where(good, losses.float(), 0)
@@ -98,6 +107,9 @@ class Log:
         self.sums[0] += (finite * weights).sum()
         self.counts.index_add_(0, quarter, good.float())
         self.counts[0] += good.sum()
+        self.colours += torch.stack(
+            (torch.ones_like(x_start[0, :, 0, 0]), x_start.mean((0, 2, 3)), (x_start**2).mean((0, 2, 3)))
+        )
         self.seen += self.images
 
     def step(self, step: int, norm: torch.Tensor, **values: float | torch.Tensor) -> bool:
@@ -105,11 +117,13 @@ class Log:
         self.bar.update()
         if step % self.config.log_every and step != self.config.steps:
             return False
-        sums, counts = self.accelerator.reduce(torch.stack((self.sums, self.counts)))  # of all processes
+        every = torch.cat([getattr(self, key).flatten() for key in self.SUMS])
+        sums, counts, colours = self.accelerator.reduce(every).split([5, 5, every.numel() - 10])  # of all processes
+        batches, mean, square = colours.view(3, -1)
         if self.main:
             loss, *quarters = (sums / counts).tolist()
             row = {"loss": loss, **{f"loss_t_quarter_{i + 1}": value for i, value in enumerate(quarters)}}
-            row |= {"gradient_norm": norm, **values}
+            row |= {"gradient_norm": norm, **values, **channel_statistics("data", mean / batches, square / batches)}
             row["images_per_second"] = self.seen / (time.perf_counter() - self.start)
             row["memory_gb"] = memory_gb(self.accelerator.device)
             self.note(step, **row)
@@ -117,8 +131,8 @@ class Log:
             if skipped := int(values["steps_skipped"]):
                 shown["skipped"] = skipped
             self.bar.set_postfix(shown)
-        self.sums.zero_()
-        self.counts.zero_()
+        for key in self.SUMS:
+            getattr(self, key).zero_()
         self.seen, self.start = 0, time.perf_counter()
         return True
 
@@ -149,7 +163,7 @@ class Log:
         self.plot()
 
     def plot(self) -> None:
-        """curves.png: loss, loss by quarter of t, bits/dim of held-out images."""
+        """curves.png: loss, loss by quarter of t, and what was measured of bits/dim, held-out images, and samples."""
         if not self.main or not self.rows:
             return
         import matplotlib
@@ -157,31 +171,54 @@ class Log:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
-        measured = [row for row in self.rows if "bits_per_dim" in row]
-        trained = [row for row in self.rows if "loss" in row]
-        steps = [row["step"] for row in trained]
-        figure, axes = plt.subplots(1, 3 if measured else 2, figsize=(15 if measured else 10, 4), layout="constrained")
+        first, quarters = "training loss", "loss by quarter of t, not weighted"
+        bits, held_out = "bits/dim of held-out images", "loss of averaged weights"
+        nearest, colours = "distance to the nearest image", "mean (line) and spread (dotted) of channels"
+        channels = CHANNELS[self.config.channels]
+        wanted = {bits: "bits_per_dim", held_out: "loss_held_out", nearest: "nearest_rms_samples"}
+        wanted[colours] = f"samples_mean_{channels[0]}"
+        names = [first, quarters, *(name for name, key in wanted.items() if any(key in row for row in self.rows))]
+        columns = 2 if len(names) == 4 else min(3, len(names))
+        lines = math.ceil(len(names) / columns)
+        figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), squeeze=False)
+        figure.subplots_adjust(
+            left=0.21 / columns, bottom=0.12 / lines, right=0.99, top=0.98, wspace=0.25
+        )  # constrained layout takes twice as long
+        panels = dict(zip(names, axes.flat))
+        for unused in axes.flat[len(names) :]:
+            unused.remove()
 
-        def curve(panel, key, **how):
-            panel.plot(steps, [math.nan if row[key] is None else row[key] for row in trained], **how)
+        def curve(name, key, error=None, **how):
+            rows = [row for row in self.rows if key in row]
+            steps, values = ([math.nan if row[k] is None else row[k] for row in rows] for k in ("step", key))
+            panels[name].errorbar(steps, values, error and [row[error] for row in rows], **how)
 
-        curve(axes[0], "loss")
-        axes[0].set(ylabel="training loss", yscale="log")
+        curve(first, "loss")
         for i in range(1, 5):
-            curve(axes[1], f"loss_t_quarter_{i}", label=f"t in quarter {i}")
-        axes[1].set(ylabel="loss, not weighted", yscale="log")
-        axes[1].legend()
-        if measured:
-            values, errors = ([row[key] for row in measured] for key in ("bits_per_dim", "bits_per_dim_sampling_error"))
-            axes[2].errorbar([row["step"] for row in measured], values, errors, capsize=2)
-            axes[2].set(ylabel="bits/dim of held-out images")
-        for panel in axes:
-            panel.set(xlabel="optimizer step")
+            curve(quarters, f"loss_t_quarter_{i}", label=f"t in quarter {i}")
+        if bits in panels:
+            curve(bits, "bits_per_dim", "bits_per_dim_sampling_error", capsize=2)
+        if held_out in panels:
+            curve(held_out, "loss_train", label="training images", marker="o")
+            curve(held_out, "loss_held_out", "loss_gap_standard_error", label="held-out images", marker="o", capsize=2)
+        if nearest in panels:
+            curve(nearest, "nearest_rms_samples", label="of samples", marker="o")
+            curve(nearest, "nearest_rms_data", label="of images, to others", marker="o")
+        if colours in panels:
+            for channel in channels:
+                drawn = "black" if channel in ("grey", "alpha") else channel
+                for what, style in (("mean", "-"), ("std", ":")):
+                    curve(colours, f"samples_{what}_{channel}", color=drawn, linestyle=style, marker="o")
+                    curve(colours, f"data_{what}_{channel}", color=drawn, linestyle=style, alpha=0.3)
+            panels[colours].plot([], [], color="black", marker="o", label="samples")
+            panels[colours].plot([], [], color="black", alpha=0.3, label="data")
+        for name, panel in panels.items():
+            panel.set(xlabel="optimizer step", ylabel=name, yscale="log" if name in (first, quarters) else "linear")
             panel.grid(alpha=0.3)
-        temporary = self.output / ".curves.png"
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(fontsize="small")
         with going_on("curves.png"):
-            figure.savefig(temporary, dpi=120)
-            os.replace(temporary, self.output / "curves.png")
+            save_figure(figure, self.output / "curves.png")
         plt.close(figure)
 
 
@@ -189,27 +226,9 @@ def memory_gb(device: torch.device) -> float:
     """The most that was held so far, of the device, or of this process for the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:  # Windows
+        return psutil.Process().memory_info().peak_wset / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def samples(config, accelerator, unet, scheduler) -> list[Image.Image] | None:
-    """`sample_count` samples from the same noise every time, each process's share of them computed there; None but in main."""
-    process = VariationalDDPMScheduler.from_config(scheduler.config)  # sampling shall not move the training's chain
-    pipeline = DDPMImagePipeline(unet, process)
-    pipeline.set_progress_bar_config(desc="samples", leave=False, disable=None if accelerator.is_main_process else True)
-    mine = range(accelerator.process_index, config.sample_count, accelerator.num_processes)
-    labels = cycled_labels(unet, config.sample_count)
-    images = []
-    if mine:
-        images = pipeline(
-            len(mine),
-            # of its own for each, so that an image does not hang on how many processes there are
-            generator=[torch.Generator(unet.device).manual_seed(config.seed * config.sample_count + i) for i in mine],
-            num_inference_steps=config.sample_steps,
-            class_labels=None if labels is None else labels[list(mine)],
-        ).images
-    found = dict(gather_object(list(zip(mine, images))))
-    return [found[i] for i in range(config.sample_count)] if accelerator.is_main_process else None
 
 
 def held_out_bits_per_dim(config, accelerator, unet, scheduler, x_start, labels) -> dict[str, float]:
@@ -244,25 +263,33 @@ def held_out_bits_per_dim(config, accelerator, unet, scheduler, x_start, labels)
     }
 
 
-def cycled_labels(unet, count):
-    """Labels 0, 1, 2, ... in turn for a class-conditional network; None for another."""
-    classes = unet.config.num_class_embeds
-    return None if classes is None else torch.arange(count) % classes
+def held_out_loss(config, accelerator, unet, objective, held_out, seen) -> dict[str, float]:
+    """The training's loss of held-out images and of as many that were trained on, each with the same timesteps and noise.
 
-
-def as_sheet(images: list[Image.Image], columns: int | None = None) -> Image.Image:
-    """One picture of many with grey gaps, square if columns is None; small ones enlarged so that pixels can be seen."""
-    scale = max(1, 64 // max(images[0].size))
-    images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]
-    columns = columns or math.ceil(len(images) ** 0.5)
-    rows = math.ceil(len(images) / columns)
-    images += [Image.new(images[0].mode, images[0].size)] * (rows * columns - len(images))
-    return make_image_grid(images, rows, columns)
-
-
-def save_picture(image: Image.Image, path) -> None:
-    """As PNG, by way of a temporary name."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    Where the first stays and the second falls, the network learns its images by heart. `held_out`, `seen`: x_start (N, C, H, W)
+    and labels (N,) or None. Each image stands at `ROUNDS` timesteps; those of all are spread evenly over the chain.
+    """
+    count, chain, device = min(len(held_out[0]), len(seen[0])), objective.scheduler.chain, accelerator.device
+    mine = torch.arange(accelerator.process_index, count, accelerator.num_processes)
+    losses = torch.zeros(2, len(mine), device=device)
+    for i, part in enumerate(mine.split(config.batch_size) if len(mine) else ()):
+        rows = slice(i * config.batch_size, i * config.batch_size + len(part))
+        for each in range(ROUNDS):
+            places = each * count + part  # of count * ROUNDS; noise of its own for each, whichever process has it
+            seeds = (config.seed * count * ROUNDS + place for place in places.tolist())
+            noise = [
+                torch.randn(held_out[0].shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
+            ]
+            t = torch.tensor(chain)[places * len(chain) // (count * ROUNDS)]
+            given = dict(t=t.to(device), noise=torch.stack(noise).to(device))
+            for row, (x_start, labels) in enumerate((held_out, seen)):
+                labels = None if labels is None else labels[part].to(device)
+                with torch.no_grad():
+                    losses[row, rows] += objective(unet, x_start[part].to(device), labels, **given)
+    found = torch.cat(gather_object([losses.double().cpu() / ROUNDS]), dim=1)
+    held_out, seen = found
+    return {
+        "loss_held_out": held_out.mean().item(),
+        "loss_train": seen.mean().item(),
+        "loss_gap_standard_error": standard_error(held_out - seen),
+    }

@@ -55,6 +55,8 @@ def is_our_card(text: str) -> bool:
 
 def license_of(text: str) -> str | None:
     """The license in a card's header, if it has one."""
+    if not text:
+        return None
     try:
         return ModelCard(text, ignore_metadata_errors=True).data.license
     except Exception:  # no YAML

@@ -39,7 +39,24 @@ STOCK_CLASS, OUR_CLASS = "DDPMPipeline", ["pipeline", "DDPMImagePipeline"]
 
 
 class HubError(RuntimeError):
-    """What kept a folder from being published, and what to do, in one line."""
+    """What kept a folder from being published, and what to do, in one line.
+
+    `refused`: the Hub, or its rules for names and tokens, said no; the same push fails again. False where it may not.
+    """
+
+    def __init__(self, message: str, refused: bool = False):
+        super().__init__(message)
+        self.refused = refused
+
+
+def open_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Makes the repository if it is not there; returns its whole name, "user/name". Raises HubError."""
+    with _explained(repo_id):
+        return _api(token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def _api(token):
+    return HfApi(token=token.strip() if isinstance(token, str) else token)
 
 
 def push_folder(
@@ -81,9 +98,9 @@ def push_folder(
     if revision == REMOTE_CODE:
         raise ValueError(f"revision={revision!r} is kept by this package beside main; choose another")
     commit_message = commit_message or "Upload DDPMImagePipeline"
+    repo_id = open_repository(repo_id, private=private, token=token)
     with _explained(repo_id, revision):
-        api = HfApi(token=token.strip() if isinstance(token, str) else token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api = _api(token)
         to_main = revision in (None, constants.DEFAULT_REVISION) and not create_pr
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -299,9 +316,9 @@ def _check_repository(api, repo_id, revision, there):
         path = api.hf_hub_download(repo_id, "model_index.json", revision=revision)
         name = read_json(Path(path)).get("_class_name")
         if name not in (STOCK_CLASS, OUR_CLASS):
-            raise HubError(f"{repo_id} holds a {name} already; choose another name for the repository")
+            raise HubError(f"{repo_id} holds a {name} already; choose another name for the repository", True)
     elif there.keys() - {".gitattributes", "README.md", "LICENSE"}:
-        raise HubError(f"{repo_id} holds something that is no pipeline; choose another name for the repository")
+        raise HubError(f"{repo_id} holds something that is no pipeline; choose another name for the repository", True)
 
 
 @contextlib.contextmanager
@@ -320,11 +337,14 @@ def _explained(repo_id, revision=None):
                 break
         status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), None)
         again = "nothing is lost, push it again later"
+        refused = status in (400, 401, 403, 404)
         if isinstance(error, HFValidationError):
+            refused = True
             message = f"repo_id={repo_id!r} is no name of a repository; give user/name"
         elif isinstance(error, OfflineModeIsEnabled):
             message = f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish"
         elif status == 401 or any(type(e).__name__ in ("LocalTokenNotFoundError", "LocalProtocolError") for e in chain):
+            refused = True
             message = f"{repo_id}: no valid token; run `hf auth login`, set HF_TOKEN, or give token="
         elif status == 403:
             message = f"{repo_id}: this token may not write there; take one with write access, or a name of your own"
@@ -344,4 +364,4 @@ def _explained(repo_id, revision=None):
             )
         else:
             raise
-        raise HubError(message) from None
+        raise HubError(message, refused) from None

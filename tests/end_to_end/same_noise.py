@@ -15,7 +15,9 @@ CONFIG = load_config(sys.argv[1:])[0]
 class SameNoise(train.DiffusionObjective):
     calls = 0
 
-    def __call__(self, unet, x_start, class_labels, t):
+    def __call__(self, unet, x_start, class_labels, t, noise=None):
+        if noise is not None:  # of held-out images
+            return super().__call__(unet, x_start, class_labels, t, noise)
         step = SameNoise.calls // CONFIG.gradient_accumulation_steps
         SameNoise.calls += 1
         noise = torch.empty_like(x_start)

@@ -27,6 +27,8 @@ RUN = (
 
 
 def start(folder, *extra, processes=1, script=ROOT / "training/train.py", run=RUN):
+    if "fp16" in extra:
+        script = ROOT / "tests/end_to_end/with_scaler.py"
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
@@ -74,13 +76,14 @@ def results(folder, step=24):
     for row in rows:
         for key in ("images_per_second", "memory_gb"):
             row.pop(key, None)
-    run = torch.load(checkpoint / "run.pt", weights_only=True)
+    run, scaler = torch.load(checkpoint / "run.pt", weights_only=True), checkpoint / "scaler.pt"
     return {
         "log": rows,
         "weights": load_file(checkpoint / "model.safetensors"),
         "averaged weights": load_file(folder / "pipeline/unet/diffusion_pytorch_model.safetensors"),
         "optimizer": torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"],
         "ema": run["ema"]["shadow_params"],
+        "scaler": torch.load(scaler, weights_only=True) if scaler.exists() else None,
         "timesteps": run["timesteps"],
         "learning rate": run["lr_schedule"]["_last_lr"],
         "position": [own["at"] for own in run["own"]],
@@ -96,6 +99,9 @@ STOPS = ["metrics.jsonl", "checkpoints/0000008", "checkpoints/.0000012", "checkp
     [
         (1, "--gradient_accumulation_steps 2", STOPS[2:3]),
         pytest.param(1, "--num_workers 2", STOPS, marks=pytest.mark.slow),
+        pytest.param(1, "--mixed_precision bf16", STOPS, marks=pytest.mark.slow),
+        pytest.param(1, "--mixed_precision fp16", STOPS, marks=pytest.mark.slow),
+        pytest.param(1, "--compile true", STOPS[2:3], marks=pytest.mark.slow),
         pytest.param(1, "--streaming true --shuffle_buffer 100", STOPS, marks=pytest.mark.slow),
         # eight parts of 180 or 179 images to two processes of two workers: their epochs end at different steps, within a step
         pytest.param(
@@ -120,9 +126,12 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     finish(start(killed, *extra, processes=processes))
     one, other = results(alone), results(killed)
     torch.testing.assert_close(one, other, rtol=0, atol=0)
-    assert [row["step"] for row in one["log"]] == list(range(3, 25, 3))
+    assert [row["step"] for row in one["log"] if "loss" in row] == list(range(3, 25, 3))
     states = (killed / "checkpoints/0000024").glob("random_states_*.pkl")
     assert len(list(states)) == processes  # there were as many
+    assert (
+        ("fp16" in extra) == (one["scaler"] is not None) == (max(row.get("steps_skipped", 0) for row in one["log"]) > 0)
+    )
     assert one["timesteps"]["count"].min() >= 10  # it had learned where to look
     assert (len({(at["epoch"], at["batch"]) for at in one["position"]}) > 1) == (
         processes > 1 and "--streaming" in extra
@@ -151,7 +160,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         finish(start(tmp_path / name, *extra.split(), processes=processes, script=script, run=run))
         assert json.loads((tmp_path / name / "environment.json").read_text())["processes"] == processes
     one = results(tmp_path / "one")
-    assert len(one["log"]) == 10 and one["log"][-1]["bits_per_dim"] > 0
+    assert len(one["log"]) == 12 and one["log"][-1]["bits_per_dim"] > 0
     for name in ("two", "accumulated"):
         other = results(tmp_path / name)
         for a, b in zip(one["log"], other["log"], strict=True):

@@ -16,6 +16,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import DDPMPipeline
 from huggingface_hub import ModelCard
+from inputs import open_data, open_some
 from PIL import Image
 from scripts import ROOT, script
 
@@ -23,7 +24,7 @@ from config import ConfigError, TrainConfig, load_config
 from ddpm_hf import DDPMImagePipeline
 from ddpm_hf.data import digits
 from ddpm_hf.hub import write_model_card
-from train import open_data, open_held_out, train
+from train import train
 
 SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_steps 3 --log_every 2 --lr_warmup_steps 2"
 NETWORK = ["--unet.block_out_channels", "[8, 16]", "--unet.norm_num_groups", "4", "--unet.attention_head_dim", "8"]
@@ -54,15 +55,19 @@ def weights(folder):
 def test_what_a_run_writes(trained):
     run = trained / "a"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 6]
+    seen, rows = ([row for row in rows if (key in row)] for key in ("samples_mean_grey", "loss"))
+    assert [row["step"] for row in rows] == [2, 4, 6] and [row["step"] for row in seen] == [3, 6]
+    assert all(row["nearest_rms_samples"] > 0 and 0.2 < row["nearest_rms_data"] < 0.3 for row in seen)
     assert rows[0]["learning_rate"] > rows[-1]["learning_rate"] >= 0 and all(row["loss"] > 0 for row in rows)
     assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 6
     names = ["loss", *(f"loss_t_quarter_{i}" for i in range(1, 5)), "gradient_norm", "steps_skipped", "learning_rate"]
-    names += ["ema_decay", "images_per_second", "memory_gb"]
+    names += ["ema_decay", "images_per_second", "memory_gb", "data_mean_grey", "data_std_grey"]
     assert all(sorted(row) == sorted(["step", *names]) for row in rows)
     environment = json.loads((run / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__ and environment["processes"] == 1
-    for name in ("samples/0000003.png", "samples/0000006.png", "curves.png"):
+    kinds = ("", "-raw", "-denoising", "-nearest")
+    assert len(list((run / "samples").iterdir())) == 2 * len(kinds)
+    for name in ("curves.png", *(f"samples/000000{step}{kind}.png" for step in (3, 6) for kind in kinds)):
         assert np.asarray(Image.open(run / name)).std() > 0, name
     assert not list(run.rglob(".*"))  # nothing temporary stays
     card = (run / "pipeline/README.md").read_text()
@@ -121,8 +126,9 @@ def test_the_quarters_of_the_loss_are_of_it(tmp_path):
     from watch import Log
 
     log = Log(TrainConfig(batch_size=4, steps=9, log_every=2), tmp_path, Accelerator(cpu=True), 1000)
-    log.add(torch.tensor([0, 249, 250, 999]), torch.tensor([1.0, 3, 5, 7]), torch.tensor([1.0, 1, 2, 1]))
-    log.add(torch.tensor([600, 700, 800, 20]), torch.tensor([1.0, math.inf, math.nan, 2]), torch.ones(4))
+    x_start = torch.zeros(4, 1, 2, 2)
+    log.add(x_start, torch.tensor([0, 249, 250, 999]), torch.tensor([1.0, 3, 5, 7]), torch.tensor([1.0, 1, 2, 1]))
+    log.add(x_start, torch.tensor([600, 700, 800, 20]), torch.tensor([1.0, math.inf, math.nan, 2]), torch.ones(4))
     assert not log.step(1, torch.tensor(1.0), steps_skipped=0)
     assert log.step(2, torch.tensor(1.0), steps_skipped=0)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -139,6 +145,9 @@ def test_held_out_bits_per_dim_and_the_best_checkpoint(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     measured = {row["step"]: row for row in rows if "bits_per_dim" in row}
     assert list(measured) == [2, 4]
+    assert (
+        abs(measured[4]["loss_held_out"] - measured[4]["loss_train"]) < 5 * measured[4]["loss_gap_standard_error"] < 0.3
+    )
     script("evaluate.py", tmp_path / "pipeline", "--estimate", 20)  # of all 360 images
     report = json.loads((tmp_path / "pipeline/evaluation.json").read_text())
     error = math.hypot(report["standard_error"], measured[4]["bits_per_dim_standard_error"])
@@ -336,7 +345,7 @@ def test_held_out_images_are_of_all_that_there_are(tmp_path):
     ]
     for streaming in ("true", "false"):
         config, _ = load_config([*arguments, "--eval_images", "20", "--streaming", streaming])
-        x_start, labels = open_held_out(config, ["a", "b", "c"])
+        x_start, labels = open_some(config, ["a", "b", "c"], held_out=True)
         assert len(x_start) in (19, 20) and len(labels.unique()) == 3 and x_start.shape[1:] == (1, 8, 8)
 
 
@@ -365,6 +374,41 @@ def test_what_the_data_does_not_hold_is_told_in_one_line(tmp_path):
         result = script("train.py", *extra, "--output_dir", tmp_path / "run", check=False)
         assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_too_few_images(tmp_path):
+    """None, one, and one for a batch of one."""
+    for name in ("empty", "one"):
+        (tmp_path / name).mkdir()
+    Image.new("L", (8, 8), 3).save(tmp_path / "one/a.png")
+    arguments = [*SMALL.split(), *NETWORK, "--output_dir", tmp_path / "run", "--data"]
+    for name, message in (
+        ("empty", "doesn't contain any data files"),
+        ("one", "batch_size=16 is more than the 1 images"),
+    ):
+        refused = script("train.py", *arguments, tmp_path / name, check=False)
+        assert refused.returncode == 1 and message in refused.stderr.splitlines()[-1]
+        assert refused.stderr.splitlines()[-1].startswith("train.py: data=") and not (tmp_path / "run").exists()
+    script("train.py", *arguments, tmp_path / "one", "--batch_size", 1)
+    kinds = {path.name[7:] for path in (tmp_path / "run/samples").iterdir()}
+    assert kinds == {".png", "-raw.png", "-denoising.png"}  # there is no other image to be near
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_process_of_few_steps(tmp_path, steps):
+    arguments = [
+        "--scheduler.num_train_timesteps",
+        steps,
+        "--sample_steps",
+        "null",
+        "--eval_every",
+        3,
+        "--eval_images",
+        8,
+    ]
+    script("train.py", *SMALL.split(), *NETWORK, *arguments, "--output_dir", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row.get("bits_per_dim", 0) > 0] == [3, 6]
 
 
 def test_a_stream(hub, tmp_path):

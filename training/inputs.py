@@ -1,0 +1,151 @@
+"""The images of a run: the training set, the held-out images, and batches without end."""
+
+import dataclasses
+import tarfile
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from datasets.distributed import split_dataset_by_node
+from stops import ignore_interrupts
+
+from config import ConfigError, TrainConfig, image_size
+from ddpm_hf.data import (
+    check_levels,
+    collate,
+    image_column,
+    image_to_pixels,
+    label_names,
+    load_images,
+    pixels_to_tensor,
+    training_set,
+)
+
+
+def levels_of(config: TrainConfig) -> int:
+    """Grey levels of the data."""
+    return config.scheduler.get("levels", 256)
+
+
+def pixels_by(config: TrainConfig):
+    """The function from a PIL image to its pixels, for training and held-out data alike."""
+    return image_to_pixels(image_size(config), config.channels, levels_of(config), config.background, config.crop)
+
+
+def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tuple:
+    """The training set, its first image read, and the names of its labels or None; of a stream, shuffled, this process's part.
+
+    Raises:
+        ConfigError: data that cannot be opened or does not fit the config.
+    """
+    try:
+        check_levels(config.data, levels_of(config))
+        to_pixels = pixels_by(config)
+        images = load_images(config.data, config.split, config.streaming)
+        columns = config.image_column, config.label_column, config.unet.get("num_class_embeds")
+        names = label_names(images, *columns[1:])
+        if config.streaming:
+            probe = training_set(images, to_pixels, *columns, max_broken=config.max_broken)
+            if next(iter(probe), None) is None:
+                raise ValueError("there are no images in it")
+            images = images.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
+            images = split_dataset_by_node(images, process, processes)
+        dataset = training_set(
+            images, to_pixels, *columns, max_broken=config.max_broken, memory=int(config.memory_gb * 2**30)
+        )
+        if not config.streaming and len(dataset) < config.batch_size:
+            raise ValueError(
+                f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}"
+            )
+    except (ValueError, OSError, tarfile.TarError) as error:
+        raise ConfigError(f"data={config.data!r}: {' '.join(str(error).split())}") from error
+    return dataset, names
+
+
+def open_some(config: TrainConfig, names: list[str] | None, held_out: bool) -> tuple:
+    """x_start (eval_images, C, H, W) and labels or None: held-out images, or some of those that are trained on.
+
+    Raises:
+        ConfigError: as `open_data`.
+    """
+    source, split = (config.eval_data or config.data, config.eval_split) if held_out else (config.data, config.split)
+    try:
+        to_pixels = pixels_by(config)
+        images = load_images(source, split, config.streaming)
+        column = image_column(images, config.image_column)
+        images = images.cast_column(column, datasets.Image(decode=False))
+        if config.streaming:  # some of all that there are: data is often sorted
+            images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer).take(config.eval_images)
+            images = datasets.Dataset.from_list(list(images), images.features)
+        else:
+            images = images.shuffle(seed=0).select(range(min(config.eval_images, len(images))))
+        columns = config.image_column, config.label_column, config.unet.get("num_class_embeds"), names
+        tensors = training_set(images, to_pixels, *columns, config.max_broken, memory=2**40).tensors
+    except (ValueError, OSError, tarfile.TarError) as error:
+        where = f"eval_data={source!r}, eval_split={split!r}" if held_out else f"data={source!r}, split={split!r}"
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+    return pixels_to_tensor(tensors["pixels"], levels_of(config)), tensors.get("class_labels")
+
+
+def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch.utils.data.DataLoader:
+    """Batches of this process's images on its device; their order is a function of the seed and the epoch alone.
+
+    That of a stream is one of the processes and workers too.
+    """
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        config.batch_size,
+        shuffle=None if config.streaming else True,
+        drop_last=True,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # reading ahead shall not draw from the generator of noise and timesteps
+    )
+    if config.streaming:  # divided already; a process whose part is shorter begins its next epoch earlier
+        return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True, dispatch_batches=False)
+    return accelerator.prepare(loader)
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a process is: optimizer steps in all, and batches of the present epoch."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+    state_dict = dataclasses.asdict
+
+    def load_state_dict(self, state):
+        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+
+
+def batches(loader, config, at):
+    """Batches without end, from the place `at` on, which moves with them.
+
+    Raises:
+        ConfigError: an image or label that cannot be read, or epochs without a batch.
+    """
+    empty = 0  # the parts of a stream are others in each epoch
+    while empty < 10:
+        loader.set_epoch(at.epoch)
+        epoch = iter(skip_first_batches(loader, at.batch))
+        while (batch := _next(epoch, config)) is not None:
+            at.batch += 1
+            yield batch
+        empty = 0 if at.batch else empty + 1
+        at.epoch, at.batch = at.epoch + 1, 0
+    raise ConfigError(
+        f"batch_size={config.batch_size} is more than the images of {config.data!r} to a process, or, of a stream, to "
+        f"each of its num_workers={config.num_workers}"
+    )
+
+
+def _next(epoch, config):
+    try:
+        return next(epoch, None)
+    except Exception as error:  # of a worker it holds the whole traceback, and ends with what happened
+        told = str(error).strip() or type(error).__name__
+        raise ConfigError(f"data={config.data!r}: {told.splitlines()[-1]}") from error

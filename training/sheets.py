@@ -1,0 +1,160 @@
+"""Pictures of what a run's network makes: samples, how they come out of noise, and what in the data is nearest to them."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
+from stops import going_on
+
+from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler
+from ddpm_hf.data import PixelTensors, pixels_to_batch
+
+STRIP_ROWS, STRIP_COLUMNS, PAIRS = 8, 10, 32
+CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
+
+
+class Sheets:
+    """Every `sample_every` steps, from the same noise each time, into `<output_dir>/samples/` and the trackers:
+
+    `<step>.png`, samples of the averaged weights; `<step>-denoising.png`, what the first of them were predicted to be on the
+    way; `<step>-raw.png`, for the first `sample_raw` sheets, samples of the weights as they are; `<step>-nearest.png`, samples
+    beside the images that are nearest to them, the most alike first, where the data is kept in memory. In numbers: mean
+    and standard deviation of each channel, and the median of the root mean square distances to the nearest images.
+    """
+
+    def __init__(self, config, accelerator, unet, scheduler, dataset, log, average, raw):
+        self.config, self.accelerator, self.unet, self.scheduler = config, accelerator, unet, scheduler
+        self.average, self.raw, self.log = average, raw, log
+        self.folder = Path(config.output_dir, "samples")
+        self.pixels = dataset.tensors["pixels"] if isinstance(dataset, PixelTensors) else None
+        self.distance_of_data = None  # not before it is needed
+
+    def draw(self, step: int) -> None:
+        with self.average:
+            x_start, strip = self._sample("samples")
+        pictures = {"samples": x_start, "denoising": strip}
+        if step // self.config.sample_every <= self.config.sample_raw:
+            with self.raw:
+                pictures["raw"], _ = self._sample("samples, raw")
+        if not self.accelerator.is_main_process:
+            return
+        classes = self.unet.config.num_class_embeds
+        columns = dict.fromkeys(("samples", "raw"), classes if classes and classes <= len(x_start) else None)
+        columns["denoising"] = strip.shape[1]
+        numbers = channel_statistics("samples", x_start.mean((0, 2, 3)), (x_start**2).mean((0, 2, 3)))
+        if self.pixels is not None and len(self.pixels) > 1:
+            pictures["nearest"], distances = self._nearest(x_start)
+            columns["nearest"] = None
+            numbers |= {"nearest_rms_samples": distances, "nearest_rms_data": self.distance_of_data}
+        self.log.note(step, **numbers)
+        for name, images in pictures.items():
+            sheet = as_sheet(as_images(images.flatten(0, -4)), columns[name])
+            with going_on("a sheet of samples"):
+                save_picture(sheet, self.folder / f"{step:07d}{'' if name == 'samples' else f'-{name}'}.png")
+            self.log.show(step, name, sheet)
+
+    def _sample(self, told):
+        """Samples (N, C, H, W), each process's share computed there; the way to the first (R, K, C, H, W); None but in main."""
+        config, index, processes = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        scheduler = VariationalDDPMScheduler.from_config(self.scheduler.config)  # the training's own chain shall stay
+        pipeline = DDPMImagePipeline(self.unet, scheduler)
+        pipeline.set_progress_bar_config(desc=told, leave=False, disable=None if index == 0 else True)
+        mine, found, strip = range(index, config.sample_count, processes), [], []
+        labels = cycled_labels(self.unet, config.sample_count)
+        if mine:
+            # of its own for each, so that an image does not hang on how many processes there are
+            seeds = (config.seed * config.sample_count + i for i in mine)
+            steps = config.sample_steps or scheduler.config.num_train_timesteps
+            for _, _, x_start in pipeline.progressive(
+                len(mine),
+                generator=[torch.Generator(self.unet.device).manual_seed(seed) for seed in seeds],
+                num_inference_steps=config.sample_steps,
+                class_labels=None if labels is None else labels[list(mine)],
+                every=math.ceil(steps / STRIP_COLUMNS),
+            ):
+                strip.append(x_start[:STRIP_ROWS].cpu())
+            found = list(zip(mine, x_start.clamp(-1, 1).float().cpu()))
+        found = dict(gather_object(found))
+        if index:
+            return None, None
+        return torch.stack([found[i] for i in range(config.sample_count)]), torch.stack(strip, dim=1)
+
+    def _nearest(self, x_start):
+        """Pairs of a sample and its nearest image, side by side (P, C, H, 2 W), and the median of all distances."""
+        if self.distance_of_data is None:
+            few = torch.randperm(len(self.pixels), generator=torch.Generator().manual_seed(0))[: len(x_start)]
+            distances, _ = self._search(pixels_to_batch(self.pixels[few], self.scheduler.levels), but=few)
+            self.distance_of_data = distances.median().item()
+        distances, indices = self._search(x_start)
+        first = distances.argsort()[:PAIRS]
+        found = pixels_to_batch(self.pixels[indices[first]], self.scheduler.levels)
+        return torch.cat((x_start[first], found), dim=-1), distances.median().item()
+
+    def _search(self, x_start, but=None):
+        """Root mean square distance (N,) to the nearest image of the data, itself left out, and its index (N,)."""
+        count, device = len(x_start), self.accelerator.device
+        flips = (x_start, x_start.flip(-1)) if self.config.random_flip else (x_start,)
+        queries, best, indices = torch.cat(flips).flatten(1).to(device), [], []
+        for start in range(0, len(self.pixels), 4096):
+            part = pixels_to_batch(self.pixels[start : start + 4096].to(device), self.scheduler.levels).flatten(1)
+            distances = torch.cdist(queries, part).view(len(flips), count, -1).amin(0)
+            if but is not None:
+                here = ((but >= start) & (but < start + len(part))).nonzero()[:, 0]
+                distances[here, but[here] - start] = math.inf
+            smallest, where = distances.min(1)
+            best.append(smallest.cpu())
+            indices.append(where.cpu() + start)
+        smallest, part = torch.stack(best).min(0)
+        return smallest / queries.shape[1] ** 0.5, torch.stack(indices).gather(0, part[None])[0]
+
+
+def channel_statistics(name: str, mean: torch.Tensor, square: torch.Tensor) -> dict[str, float]:
+    """Mean and standard deviation of each channel, of their means (C,) and those of their squares: tints are seen there."""
+    spread = (square - mean**2).clamp(min=0).sqrt()
+    colours = CHANNELS[len(mean)]
+    return {
+        f"{name}_{what}_{colour}": value
+        for what, values in (("mean", mean.tolist()), ("std", spread.tolist()))
+        for colour, value in zip(colours, values)
+    }
+
+
+def cycled_labels(unet, count):
+    """Labels 0, 1, 2, ... in turn for a class-conditional network; None for another."""
+    classes = unet.config.num_class_embeds
+    return None if classes is None else torch.arange(count) % classes
+
+
+def as_images(x_start: torch.Tensor) -> list[Image.Image]:
+    """Of (B, C, H, W) in [-1, 1], C 1, 3 or 4."""
+    return DDPMImagePipeline.numpy_to_pil((x_start.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def as_sheet(images: list[Image.Image], columns: int | None = None) -> Image.Image:
+    """One picture of many with grey gaps, square if columns is None; small ones enlarged so that pixels can be seen."""
+    scale = max(1, 64 // min(images[0].size))
+    images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]
+    columns = columns or math.ceil(len(images) ** 0.5)
+    rows = math.ceil(len(images) / columns)
+    images += [Image.new(images[0].mode, images[0].size)] * (rows * columns - len(images))
+    return make_image_grid(images, rows, columns)
+
+
+def save_picture(image: Image.Image, path) -> None:
+    """As PNG, by way of a temporary name."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def save_figure(figure, path) -> None:
+    """A plot of matplotlib as PNG, by way of a temporary name."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    os.replace(temporary, path)
