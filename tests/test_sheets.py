@@ -83,6 +83,21 @@ def test_the_log_tells_the_colours_of_all_images_since_the_last_row(accelerator,
     log.bar.close()
 
 
+def test_errors_of_one_image_are_none(accelerator, tmp_path):
+    """They are null in the log, and no bars in the plot, which is drawn."""
+    log = Log(TrainConfig(steps=9), tmp_path, accelerator, 1000)
+    unknown = dict(bits_per_dim_sampling_error=0.1, loss_gap_standard_error=float("nan"))
+    log.note(1, loss=1.0, **{f"loss_t_quarter_{i}": 1.0 for i in range(1, 5)})
+    log.note(2, bits_per_dim=1.0, loss_train=1.0, loss_held_out=1.0, **unknown)
+    with log:
+        assert log.rows[1]["loss_gap_standard_error"] is None
+    assert Image.open(tmp_path / "curves.png").size[0] > 0
+    other = Log(TrainConfig(steps=9), tmp_path, accelerator, 1000)
+    other.load_state_dict({key: value for key, value in log.state_dict().items() if key != "colours"})
+    assert other.rows == log.rows and not other.colours.any()
+    other.bar.close()
+
+
 def test_images_learned_by_heart_are_told(accelerator):
     """Of a network that knows the noise of its own images, and predicts zero for others."""
     scheduler = VariationalDDPMScheduler(num_train_timesteps=10)

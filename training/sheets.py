@@ -1,11 +1,13 @@
 """Pictures of what a run's network makes: samples, how they come out of noise, and what in the data is nearest to them."""
 
+import contextlib
 import math
 import os
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 from stops import going_on
@@ -131,7 +133,7 @@ def cycled_labels(unet, count):
 
 def as_images(x_start: torch.Tensor) -> list[Image.Image]:
     """Of (B, C, H, W) in [-1, 1], C 1, 3 or 4."""
-    return DDPMImagePipeline.numpy_to_pil((x_start.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
+    return VaeImageProcessor().postprocess(x_start.float(), "pil")
 
 
 def as_sheet(images: list[Image.Image], columns: int | None = None) -> Image.Image:
@@ -146,15 +148,19 @@ def as_sheet(images: list[Image.Image], columns: int | None = None) -> Image.Ima
 
 def save_picture(image: Image.Image, path) -> None:
     """As PNG, by way of a temporary name."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def save_figure(figure, path) -> None:
-    """A plot of matplotlib as PNG, by way of a temporary name."""
+    """A plot of matplotlib, as `save_picture`."""
+    with _replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+@contextlib.contextmanager
+def _replacing(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
+    yield temporary
     os.replace(temporary, path)

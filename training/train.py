@@ -128,7 +128,7 @@ def train(config: TrainConfig) -> Path:
     publisher = Publisher(config) if config.push_to_hub and main else None
     set_seed(config.seed, device_specific=True)
     dataset, names = open_data(config, accelerator.process_index, accelerator.num_processes)
-    held_out, seen = (open_some(config, names, held_out) if config.eval_every else None for held_out in (True, False))
+    held_out, seen = (open_some(config, names, one) if config.eval_every else None for one in (True, False))
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     if config.init_from and not resumed:

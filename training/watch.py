@@ -87,7 +87,7 @@ class Log:
         return {**{key: getattr(self, key).cpu() for key in self.SUMS}, "rows": self.rows}
 
     def load_state_dict(self, state):
-        for key in self.SUMS:
+        for key in state.keys() & set(self.SUMS):  # a run of before has no colours
             getattr(self, key).copy_(state[key])
         self.rows = state["rows"]
 
@@ -190,8 +190,11 @@ class Log:
 
         def curve(name, key, error=None, **how):
             rows = [row for row in self.rows if key in row]
-            steps, values = ([math.nan if row[k] is None else row[k] for row in rows] for k in ("step", key))
-            panels[name].errorbar(steps, values, error and [row[error] for row in rows], **how)
+
+            def column(key):
+                return [math.nan if row[key] is None else row[key] for row in rows]
+
+            panels[name].errorbar(column("step"), column(key), column(error) if error else None, **how)
 
         curve(first, "loss")
         for i in range(1, 5):
