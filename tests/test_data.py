@@ -1,6 +1,8 @@
 import math
+import os
 import shutil
 import tarfile
+import tempfile
 
 import datasets
 import numpy as np
@@ -212,8 +214,48 @@ def test_splits_of_folders(folder, tmp_path):
         with pytest.raises(ValueError, match="is not in .*one; it has train"):
             load_images(str(tmp_path / "one"), split)
     shutil.copy(tmp_path / "0.png", tmp_path / "parts")
-    with pytest.raises(ValueError, match="parts holds parquet files and other images; give a folder of one kind"):
+    with pytest.raises(
+        ValueError, match="parts holds files of several kinds .parquet, imagefolder.; give a folder of one"
+    ):
         load_images(str(tmp_path / "parts"))
+
+
+def test_paths_are_no_patterns(folder, tmp_path):
+    """`datasets` would look for "a1" where "a[1]" is meant, and find nothing."""
+    data = load_images(str(folder))
+    for name in ("a[1] *?", "a1 xx", "pictures.parquet"):
+        for label in ("x[y]", "z"):
+            (tmp_path / name / label).mkdir(parents=True)
+            shutil.copy(tmp_path / "0.png", tmp_path / name / label / "0[1].png")
+    data.to_parquet(tmp_path / "f[1].parquet")
+    for streaming in (False, True):
+        for name in ("a[1] *?", "pictures.parquet"):
+            found = load_images(str(tmp_path / name), streaming=streaming)
+            assert [row["label"] for row in found] == [0, 1] and found.features["label"].names == ["x[y]", "z"]
+        assert len(list(load_images(str(tmp_path / "f[1].parquet"), streaming=streaming))) == 4
+
+
+def test_folders_without_images(tmp_path):
+    (tmp_path / "notes").mkdir()
+    for source in (tmp_path / "notes", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"{source} holds no images: no .png, .jpg, ..., .parquet"):
+            load_images(str(source))
+        (tmp_path / "notes/read.md").write_text("no image")
+
+
+def test_folder_that_may_not_be_read():
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as outer:  # tmp_path's parents are for their owner only
+        os.chmod(outer, 0o711)
+        inner = os.path.join(outer, "pictures")
+        os.mkdir(inner, 0o311)
+        try:
+            if user == 0:
+                os.seteuid(65534)  # who may read everything sees no mistake
+            with pytest.raises(PermissionError, match=f"Permission denied: '{inner}'"):
+                load_images(inner)
+        finally:
+            os.seteuid(user)
 
 
 def test_kinds_of_files(folder, tmp_path):

@@ -133,8 +133,8 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
         if key not in fields:
             raise ConfigError(f"unknown key {key!r}{nearest(key, fields)}")
         values[key] = _typed(key, value, fields[key])
-    for key in ("data", "output_dir"):
-        if key in values:
+    for key in ("data", "eval_data", "init_from", "output_dir"):
+        if values.get(key):
             values[key] = os.path.expanduser(values[key])
     config = TrainConfig(**values)
     config.preset = source if _preset(source).is_file() else None

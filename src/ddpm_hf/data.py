@@ -1,5 +1,6 @@
 """Data sets of images, of any kind that Hugging Face `datasets` reads, as pixels and tensors in [-1, 1]; and back."""
 
+import glob
 import logging
 import os
 from collections.abc import Callable
@@ -71,26 +72,35 @@ def load_images(
 
     Raises:
         ValueError: the split is not there.
-        FileNotFoundError: the source is not there.
+        FileNotFoundError: the source is not there, or a folder without images.
+        PermissionError: a folder that may not be read.
     """
     if source in BUILT_IN:
         images = BUILT_IN[source](split)
         return images.to_iterable_dataset(num_shards=8) if streaming else images
+    escaped = glob.escape(source)  # `datasets` takes a path for a pattern
     ending = os.path.splitext(source)[1].lower()
-    if ending in FILES:
-        return datasets.load_dataset(FILES[ending], data_files=source, split=split, streaming=streaming)
+    if ending in FILES and not os.path.isdir(source):
+        return datasets.load_dataset(FILES[ending], data_files=escaped, split=split, streaming=streaming)
     if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
         images = _saved_to_disk(source, split)
         return images.to_iterable_dataset(num_shards=max(1, min(8, len(images)))) if streaming else images
     if os.path.isdir(source):
-        endings = {os.path.splitext(name)[1].lower() for _, _, names in os.walk(source) for name in names}
+        endings = {
+            os.path.splitext(name)[1].lower() for _, _, names in os.walk(source, onerror=_raise) for name in names
+        }
         kinds = [kind for ending, kind in FILES.items() if ending in endings]
-        if len(kinds) + bool(endings & set(Image.registered_extensions())) > 1:
-            raise ValueError(f"{source} holds {', '.join(kinds)} files and other images; give a folder of one kind")
-        if kinds:
-            return datasets.load_dataset(kinds[0], data_dir=source, split=split, streaming=streaming)
-        return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
+        kinds += ["imagefolder"] if endings & set(Image.registered_extensions()) else []
+        if not kinds:
+            raise FileNotFoundError(f"{source} holds no images: no .png, .jpg, ..., {', '.join(FILES)} file")
+        if len(kinds) > 1:
+            raise ValueError(f"{source} holds files of several kinds ({', '.join(kinds)}); give a folder of one")
+        return datasets.load_dataset(kinds[0], data_dir=escaped, split=split, streaming=streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming)
+
+
+def _raise(error):
+    raise error
 
 
 def _saved_to_disk(source, split):
@@ -293,14 +303,18 @@ def label_ids(
         raise ValueError(f"label_column={label_column!r} holds {feature}, not labels")
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
     values = set(range(len(classes or ())))
+
+    def missing(value):
+        return value is None or value != value or (classes is not None and value < 0)
+
     if not isinstance(dataset, datasets.IterableDataset):
-        column = list(dataset[label_column])
-        missing = sum(value is None or value != value or (classes is not None and value < 0) for value in column)
-        if missing:
+        found = dataset.unique(label_column)  # of a million rows in milliseconds
+        if any(map(missing, found)):
+            count = sum(map(missing, dataset[label_column]))
             raise ValueError(
-                f"label_column={label_column!r} has no value in {missing} of {len(column)} rows; fill or remove them"
+                f"label_column={label_column!r} has no value in {count} of {len(dataset)} rows; fill or remove them"
             )
-        values |= set(column)
+        values |= set(found)
     if names is not None:
         called = {value: classes[value] if classes else str(value) for value in values}
         unknown = sorted(set(called.values()) - set(names))

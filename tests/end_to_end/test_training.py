@@ -383,7 +383,7 @@ def test_too_few_images(tmp_path):
     Image.new("L", (8, 8), 3).save(tmp_path / "one/a.png")
     arguments = [*SMALL.split(), *NETWORK, "--output_dir", tmp_path / "run", "--data"]
     for name, message in (
-        ("empty", "doesn't contain any data files"),
+        ("empty", "empty holds no images: no .png, .jpg"),
         ("one", "batch_size=16 is more than the 1 images"),
     ):
         refused = script("train.py", *arguments, tmp_path / name, check=False)
