@@ -35,6 +35,8 @@ def test_command_line_beats_the_file(tmp_path):
     assert (config.steps, config.learning_rate, config.random_flip, config.image_size) == (9, 2e-4, True, [8, 16])
     assert config.unet == {"block_out_channels": [8, 16], "dropout": 0.5}
     assert load("--output_dir", "~/there/is/none").output_dir == str(Path.home() / "there/is/none")
+    told = load("--mixed_precision", "no", "--data", "2024", "--background", "#00ff00", "--license", "null")
+    assert (told.mixed_precision, told.data, told.background, told.license) == ("no", "2024", "#00ff00", None)
     assert load("--unet.norm_eps", "1e-5").unet["norm_eps"] == 1e-5
     assert load("--ema_decay", "0").ema_decay == 0.0 and load("--sample_steps", "null").sample_steps is None
 
@@ -69,7 +71,8 @@ def test_command_line_beats_the_file(tmp_path):
         (["--num_workers", "100000"], "num_workers=100000 is more than 16 for each of"),
         (["--seed", "-1"], "seed=-1"),
         (["--seed", "2024-13-45"], "seed='2024-13-45'"),
-        (["--output_dir", ""], "output_dir=None"),
+        (["--output_dir", ""], "output_dir is empty"),
+        (["--resume", "0000004"], "resume='0000004' is neither auto, never nor a folder"),
         (["--unet.block_out_channels", "32"], "unet.block_out_channels=32 must be a list"),
         (["--dry_run=false"], "'dry_run'"),
     ],
@@ -158,6 +161,9 @@ def test_bad_yaml(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("steps: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
+        load("--config", str(path))
+    path.write_text("mixed_precision: no")  # which YAML takes for false
+    with pytest.raises(ConfigError, match="mixed_precision=False must be of type str, in quotes"):
         load("--config", str(path))
 
 

@@ -116,9 +116,13 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
     arguments, dry_run = _read_arguments(argv)
     source = arguments.pop("config", "digits")
     values = _read_yaml(source)
+    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig) if field.init}
     for key, text in arguments.items():
         part, _, name = key.partition(".")
         value = _parse(text)
+        kinds = _kinds(fields.get(key))
+        if str in kinds and not (isinstance(value, str) or (value is None and types.NoneType in kinds)):
+            value = text  # a "no", "2024" or "#00ff00" that YAML takes for something else
         if name:
             if part not in DERIVED:
                 raise ConfigError(f"--{key}: only unet and scheduler have keys of their own{nearest(part, DERIVED)}")
@@ -128,7 +132,6 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
             values[part] = {**inner, name: value}
         else:
             values[key] = value
-    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig) if field.init}
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(f"unknown key {key!r}{nearest(key, fields)}")
@@ -204,9 +207,14 @@ def nearest(key, known):
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+def _kinds(expected):
+    """The types of a field."""
+    return typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+
+
 def _typed(key, value, expected):
     """The value in the type of its field; YAML reads 2e-4 as text and 1 as an integer."""
-    for candidate in typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,):
+    for candidate in _kinds(expected):
         origin = typing.get_origin(candidate) or candidate
         if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
@@ -225,6 +233,7 @@ def _typed(key, value, expected):
     name = getattr(expected, "__name__", str(expected))
     raise ConfigError(
         f"{key}={value!r} must be of type {name if not isinstance(expected, types.UnionType) else expected}"
+        f"{', in quotes' if str in _kinds(expected) else ''}"
     )
 
 
