@@ -274,6 +274,42 @@ def test_a_folder_of_colour_images_with_flips_and_accumulation(tmp_path):
     assert pipeline(num_inference_steps=2).images[0].size == (16, 8)
 
 
+@pytest.mark.parametrize("extra", [[], ["--streaming", "true", "--shuffle_buffer", "9"]])
+def test_a_folder_of_every_kind_of_image(tmp_path, extra, caplog):
+    """Sub-folders are labels; a file that is no image is left out, the others are of one colour on the background."""
+    folder = tmp_path / "all [of] them"
+    red, wide = Image.new("RGB", (20, 12), (255, 0, 0)), (20, 12)
+    kinds = {
+        "a/rgb.png": red, "a/cmyk.jpg": red.convert("CMYK"), "a/palette.gif": red.convert("P"), "a/rgb.webp": red,
+        "a/tall.bmp": red.resize((9, 40)), "b/rgba.png": red.convert("RGBA"), "b/clear.png": Image.new("RGBA", wide),
+        "b/grey.png": Image.new("L", wide, 255), "b/alpha.png": Image.new("LA", wide, (9, 0)),
+        "b/bit.png": Image.new("1", wide, 1), "b/sixteen.png": Image.fromarray(np.full(wide, 65535, np.uint16)),
+        "b/turned.tiff": red,
+    }  # fmt: skip
+    for name, image in kinds.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / name, exif=Image.Exif() if "turned" not in name else _turned(), lossless=True)
+    (folder / "b/torn.jpg").write_bytes((folder / "a/cmyk.jpg").read_bytes()[:300])
+    arguments = ["--data", folder, "--channels", "3", "--scheduler.levels", "256", "--label_column", "label", *extra]
+    arguments += ["--unet.num_class_embeds", 2, "--max_broken", 0.1, "--background", "#ff0000", "--batch_size", 4]
+    script("train.py", *SMALL.split(), *NETWORK, *arguments, "--output_dir", tmp_path / "run")
+    assert json.loads((tmp_path / "run/pipeline/training.json").read_text())["label_names"] == ["a", "b"]
+    assert {record.message.split(" cannot")[0][-8:] for record in caplog.records} == {"torn.jpg"}
+    dataset, _ = open_data(load_config([str(each) for each in arguments])[0])
+    items = [{key: torch.as_tensor(value) for key, value in item.items()} for item in dataset]
+    assert sorted(item["class_labels"].item() for item in items) == [0] * 5 + [1] * 7
+    colours = torch.stack([item["pixels"].float().mean((1, 2)) for item in items])
+    white = (colours > 254).all(1)
+    assert white.sum() == 3  # grey, 1 and 16 bits
+    assert (colours[~white] - torch.tensor([255.0, 0, 0])).abs().max() < 3  # JPEG's
+
+
+def _turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
 @pytest.mark.parametrize("extra", ["", "--memory_gb 0", "--memory_gb 0 --num_workers 1", "--streaming true"])
 def test_images_that_cannot_be_read(tmp_path, extra, caplog):
     """Up to a share of them is left out, each with its name; more end the run in one line."""
