@@ -29,6 +29,20 @@ def _seed():
 
 
 @pytest.fixture
+def folder_of_a_stranger():
+    """An empty folder of a user who is not root: root may do everything. Its parents may be passed."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
 def make_pipeline():
     """A tiny pipeline whose network is not the zero function."""
 

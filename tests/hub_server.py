@@ -259,6 +259,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Problem(404, "Invalid rev id", "RevisionNotFound")
         self._json({})
 
+    def auth_check(self, type, repo_id):
+        self._repository(repo_id, type)
+        self._writer(repo_id)
+        self._json({})
+
     # uploading
 
     def preupload(self, type, repo_id, revision):
@@ -357,6 +362,7 @@ ROUTES = [
     ("POST", "/api/repos/create", "create"),
     ("POST", "/api/validate-yaml", "validate"),
     ("GET", f"/api/{TYPE}/{ID}", "info"),
+    ("GET", f"/api/{TYPE}/{ID}/auth-check/write", "auth_check"),
     ("GET", f"/api/{TYPE}/{ID}/revision/{REVISION}", "info"),
     ("GET", f"/api/{TYPE}/{ID}/tree/{REVISION}(?P<path>/.*)?", "tree"),
     ("POST", f"/api/{TYPE}/{ID}/paths-info/{REVISION}", "paths_info"),

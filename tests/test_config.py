@@ -37,6 +37,7 @@ def test_command_line_beats_the_file(tmp_path):
     assert load("--output_dir", "~/there/is/none").output_dir == str(Path.home() / "there/is/none")
     told = load("--mixed_precision", "no", "--data", "2024", "--background", "#00ff00", "--license", "null")
     assert (told.mixed_precision, told.data, told.background, told.license) == ("no", "2024", "#00ff00", None)
+    assert load("--output_dir", "runs: 3/a #2").output_dir == "runs: 3/a #2"
     assert load("--unet.norm_eps", "1e-5").unet["norm_eps"] == 1e-5
     assert load("--ema_decay", "0").ema_decay == 0.0 and load("--sample_steps", "null").sample_steps is None
 
@@ -155,6 +156,26 @@ def test_a_checkpoint_is_compared_with_its_own_config(tmp_path, monkeypatch):
         assert checkpoint_to_resume(load("--resume", path)) == Path(path)
         with pytest.raises(ConfigError, match="seed=3, but .*0000004 was trained with 0"):
             load("--resume", path, "--seed", "3")
+
+
+def test_the_config_of_the_checkpoint_before(tmp_path):
+    """Where the newest one's cannot be read; also where its step has more digits."""
+    run = tmp_path / "run"
+    for step in ("9999000", "10000000"):
+        (run / "checkpoints" / step).mkdir(parents=True)
+    steps = ("--steps", "10000001")
+    (run / "config.yaml").write_text(as_yaml(load("--seed", "1", *steps)))
+    (run / "checkpoints/9999000/config.yaml").write_text(as_yaml(load("--seed", "2", *steps)))
+    with pytest.raises(ConfigError, match="seed=0, but .*10000000 was trained with 2"):
+        load("--output_dir", str(run), *steps)
+
+
+def test_a_folder_that_may_not_be_written_to(folder_of_a_stranger):
+    folder_of_a_stranger.chmod(0o500)
+    for name in ("run", "new/run"):
+        with pytest.raises(ConfigError, match=f"output_dir=.*{name}': {folder_of_a_stranger} may not be written to"):
+            load("--output_dir", str(folder_of_a_stranger / name))
+    folder_of_a_stranger.chmod(0o700)
 
 
 def test_bad_yaml(tmp_path):

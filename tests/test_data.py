@@ -1,8 +1,6 @@
 import math
-import os
 import shutil
 import tarfile
-import tempfile
 
 import datasets
 import numpy as np
@@ -243,19 +241,68 @@ def test_folders_without_images(tmp_path):
         (tmp_path / "notes/read.md").write_text("no image")
 
 
-def test_folder_that_may_not_be_read():
-    user = os.geteuid()
-    with tempfile.TemporaryDirectory() as outer:  # tmp_path's parents are for their owner only
-        os.chmod(outer, 0o711)
-        inner = os.path.join(outer, "pictures")
-        os.mkdir(inner, 0o311)
-        try:
-            if user == 0:
-                os.seteuid(65534)  # who may read everything sees no mistake
-            with pytest.raises(PermissionError, match=f"Permission denied: '{inner}'"):
-                load_images(inner)
-        finally:
-            os.seteuid(user)
+def test_folder_that_may_not_be_read(folder_of_a_stranger):
+    inner = folder_of_a_stranger / "inner"
+    inner.mkdir(mode=0o300)
+    for folder in (inner, folder_of_a_stranger):
+        with pytest.raises(PermissionError, match=f"Permission denied: '{inner}'"):
+            load_images(str(folder))
+
+
+def test_links(folder, tmp_path):
+    """To files they are followed; of folders `datasets` would see nothing."""
+    (tmp_path / "links").mkdir()
+    for i in range(4):
+        (tmp_path / f"links/{i}.png").symlink_to(folder / f"{i}.png")
+    assert len(load_images(str(tmp_path / "links"))) == 4
+    (tmp_path / "links/.hidden").symlink_to(folder)
+    assert len(load_images(str(tmp_path / "links"))) == 4
+    (tmp_path / "links/more").symlink_to(folder)
+    with pytest.raises(ValueError, match="links/more is a link to a folder, which `datasets` does not follow"):
+        load_images(str(tmp_path / "links"))
+
+
+def test_files_that_are_damaged(folder, tmp_path):
+    """None is taken for a smaller whole one."""
+    data = load_images(str(folder))
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        for i in range(4):
+            tar.add(folder / f"{i}.png", f"{i}.png")
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        start = tar.getmembers()[2].offset
+    whole = (tmp_path / "whole.tar").read_bytes()
+    data.to_parquet(tmp_path / "a.parquet")
+    parquet = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(parquet[:4] + b"x" * 200 + parquet[204:])
+    data.save_to_disk(tmp_path / "disk")
+    (tmp_path / "disk/state.json").write_text("{}")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "torn.tar").write_bytes(whole[: start - 700])
+    (tmp_path / "tars/bad.tar").write_bytes(whole[:start] + b"x" * 512 + whole[start + 512 :])
+    (tmp_path / "start.tar").write_bytes(b"x" * 512 + whole[512:])
+    for name, message in (
+        ("a.parquet", "a.parquet cannot be read: "),
+        ("disk", "disk is not what `save_to_disk` writes"),
+        ("torn.tar", r"torn.tar is no whole tar file .unexpected end of data.; get it anew"),
+        ("tars", f"bad.tar is damaged after its byte {start}"),
+        ("start.tar", "start.tar is no whole tar file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_images(str(tmp_path / name))
+    assert len(load_images(str(tmp_path / "whole.tar"))) == 4
+
+
+def test_images_of_one_name_are_counted_one_by_one():
+    """As those of a parquet file may be."""
+    rows = [{"bytes": b"x", "path": "image.png"} for _ in range(4)]
+    features = datasets.Features({"image": datasets.Image()})
+    data = datasets.Dataset.from_dict({"image": [*rows, *[Image.new("L", (2, 2))] * 36]}, features=features)
+    to_pixels = image_to_pixels((2, 2), 1)
+    assert len(training_set(data, to_pixels, max_broken=0.1)) == 36
+    with pytest.raises(ValueError, match="4 of 40 images cannot be read, the last image.png"):
+        training_set(data, to_pixels, max_broken=0.09)
+    stream = data.to_iterable_dataset()
+    assert len(list(training_set(stream, to_pixels, max_broken=0.1))) == 36
 
 
 def test_kinds_of_files(folder, tmp_path):

@@ -30,8 +30,14 @@ def launch(monkeypatch, config=TrainConfig(), **environment):  # noqa: B008
 
 
 def test_what_accelerate_launches_here(monkeypatch, capsys):
-    assert launch(monkeypatch, **LAUNCHED).device.type == "cpu"
-    assert capsys.readouterr().err == ""
+    for environment in (
+        {},
+        {"CUDA_VISIBLE_DEVICES": "-1"},
+        {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},
+        {"WORLD_SIZE": ""},
+    ):
+        assert launch(monkeypatch, **LAUNCHED | environment).device.type == "cpu"
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -67,6 +73,8 @@ def test_the_config_decides_the_precision(monkeypatch, capsys):
 
 
 def test_who_compiles(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "")
+    assert not compiled(TrainConfig())
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     assert not compiled(TrainConfig()) and compiled(TrainConfig(compile=True))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")

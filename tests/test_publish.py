@@ -75,11 +75,22 @@ def test_a_hub_that_fails_is_told_once(hub, publisher, capsys):
     publisher.push(3)
     publisher.thread and publisher.thread.join()
     assert publisher.told is None and hub.files(publisher.config.push_to_hub)
+    for number in (1, 2):
+        publisher._tell(HubError(f"the Hub answered 429 (Request ID: Root={number}) and no more"))
+    told = capsys.readouterr().err
+    assert told.count("the Hub answered 429") == 1
 
 
 def test_what_the_hub_refuses_is_told_before_anything_starts(hub, tmp_path, capsys):
     hub.faults[:] = []
-    for repo, message in (("other/name", "may not write there"), ("a b", "is no name of a repository")):
+    hub.create("other/there")  # which the Hub answers as if it were one's own
+    hub.commit(hub.create("user/data"), "main", {"a.csv": hub.entry("a.csv", b"1")}, "data")
+    for repo, message in (
+        ("other/name", "may not write there"),
+        ("other/there", "may not write there"),
+        ("user/data", "holds something that is no pipeline"),
+        ("a b", "is no name of a repository"),
+    ):
         with pytest.raises(ConfigError, match=f"push_to_hub='{repo}': .*{message}"):
             Publisher(TrainConfig(output_dir=str(tmp_path), push_to_hub=repo))
     hub.faults[:] = [dict(match="POST .*/repos/create", do=503)]

@@ -27,8 +27,9 @@ def sheets(accelerator, tmp_path, pixels, **config):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_copies_are_found(accelerator, tmp_path, flip):
+def test_copies_are_found(accelerator, tmp_path, flip, monkeypatch):
     """Among more images than are compared at once, also turned left to right where the training did that."""
+    monkeypatch.setattr("sheets.AT_ONCE", 4096 * 24)
     pixels = torch.randint(0, 256, (5000, 1, 4, 6), dtype=torch.uint8)
     search = sheets(accelerator, tmp_path, pixels, random_flip=flip)._search
     chosen = torch.tensor([4999, 0, 4096, 4095])

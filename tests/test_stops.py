@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from scripts import script
-from stops import FiniteSteps, Signals
+from stops import FiniteSteps, Signals, going_on
 from watch import environment
 
 from config import ConfigError, checkpoints_in, load_config
@@ -76,6 +77,50 @@ def test_a_signal_waits_for_the_end_of_a_step(number):
     assert signal.getsignal(number) == before
 
 
+def test_several_processes_ask_each_other_about_once_a_second(monkeypatch):
+    """At each step where steps are slow: a launcher does not wait for ever."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    asked, other = [], [0.0]
+
+    def gather(mine):
+        asked.append(step)
+        return torch.cat((mine, torch.tensor([[other[0], 0.0]])))
+
+    signals = Signals(SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather))
+    for step in range(501, 801):
+        clock[0] += 0.02 if step < 701 else 5.0
+        assert signals.stop(step) is None
+    assert asked[:4] == [501, 502, 552, 602] and set(range(710, 801)) <= set(asked)
+    other[0] = float(signal.SIGTERM)
+    step = 801
+    assert signals.stop(step) == signal.SIGTERM
+
+
+def test_files_that_cannot_be_written_are_told(capsys):
+    with going_on("the pipeline could not be written"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+    told = "the pipeline could not be written (Error while serializing: I/O error: No space left on device); the run goes on"
+    assert told in capsys.readouterr().err
+
+
+def test_what_is_in_the_way_of_checkpoints(tmp_path):
+    """Files that other programs leave there, and an old one that cannot be removed."""
+    arguments = [*RUN.split(), "--output_dir", str(tmp_path)]
+    train(load_config([*arguments, "--steps", "2"])[0])
+    for name in (".DS_Store", ".0000002"):
+        (tmp_path / "checkpoints" / name).write_text("")
+    result = script("train.py", *arguments)
+    assert result.stderr.count("checkpoints/0000002 could not be removed (") == 1, result.stderr
+    assert [path.name for path in checkpoints_in(str(tmp_path))] == ["0000002", "0000004", "0000006"]
+
+
+def test_interrupted_before_it_has_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("inputs.open_names", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    result = script("train.py", *RUN.split(), "--output_dir", tmp_path / "run", check=False)
+    assert result.returncode == 130 and result.stderr.splitlines()[-1] == "train.py: interrupted"
+
+
 def test_a_full_disk_ends_nothing(tmp_path):
     """Files of more than 100 kB cannot be written: the network's, and the optimizer's."""
     arguments = [*RUN.split(), "--output_dir", str(tmp_path)]
@@ -91,6 +136,7 @@ def test_a_full_disk_ends_nothing(tmp_path):
     assert result.stderr.count("a checkpoint could not be written") == 2
     assert f"the run goes on, the last whole one is {tmp_path}/checkpoints/0000002" in result.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000002"]
+    assert not list(tmp_path.glob(".*"))  # nothing half written takes up space
     train(load_config(arguments)[0])
     assert [path.name for path in checkpoints_in(str(tmp_path))] == ["0000004", "0000006"]
 
@@ -117,9 +163,9 @@ def test_a_checkpoint_cut_short(tmp_path, capsys, name):
 def test_no_checkpoint_that_can_be_read(tmp_path):
     arguments = [*RUN.split(), "--output_dir", str(tmp_path)]
     train(load_config(arguments)[0])
-    (tmp_path / "pipeline").rename(tmp_path / "before")
+    (tmp_path / "pipeline").rename(tmp_path / ".pipeline.old")  # as a run that is killed between two names
     for path in checkpoints_in(str(tmp_path)):
         (path / "run.pt").write_bytes(b"x")
     with pytest.raises(ConfigError, match="0000006 cannot be read .*, nor one before it; remove"):
         train(load_config(arguments)[0])
-    assert len(checkpoints_in(str(tmp_path))) == 2
+    assert len(checkpoints_in(str(tmp_path))) == 2 and (tmp_path / "pipeline/model_index.json").is_file()

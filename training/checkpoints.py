@@ -9,9 +9,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, load
 from safetensors import SafetensorError
-from stops import tell
+from stops import going_on, tell
 
 from config import ConfigError, TrainConfig, as_yaml, checkpoints_in
+
+
+def to_disk(folder: Path) -> None:
+    """Waits until the files of a folder are on the disk: a name that is then put there stands for what is whole."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _step(path):
+    return int(path.name) if path.name.isdigit() else math.inf
 
 
 class Checkpoints:
@@ -43,17 +55,15 @@ class Checkpoints:
         own = gather_object([{name: part.state_dict() for name, part in self.own.items()}])
 
         def begin():
-            for stopped in self.folder.glob(".*"):
-                shutil.rmtree(stopped)
+            for stopped in self.folder.glob(".[0-9]*"):
+                shutil.rmtree(stopped, ignore_errors=stopped != temporary)
             temporary.mkdir(parents=True)
             (temporary / "config.yaml").write_text(as_yaml(self.config))
             state = {name: part.state_dict() for name, part in self.parts.items()}
             torch.save({**state, "own": own, "best": self.best}, temporary / "run.pt")
 
         def end():
-            for path in temporary.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+            to_disk(temporary)
             os.replace(temporary, whole)
 
         main = self.accelerator.is_main_process
@@ -65,8 +75,9 @@ class Checkpoints:
         if main and saved:
             for old in checkpoints_in(self.config.output_dir)[: -self.config.keep_checkpoints]:
                 if int(old.name) != self.best["step"]:
-                    os.replace(old, old.with_name(f".{old.name}"))
-                    shutil.rmtree(old.with_name(f".{old.name}"))
+                    with going_on(f"{old} could not be removed"):
+                        os.replace(old, old.with_name(f".{old.name}"))
+                        shutil.rmtree(old.with_name(f".{old.name}"))
         elif main:
             shutil.rmtree(temporary, ignore_errors=True)
         return saved
@@ -97,7 +108,7 @@ class Checkpoints:
             ConfigError: none can be read, or another number of processes wrote it.
         """
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        older = [each for each in checkpoints_in(self.config.output_dir) if each.name < path.name]
+        older = [each for each in checkpoints_in(self.config.output_dir) if int(each.name) < _step(path)]
         candidates, unreadable = [path, *(reversed(older) if path.parent == self.folder else ())], []
         for candidate in candidates:
             problem = None

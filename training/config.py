@@ -121,8 +121,8 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
         part, _, name = key.partition(".")
         value = _parse(text)
         kinds = _kinds(fields.get(key))
-        if str in kinds and not (isinstance(value, str) or (value is None and types.NoneType in kinds)):
-            value = text  # a "no", "2024" or "#00ff00" that YAML takes for something else
+        if str in kinds:  # as it is: YAML would take "no", "2024", "#00ff00", "run #2" for something else
+            value = None if text in ("", "~", "null") and types.NoneType in kinds else text
         if name:
             if part not in DERIVED:
                 raise ConfigError(f"--{key}: only unet and scheduler have keys of their own{nearest(part, DERIVED)}")
@@ -304,9 +304,12 @@ def check(config: TrainConfig) -> None:
     is_path = config.data.startswith((".", "/", "~")) or config.data.count("/") > 1 or config.data.endswith(".parquet")
     if is_path and not os.path.exists(config.data):
         raise ConfigError(f"data={config.data!r} does not exist")
-    output = Path(config.output_dir)
+    output = Path(config.output_dir).absolute()
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir={config.output_dir!r} is a file")
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ConfigError(f"output_dir={config.output_dir!r}: {there} may not be written to; name another")
 
 
 def _check_network(config, size):
@@ -373,7 +376,8 @@ def _run_of(checkpoint):
     others = []
     if path.parent.name == "checkpoints":
         output = path.parents[1]
-        others = [*reversed([each for each in checkpoints_in(output) if each.name < path.name]), output]
+        others = checkpoints_in(output)
+        others = [*reversed(others[: others.index(path)] if path in others else others), output]
     for folder in (checkpoint, *others):
         with contextlib.suppress(ConfigError):
             return _read_run(folder)

@@ -1,9 +1,11 @@
 """The images of a run: the training set, the held-out images, and batches without end."""
 
+import contextlib
 import dataclasses
+import itertools
 import tarfile
 
-import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
@@ -12,9 +14,9 @@ from stops import ignore_interrupts
 
 from config import ConfigError, TrainConfig, image_size
 from ddpm_hf.data import (
+    PixelTensors,
     check_levels,
     collate,
-    image_column,
     image_to_pixels,
     label_names,
     load_images,
@@ -33,18 +35,37 @@ def pixels_by(config: TrainConfig):
     return image_to_pixels(image_size(config), config.channels, levels_of(config), config.background, config.crop)
 
 
-def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tuple:
-    """The training set, its first image read, and the names of its labels or None; of a stream, shuffled, this process's part.
+def open_names(config: TrainConfig) -> list[str] | None:
+    """The names of the labels of the training set, or None; no image is read.
 
     Raises:
         ConfigError: data that cannot be opened or does not fit the config.
     """
-    try:
+    with _told(f"data={config.data!r}"):
         check_levels(config.data, levels_of(config))
+        images = load_images(config.data, config.split, config.streaming)
+        return label_names(images, config.label_column, config.unet.get("num_class_embeds"))
+
+
+@contextlib.contextmanager
+def _told(where):
+    """Data that cannot be opened or does not fit, as ConfigError."""
+    try:
+        yield
+    except (ValueError, OSError, tarfile.TarError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def open_data(config: TrainConfig, process: int = 0, processes: int = 1):
+    """The training set, its first image read; of a stream, shuffled, this process's part.
+
+    Raises:
+        ConfigError: as `open_names`.
+    """
+    with _told(f"data={config.data!r}"):
         to_pixels = pixels_by(config)
         images = load_images(config.data, config.split, config.streaming)
         columns = config.image_column, config.label_column, config.unet.get("num_class_embeds")
-        names = label_names(images, *columns[1:])
         if config.streaming:
             probe = training_set(images, to_pixels, *columns, max_broken=config.max_broken)
             if next(iter(probe), None) is None:
@@ -58,34 +79,29 @@ def open_data(config: TrainConfig, process: int = 0, processes: int = 1) -> tupl
             raise ValueError(
                 f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}"
             )
-    except (ValueError, OSError, tarfile.TarError) as error:
-        raise ConfigError(f"data={config.data!r}: {' '.join(str(error).split())}") from error
-    return dataset, names
+    return dataset
 
 
 def open_some(config: TrainConfig, names: list[str] | None, held_out: bool) -> tuple:
     """x_start (eval_images, C, H, W) and labels or None: held-out images, or some of those that are trained on.
 
     Raises:
-        ConfigError: as `open_data`.
+        ConfigError: as `open_names`.
     """
     source, split = (config.eval_data or config.data, config.eval_split) if held_out else (config.data, config.split)
-    try:
-        to_pixels = pixels_by(config)
+    with _told(f"eval_data={source!r}, eval_split={split!r}" if held_out else f"data={source!r}, split={split!r}"):
         images = load_images(source, split, config.streaming)
-        column = image_column(images, config.image_column)
-        images = images.cast_column(column, datasets.Image(decode=False))
         if config.streaming:  # some of all that there are: data is often sorted
-            images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer).take(config.eval_images)
-            images = datasets.Dataset.from_list(list(images), images.features)
-        else:
-            images = images.shuffle(seed=0).select(range(min(config.eval_images, len(images))))
+            images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer)
         columns = config.image_column, config.label_column, config.unet.get("num_class_embeds"), names
-        tensors = training_set(images, to_pixels, *columns, config.max_broken, memory=2**40).tensors
-    except (ValueError, OSError, tarfile.TarError) as error:
-        where = f"eval_data={source!r}, eval_split={split!r}" if held_out else f"data={source!r}, split={split!r}"
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
-    return pixels_to_tensor(tensors["pixels"], levels_of(config)), tensors.get("class_labels")
+        images = training_set(images, pixels_by(config), *columns, config.max_broken, memory=0)
+        if not config.streaming:
+            images = images.readable(np.random.default_rng(0).permutation(len(images)))
+        items = list(itertools.islice(images, config.eval_images))
+        if not items:
+            raise ValueError("there are no images in it")
+        tensors = PixelTensors.of(items).tensors
+        return pixels_to_tensor(tensors["pixels"], levels_of(config)), tensors.get("class_labels")
 
 
 def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch.utils.data.DataLoader:

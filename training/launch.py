@@ -17,7 +17,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
         ConfigError: a launcher's settings that this machine or this loop cannot follow.
     """
     asked = {name: os.environ.get(f"ACCELERATE_{name}", "").lower() for name in ("USE_CPU", "MIXED_PRECISION")}
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    started = int(os.environ.get("WORLD_SIZE") or 1)
     there = torch.accelerator.is_available()
     for kind in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
@@ -27,6 +27,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
             )
     by_accelerate = bool(asked["MIXED_PRECISION"])
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "") if started == 1 else "all"
+    named = "" if named.startswith("-") or named == "NoDevFiles" else named  # ways to ask for the CPU
     if by_accelerate and asked["USE_CPU"] != "true" and not there and (named or started > 1):
         raise ConfigError(
             f"accelerate's config asks for GPUs ({named}), torch finds none; run `accelerate config` anew, or on the CPU "
@@ -69,7 +70,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
 
 def compiled(config: TrainConfig) -> bool:
     """Whether the network is compiled: by the config, or by accelerate launch --dynamo_backend."""
-    return config.compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO"
+    return config.compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper() not in ("", "NO")
 
 
 def _use_all_cores(accelerator):

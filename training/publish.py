@@ -1,6 +1,7 @@
 """A run's pipeline to the Hub while it goes on: training never waits for it, and never ends for it."""
 
 import os
+import re
 import shlex
 import shutil
 import threading
@@ -11,7 +12,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from stops import tell
 
 from config import ConfigError, TrainConfig
-from ddpm_hf.push import HubError, open_repository, push_folder
+from ddpm_hf.push import HubError, check_repository, push_folder
 
 
 class Publisher:
@@ -31,7 +32,7 @@ class Publisher:
         if not get_token():
             raise ConfigError(f"{self.where}: there is no token; run `hf auth login` or set HF_TOKEN")
         try:
-            open_repository(config.push_to_hub, private=config.hub_private or None)
+            check_repository(config.push_to_hub, private=config.hub_private or None)
         except HubError as error:
             if error.refused:
                 raise ConfigError(f"{self.where}: {error}") from error
@@ -78,9 +79,10 @@ class Publisher:
 
     def _tell(self, error):
         message = " ".join(str(error).split()) or type(error).__name__
-        if message != self.told:
+        reason = re.sub(r"\(Request ID: .*?\)", "", message)  # another one each time
+        if reason != self.told:
             tell(f"{self.where}: {message}; the run goes on, the next checkpoint is pushed in its place")
-        self.told = message
+        self.told = reason
 
     def finish(self) -> str:
         """Pushes the last pipeline, after what is on its way; returns the commit's address.

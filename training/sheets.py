@@ -16,6 +16,7 @@ from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler
 from ddpm_hf.data import PixelTensors, pixels_to_batch
 
 STRIP_ROWS, STRIP_COLUMNS, PAIRS = 8, 10, 32
+AT_ONCE = 2**24  # values of the data that a search holds, as float32
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 
 
@@ -55,7 +56,7 @@ class Sheets:
         self.log.note(step, **numbers)
         for name, images in pictures.items():
             sheet = as_sheet(as_images(images.flatten(0, -4)), columns[name])
-            with going_on("a sheet of samples"):
+            with going_on("a sheet of samples could not be written"):
                 save_picture(sheet, self.folder / f"{step:07d}{'' if name == 'samples' else f'-{name}'}.png")
             self.log.show(step, name, sheet)
 
@@ -78,12 +79,13 @@ class Sheets:
                 class_labels=None if labels is None else labels[list(mine)],
                 every=math.ceil(steps / STRIP_COLUMNS),
             ):
-                strip.append(x_start[:STRIP_ROWS].cpu())
+                strip.append(x_start[: len(range(index, STRIP_ROWS, processes))].cpu())
             found = list(zip(mine, x_start.clamp(-1, 1).float().cpu()))
-        found = dict(gather_object(found))
+            strip = list(zip(mine, torch.stack(strip, dim=1)))
+        found, strip = dict(gather_object(found)), dict(gather_object(strip))
         if index:
             return None, None
-        return torch.stack([found[i] for i in range(config.sample_count)]), torch.stack(strip, dim=1)
+        return tuple(torch.stack([images[i] for i in sorted(images)]) for images in (found, strip))
 
     def _nearest(self, x_start):
         """Pairs of a sample and its nearest image, side by side (P, C, H, 2 W), and the median of all distances."""
@@ -101,8 +103,10 @@ class Sheets:
         count, device = len(x_start), self.accelerator.device
         flips = (x_start, x_start.flip(-1)) if self.config.random_flip else (x_start,)
         queries, best, indices = torch.cat(flips).flatten(1).to(device), [], []
-        for start in range(0, len(self.pixels), 4096):
-            part = pixels_to_batch(self.pixels[start : start + 4096].to(device), self.scheduler.levels).flatten(1)
+        count_at_once = max(1, AT_ONCE // queries.shape[1])
+        for start in range(0, len(self.pixels), count_at_once):
+            part = self.pixels[start : start + count_at_once].to(device)
+            part = pixels_to_batch(part, self.scheduler.levels).flatten(1)
             distances = torch.cdist(queries, part).view(len(flips), count, -1).amin(0)
             if but is not None:
                 here = ((but >= start) & (but < start + len(part))).nonzero()[:, 0]

@@ -4,9 +4,11 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 
@@ -19,12 +21,14 @@ class Stopped(RuntimeError):
 
 
 class Signals:
-    """SIGTERM and Ctrl-C within this context wait for the end of a step; the second of a kind does what it always does."""
+    """SIGTERM and Ctrl-C within this context wait for the end of a step; the second of a kind does what it always does.
 
-    EVERY = 10  # several processes ask each other every so many steps: each time they wait for the device
+    Several processes ask each other about once a second, not at each step: they wait for the device then.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received, self.before = accelerator, None, {}
+        self.asked, self.next, self.start = 0, 0, time.perf_counter()
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others may not, as in a notebook's
@@ -43,12 +47,14 @@ class Signals:
         """The number of the signal that this or another process has received, in all of them after the same step."""
         if self.accelerator.num_processes == 1:
             return self.received
-        if step % self.EVERY == 0:
-            if self.received:
-                self.accelerator.set_trigger()
-            if self.accelerator.check_trigger():
-                return self.received or signal.SIGTERM
-        return None
+        if step < self.next:
+            return None
+        mine = torch.tensor([[float(self.received or 0), time.perf_counter() - self.start]])
+        received, seconds = self.accelerator.gather(mine.to(self.accelerator.device)).amax(0).tolist()
+        # the same everywhere, as what was gathered is
+        self.next = step + max(1, int((step - (self.asked or step)) / max(seconds, 1e-3)))
+        self.asked, self.start = step, time.perf_counter()
+        return int(received) or None
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -106,8 +112,8 @@ def tell(message: str) -> None:
 
 @contextlib.contextmanager
 def going_on(what: str):
-    """A file that cannot be written is told, and ends nothing."""
+    """What cannot be done with a file is told, and ends nothing; `what` as in "the sheet could not be written"."""
     try:
         yield
-    except OSError as error:
-        tell(f"{what} could not be written ({error}); the run goes on")
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        tell(f"{what} ({' '.join(str(error).split())}); the run goes on")

@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -37,10 +38,10 @@ if __name__ == "__main__":  # before the slow imports: a mistyped key shall not 
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, to_disk
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
-from inputs import Position, batches, open_data, open_loader, open_some
+from inputs import Position, batches, open_data, open_loader, open_names, open_some
 from launch import compiled, open_accelerator
 from publish import Publisher
 from safetensors import SafetensorError
@@ -127,8 +128,9 @@ def train(config: TrainConfig) -> Path:
     main, output = accelerator.is_main_process, Path(config.output_dir)
     publisher = Publisher(config) if config.push_to_hub and main else None
     set_seed(config.seed, device_specific=True)
-    dataset, names = open_data(config, accelerator.process_index, accelerator.num_processes)
+    names = open_names(config)
     held_out, seen = (open_some(config, names, one) if config.eval_every else None for one in (True, False))
+    dataset = open_data(config, accelerator.process_index, accelerator.num_processes)
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     if config.init_from and not resumed:
@@ -146,15 +148,18 @@ def train(config: TrainConfig) -> Path:
     lr_schedule = get_scheduler(
         config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
     )
-    ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
-    ema.to(accelerator.device)
     unet, optimizer = accelerator.prepare(unet, optimizer)
+    ema = EMAModel(
+        unet.parameters(), decay=config.ema_decay, foreach=True
+    )  # of weights that are the same everywhere by now
     network = accelerator.unwrap_model(unet)
     if compiled(config):
         network.compile()
 
     if main:
         output.mkdir(parents=True, exist_ok=True)
+        if (old := _old(output / "pipeline")).exists() and not (output / "pipeline").exists():
+            os.replace(old, output / "pipeline")  # a run was killed as it put another in its place
         write_whole(output / "config.yaml", as_yaml(config))
         write_whole(output / "environment.json", json.dumps(environment(accelerator), indent=2) + "\n")
         (output / "samples").mkdir(exist_ok=True)
@@ -203,20 +208,20 @@ def train(config: TrainConfig) -> Path:
                     measured |= held_out_loss(config, accelerator, network, objective, held_out, seen)
                 log.note(at.step, **measured)
                 best = checkpoints.is_best(at.step, measured["bits_per_dim"])
-            signal = None if last else signals.stop(at.step)
+            number = None if last else signals.stop(at.step)
             due = config.checkpoint_every and (at.step % config.checkpoint_every == 0 or last or best)
-            saved = checkpoints.save(at.step) if due or signal else False
+            saved = checkpoints.save(at.step) if due or number else False
             if saved and not last and main:
                 log.plot()
-                with average, going_on("the pipeline"):
+                with average, going_on("the pipeline could not be written"):
                     save_pipeline(config, at.step, network, scheduler, output / "pipeline", names)
-                    if publisher and not signal:
+                    if publisher and not number:
                         publisher.push(at.step)
-            if signal:
+            if number:
                 raise Stopped(
-                    f"stopped by signal {signal} after step {at.step}; the same command goes on from "
+                    f"stopped by signal {number} after step {at.step}; the same command goes on from "
                     f"{'there' if saved else 'the last checkpoint'}{publisher.left() if publisher else ''}",
-                    status=128 + signal,
+                    status=128 + number,
                 )
     if main:
         with average:
@@ -255,9 +260,27 @@ class Evaluation:
 
 def save_pipeline(config, step, unet, scheduler, folder, label_names=None):
     """The network after `step` steps, written under another name and renamed: a folder of this name is whole."""
-    temporary = folder.with_name(f".{folder.name}")
+    temporary, old = folder.with_name(f".{folder.name}"), _old(folder)
     shutil.rmtree(temporary, ignore_errors=True)
-    DDPMImagePipeline(unet, scheduler).save_pretrained(temporary)
+    try:
+        _write_pipeline(config, step, unet, scheduler, temporary, label_names)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk shall not stay full
+        raise
+    to_disk(temporary)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():  # of fewer steps
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(folder):
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _write_pipeline(config, step, unet, scheduler, folder, label_names):
+    DDPMImagePipeline(unet, scheduler).save_pretrained(folder)
     told = dataclasses.asdict(config)
     for key in ("output_dir", "resume", "push_to_hub", "hub_private", "license"):
         del told[key]  # of nobody else's concern
@@ -267,21 +290,15 @@ def save_pipeline(config, step, unet, scheduler, folder, label_names=None):
             told[key] = Path(told[key]).name
     told["hub_dataset"] = None if local or config.data in BUILT_IN else config.data
     told["label_names"] = label_names
-    told["weights"] = weights_digest(temporary)
+    told["weights"] = weights_digest(folder)
     told["versions"] = {module.__name__: module.__version__ for module in MODULES}
     told["steps"] = step
-    (temporary / "training.json").write_text(json.dumps(told, indent=2) + "\n")
+    (folder / "training.json").write_text(json.dumps(told, indent=2) + "\n")
     pictures = {"training.png": "curves.png", "samples.png": f"samples/{step:07d}.png"}  # of these weights
     for name, source in pictures.items():
         if (folder.parent / source).is_file():
-            shutil.copy(folder.parent / source, temporary / name)
-    write_model_card(temporary)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():  # of fewer steps
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+            shutil.copy(folder.parent / source, folder / name)
+    write_model_card(folder)
 
 
 def main():
@@ -307,6 +324,9 @@ def main():
         sys.exit(error.status)
     except (ConfigError, OSError, SafetensorError, HubError) as error:  # safetensors has its own for a full disk
         sys.exit(f"train.py: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:  # before the first step, or the second of them
+        print("train.py: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class Log:
         values = {key: float(value) for key, value in values.items()}
         row = {"step": step, **{key: value if math.isfinite(value) else None for key, value in values.items()}}
         self.rows.append(row)
-        with going_on("metrics.jsonl"), open(self.output / "metrics.jsonl", "a") as file:
+        with going_on("metrics.jsonl could not be written"), open(self.output / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         if self.accelerator.trackers:
             self.accelerator.log({key: value for key, value in row.items() if value is not None}, step=step)
@@ -220,7 +220,7 @@ class Log:
             panel.grid(alpha=0.3)
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize="small")
-        with going_on("curves.png"):
+        with going_on("curves.png could not be written"):
             save_figure(figure, self.output / "curves.png")
         plt.close(figure)
 
@@ -289,7 +289,7 @@ def held_out_loss(config, accelerator, unet, objective, held_out, seen) -> dict[
                 labels = None if labels is None else labels[part].to(device)
                 with torch.no_grad():
                     losses[row, rows] += objective(unet, x_start[part].to(device), labels, **given)
-    found = torch.cat(gather_object([losses.double().cpu() / ROUNDS]), dim=1)
+    found = torch.cat(gather_object([losses.cpu().double() / ROUNDS]), dim=1)
     held_out, seen = found
     return {
         "loss_held_out": held_out.mean().item(),

