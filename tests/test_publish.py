@@ -99,6 +99,12 @@ def test_what_the_hub_refuses_is_told_before_anything_starts(hub, tmp_path, caps
     hub.faults[:] = []
 
 
+def test_no_repository_is_made_for_data_that_is_not_there(hub, tmp_path):
+    arguments = [*RUN.split(), "--split", "none", "--push_to_hub", "user/not-made", "--output_dir", tmp_path / "run"]
+    assert "split='none'" in script("train.py", *arguments, check=False).stderr
+    assert ("model", "user/not-made") not in hub.repositories
+
+
 def test_a_run_pushes_at_its_checkpoints(hub, tmp_path):
     """The first push fails, the next one has it; what a killed run left goes."""
     hub.faults[:] = [dict(match="POST .*/while-it-runs/commit/main", do=500, times=1)]

@@ -126,10 +126,10 @@ def train(config: TrainConfig) -> Path:
     resumed = checkpoint_to_resume(config)
     accelerator = open_accelerator(config)
     main, output = accelerator.is_main_process, Path(config.output_dir)
-    publisher = Publisher(config) if config.push_to_hub and main else None
     set_seed(config.seed, device_specific=True)
     names = open_names(config)
     held_out, seen = (open_some(config, names, one) if config.eval_every else None for one in (True, False))
+    publisher = Publisher(config) if config.push_to_hub and main else None  # no repository for data that is not there
     dataset = open_data(config, accelerator.process_index, accelerator.num_processes)
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
