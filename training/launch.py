@@ -1,9 +1,10 @@
 """The processes, device, precision and compiler of a run: accelerate's, and what it would pass over in silence, told."""
 
+import gc
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from stops import tell
 
@@ -66,6 +67,15 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
         )
     _use_all_cores(accelerator)
     return accelerator
+
+
+def leave() -> None:
+    """Ends the group of processes, once nothing refers to the network any more.
+
+    Where DDP is the last to let go of gloo's group, torch 2.13 waits for gloo's threads, and these may be waiting for it.
+    """
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 def compiled(config: TrainConfig) -> bool:

@@ -42,7 +42,7 @@ from checkpoints import Checkpoints, to_disk
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from inputs import Position, batches, open_data, open_loader, open_names, open_some
-from launch import compiled, open_accelerator
+from launch import compiled, leave, open_accelerator
 from publish import Publisher
 from safetensors import SafetensorError
 from sheets import Sheets
@@ -225,8 +225,9 @@ def train(config: TrainConfig) -> Path:
     if main:
         with average:
             save_pipeline(config, at.step, network, scheduler, output / "pipeline", names)
-    accelerator.wait_for_everyone()  # torch can hang where the last thing that processes exchanged is no barrier
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    unet = accelerator.free_memory(unet)
+    leave()
     if main:
         print(f"saved {output / 'pipeline'}")
     if publisher:
@@ -315,17 +316,21 @@ def main():
             f"# {5 * 4 * parameters / 2**30:.2f} GiB for weights, gradient, optimizer and average; activations on top"
         )
         return
+    status = 0
     try:
         train(CONFIG)
-    except Stopped as error:
-        PartialState().wait_for_everyone()  # as at the end of train
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(error.status)
+    except Stopped as error:  # in all processes
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            print(f"train.py: {error}", file=sys.stderr)
+        status = error.status
     except (ConfigError, OSError, SafetensorError, HubError) as error:  # safetensors has its own for a full disk
         sys.exit(f"train.py: {' '.join(str(error).split())}")
     except KeyboardInterrupt:  # before the first step, or the second of them
         print("train.py: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    leave()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -161,6 +161,8 @@ class Log:
     def __exit__(self, *exception):
         self.bar.close()
         self.plot()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def plot(self) -> None:
         """curves.png: loss, loss by quarter of t, and what was measured of bits/dim, held-out images, and samples."""
