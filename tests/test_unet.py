@@ -154,15 +154,6 @@ NAMED = list(CONFIGS)
 CONFIGS |= {f"random-{i}": random_config(random.Random(i)) for i in range(20)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are slower on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomise(net):
     """Every parameter random and of a size that keeps activations near 1; none is left at 0 or 1."""
     generator = torch.Generator().manual_seed(1)

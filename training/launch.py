@@ -65,7 +65,8 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             f"{started} processes were started, accelerate found {accelerator.num_processes}; see the README"
         )
-    _use_all_cores(accelerator)
+    if by_accelerate or started > 1:
+        _use_all_cores(accelerator)
     return accelerator
 
 

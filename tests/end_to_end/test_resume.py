@@ -141,7 +141,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     assert (len({(at["epoch"], at["batch"]) for at in one["position"]}) > 1) == (
         processes > 1 and "--streaming" in extra
     )
-    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["0000020", "0000024"]
+    left = sorted(path.name for path in (killed / "checkpoints").iterdir())
+    assert left[-2:] == ["0000020", "0000024"] and len(left) <= 2 + ("--eval_every" in extra)  # and the best
 
 
 @pytest.mark.slow
