@@ -20,7 +20,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
     parser.add_argument("--out", default="samples.png", help="PNG file to write")
-    parser.add_argument("--count", type=int, default=64, help="number of images; of rows with the next two")
+    parser.add_argument(
+        "--count", type=int, default=64, help="number of images, a column for each class; of rows with the next two"
+    )
     parser.add_argument(
         "--progressive", type=int, metavar="N", help="a row for each image: its predicted x_0 at N timesteps on the way"
     )
@@ -56,7 +58,9 @@ def main():
     elif arguments.interpolate is not None:
         images, columns = interpolation_rows(pipeline, arguments, how)
     else:
-        images, columns = pipeline(arguments.count, **how).images, None
+        classes = pipeline.unet.config.num_class_embeds
+        columns = classes if labels is None and classes and classes <= arguments.count else None
+        images = pipeline(arguments.count, **how).images
     save_picture(as_sheet(images, columns), arguments.out)
     print(f"wrote {arguments.out}")
 

@@ -391,7 +391,8 @@ def test_class_conditional(tmp_path):
         "--output_dir", tmp_path / "run",
     )  # fmt: skip
     folder = tmp_path / "run/pipeline"
-    script("sample.py", folder, "--count", 2, "--steps", 2, "--out", tmp_path / "labels.png")
+    script("sample.py", folder, "--count", 20, "--steps", 2, "--out", tmp_path / "labels.png")
+    assert Image.open(tmp_path / "labels.png").size == (10 * 68, 2 * 68)  # a column for each class
     script("evaluate.py", folder, "--images", 1, "--steps", 5, "--label_column", "label")
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["standard_error"] is None and "±" not in (folder / "README.md").read_text()
