@@ -5,7 +5,7 @@ from pathlib import Path
 from hub_server import HubServer
 
 # networks this small are slower on more threads, and far slower beside other work; torch reads it when it is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # huggingface_hub reads these when it is imported
 FOLDER = tempfile.TemporaryDirectory(prefix="ddpm-hf-hub-")
 HUB = HubServer(Path(FOLDER.name) / "hub")

@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="of a m
 def _new_process():
     """As far as accelerate knows: it keeps what it found of the first one."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

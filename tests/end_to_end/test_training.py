@@ -42,9 +42,14 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "1"]
     script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "a", launcher=accelerate)
-    script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "b", launcher=[sys.executable])
+    threads = json.loads((folder / "a/environment.json").read_text())["threads"]  # sums of as many parts
+    python = dict(launcher=[sys.executable], OMP_NUM_THREADS=str(threads))
+    script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "b", **python)
     script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "c", "--seed", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "d", "--gradient_checkpointing", "true")
+    torch.set_num_threads(before)
     return folder
 
 
