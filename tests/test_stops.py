@@ -117,7 +117,7 @@ def test_what_is_in_the_way_of_checkpoints(tmp_path):
 
 
 def test_interrupted_before_it_has_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr("inputs.open_names", mock.Mock(side_effect=KeyboardInterrupt))  # as Ctrl-C raises it
+    monkeypatch.setattr("inputs.open_images", mock.Mock(side_effect=KeyboardInterrupt))  # as Ctrl-C raises it
     result = script("train.py", *RUN.split(), "--output_dir", tmp_path / "run", check=False)
     assert result.returncode == 130 and result.stderr.splitlines()[-1] == "train.py: interrupted"
 

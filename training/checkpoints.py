@@ -11,7 +11,7 @@ from accelerate.utils import gather_object, load
 from safetensors import SafetensorError
 from stops import going_on, tell
 
-from config import ConfigError, TrainConfig, as_yaml, checkpoints_in
+from config import ConfigError, TrainConfig, as_yaml, checkpoints_before, checkpoints_in
 
 
 def to_disk(folder: Path) -> None:
@@ -20,10 +20,6 @@ def to_disk(folder: Path) -> None:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-
-
-def _step(path):
-    return int(path.name) if path.name.isdigit() else math.inf
 
 
 class Checkpoints:
@@ -108,7 +104,7 @@ class Checkpoints:
             ConfigError: none can be read, or another number of processes wrote it.
         """
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        older = [each for each in checkpoints_in(self.config.output_dir) if int(each.name) < _step(path)]
+        older = checkpoints_before(self.config.output_dir, path)
         candidates, unreadable = [path, *(reversed(older) if path.parent == self.folder else ())], []
         for candidate in candidates:
             problem = None

@@ -335,6 +335,12 @@ def checkpoints_in(output_dir: str) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name))
 
 
+def checkpoints_before(output_dir: str, path: Path) -> list[Path]:
+    """Those of `checkpoints_in` with fewer steps than `path`; all, where its name is no step."""
+    found = checkpoints_in(output_dir)
+    return [each for each in found if int(each.name) < int(path.name)] if path.name.isdigit() else found
+
+
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     """The checkpoint from which the run `config` goes on; None for a new run.
 
@@ -376,8 +382,7 @@ def _run_of(checkpoint):
     others = []
     if path.parent.name == "checkpoints":
         output = path.parents[1]
-        others = checkpoints_in(output)
-        others = [*reversed(others[: others.index(path)] if path in others else others), output]
+        others = [*reversed(checkpoints_before(output, path)), output]
     for folder in (checkpoint, *others):
         with contextlib.suppress(ConfigError):
             return _read_run(folder)

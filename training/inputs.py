@@ -35,8 +35,8 @@ def pixels_by(config: TrainConfig):
     return image_to_pixels(image_size(config), config.channels, levels_of(config), config.background, config.crop)
 
 
-def open_names(config: TrainConfig) -> list[str] | None:
-    """The names of the labels of the training set, or None; no image is read.
+def open_images(config: TrainConfig) -> tuple:
+    """The data set that is trained on, as it is, and the names of its labels or None; no image is read.
 
     Raises:
         ConfigError: data that cannot be opened or does not fit the config.
@@ -44,7 +44,7 @@ def open_names(config: TrainConfig) -> list[str] | None:
     with _told(f"data={config.data!r}"):
         check_levels(config.data, levels_of(config))
         images = load_images(config.data, config.split, config.streaming)
-        return label_names(images, config.label_column, config.unet.get("num_class_embeds"))
+        return images, label_names(images, config.label_column, config.unet.get("num_class_embeds"))
 
 
 @contextlib.contextmanager
@@ -56,15 +56,14 @@ def _told(where):
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def open_data(config: TrainConfig, process: int = 0, processes: int = 1):
-    """The training set, its first image read; of a stream, shuffled, this process's part.
+def open_data(config: TrainConfig, images, process: int = 0, processes: int = 1):
+    """The training set of `open_images`' data, its first image read; of a stream, shuffled, this process's part.
 
     Raises:
-        ConfigError: as `open_names`.
+        ConfigError: as `open_images`.
     """
     with _told(f"data={config.data!r}"):
         to_pixels = pixels_by(config)
-        images = load_images(config.data, config.split, config.streaming)
         columns = config.image_column, config.label_column, config.unet.get("num_class_embeds")
         if config.streaming:
             probe = training_set(images, to_pixels, *columns, max_broken=config.max_broken)
@@ -82,15 +81,20 @@ def open_data(config: TrainConfig, process: int = 0, processes: int = 1):
     return dataset
 
 
-def open_some(config: TrainConfig, names: list[str] | None, held_out: bool) -> tuple:
-    """x_start (eval_images, C, H, W) and labels or None: held-out images, or some of those that are trained on.
+def open_some(config: TrainConfig, names: list[str] | None, images=None) -> tuple:
+    """x_start (eval_images, C, H, W) and labels or None: of `open_images`' data if that is given, else held-out images.
 
     Raises:
-        ConfigError: as `open_names`.
+        ConfigError: as `open_images`.
     """
-    source, split = (config.eval_data or config.data, config.eval_split) if held_out else (config.data, config.split)
-    with _told(f"eval_data={source!r}, eval_split={split!r}" if held_out else f"data={source!r}, split={split!r}"):
-        images = load_images(source, split, config.streaming)
+    source, split = config.eval_data or config.data, config.eval_split
+    where = (
+        f"eval_data={source!r}, eval_split={split!r}"
+        if images is None
+        else f"data={config.data!r}, split={config.split!r}"
+    )
+    with _told(where):
+        images = load_images(source, split, config.streaming) if images is None else images
         if config.streaming:  # some of all that there are: data is often sorted
             images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer)
         columns = config.image_column, config.label_column, config.unet.get("num_class_embeds"), names

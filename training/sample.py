@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sheets import as_images, as_sheet, cycled_labels, save_picture
+from sheets import as_images, as_sheet, class_columns, cycled_labels, save_picture
 
 from ddpm_hf import DDPMImagePipeline
 from evaluate import load_tensor
@@ -58,8 +58,7 @@ def main():
     elif arguments.interpolate is not None:
         images, columns = interpolation_rows(pipeline, arguments, how)
     else:
-        classes = pipeline.unet.config.num_class_embeds
-        columns = classes if labels is None and classes and classes <= arguments.count else None
+        columns = class_columns(pipeline.unet, arguments.count) if labels is None else None
         images = pipeline(arguments.count, **how).images
     save_picture(as_sheet(images, columns), arguments.out)
     print(f"wrote {arguments.out}")

@@ -45,8 +45,7 @@ class Sheets:
                 pictures["raw"], _ = self._sample("samples, raw")
         if not self.accelerator.is_main_process:
             return
-        classes = self.unet.config.num_class_embeds
-        columns = dict.fromkeys(("samples", "raw"), classes if classes and classes <= len(x_start) else None)
+        columns = dict.fromkeys(("samples", "raw"), class_columns(self.unet, len(x_start)))
         columns["denoising"] = strip.shape[1]
         numbers = channel_statistics("samples", x_start.mean((0, 2, 3)), (x_start**2).mean((0, 2, 3)))
         if self.pixels is not None and len(self.pixels) > 1:
@@ -133,6 +132,12 @@ def cycled_labels(unet, count):
     """Labels 0, 1, 2, ... in turn for a class-conditional network; None for another."""
     classes = unet.config.num_class_embeds
     return None if classes is None else torch.arange(count) % classes
+
+
+def class_columns(unet, count):
+    """Columns of a sheet of `count` samples with `cycled_labels`: one for each class; None where there are none, or too few."""
+    classes = unet.config.num_class_embeds
+    return classes if classes and classes <= count else None
 
 
 def as_images(x_start: torch.Tensor) -> list[Image.Image]:

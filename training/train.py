@@ -41,7 +41,7 @@ from accelerate.utils import set_seed
 from checkpoints import Checkpoints, to_disk
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
-from inputs import Position, batches, open_data, open_loader, open_names, open_some
+from inputs import Position, batches, open_data, open_images, open_loader, open_some
 from launch import compiled, leave, open_accelerator
 from publish import Publisher
 from safetensors import SafetensorError
@@ -127,10 +127,10 @@ def train(config: TrainConfig) -> Path:
     accelerator = open_accelerator(config)
     main, output = accelerator.is_main_process, Path(config.output_dir)
     set_seed(config.seed, device_specific=True)
-    names = open_names(config)
-    held_out, seen = (open_some(config, names, one) if config.eval_every else None for one in (True, False))
+    images, names = open_images(config)
+    held_out, seen = (open_some(config, names, given) if config.eval_every else None for given in (None, images))
     publisher = Publisher(config) if config.push_to_hub and main else None  # no repository for data that is not there
-    dataset = open_data(config, accelerator.process_index, accelerator.num_processes)
+    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes)
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     if config.init_from and not resumed:

@@ -91,8 +91,7 @@ def _load(source, split, streaming):
     escaped = glob.escape(source)  # `datasets` takes a path for a pattern
     ending = os.path.splitext(source)[1].lower()
     if ending in FILES and not os.path.isdir(source):
-        if ending == ".tar" and not streaming:
-            _check_tar(source)
+        _check_tars([source] if os.path.isfile(source) and not streaming else [])
         return datasets.load_dataset(FILES[ending], data_files=escaped, split=split, streaming=streaming)
     if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
         images = _saved_to_disk(source, split)
@@ -106,10 +105,7 @@ def _load(source, split, streaming):
             raise FileNotFoundError(f"{source} holds no images: no .png, .jpg, ..., {', '.join(FILES)} file")
         if len(kinds) > 1:
             raise ValueError(f"{source} holds files of several kinds ({', '.join(kinds)}); give a folder of one")
-        if kinds == ["webdataset"] and not streaming:
-            for path in files:
-                if path.lower().endswith(".tar"):
-                    _check_tar(path)
+        _check_tars([] if streaming else files)
         return datasets.load_dataset(kinds[0], data_dir=escaped, split=split, streaming=streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming)
 
@@ -133,17 +129,20 @@ def _files(folder):
     return found
 
 
-def _check_tar(path):
-    """Raises ValueError for one that is cut short or damaged: its reader would end there as if it were whole."""
-    try:
-        with tarfile.open(path) as tar:
-            tar.getmembers()
-            tar.fileobj.seek(tar.offset)
-            whole = not any(tar.fileobj.read(tarfile.BLOCKSIZE))
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is no whole tar file ({error}); get it anew") from error
-    if not whole:
-        raise ValueError(f"{path} is damaged after its byte {tar.offset}; get it anew")
+def _check_tars(files):
+    """Raises ValueError for a .tar that is cut short or damaged: its reader would end there as if it were whole."""
+    for path in files:
+        if not path.lower().endswith(".tar"):
+            continue
+        try:
+            with tarfile.open(path) as tar:
+                tar.getmembers()
+                tar.fileobj.seek(tar.offset)
+                whole = not any(tar.fileobj.read(tarfile.BLOCKSIZE))
+        except tarfile.TarError as error:
+            raise ValueError(f"{path} is no whole tar file ({error}); get it anew") from error
+        if not whole:
+            raise ValueError(f"{path} is damaged after its byte {tar.offset}; get it anew")
 
 
 def _saved_to_disk(source, split):

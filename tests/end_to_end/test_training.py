@@ -16,7 +16,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import DDPMPipeline
 from huggingface_hub import ModelCard
-from inputs import open_data, open_some
+from inputs import open_data, open_images, open_some
 from PIL import Image
 from scripts import ROOT, script
 
@@ -300,7 +300,8 @@ def test_a_folder_of_every_kind_of_image(tmp_path, extra, caplog):
     script("train.py", *SMALL.split(), *NETWORK, *arguments, "--output_dir", tmp_path / "run")
     assert json.loads((tmp_path / "run/pipeline/training.json").read_text())["label_names"] == ["a", "b"]
     assert {record.message.split(" cannot")[0][-8:] for record in caplog.records} == {"torn.jpg"}
-    dataset = open_data(load_config([str(each) for each in arguments])[0])
+    config, _ = load_config([str(each) for each in arguments])
+    dataset = open_data(config, open_images(config)[0])
     items = [{key: torch.as_tensor(value) for key, value in item.items()} for item in dataset]
     assert sorted(item["class_labels"].item() for item in items) == [0] * 5 + [1] * 7
     colours = torch.stack([item["pixels"].float().mean((1, 2)) for item in items])
@@ -386,7 +387,7 @@ def test_held_out_images_are_of_all_that_there_are(tmp_path):
     ]
     for streaming in ("true", "false"):
         config, _ = load_config([*arguments, "--eval_images", "20", "--streaming", streaming])
-        x_start, labels = open_some(config, ["a", "b", "c"], held_out=True)
+        x_start, labels = open_some(config, ["a", "b", "c"])
         assert len(x_start) == 20 and len(labels.unique()) == 3 and x_start.shape[1:] == (1, 8, 8)
 
 
@@ -458,15 +459,19 @@ def test_a_stream(hub, tmp_path):
     digits("test").push_to_hub("user/streamed", split="train", num_shards=3)
     digits("test").to_parquet(tmp_path / "images.parquet")
     arguments = [*SMALL.split(), *NETWORK, "--streaming", "true", "--shuffle_buffer", "50", "--data"]
-    expected = torch.stack([item["pixels"] for item in open_data(load_config(["--split", "test"])[0])])
+    config, _ = load_config(["--split", "test"])
+    expected = torch.stack([item["pixels"] for item in open_data(config, open_images(config)[0])])
     for source in ("user/streamed", str(tmp_path / "images.parquet")):
         config, _ = load_config([*arguments, source])
         epochs = []
         for epoch in (0, 1):
-            stream = open_data(config)
+            stream = open_data(config, open_images(config)[0])
             stream.set_epoch(epoch)
             epochs.append(torch.stack([item["pixels"] for item in stream]))
-        shares = [torch.stack([item["pixels"] for item in open_data(config, process, 2)]) for process in (0, 1)]
+        shares = [
+            torch.stack([item["pixels"] for item in open_data(config, open_images(config)[0], process, 2)])
+            for process in (0, 1)
+        ]
         assert not torch.equal(*epochs)
         for images in (*epochs, torch.cat(shares)):
             assert not torch.equal(images, expected)
