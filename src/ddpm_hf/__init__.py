@@ -1,5 +1,6 @@
 """Denoising diffusion probabilistic models for Hugging Face diffusers."""
 
+from .inference import InferenceUNet
 from .likelihood import (
     BitsPerDim,
     BitsPerDimEstimate,
@@ -26,6 +27,7 @@ __all__ = [
     "DDPMUNet",
     "DiffusionObjective",
     "Gaussian",
+    "InferenceUNet",
     "LossSecondMomentTimesteps",
     "UniformTimesteps",
     "VariationalDDPMScheduler",

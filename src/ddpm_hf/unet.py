@@ -457,17 +457,22 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         """
         t = torch.as_tensor(timestep, device=sample.device)
         self._check_input(sample, t, class_labels)
-        config = self.config
-        t = t.expand(sample.shape[0])
+        x = self.unscaled(self.denoise(sample, self.embed(t.reshape(-1), class_labels)), t)
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """What all residual blocks are told: (B, embedding width), or (1, ...) of one t (1,) without labels; activated."""
         emb = self.time_embedding(self.time_proj(t))
         if self.class_embedding is not None:
-            labels = class_labels.to(sample.device)
-            if config.class_embed_type == "timestep":
+            labels = class_labels.to(t.device)
+            if self.config.class_embed_type == "timestep":
                 labels = self.time_proj(labels)
             emb = emb + self.class_embedding(labels).to(emb.dtype)
-        emb = self.act(emb)  # once here, not in each residual block
+        return self.act(emb)  # once here, not in each residual block
 
-        x = 2 * sample - 1 if config.center_input_sample else sample
+    def denoise(self, sample: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """The network after its embedding: (B, in_channels, H, W) and `embed`'s output -> (B, out_channels, H, W)."""
+        x = 2 * sample - 1 if self.config.center_input_sample else sample
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
@@ -476,10 +481,13 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             x = self.mid_block(x, emb)
         for block in self.up_blocks:
             x = block(x, emb, skips)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        if config.time_embedding_type == "fourier":  # the network predicts sigma * score
-            x = (x / t.reshape(-1, 1, 1, 1)).to(x.dtype)
-        return UNet2DOutput(sample=x) if return_dict else (x,)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def unscaled(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """`denoise`'s output, divided by the noise level t (), (1,) or (B,) where that is what the network is told."""
+        if self.config.time_embedding_type != "fourier":
+            return x
+        return (x / t.reshape(-1, 1, 1, 1)).to(x.dtype)  # the network predicts sigma * score
 
     def _check_input(self, sample, t, class_labels):
         config = self.config

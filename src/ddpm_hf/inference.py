@@ -1,0 +1,228 @@
+"""The network as samplers call it: what can be combined before is, and the rest is left to the compiler."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.utils import logging
+from torch import nn
+
+from .unet import DDPMUNet, ResidualBlock, SelfAttention, Upsample
+
+logger = logging.get_logger(__name__)
+
+ROWS = 64  # timesteps whose projections are made at once: a matrix product for them, and the memory that it takes
+
+
+class InferenceUNet(nn.Module):
+    """A `DDPMUNet` for sampling and likelihoods: the same outputs, within rounding, in less time. No gradients.
+
+    It is called as the network is, and has a copy of its weights in the form that is fastest:
+    - the time projections of all residual blocks are one matrix product, made for 64 timesteps at once (`follow`);
+    - q, k and v are one matrix product;
+    - on the CPU, upsampling and the 3x3 convolution after it are one transposed 4x4 convolution of 4/9 of the products;
+    - weights and activations are in channels-last layout on the CPU, and in half precision everywhere;
+    - what remains is compiled; in half precision on the CPU the compiler also packs the weights as oneDNN reads them.
+
+    Args:
+        unet: the network; its weights stay as they are. Where they change later, make another (`is_current`).
+        dtype: of weights and activations; None for that of the network. With torch.bfloat16 outputs differ from float32 as
+            those of autocast do. Samples come in and go out in their own dtype; timesteps are embedded in the network's.
+        compile: by torch.compile, at the first call of each shape of sample (a minute for a large network; its cache makes it
+            seconds in the next process). Where there is no compiler, one warning, and the network as it is without.
+
+    Attributes:
+        report: one line on what was done.
+
+    Raises:
+        ValueError: not a `DDPMUNet`, or one with adapters, hooks or offloading, which would be passed over.
+    """
+
+    def __init__(self, unet: DDPMUNet, dtype: torch.dtype | None = None, compile: bool = True):
+        super().__init__()
+        unet = getattr(unet, "_orig_mod", unet)  # of torch.compile
+        _check_plain(unet)
+        self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        # in a tuple it is no part of this module: not moved, not saved with it
+        self.source, self.fingerprint = (unet,), _fingerprint(unet)
+        self.compute_dtype = dtype or unet.dtype
+        net = copy.deepcopy(unet).requires_grad_(False).eval()
+        on_cpu, half = self.device.type == "cpu", self.compute_dtype.itemsize == 2
+
+        blocks = [module for module in net.modules() if isinstance(module, ResidualBlock)]
+        self.projection_weight = torch.cat([block.time_emb_proj.weight for block in blocks])
+        self.projection_bias = torch.cat([block.time_emb_proj.bias for block in blocks])
+        end = 0
+        for block in blocks:
+            start, end = end, end + block.time_emb_proj.out_features
+            block.time_emb_proj = _Part(start, end)
+        done = [f"{len(blocks)} time projections in one product for {ROWS} steps"]
+        attentions = _replace(net, SelfAttention, FusedAttention)
+        done += [f"q, k, v in one product in {attentions} attention blocks"] if attentions else []
+        folded = _replace(net, Upsample, FoldedUpsample) if on_cpu else 0
+        done += [f"{folded} upsamplings folded into their convolutions"] if folded else []
+        self.layout = torch.channels_last if on_cpu or half else torch.contiguous_format
+        done += ["channels last"] if self.layout is torch.channels_last else []
+        nn.Module.to(net, dtype=self.compute_dtype, memory_format=self.layout)
+        self.net = net
+
+        self.compiled, self.shapes, self.packs = None, set(), on_cpu and half
+        if compile:
+            # the module is this one's own and never changes
+            options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "cpp_wrapper": on_cpu}
+            self.compiled = torch.compile(self._denoise, dynamic=False, fullgraph=True, options=options)
+            packed = ", weights packed," if self.packs else ""
+            done.append(f"compiled{packed} at the first call of each shape")
+        self.rows, self.order, self.place = {}, [], {}
+        self.report = f"network for inference in {str(self.compute_dtype).removeprefix('torch.')}: {'; '.join(done)}"
+
+    def is_current(self, unet: nn.Module) -> bool:
+        """Whether it was made of this network, with the weights that it has now."""
+        unet = getattr(unet, "_orig_mod", unet)
+        return unet is self.source[0] and _fingerprint(unet) == self.fingerprint
+
+    def follow(self, timesteps: torch.Tensor | list) -> None:
+        """Tells which timesteps, 0-d each, will be called in turn: their projections are then made 64 at once."""
+        self.order = [t.item() for t in timesteps] if isinstance(timesteps, torch.Tensor) else list(timesteps)
+        self.place, self.rows = {t: i for i, t in enumerate(self.order)}, {}
+
+    @torch.no_grad()
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """Arguments and errors of `DDPMUNet.forward`.
+
+        Returns:
+            `UNet2DOutput` with `.sample` (B, out_channels, H, W), of the dtype of `sample`, contiguous.
+        """
+        unet, scalar = self.source[0], not isinstance(timestep, torch.Tensor) or timestep.dim() == 0
+        t = torch.as_tensor(timestep, device=sample.device)
+        unet._check_input(sample, t, class_labels)
+        if (
+            scalar
+            and class_labels is None
+            and (not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu")
+        ):
+            projections = self._row(timestep if not isinstance(timestep, torch.Tensor) else timestep.item())
+        else:
+            projections = self._project(t.reshape(-1), class_labels)
+        x = unet.unscaled(self._run(sample, projections), t)
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def _row(self, t):
+        if t not in self.rows:
+            at = self.place.get(t)
+            ts = [t] if at is None else self.order[at : at + ROWS]
+            rows = self._project(torch.tensor(ts, device=self.device), None)
+            self.rows = dict(zip(ts, rows.split(1)))
+        return self.rows[t]
+
+    def _project(self, t, class_labels):
+        emb = self.source[0].embed(t, class_labels)
+        return F.linear(emb, self.projection_weight, self.projection_bias).to(self.compute_dtype)
+
+    def _run(self, sample, projections):
+        if self.compiled is None:
+            return self._denoise(sample, projections)
+        shape = (sample.shape, sample.dtype, projections.shape)
+        if shape in self.shapes:
+            return self.compiled(sample, projections)
+        try:
+            with torch._inductor.config.patch(freezing=self.packs):
+                x = self.compiled(sample, projections)
+            self.shapes.add(shape)
+            return x
+        except Exception as error:  # of the compiler, in many classes; what is wrong with the arguments is raised below
+            x = self._denoise(sample, projections)
+            logger.warning(f"torch.compile failed ({str(error).splitlines()[0]}); the network goes on uncompiled")
+            self.compiled = None
+            return x
+
+    def _denoise(self, sample, projections):
+        x = self.net.denoise(sample.to(self.compute_dtype, memory_format=self.layout), projections)
+        return x.to(sample.dtype, memory_format=torch.contiguous_format)
+
+
+class _Part(nn.Module):
+    """A residual block's columns of the time projections."""
+
+    def __init__(self, start, end):
+        super().__init__()
+        self.start, self.end = start, end
+
+    def forward(self, projections):
+        return projections[:, self.start : self.end]
+
+
+class FusedAttention(nn.Module):
+    """`SelfAttention` with one matrix product for q, k and v."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.heads, self.output_scale = attention.heads, attention.output_scale
+        self.group_norm, self.to_out = attention.group_norm, attention.to_out
+        parts = (attention.to_q, attention.to_k, attention.to_v)
+        self.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+        self.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+
+    def forward(self, x):
+        b, c, height, width = x.shape
+        h = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = F.linear(h, self.weight, self.bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.to_out[0](h).transpose(1, 2).reshape(b, c, height, width) + x
+        return h if self.output_scale == 1 else h / self.output_scale
+
+
+class FoldedUpsample(nn.Module):
+    """`Upsample`, nearest neighbours and a 3x3 convolution, as one transposed 4x4 convolution of stride 2.
+
+    Of the nine products for a pixel of the result several have the same pixel below: their weights are added, four are left.
+    """
+
+    def __init__(self, upsample):
+        super().__init__()
+        weight = upsample.conv.weight.double().flip(2, 3).transpose(0, 1)  # (in, out, 3, 3), as transposed ones have it
+        folded = sum(F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))
+        self.weight = nn.Parameter(folded.to(upsample.conv.weight.dtype), requires_grad=False)
+        self.bias, self.plain = upsample.conv.bias, upsample
+
+    def forward(self, x, emb):
+        if x.shape[0] * x.shape[2] * x.shape[3] < 32:  # so few pixels are sooner done one by one
+            return self.plain(x, emb)
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+
+
+def _replace(net, old, new):
+    """Puts new(module) in the place of every module of class `old`; returns their number."""
+    found = [
+        (parent, name) for parent in net.modules() for name, module in parent.named_children() if type(module) is old
+    ]
+    for parent, name in found:
+        setattr(parent, name, new(getattr(parent, name)))
+    return len(found)
+
+
+def _check_plain(unet):
+    if not isinstance(unet, DDPMUNet):
+        raise ValueError(f"unet is a {type(unet).__name__}; this is for DDPMUNet, which opens UNet2DModel checkpoints")
+    for name, module in unet.named_modules():
+        if type(module).__module__ not in (DDPMUNet.__module__, *_TORCH_LAYERS):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: merge or unload adapters before the network is optimized"
+            )
+        if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"{name or 'unet'} has hooks or is offloaded; remove them before the network is optimized")
+
+
+_TORCH_LAYERS = {type(layer).__module__ for layer in (nn.SiLU(), nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.ModuleList())}
+_TORCH_LAYERS |= {nn.GroupNorm.__module__, nn.Dropout.__module__, nn.Embedding.__module__}
+
+
+def _fingerprint(unet):
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in unet.parameters()]
