@@ -46,7 +46,11 @@ def classes(how):
     return "DDPMPipeline UNet2DModel DDPMScheduler" if how == "stock" else ours
 
 
-@pytest.mark.parametrize("how", ["stock", "remote", "branch", "package"])
+# from a folder, all of them are in test_pipeline.py
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("stock", "remote")]
+
+
+@pytest.mark.parametrize("how", [*SLOW, "branch", "package"])
 def test_who_opens_what(hub, saved, tmp_path, how):
     push_folder(saved, f"user/opened-{how}")
     here = images_of(DDPMImagePipeline.from_pretrained(saved))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from launch import compiled, open_accelerator
+from launch import channels_last, compiled, open_accelerator
 
 from config import ConfigError, TrainConfig
 
@@ -81,3 +81,12 @@ def test_who_compiles(monkeypatch):
     assert not compiled(TrainConfig()) and compiled(TrainConfig(compile=True))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     assert compiled(TrainConfig())
+
+
+def test_the_layout(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not channels_last(TrainConfig(), cpu) and channels_last(TrainConfig(compile=True), cpu)
+    assert not channels_last(TrainConfig(compile=True), gpu) and channels_last(TrainConfig(mixed_precision="bf16"), gpu)
+    assert channels_last(TrainConfig(channels_last="true"), cpu)
+    assert not channels_last(TrainConfig(channels_last="false", compile=True), cpu)

@@ -63,6 +63,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     mixed_precision: str = "no"  # no, bf16, fp16
     compile: bool = False  # by torch.compile: slow first steps, faster ones after them
+    channels_last: str = "auto"  # true, false; auto: compiled on the CPU, in half precision on an accelerator
     gradient_checkpointing: bool = False  # computes activations twice instead of keeping them
     num_workers: int = 0  # processes that read images
     seed: int = 0
@@ -92,7 +93,7 @@ class TrainConfig:
 
 # of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
 MAY_CHANGE = {"preset", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
-MAY_CHANGE |= {"compile", "gradient_checkpointing", "memory_gb", "max_steps_skipped", "trackers"}
+MAY_CHANGE |= {"compile", "channels_last", "gradient_checkpointing", "memory_gb", "max_steps_skipped", "trackers"}
 MAY_CHANGE |= {
     "log_every",
     "sample_every",
@@ -285,6 +286,8 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"ema_decay={config.ema_decay} must be 0 to below 1")
     if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
         raise ConfigError(f"adam_betas={config.adam_betas} must be two numbers of 0 to below 1, as [0.9, 0.999]")
+    if config.channels_last not in ("auto", "true", "false"):
+        raise ConfigError(f"channels_last={config.channels_last!r} must be auto, true or false")
     if config.mixed_precision not in ("no", "bf16", "fp16"):
         raise ConfigError(f"mixed_precision={config.mixed_precision!r} must be no, bf16 or fp16")
     if config.channels not in (1, 3, 4):

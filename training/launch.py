@@ -84,6 +84,18 @@ def compiled(config: TrainConfig) -> bool:
     return config.compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper() not in ("", "NO")
 
 
+def compile_network(network: torch.nn.Module, device: torch.device) -> None:
+    """Compiles a network in place, for one shape; on the CPU with eager dropout, which draws faster than the compiler's."""
+    network.compile(dynamic=False, options={"fallback_random": device.type == "cpu"})
+
+
+def channels_last(config: TrainConfig, device: torch.device) -> bool:
+    """Whether weights and activations are in this layout; "auto": where it is the faster one (benchmarks/training_step.py)."""
+    if config.channels_last != "auto":
+        return config.channels_last == "true"
+    return compiled(config) if device.type == "cpu" else config.mixed_precision != "no"
+
+
 def _use_all_cores(accelerator):
     """On the CPU, gives each process its share of the cores: launchers set one thread where nothing is said."""
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:

@@ -42,7 +42,7 @@ from checkpoints import Checkpoints, to_disk
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from inputs import Position, batches, open_data, open_images, open_loader, open_some
-from launch import compiled, leave, open_accelerator
+from launch import channels_last, compile_network, compiled, leave, open_accelerator
 from publish import Publisher
 from safetensors import SafetensorError
 from sheets import Sheets
@@ -148,12 +148,14 @@ def train(config: TrainConfig) -> Path:
     lr_schedule = get_scheduler(
         config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
     )
+    if channels_last(config, accelerator.device):
+        unet.to(memory_format=torch.channels_last)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     # of weights that are the same in all processes by now
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     network = accelerator.unwrap_model(unet)
     if compiled(config):
-        network.compile()
+        compile_network(network, accelerator.device)
 
     if main:
         output.mkdir(parents=True, exist_ok=True)

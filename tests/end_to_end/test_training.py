@@ -394,6 +394,7 @@ def test_held_out_images_are_of_all_that_there_are(tmp_path):
 def test_class_conditional(tmp_path):
     script(
         "train.py", *SMALL.split(), *NETWORK, "--label_column", "label", "--unet.num_class_embeds", "10",
+        "--channels_last", "true",
         "--output_dir", tmp_path / "run",
     )  # fmt: skip
     folder = tmp_path / "run/pipeline"

@@ -1,0 +1,31 @@
+"""The networks that the benchmarks run: those of the presets, and the cifar10 one at a quarter of its width."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from config import load_config  # noqa: E402
+
+NETWORKS = {
+    "digits": {"preset": "digits", "batch_sizes": (1, 64)},
+    "quarter": {"preset": "cifar10", "unet": {"block_out_channels": [32, 64, 64, 64]}, "batch_sizes": (1, 16)},
+    "cifar10": {"preset": "cifar10", "batch_sizes": (1, 8)},
+}
+
+
+def config_of(name: str) -> dict:
+    """The arguments of `UNet2DModel` or `DDPMUNet` for a network of this list."""
+    run, _ = load_config(["--config", NETWORKS[name]["preset"], "--resume", "never"])
+    own = {"sample_size": run.image_size, "in_channels": run.channels, "out_channels": run.channels}
+    return own | run.unet | NETWORKS[name].get("unet", {})
+
+
+def network(name: str, cls: type) -> torch.nn.Module:
+    """A network of this list as an instance of `cls`, with torch's first weights, which make no zero function; seed 0."""
+    torch.manual_seed(0)
+    unet = cls(**config_of(name))
+    if hasattr(unet, "reset_parameters"):
+        unet.reset_parameters("torch")
+    return unet
