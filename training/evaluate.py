@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from sheets import save_figure
 
-from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
+from ddpm_hf import DDPMImagePipeline, InferenceUNet, bits_per_dim, estimate_bits_per_dim
 from ddpm_hf.data import check_levels, image_to_pixels, load_images, pixels_to_tensor, tensor_to_pixels, training_set
 from ddpm_hf.hub import has_our_card, write_model_card, write_whole
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
@@ -116,6 +116,7 @@ def main():
         "--first", type=int, default=0, metavar="T0", help="leave out the timesteps below: see bits_per_dim"
     )
     parser.add_argument("--estimate", type=int, metavar="N", help="estimate from N network evaluations an image")
+    parser.add_argument("--optimize", action="store_true", help="compile the network first, worth it for many images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--histogram", metavar="SPLIT", help="also fit a per-pixel histogram on this split")
     parser.add_argument("--out", help="folder to write to; the pipeline's own if it is one")
@@ -148,6 +149,9 @@ def main():
     x_start, labels = load_tensor(
         arguments.data, arguments.split, *data, arguments.images, *columns, training, arguments.max_broken
     )
+    if arguments.optimize:
+        unet = InferenceUNet(unet)
+        print(unet.report)
     measure = bits_per_dim
     if arguments.estimate is not None:
         measure = functools.partial(estimate_bits_per_dim, num_evaluations=arguments.estimate)

@@ -34,6 +34,9 @@ def main():
     parser.add_argument("--steps", type=int, help="network calls an image; all timesteps if left out")
     parser.add_argument("--eta", type=float, help="DDIM with this eta in [0, 1]; ancestral sampling if left out")
     parser.add_argument("--class_label", type=int, help="of every image; all in turn if left out")
+    parser.add_argument(
+        "--optimize", action="store_true", help="pipe.optimize(): compiles first, worth it for many steps"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +49,8 @@ def main():
     if arguments.progressive is not None and arguments.interpolate is not None:
         parser.error("--progressive and --interpolate make two sheets; give one of them")
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
+    if arguments.optimize:
+        print(pipeline.optimize())
     labels = arguments.class_label
     how = dict(
         generator=torch.Generator(device).manual_seed(arguments.seed),

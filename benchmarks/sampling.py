@@ -1,0 +1,133 @@
+"""Sampling and bits/dim, all steps of the process: ours against diffusers' `DDPMPipeline` and the plain loop.
+
+    python benchmarks/sampling.py [--steps 1000] [--rounds 7]
+
+Ours is `DDPMImagePipeline` after `pipe.optimize()`, and as it is; stock is `DDPMPipeline` as diffusers' documentation
+runs it, and with its network compiled. "network alone" is what ours spends in the network: the limit for everything
+around it. Likelihoods: 64 images, stock's network at one timestep a call with our terms, against `bits_per_dim` of an
+`InferenceUNet`. All take turns in one process.
+"""
+
+import argparse
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from measure import in_turns, ratio, write
+from networks import config_of, network
+
+from ddpm_hf import DDPMImagePipeline, DDPMUNet, InferenceUNet, VariationalDDPMScheduler, bits_per_dim
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def sampling(name, batch_size, steps, rounds):
+    stock = network(name, UNet2DModel).eval()
+    ours = DDPMUNet.from_config(stock.config).eval()
+    ours.load_state_dict(stock.state_dict())
+    process = dict(variance_type="fixed_large", timestep_spacing="leading")
+    plain, fast = (quiet(DDPMImagePipeline(ours, VariationalDDPMScheduler(**process))) for _ in range(2))
+    fast.optimize()
+    pipelines = {
+        "stock": quiet(DDPMPipeline(stock, DDPMScheduler(**process))),
+        "stock compiled": quiet(DDPMPipeline(torch.compile(stock), DDPMScheduler(**process))),
+        "ours as it is": plain,
+        "ours": fast,
+    }
+    seen = {}
+
+    def run(name):
+        kwargs = dict(generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np")
+        seen[name] = pipelines[name](batch_size, **kwargs).images
+
+    fast_network, x = fast._network(range(steps)), torch.randn(batch_size, *shape_of(name))
+    calls = {name: lambda name=name: run(name) for name in pipelines}
+    calls["network alone"] = lambda: [fast_network(x, t, return_dict=False) for t in range(steps - 1, -1, -1)]
+    seconds = in_turns(calls, rounds, warmup=1)
+    return {
+        "what": f"sampling, {name}, batch {batch_size}",
+        "steps": steps,
+        **{f"{name} s": sorted(values)[rounds // 2] for name, values in seconds.items()},
+        "times stock": ratio(seconds, "stock", "ours"),
+        "times stock compiled": ratio(seconds, "stock compiled", "ours"),
+        "as it is, times stock": ratio(seconds, "stock", "ours as it is"),
+        "largest difference": float(abs(seen["ours"] - seen["ours as it is"]).max()),
+    }
+
+
+def shape_of(name):
+    config = config_of(name)
+    return config["in_channels"], config["sample_size"], config["sample_size"]
+
+
+@torch.no_grad()
+def likelihood(name, steps, rounds, images=64, rows=256):
+    stock = network(name, UNet2DModel).eval()
+    ours = DDPMUNet.from_config(stock.config).eval()
+    ours.load_state_dict(stock.state_dict())
+    scheduler, fast = VariationalDDPMScheduler(), InferenceUNet(ours)
+    scheduler.set_timesteps(steps)
+    x_start = torch.randint(0, 256, (images, *shape_of(name))) / 127.5 - 1
+    found = {}
+
+    def one_timestep_a_call(name, net):
+        total = scheduler.prior_bits_per_dim(x_start)
+        for t in scheduler.chain:
+            x_t = scheduler.q_sample(x_start, t, torch.randn_like(x_start))
+            total += scheduler.vlb_term(net(x_t, t, return_dict=False)[0], x_start, x_t, t, clip_sample=True)
+        found[name] = total.mean().item()
+
+    def whole(name, net, rows):
+        found[name] = bits_per_dim(net, scheduler, x_start, batch_size=rows).mean
+
+    calls = {
+        "stock": lambda: one_timestep_a_call("stock", stock),
+        "ours as it is": lambda: whole("ours as it is", ours, rows),
+        "ours": lambda: whole("ours", fast, images),
+        "ours in larger calls": lambda: whole("ours in larger calls", fast, rows),
+    }
+    seconds = in_turns(calls, rounds, warmup=1)
+    return {
+        "what": f"bits/dim, {name}, {images} images",
+        "steps": steps,
+        **{f"{name} s": sorted(values)[rounds // 2] for name, values in seconds.items()},
+        "times stock": ratio(seconds, "stock", "ours"),
+        "as it is, times stock": ratio(seconds, "stock", "ours as it is"),
+        "larger calls, times stock": ratio(seconds, "stock", "ours in larger calls"),
+        "bits/dim": found,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=1000, help="of batch 1; a tenth of it for the others")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    steps, rounds, rows = arguments.steps, arguments.rounds, []
+    columns = [
+        "what",
+        "steps",
+        "stock s",
+        "stock compiled s",
+        "ours as it is s",
+        "ours s",
+        "network alone s",
+        "times stock",
+    ]
+    columns += ["times stock compiled", "as it is, times stock", "larger calls, times stock"]
+    for measure in (
+        lambda: sampling("digits", 1, steps, rounds),
+        lambda: sampling("quarter", 64, max(2, steps // 100), rounds),
+        lambda: likelihood("digits", max(2, steps // 10), rounds),
+        lambda: likelihood("quarter", max(2, steps // 100), rounds),
+    ):
+        torch.compiler.reset()
+        rows.append(measure())
+        write("sampling", "Sampling and bits/dim", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""A training step, forward to EMA: ours against diffusers' `train_unconditional.py`, eager and compiled, and peak memory.
+
+    python benchmarks/training_step.py [--networks quarter] [--precisions float32 bfloat16]
+
+Stock's step is that of the script's loop with its default optimizer and EMA; ours that of training/train.py, as it is and with
+`--compile true` (and `--channels_last auto`). All take turns in one process. Peak memory: the resident set of a process of its
+own for each, which does three steps, less that of one that only imported.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from measure import in_turns, ratio, write
+from torch.nn.utils import clip_grad_norm_
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from launch import channels_last, compile_network  # noqa: E402
+from networks import network  # noqa: E402
+
+from config import TrainConfig  # noqa: E402
+from ddpm_hf import DDPMUNet, DiffusionObjective, UniformTimesteps, VariationalDDPMScheduler  # noqa: E402
+
+BATCH_SIZES = {"digits": 64, "quarter": 32, "cifar10": 16}
+KINDS = ("stock", "stock compiled", "ours", "ours compiled")
+
+
+def make_step(kind, name, precision):
+    """One call is one step of a network of its own."""
+    unet = network(name, UNet2DModel if kind.startswith("stock") else DDPMUNet).train()
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    x_start = torch.rand(BATCH_SIZES[name], channels, size, size) * 2 - 1
+    compiled, half = kind.endswith("compiled"), precision == "bfloat16"
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    return (stock_step if kind.startswith("stock") else our_step)(unet, x_start, compiled, autocast, half)
+
+
+def stock_step(unet, x_start, compiled, autocast, half):
+    scheduler = DDPMScheduler()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    model = torch.compile(unet) if compiled else unet
+
+    def step():
+        noise = torch.randn(x_start.shape)
+        timesteps = torch.randint(0, 1000, (len(x_start),)).long()
+        with autocast:
+            output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps).sample
+        loss = F.mse_loss(output.float(), noise.float())
+        loss.backward()
+        clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+        loss.detach().item()
+
+    return step
+
+
+def our_step(unet, x_start, compiled, autocast, half):
+    device, config = x_start.device, TrainConfig(compile=compiled, mixed_precision="bf16" if half else "no")
+    if channels_last(config, device):
+        unet.to(memory_format=torch.channels_last)
+    if compiled:
+        compile_network(unet, device)
+    scheduler = VariationalDDPMScheduler()
+    objective, timesteps = DiffusionObjective(scheduler), UniformTimesteps(scheduler)
+    optimizer = torch.optim.AdamW(unet.parameters(), 2e-4, weight_decay=0.0, fused=True)
+    ema = EMAModel(unet.parameters(), decay=0.9999, foreach=True)
+
+    def step():
+        t, weights = timesteps.sample(len(x_start), device)
+        with autocast:
+            losses = objective(unet, x_start, None, t)
+        (weights * losses).mean().backward()
+        clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+
+    return step
+
+
+def peak_memory(kind, name, precision):
+    """MB of three steps of a process of its own."""
+    command = [sys.executable, __file__, "--peak", kind, name, precision]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def print_peak(kind, name, precision):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = make_step(kind, name, precision)
+    for _ in range(3):
+        step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def measure(name, precision, rounds):
+    seconds = in_turns({kind: make_step(kind, name, precision) for kind in KINDS}, rounds, warmup=2)
+    memory = {kind: peak_memory(kind, name, precision) for kind in ("stock", "ours", "ours compiled")}
+    return {
+        "network": name,
+        "batch": BATCH_SIZES[name],
+        "precision": precision,
+        **{f"{kind} ms": 1000 * sorted(values)[rounds // 2] for kind, values in seconds.items()},
+        "as it is, times stock": ratio(seconds, "stock", "ours"),
+        "compiled, times stock": ratio(seconds, "stock", "ours compiled"),
+        "compiled, times stock compiled": ratio(seconds, "stock compiled", "ours compiled"),
+        "memory, of stock": memory["ours"] / memory["stock"],
+        "memory compiled, of stock": memory["ours compiled"] / memory["stock"],
+        "memory MB": memory,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", nargs="+", default=list(BATCH_SIZES), choices=list(BATCH_SIZES))
+    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        print_peak(*arguments.peak)
+        return
+    rows = []
+    for name in arguments.networks:
+        for precision in arguments.precisions:
+            torch.compiler.reset()
+            rows.append(measure(name, precision, arguments.rounds))
+            write("training_step", "A training step", [key for key in rows[0] if key != "memory MB"], rows)
+
+
+if __name__ == "__main__":
+    main()
