@@ -105,6 +105,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1000, help="of batch 1; a tenth of it for the others")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", help="of: 'sampling digits', 'bits/dim digits', and those of quarter")
     arguments = parser.parse_args()
     steps, rounds, rows = arguments.steps, arguments.rounds, []
     columns = [
@@ -118,14 +119,15 @@ def main():
         "times stock",
     ]
     columns += ["times stock compiled", "as it is, times stock", "larger calls, times stock"]
-    for measure in (
-        lambda: sampling("digits", 1, steps, rounds),
-        lambda: sampling("quarter", 64, max(2, steps // 100), rounds),
-        lambda: likelihood("digits", max(2, steps // 10), rounds),
-        lambda: likelihood("quarter", max(2, steps // 100), rounds),
-    ):
+    measured = {
+        "sampling digits": lambda: sampling("digits", 1, steps, rounds),
+        "bits/dim digits": lambda: likelihood("digits", max(2, steps // 10), rounds),
+        "sampling quarter": lambda: sampling("quarter", 64, max(2, steps // 100), rounds),
+        "bits/dim quarter": lambda: likelihood("quarter", max(2, steps // 100), rounds),
+    }
+    for name in arguments.only or measured:
         torch.compiler.reset()
-        rows.append(measure())
+        rows.append(measured[name]())
         write("sampling", "Sampling and bits/dim", columns, rows)
 
 

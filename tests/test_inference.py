@@ -1,10 +1,14 @@
 """`InferenceUNet` and `pipe.optimize()`: the plain network's outputs, whatever is done to be faster."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image
+from scripts import script
 from test_unet import ATTENTION, BASE, LEARNED, PLAIN, levels
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, InferenceUNet, VariationalDDPMScheduler, bits_per_dim
@@ -191,3 +195,17 @@ def test_bits_per_dim(make_pipeline):
         for net in (unet, InferenceUNet(unet, compile=False))
     ]
     torch.testing.assert_close(results[0].terms, results[1].terms, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_scripts_switch(make_pipeline, tmp_path):
+    pipeline = make_pipeline(scheduler=VariationalDDPMScheduler(levels=17))
+    pipeline.save_pretrained(tmp_path)
+    sheets = []
+    for extra in ([], ["--optimize"]):
+        script("sample.py", tmp_path, "--count", 4, "--steps", 5, "--out", tmp_path / "sheet.png", *extra)
+        sheets.append(np.asarray(Image.open(tmp_path / "sheet.png"), dtype=int))
+        script("evaluate.py", tmp_path, "--images", 4, "--steps", 5, *extra)
+        sheets.append(json.loads((tmp_path / "evaluation.json").read_text())["total"])
+    assert abs(sheets[0] - sheets[2]).max() <= 1
+    assert sheets[1] == pytest.approx(sheets[3], rel=1e-5)
