@@ -32,6 +32,9 @@ test-slow: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/scheduler_step.py
+	$(BIN)/python benchmarks/network.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/training_step.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

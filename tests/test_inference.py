@@ -65,7 +65,7 @@ def test_nothing_is_left_as_it_was():
     kinds = [type(module) for module in fast.modules()]
     assert kinds.count(FusedAttention) == 4 and kinds.count(FoldedUpsample) == 1
     assert fast.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert "8 time projections" in fast.report and "4 attention" in fast.report and "1 upsampling" in fast.report
+    assert "8 time projections" in fast.report and "4 attention" in fast.report and "folded into 1" in fast.report
 
 
 def test_timesteps_that_were_told_and_others():
@@ -96,17 +96,17 @@ def test_compiled():
     fast.follow([10, 9, 8])
     for t in (10, 9, 8):
         torch.testing.assert_close(fast(x, t).sample, unet(x, t).sample.detach(), atol=1e-5, rtol=1e-5)
-    assert fast.compiled is not None and "compiled" in fast.report
+    assert list(fast.paths.values()) == [fast.compiled] and "compiled" in fast.report
 
 
-def test_no_compiler(monkeypatch, caplog):
+def test_no_compiler(monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     unet, x = network(BASE | PLAIN).eval(), torch.randn(1, 3, 8, 8)
     fast = InferenceUNet(unet)
     for _ in range(2):
         torch.testing.assert_close(fast(x, 3).sample, unet(x, 3).sample.detach(), atol=1e-5, rtol=1e-5)
-    assert fast.compiled is None
+    assert list(fast.paths.values()) == [fast._denoise]
 
 
 def with_an_adapter(unet):
@@ -137,6 +137,12 @@ def with_a_hook(unet):
 def test_what_is_refused(make, told):
     with pytest.raises(ValueError, match=told):
         InferenceUNet(make(network()))
+
+
+def test_it_is_never_in_training_mode():
+    fast = InferenceUNet(network(BASE | {"dropout": 0.5}).train(), compile=False).train()
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(fast(x, 5).sample, fast(x, 5).sample) and not any(module.training for module in fast.modules())
 
 
 def test_the_networks_errors():

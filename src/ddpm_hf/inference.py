@@ -61,13 +61,13 @@ class InferenceUNet(nn.Module):
         attentions = _replace(net, SelfAttention, FusedAttention)
         done += [f"q, k, v in one product in {attentions} attention blocks"] if attentions else []
         folded = _replace(net, Upsample, FoldedUpsample) if on_cpu else 0
-        done += [f"{folded} upsamplings folded into their convolutions"] if folded else []
+        done += [f"upsampling folded into {folded} convolutions"] if folded else []
         self.layout = torch.channels_last if on_cpu or half else torch.contiguous_format
         done += ["channels last"] if self.layout is torch.channels_last else []
         nn.Module.to(net, dtype=self.compute_dtype, memory_format=self.layout)
         self.net = net
 
-        self.compiled, self.shapes, self.packs = None, set(), on_cpu and half
+        self.compiled, self.paths, self.packs = None, {}, on_cpu and half
         if compile:
             # the module is this one's own and never changes
             options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "cpp_wrapper": on_cpu}
@@ -130,18 +130,22 @@ class InferenceUNet(nn.Module):
         if self.compiled is None:
             return self._denoise(sample, projections)
         shape = (sample.shape, sample.dtype, projections.shape)
-        if shape in self.shapes:
-            return self.compiled(sample, projections)
+        if shape in self.paths:
+            return self.paths[shape](sample, projections)
         try:
             with torch._inductor.config.patch(freezing=self.packs):
                 x = self.compiled(sample, projections)
-            self.shapes.add(shape)
-            return x
-        except Exception as error:  # of the compiler, in many classes; what is wrong with the arguments is raised below
+            self.paths[shape] = self.compiled
+        except Exception as error:  # of the compiler, in many classes; what is wrong with the arguments is raised here
             x = self._denoise(sample, projections)
-            logger.warning(f"torch.compile failed ({str(error).splitlines()[0]}); the network goes on uncompiled")
-            self.compiled = None
-            return x
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning(f"samples of {tuple(sample.shape)} go through the network uncompiled: {told}")
+            self.paths[shape] = self._denoise
+        return x
+
+    def train(self, mode: bool = True) -> "InferenceUNet":
+        """It stays in evaluation mode: nothing of it is trained."""
+        return super().train(False)
 
     def _denoise(self, sample, projections):
         x = self.net.denoise(sample.to(self.compute_dtype, memory_format=self.layout), projections)
