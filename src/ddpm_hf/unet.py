@@ -90,21 +90,6 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Dropout(nn.Dropout):
-    """Dropout. Compiled for the CPU, its mask is of 16 random bits a value, four values a draw: half the time of torch's.
-
-    There, p is rounded to 1/65536, and what is kept is scaled by the rounded share, so that the mean stays as it was.
-    """
-
-    def forward(self, x):
-        kept = round((1 - self.p) * 65536)
-        if not (self.training and torch.compiler.is_compiling() and x.device.type == "cpu" and 0 < kept < 65536):
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        bits = bits[: x.numel()].as_strided(x.shape, x.stride())  # in the layout of x, which has no gaps
-        return torch.where(bits < kept - 32768, x * (65536 / kept), 0)
-
-
 class ResidualBlock(nn.Module):
     """norm, act, conv, + time, norm, act, dropout, conv, + input; `emb` comes in already activated.
 
@@ -132,7 +117,7 @@ class ResidualBlock(nn.Module):
         self.time_emb_proj = nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1))
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.act = ACTIVATIONS[act_fn]()
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
