@@ -9,14 +9,12 @@ Writes benchmarks/results/likelihood_<data>.json, or likelihood_time_<data>.json
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import torch
+from measure import RESULTS, in_turns, machine
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -52,17 +50,14 @@ def one_step_a_call(unet, scheduler, x_start):
 def wall_times(unet, scheduler, x_start, batch_size, rounds=3, steps=100):
     """Medians, on a chain of `steps`, of rounds in which the plain loop and ours take turns; the chain is left so."""
     scheduler.set_timesteps(steps)
-    calls = partial(one_step_a_call, unet, scheduler), partial(bits_per_dim, unet, scheduler, batch_size=batch_size)
-    seconds = []
-    for _ in range(rounds + 1):  # the first is to warm up
-        times = [time.perf_counter()]
-        for call in calls:
-            call(x_start)
-            times.append(time.perf_counter())
-        seconds.append((times[1] - times[0], times[2] - times[1]))
-    ratios = sorted(plain / ours for plain, ours in seconds[1:])
+    calls = {
+        "plain": lambda: one_step_a_call(unet, scheduler, x_start),
+        "ours": lambda: bits_per_dim(unet, scheduler, x_start, batch_size=batch_size),
+    }
+    seconds = in_turns(calls, rounds, warmup=1)
+    ratios = sorted(plain / ours for plain, ours in zip(seconds["plain"], seconds["ours"]))
     return {
-        "milliseconds_a_row": 1000 * statistics.median(s for _, s in seconds[1:]) / len(x_start) / steps,
+        "milliseconds_a_row": 1000 * statistics.median(seconds["ours"]) / len(x_start) / steps,
         "one_step_a_call_over_ours": statistics.median(ratios),
         "rounds": [ratios[0], ratios[-1]],
     }
@@ -128,15 +123,9 @@ def main():
 
 
 def write(report, name):
-    report["machine"] = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
+    report["machine"] = machine()
     print(json.dumps(report, indent=2))
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / name).write_text(json.dumps(report, indent=2) + "\n")
+    (RESULTS / name).write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,12 @@ def ratio(seconds: dict[str, list[float]], peer: str, ours: str) -> dict:
     return {"ratio": statistics.median(ratios), "quartiles": [low, high]}
 
 
+def medians(seconds: dict[str, list[float]], unit: str) -> dict[str, float]:
+    """The median of each call, as entries "name unit" of a row; unit: s, ms or us."""
+    scale = {"s": 1, "ms": 1e3, "us": 1e6}[unit]
+    return {f"{name} {unit}": scale * statistics.median(values) for name, values in seconds.items()}
+
+
 def told(measured: dict) -> str:
     """A ratio with its spread, for a table."""
     low, high = measured["quartiles"]

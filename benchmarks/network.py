@@ -10,18 +10,15 @@ products, also where fewer are done, and are given as shares of the machine's be
 import argparse
 
 import torch
-from diffusers import UNet2DModel
-from measure import flops, in_turns, peak_rate, ratio, write
-from networks import NETWORKS, network
+from measure import flops, in_turns, medians, peak_rate, ratio, write
+from networks import NETWORKS, pair
 
-from ddpm_hf import DDPMUNet, InferenceUNet
+from ddpm_hf import InferenceUNet
 
 
 @torch.no_grad()
 def measure(name, batch_size, precision, rounds):
-    stock = network(name, UNet2DModel).eval()
-    ours = DDPMUNet.from_config(stock.config).eval()
-    ours.load_state_dict(stock.state_dict())
+    stock, ours = pair(name)
     side, channels = stock.config.sample_size, stock.config.in_channels
     x, t = torch.randn(batch_size, channels, side, side), torch.tensor(500)
     half = precision == "bfloat16"
@@ -48,7 +45,7 @@ def measure(name, batch_size, precision, rounds):
         "network": name,
         "batch": batch_size,
         "precision": precision,
-        **{f"{name} ms": 1000 * sorted(values)[len(values) // 2] for name, values in seconds.items()},
+        **medians(seconds, "ms"),
         "eager, times stock": ratio(seconds, "stock", "ours"),
         "compiled, times stock": ratio(seconds, "stock", "ours compiled"),
         "compiled, times stock compiled": ratio(seconds, "stock compiled", "ours compiled"),

@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from config import load_config  # noqa: E402
+from ddpm_hf import DDPMUNet  # noqa: E402
 
 NETWORKS = {
     "digits": {"preset": "digits", "batch_sizes": (1, 64)},
@@ -29,3 +31,10 @@ def network(name: str, cls: type) -> torch.nn.Module:
     if hasattr(unet, "reset_parameters"):
         unet.reset_parameters("torch")
     return unet
+
+
+def pair(name: str) -> tuple[UNet2DModel, DDPMUNet]:
+    """Stock's network of this list and ours with the same weights, in evaluation mode."""
+    stock, ours = network(name, UNet2DModel).eval(), network(name, DDPMUNet).eval()
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours

@@ -11,11 +11,12 @@ around it. Likelihoods: 64 images, stock's network at one timestep a call with o
 import argparse
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from measure import in_turns, ratio, write
-from networks import config_of, network
+from diffusers import DDPMPipeline, DDPMScheduler
+from likelihood import one_step_a_call
+from measure import in_turns, medians, ratio, write
+from networks import config_of, pair
 
-from ddpm_hf import DDPMImagePipeline, DDPMUNet, InferenceUNet, VariationalDDPMScheduler, bits_per_dim
+from ddpm_hf import DDPMImagePipeline, InferenceUNet, VariationalDDPMScheduler, bits_per_dim
 
 
 def quiet(pipeline):
@@ -25,9 +26,7 @@ def quiet(pipeline):
 
 @torch.no_grad()
 def sampling(name, batch_size, steps, rounds):
-    stock = network(name, UNet2DModel).eval()
-    ours = DDPMUNet.from_config(stock.config).eval()
-    ours.load_state_dict(stock.state_dict())
+    stock, ours = pair(name)
     process = dict(variance_type="fixed_large", timestep_spacing="leading")
     plain, fast = (quiet(DDPMImagePipeline(ours, VariationalDDPMScheduler(**process))) for _ in range(2))
     fast.optimize()
@@ -50,7 +49,7 @@ def sampling(name, batch_size, steps, rounds):
     return {
         "what": f"sampling, {name}, batch {batch_size}",
         "steps": steps,
-        **{f"{name} s": sorted(values)[rounds // 2] for name, values in seconds.items()},
+        **medians(seconds, "s"),
         "times stock": ratio(seconds, "stock", "ours"),
         "times stock compiled": ratio(seconds, "stock compiled", "ours"),
         "as it is, times stock": ratio(seconds, "stock", "ours as it is"),
@@ -65,39 +64,29 @@ def shape_of(name):
 
 @torch.no_grad()
 def likelihood(name, steps, rounds, images=64, rows=256):
-    stock = network(name, UNet2DModel).eval()
-    ours = DDPMUNet.from_config(stock.config).eval()
-    ours.load_state_dict(stock.state_dict())
+    stock, ours = pair(name)
     scheduler, fast = VariationalDDPMScheduler(), InferenceUNet(ours)
     scheduler.set_timesteps(steps)
     x_start = torch.randint(0, 256, (images, *shape_of(name))) / 127.5 - 1
-    found = {}
 
-    def one_timestep_a_call(name, net):
-        total = scheduler.prior_bits_per_dim(x_start)
-        for t in scheduler.chain:
-            x_t = scheduler.q_sample(x_start, t, torch.randn_like(x_start))
-            total += scheduler.vlb_term(net(x_t, t, return_dict=False)[0], x_start, x_t, t, clip_sample=True)
-        found[name] = total.mean().item()
-
-    def whole(name, net, rows):
-        found[name] = bits_per_dim(net, scheduler, x_start, batch_size=rows).mean
+    def whole(net, rows):
+        return bits_per_dim(net, scheduler, x_start, batch_size=rows).mean
 
     calls = {
-        "stock": lambda: one_timestep_a_call("stock", stock),
-        "ours as it is": lambda: whole("ours as it is", ours, rows),
-        "ours": lambda: whole("ours", fast, images),
-        "ours in larger calls": lambda: whole("ours in larger calls", fast, rows),
+        "stock": lambda: one_step_a_call(stock, scheduler, x_start),
+        "ours as it is": lambda: whole(ours, rows),
+        "ours": lambda: whole(fast, images),
+        "ours in larger calls": lambda: whole(fast, rows),
     }
     seconds = in_turns(calls, rounds, warmup=1)
     return {
         "what": f"bits/dim, {name}, {images} images",
         "steps": steps,
-        **{f"{name} s": sorted(values)[rounds // 2] for name, values in seconds.items()},
+        **medians(seconds, "s"),
         "times stock": ratio(seconds, "stock", "ours"),
         "as it is, times stock": ratio(seconds, "stock", "ours as it is"),
         "larger calls, times stock": ratio(seconds, "stock", "ours in larger calls"),
-        "bits/dim": found,
+        "bits/dim": {"stock": calls["stock"]().mean().item(), "ours": calls["ours"]()},
     }
 
 

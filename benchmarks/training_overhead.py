@@ -9,10 +9,10 @@ waited for.
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from measure import in_turns
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from accelerate import Accelerator  # noqa: E402
@@ -27,18 +27,9 @@ from ddpm_hf.data import PixelTensors, pixels_to_batch  # noqa: E402
 from train import build  # noqa: E402
 
 
-def seconds(call, repeats, device):
+def seconds(call, repeats):
     """The median time of a call."""
-    times = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(in_turns({"": call}, repeats, warmup=1)[""])
 
 
 def main():
@@ -73,21 +64,19 @@ def main():
             log.add(seen["x_start"], seen["t"], seen["losses"], seen["weights"])
             log.step(config.log_every, seen["norm"], steps_skipped=finite.skipped, learning_rate=0.1, ema_decay=0.9)
 
-        whole = seconds(step, 5, device)
+        whole = seconds(step, 5)
         parts = {
-            "EMA": seconds(lambda: ema.step(unet.parameters()), 10, device),
+            "EMA": seconds(lambda: ema.step(unet.parameters()), 10),
             "skipping of steps that are not finite": seconds(
-                lambda: finite.check(seen["norm"], optimizer.optimizer), 10, device
+                lambda: finite.check(seen["norm"], optimizer.optimizer), 10
             ),
             f"log, a row every {config.log_every} steps": seconds(
-                lambda: log.add(seen["x_start"], seen["t"], seen["losses"], seen["weights"]), 10, device
+                lambda: log.add(seen["x_start"], seen["t"], seen["losses"], seen["weights"]), 10
             )
-            + seconds(logged, 10, device) / config.log_every,
-            f"checkpoint every {config.checkpoint_every} steps": seconds(
-                lambda: checkpoints.save(next(steps)), 2, device
-            )
+            + seconds(logged, 10) / config.log_every,
+            f"checkpoint every {config.checkpoint_every} steps": seconds(lambda: checkpoints.save(next(steps)), 2)
             / config.checkpoint_every,
-            "loader of a set in memory": seconds(lambda: next(stream), 50, device),
+            "loader of a set in memory": seconds(lambda: next(stream), 50),
         }
         log.bar.close()
     print(f"\na step of {config.batch_size} images on {device}: {1000 * whole:.1f} ms")

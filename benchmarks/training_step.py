@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from measure import in_turns, ratio, write
+from measure import in_turns, medians, ratio, write
 from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -114,7 +114,7 @@ def measure(name, precision, rounds):
         "network": name,
         "batch": BATCH_SIZES[name],
         "precision": precision,
-        **{f"{kind} ms": 1000 * sorted(values)[rounds // 2] for kind, values in seconds.items()},
+        **medians(seconds, "ms"),
         "as it is, times stock": ratio(seconds, "stock", "ours"),
         "compiled, times stock": ratio(seconds, "stock", "ours compiled"),
         "compiled, times stock compiled": ratio(seconds, "stock compiled", "ours compiled"),

@@ -30,7 +30,7 @@ class InferenceUNet(nn.Module):
         dtype: of weights and activations; None for that of the network. With torch.bfloat16 outputs differ from float32 as
             those of autocast do. Samples come in and go out in their own dtype; timesteps are embedded in the network's.
         compile: by torch.compile, at the first call of each shape of sample (a minute for a large network; its cache makes it
-            seconds in the next process). Where there is no compiler, one warning, and the network as it is without.
+            seconds in the next process). Where there is no compiler, a warning, and the network as it is without.
 
     Attributes:
         report: one line on what was done.
@@ -64,6 +64,7 @@ class InferenceUNet(nn.Module):
         done += [f"upsampling folded into {folded} convolutions"] if folded else []
         self.layout = torch.channels_last if on_cpu or half else torch.contiguous_format
         done += ["channels last"] if self.layout is torch.channels_last else []
+        # torch's own: diffusers' warns, of modules that others keep in float32
         nn.Module.to(net, dtype=self.compute_dtype, memory_format=self.layout)
         self.net = net
 
@@ -74,7 +75,7 @@ class InferenceUNet(nn.Module):
             self.compiled = torch.compile(self._denoise, dynamic=False, fullgraph=True, options=options)
             packed = ", weights packed," if self.packs else ""
             done.append(f"compiled{packed} at the first call of each shape")
-        self.rows, self.order, self.place = {}, [], {}
+        self.order, self.rows = [], {}
         self.report = f"network for inference in {str(self.compute_dtype).removeprefix('torch.')}: {'; '.join(done)}"
 
     def is_current(self, unet: nn.Module) -> bool:
@@ -84,8 +85,7 @@ class InferenceUNet(nn.Module):
 
     def follow(self, timesteps: torch.Tensor | list) -> None:
         """Tells which timesteps, 0-d each, will be called in turn: their projections are then made 64 at once."""
-        self.order = [t.item() for t in timesteps] if isinstance(timesteps, torch.Tensor) else list(timesteps)
-        self.place, self.rows = {t: i for i, t in enumerate(self.order)}, {}
+        self.order, self.rows = torch.as_tensor(timesteps).tolist(), {}
 
     @torch.no_grad()
     def forward(
@@ -100,15 +100,12 @@ class InferenceUNet(nn.Module):
         Returns:
             `UNet2DOutput` with `.sample` (B, out_channels, H, W), of the dtype of `sample`, contiguous.
         """
-        unet, scalar = self.source[0], not isinstance(timestep, torch.Tensor) or timestep.dim() == 0
-        t = torch.as_tensor(timestep, device=sample.device)
+        unet, t = self.source[0], torch.as_tensor(timestep, device=sample.device)
         unet._check_input(sample, t, class_labels)
-        if (
-            scalar
-            and class_labels is None
-            and (not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu")
-        ):
-            projections = self._row(timestep if not isinstance(timestep, torch.Tensor) else timestep.item())
+        if isinstance(timestep, torch.Tensor) and timestep.dim() == 0 and timestep.device.type == "cpu":
+            timestep = timestep.item()
+        if class_labels is None and not isinstance(timestep, torch.Tensor):
+            projections = self._row(timestep)
         else:
             projections = self._project(t.reshape(-1), class_labels)
         x = unet.unscaled(self._run(sample, projections), t)
@@ -116,8 +113,7 @@ class InferenceUNet(nn.Module):
 
     def _row(self, t):
         if t not in self.rows:
-            at = self.place.get(t)
-            ts = [t] if at is None else self.order[at : at + ROWS]
+            ts = self.order[self.order.index(t) :][:ROWS] if t in self.order else [t]
             rows = self._project(torch.tensor(ts, device=self.device), None)
             self.rows = dict(zip(ts, rows.split(1)))
         return self.rows[t]
@@ -216,16 +212,12 @@ def _check_plain(unet):
     if not isinstance(unet, DDPMUNet):
         raise ValueError(f"unet is a {type(unet).__name__}; this is for DDPMUNet, which opens UNet2DModel checkpoints")
     for name, module in unet.named_modules():
-        if type(module).__module__ not in (DDPMUNet.__module__, *_TORCH_LAYERS):
+        if not type(module).__module__.startswith((DDPMUNet.__module__, "torch.nn.modules.")):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: merge or unload adapters before the network is optimized"
             )
         if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(f"{name or 'unet'} has hooks or is offloaded; remove them before the network is optimized")
-
-
-_TORCH_LAYERS = {type(layer).__module__ for layer in (nn.SiLU(), nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.ModuleList())}
-_TORCH_LAYERS |= {nn.GroupNorm.__module__, nn.Dropout.__module__, nn.Embedding.__module__}
 
 
 def _fingerprint(unet):
