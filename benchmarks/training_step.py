@@ -68,7 +68,7 @@ def our_step(unet, x_start, compiled, autocast, half):
     if channels_last(config, device):
         unet.to(memory_format=torch.channels_last)
     if compiled:
-        compile_network(unet, device)
+        compile_network(unet, config, device)
     scheduler = VariationalDDPMScheduler()
     objective, timesteps = DiffusionObjective(scheduler), UniformTimesteps(scheduler)
     optimizer = torch.optim.AdamW(unet.parameters(), 2e-4, weight_decay=0.0, fused=True)

@@ -155,7 +155,7 @@ def train(config: TrainConfig) -> Path:
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     network = accelerator.unwrap_model(unet)
     if compiled(config):
-        compile_network(network, accelerator.device)
+        compile_network(network, config, accelerator.device)
 
     if main:
         output.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from .unet import DDPMUNet, ResidualBlock, SelfAttention, Upsample
+from .winograd import WinogradConv2d, by_tiles
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +23,7 @@ class InferenceUNet(nn.Module):
     - the time projections of all residual blocks are one matrix product, made for 64 timesteps at once (`follow`);
     - q, k and v are one matrix product;
     - on the CPU, upsampling and the 3x3 convolution after it are one transposed 4x4 convolution of 4/9 of the products;
+    - on the CPU in float32, 3x3 convolutions of 256 channels and more are Winograd's, with four times their weights;
     - weights and activations are in channels-last layout on the CPU, and in half precision everywhere;
     - what remains is compiled; in half precision on the CPU the compiler also packs the weights as oneDNN reads them.
 
@@ -62,6 +64,8 @@ class InferenceUNet(nn.Module):
         done += [f"q, k, v in one product in {attentions} attention blocks"] if attentions else []
         folded = _replace(net, Upsample, FoldedUpsample) if on_cpu else 0
         done += [f"upsampling folded into {folded} convolutions"] if folded else []
+        wide = by_tiles(net, 256, frozen=True) if on_cpu and not half else 0
+        done += [f"{wide} convolutions by Winograd's tiles"] if wide else []
         self.layout = torch.channels_last if on_cpu or half else torch.contiguous_format
         done += ["channels last"] if self.layout is torch.channels_last else []
         # torch's own: diffusers' warns, of modules that others keep in float32
@@ -190,11 +194,11 @@ class FoldedUpsample(nn.Module):
         weight = upsample.conv.weight.double().flip(2, 3).transpose(0, 1)  # (in, out, 3, 3), as transposed ones have it
         folded = sum(F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))
         self.weight = nn.Parameter(folded.to(upsample.conv.weight.dtype), requires_grad=False)
-        self.bias, self.plain = upsample.conv.bias, upsample
+        self.bias, self.few = upsample.conv.bias, upsample
 
     def forward(self, x, emb):
         if x.shape[0] * x.shape[2] * x.shape[3] < 32:  # so few pixels are sooner done one by one
-            return self.plain(x, emb)
+            return self.few(x, emb)
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
 
 
@@ -211,8 +215,9 @@ def _replace(net, old, new):
 def _check_plain(unet):
     if not isinstance(unet, DDPMUNet):
         raise ValueError(f"unet is a {type(unet).__name__}; this is for DDPMUNet, which opens UNet2DModel checkpoints")
+    parts = (DDPMUNet.__module__, WinogradConv2d.__module__, "torch.nn.modules.")
     for name, module in unet.named_modules():
-        if not type(module).__module__.startswith((DDPMUNet.__module__, "torch.nn.modules.")):
+        if not type(module).__module__.startswith(parts):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: merge or unload adapters before the network is optimized"
             )
