@@ -13,7 +13,8 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 ROUNDS = 9
 
 
@@ -84,14 +85,13 @@ def peak_rate(dtype: torch.dtype, device: str = "cpu") -> float:
 
 
 def machine() -> dict:
-    """Versions, processor, threads and commit."""
+    """Versions, processor and threads."""
     found = {
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "commit": _git("describe", "--always", "--dirty", "--abbrev=10"),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -109,26 +109,50 @@ def _processor():
     return f"{os.cpu_count()} x {facts.get('model name', platform.machine())} ({' '.join(flags)})"
 
 
-def _git(*arguments):
-    told = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return told.stdout.strip() or None
+def has_bfloat16() -> bool:
+    """Whether the device has instructions for bfloat16; without them it is slower than float32."""
+    return torch.cuda.is_available() or any(flag in _processor() for flag in ("avx512_bf16", "amx_bf16"))
 
 
-def write(name: str, title: str, columns: Iterable[str], rows: list[dict], **more) -> None:
-    """Prints the columns of the rows as a markdown table; writes it, and everything with the machine, to results/."""
-    columns = list(columns)
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
-    here = machine()
-    text = (
-        f"# {title}\n\n" + "\n".join(lines) + "\n\n" + ", ".join(f"{key} {value}" for key, value in here.items()) + "\n"
-    )
-    print(f"\n{text}", flush=True)
+def _commit():
+    """The commit of what is measured, "-dirty" where the tree is not it; results that are being written do not count."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "src", "training", "benchmarks/*.py")
+    return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
+
+
+def record(name: str, title: str, row: dict, keys: Iterable[str], hidden: Iterable[str] = ()) -> None:
+    """Prints a row of results; puts it into results/NAME.json and the table NAME.md, where each machine has its own.
+
+    It takes the place of a row of this machine with the same values of `keys`; keys of `hidden` are left out of the table.
+    """
+    here, path, keys = machine(), RESULTS / f"{name}.json", list(keys)
+    row = {**row, "commit": _commit()}
+    sections = json.loads(path.read_text()) if path.is_file() else []
+    section = next((section for section in sections if section["machine"] == here), None)
+    if section is None:
+        section = {"machine": here, "rows": []}
+        sections.append(section)
+    rows = [old for old in section["rows"] if any(old.get(key) != row.get(key) for key in keys)]
+    section["rows"] = sorted([*rows, row], key=lambda row: [_sortable(row.get(key)) for key in keys])
+    text = f"# {title}\n"
+    for section in sections:
+        columns = dict.fromkeys(key for row in section["rows"] for key in row if key not in hidden)
+        text += "\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n"
+        for old in section["rows"]:
+            text += "| " + " | ".join(_cell(old.get(column, "")) for column in columns) + " |\n"
+        text += "\n" + ", ".join(f"{key} {value}" for key, value in section["machine"].items()) + "\n"
+    print(", ".join(f"{key}: {_cell(value)}" for key, value in row.items()), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text)
-    (RESULTS / f"{name}.json").write_text(
-        json.dumps({"machine": here, **more, "rows": rows}, indent=2, default=_cell) + "\n"
-    )
+    path.write_text(json.dumps(sections, indent=2) + "\n")
+    path.with_suffix(".md").write_text(text)
+
+
+def _sortable(value):
+    return (0, value, "") if isinstance(value, (int, float)) else (1, 0, str(value))
 
 
 def _cell(value):

@@ -1,6 +1,6 @@
 """The network's forward pass: ours against diffusers' `UNet2DModel`, eager and compiled, float32 and bfloat16.
 
-    python benchmarks/network.py [--networks digits quarter cifar10] [--precisions float32 bfloat16]
+    python benchmarks/network.py [--networks digits quarter cifar10] [--precisions float32]
 
 Stock is the model as diffusers' documentation runs it, in bfloat16 under autocast; ours is `InferenceUNet` of the same weights,
 as `pipe.optimize()` makes it. All of a row take turns in one process. FLOP/s count the plain network's convolutions and matrix
@@ -10,7 +10,7 @@ products, also where fewer are done, and are given as shares of the machine's be
 import argparse
 
 import torch
-from measure import flops, in_turns, medians, peak_rate, ratio, write
+from measure import flops, has_bfloat16, in_turns, medians, peak_rate, ratio, record
 from networks import NETWORKS, pair
 
 from ddpm_hf import InferenceUNet
@@ -58,16 +58,16 @@ def measure(name, batch_size, precision, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    precisions = ["float32", "bfloat16"]
+    parser.add_argument("--precisions", nargs="+", default=precisions[: 1 + has_bfloat16()], choices=precisions)
     parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args()
-    rows = []
     for name in arguments.networks:
         for batch_size in NETWORKS[name]["batch_sizes"]:
             for precision in arguments.precisions:
                 torch.compiler.reset()
-                rows.append(measure(name, batch_size, precision, arguments.rounds))
-                write("network", "Forward pass", rows[0], rows)
+                row = measure(name, batch_size, precision, arguments.rounds)
+                record("network", "Forward pass", row, keys=("network", "batch", "precision"))
 
 
 if __name__ == "__main__":

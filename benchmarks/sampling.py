@@ -13,7 +13,7 @@ import argparse
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from likelihood import one_step_a_call
-from measure import in_turns, medians, ratio, write
+from measure import in_turns, medians, ratio, record
 from networks import config_of, pair
 
 from ddpm_hf import DDPMImagePipeline, InferenceUNet, VariationalDDPMScheduler, bits_per_dim
@@ -96,18 +96,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="of: 'sampling digits', 'bits/dim digits', and those of quarter")
     arguments = parser.parse_args()
-    steps, rounds, rows = arguments.steps, arguments.rounds, []
-    columns = [
-        "what",
-        "steps",
-        "stock s",
-        "stock compiled s",
-        "ours as it is s",
-        "ours s",
-        "network alone s",
-        "times stock",
-    ]
-    columns += ["times stock compiled", "as it is, times stock", "larger calls, times stock"]
+    steps, rounds = arguments.steps, arguments.rounds
     measured = {
         "sampling digits": lambda: sampling("digits", 1, steps, rounds),
         "bits/dim digits": lambda: likelihood("digits", max(2, steps // 10), rounds),
@@ -116,8 +105,8 @@ def main():
     }
     for name in arguments.only or measured:
         torch.compiler.reset()
-        rows.append(measured[name]())
-        write("sampling", "Sampling and bits/dim", columns, rows)
+        row = measured[name]()
+        record("sampling", "Sampling and bits/dim", row, keys=("what",), hidden=("bits/dim", "largest difference"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ python benchmarks/scheduler_step.py
 
 import torch
 from diffusers import DDPMScheduler
-from measure import in_turns, medians, ratio, write
+from measure import in_turns, medians, ratio, record
 
 from ddpm_hf import VariationalDDPMScheduler
 
@@ -27,8 +27,8 @@ def measure(steps):
 
 
 def main():
-    rows = [measure(steps) for steps in (1000, 50)]
-    write("scheduler_step", "One step of the scheduler", rows[0], rows, shape=SHAPE, rounds=ROUNDS, calls=CALLS)
+    for steps in (1000, 50):
+        record("scheduler_step", "One step of the scheduler", measure(steps), keys=("chain",))
 
 
 if __name__ == "__main__":

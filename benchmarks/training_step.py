@@ -1,6 +1,6 @@
 """A training step, forward to EMA: ours against diffusers' `train_unconditional.py`, eager and compiled, and peak memory.
 
-    python benchmarks/training_step.py [--networks quarter] [--precisions float32 bfloat16]
+    python benchmarks/training_step.py [--networks quarter] [--precisions float32]
 
 Stock's step is that of the script's loop with its default optimizer and EMA; ours that of training/train.py, as it is and with
 `--compile true` (and `--channels_last auto`). All take turns in one process. Peak memory: the resident set of a process of its
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from measure import in_turns, medians, ratio, write
+from measure import has_bfloat16, in_turns, medians, ratio, record
 from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -127,19 +127,19 @@ def measure(name, precision, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", default=list(BATCH_SIZES), choices=list(BATCH_SIZES))
-    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    precisions = ["float32", "bfloat16"]
+    parser.add_argument("--precisions", nargs="+", default=precisions[: 1 + has_bfloat16()], choices=precisions)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         print_peak(*arguments.peak)
         return
-    rows = []
     for name in arguments.networks:
         for precision in arguments.precisions:
             torch.compiler.reset()
-            rows.append(measure(name, precision, arguments.rounds))
-            write("training_step", "A training step", [key for key in rows[0] if key != "memory MB"], rows)
+            row = measure(name, precision, arguments.rounds)
+            record("training_step", "A training step", row, keys=("network", "precision"), hidden=("memory MB",))
 
 
 if __name__ == "__main__":
