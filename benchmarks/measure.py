@@ -84,6 +84,12 @@ def peak_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     return max(rates)
 
 
+def peak_mb() -> float:
+    """Peak of the resident set of this process alone; getrusage's counts that of the one that started it too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def machine() -> dict:
     """Versions, processor and threads."""
     found = {

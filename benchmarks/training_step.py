@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from measure import has_bfloat16, in_turns, medians, ratio, record
+from measure import has_bfloat16, in_turns, medians, peak_mb, ratio, record
 from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -99,12 +99,6 @@ def print_peak(kind, name, precision):
     for _ in range(3):
         step()
     print(peak_mb() - before)
-
-
-def peak_mb():
-    """Of this process alone; getrusage's counts the peak of the one that started it too."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def measure(name, precision, rounds):

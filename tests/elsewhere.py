@@ -10,6 +10,8 @@ import torch
 
 import ddpm_hf
 
+ROUNDING = 1e-5  # of images: weights read anew may lie elsewhere in memory, and sums be taken in another order
+
 # prints the classes and what was logged; saves samples and the weights, and a pipeline opened as remote code once more
 OPEN = """
     import logging, sys, warnings

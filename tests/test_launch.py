@@ -1,11 +1,16 @@
-"""What a launcher asks for, and what this machine and this loop can follow."""
+"""What a launcher asks for, and what this machine and this loop can follow; what compiling changes, and what not."""
+
+import copy
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from launch import channels_last, compiled, open_accelerator
+from dropout import FastDropout
+from launch import channels_last, compile_network, compiled, open_accelerator
 
 from config import ConfigError, TrainConfig
+from ddpm_hf import DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
+from ddpm_hf.winograd import WinogradConv2d
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="of a machine without a GPU")
 
@@ -90,3 +95,72 @@ def test_the_layout(monkeypatch):
     assert not channels_last(TrainConfig(compile=True), gpu) and channels_last(TrainConfig(mixed_precision="bf16"), gpu)
     assert channels_last(TrainConfig(channels_last="true"), cpu)
     assert not channels_last(TrainConfig(channels_last="false", compile=True), cpu)
+
+
+# the compiled network
+
+
+def gradients(unet, channels_last=False):
+    """Losses and gradients of a batch."""
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise = (torch.randn(4, 1, 16, 16, generator=generator) for _ in range(2))
+    losses = DiffusionObjective(VariationalDDPMScheduler())(unet, x_start, None, torch.tensor([0, 3, 500, 999]), noise)
+    losses.mean().backward()
+    return losses.detach(), torch.cat([p.grad.flatten() for p in unet.parameters()])
+
+
+@pytest.mark.slow
+def test_a_compiled_network_keeps_losses_and_gradients():
+    torch.compiler.reset()
+    config = TrainConfig(compile=True)
+    torch.manual_seed(0)
+    one = dict(
+        down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], block_out_channels=[128], layers_per_block=1
+    )
+    unet = DDPMUNet(16, 1, 1, **one, mid_block_type=None, norm_num_groups=8)
+    unet.reset_parameters("torch")
+    fast = copy.deepcopy(unet)
+    compile_network(fast, config, torch.device("cpu"))
+    assert list(fast.state_dict()) == list(unet.state_dict())
+    assert any(type(module) is WinogradConv2d for module in fast.modules())
+    expected, found = gradients(unet), gradients(fast, channels_last(config, torch.device("cpu")))
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert (found[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
+
+
+def test_tiles_are_for_float32():
+    unet = DDPMUNet(16, 1, 1, block_out_channels=(128,) * 4, norm_num_groups=8, layers_per_block=1)
+    compile_network(unet, TrainConfig(mixed_precision="bf16"), torch.device("cpu"))
+    assert not any(isinstance(module, WinogradConv2d) for module in unet.modules())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_of_a_compiled_network(layout):
+    dropout, x = FastDropout(0.1), torch.rand(7, 3, 41, 53).add(1).to(memory_format=layout).requires_grad_()
+    y = dropout(x)
+    y.sum().backward()
+    kept, count = (y != 0), x.numel()
+    p = round(0.1 * 2**16) / 2**16
+    torch.testing.assert_close(y, torch.where(kept, x / (1 - p), 0.0))
+    torch.testing.assert_close(x.grad, kept / (1 - p))
+    assert abs(kept.double().mean() - (1 - p)) < 5 * (p * (1 - p) / count) ** 0.5
+    # neighbours are independent, also the four that come of one draw
+    flat = kept.detach().permute(0, 2, 3, 1).flatten() if layout is torch.channels_last else kept.flatten()
+    for distance in (1, 2, 3, 4):
+        both = (flat[distance:] & flat[:-distance]).double().mean()
+        assert abs(both - (1 - p) ** 2) < 6 * (p * (1 - p) / count) ** 0.5
+    again = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        again.append(dropout(x))
+    assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
+
+
+def test_dropout_at_its_ends():
+    x = torch.randn(3, 5)[:, ::2]
+    assert torch.equal(FastDropout(0.0)(x), x) and torch.equal(FastDropout(1.0)(x), torch.zeros_like(x))
+    assert torch.equal(FastDropout(0.5).eval()(x), x) and FastDropout(0.5)(x).shape == x.shape
+    half = FastDropout(0.5)(torch.ones(1000, 9)[:, :5])
+    assert set(half.flatten().tolist()) == {0.0, 2.0} and 0.4 < (half == 0).float().mean() < 0.6

@@ -19,6 +19,7 @@ from .inference import InferenceUNet
 from .push import push_folder
 from .scheduler import VariationalDDPMScheduler
 from .unet import DDPMUNet
+from .winograd import WinogradConv2d
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Class names as they are saved. Classes are compared by name: a published pipeline.py is executed anew at every load.
@@ -446,7 +447,7 @@ class DDPMImagePipeline(DiffusionPipeline):
 def self_contained_source() -> str:
     """The source of the network, the scheduler and the pipeline as one module that imports nothing of this package."""
     # one module each in the package, the same one three times in a published pipeline.py
-    parts = (DDPMUNet, InferenceUNet, VariationalDDPMScheduler, push_folder, DDPMImagePipeline)
+    parts = (DDPMUNet, WinogradConv2d, InferenceUNet, VariationalDDPMScheduler, push_folder, DDPMImagePipeline)
     modules = dict.fromkeys(part.__module__ for part in parts)
     sources = (inspect.getsource(sys.modules[name]).strip() for name in modules)
     return re.sub(r"^from \.\w+ import [\w, ]+\n", "", "\n\n\n".join(sources), flags=re.MULTILINE) + "\n"

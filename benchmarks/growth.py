@@ -1,0 +1,166 @@
+"""How seconds and memory grow: with resolution, batch, T of a likelihood, processes, and the size of the data set.
+
+    python benchmarks/growth.py [--only resolution batch steps processes images]
+
+Every point is a process of its own; its memory is the peak of the resident set, less what it was after the imports. Seconds are
+the median of five calls. Writes benchmarks/results/growth.json, .md, and growth.png: points, and the power law through them.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measure import RESULTS, in_turns, medians, peak_mb, record
+from networks import config_of, network
+
+from ddpm_hf import DDPMUNet, VariationalDDPMScheduler, bits_per_dim
+
+SWEEPS = {
+    "resolution": (16, 32, 64, 128),
+    "batch": (1, 2, 4, 8, 16, 32, 64),
+    "steps": (10, 30, 100, 300),
+    "processes": (1, 2),
+    "images": (250, 1000, 4000, 16000),
+}
+COMMENTS = {
+    "resolution": "a training step of 4 images, quarter network; pixels are the side squared: convolutions alone have the "
+    "exponent 2, attention at half the side adds towards 4",
+    "batch": "a training step at 32x32, quarter network; below 1 where a call's fixed cost is shared",
+    "steps": "bits/dim of 64 digits; a network call for each step, and the memory of one call",
+    "processes": "a training step of 32 images in all on two cores, quarter network; -1 in seconds would be twice as fast, and "
+    "one process has both cores already",
+    "images": "from a data set of 32x32 PNGs to the first batch: all are decoded into memory, once",
+}
+
+
+def training_step(unet, x_start):
+    scheduler = VariationalDDPMScheduler()
+    t, noise = torch.full((len(x_start),), 500), torch.randn_like(x_start)
+
+    def step():
+        unet.zero_grad()
+        F.mse_loss(unet(scheduler.q_sample(x_start, t, noise), t, return_dict=False)[0], noise).backward()
+
+    return step
+
+
+def of_resolution(side):
+    unet = DDPMUNet(**config_of("quarter") | {"sample_size": side}).train()
+    return training_step(unet, torch.randn(4, 3, side, side))
+
+
+def of_batch(size):
+    return training_step(network("quarter", DDPMUNet).train(), torch.randn(size, 3, 32, 32))
+
+
+def of_steps(T):
+    unet, scheduler = network("digits", DDPMUNet).eval(), VariationalDDPMScheduler()
+    scheduler.set_timesteps(T)
+    x_start = torch.randint(0, 256, (64, 1, 8, 8)) / 127.5 - 1
+    return lambda: bits_per_dim(unet, scheduler, x_start, batch_size=64).mean
+
+
+def of_processes(count):
+    from accelerate import Accelerator
+
+    torch.set_num_threads(2 // count)
+    unet = Accelerator(cpu=True).prepare(network("quarter", DDPMUNet).train())
+    return training_step(unet, torch.randn(32 // count, 3, 32, 32))
+
+
+def of_images(count):
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    from ddpm_hf.data import collate, image_to_pixels, training_set
+
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+    images = datasets.Dataset.from_dict({"image": pictures}, datasets.Features(image=datasets.Image()))
+
+    def open_and_take():
+        dataset = training_set(images, image_to_pixels((32, 32)), "image", memory=2**30)
+        return next(iter(torch.utils.data.DataLoader(dataset, 64, collate_fn=collate)))
+
+    return open_and_take
+
+
+def point(sweep, value):
+    """Measured in this process."""
+    before = peak_mb()
+    call = globals()[f"of_{sweep}"](value)
+    seconds = in_turns({"": call}, rounds=5, warmup=1)
+    return {"seconds": medians(seconds, "s")[" s"], "MB": peak_mb() - before}
+
+
+def in_a_process(sweep, value):
+    command = [sys.executable, __file__, "--point", sweep, str(value)]
+    if sweep == "processes":
+        command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(value)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    points = [json.loads(line) for line in told if line.startswith("{")]
+    # the slowest process is the step's time; the memory is that of all
+    return {"seconds": max(p["seconds"] for p in points), "MB": sum(p["MB"] for p in points)}
+
+
+def exponent(rows, what):
+    """The slope of the line through the logarithms."""
+    x = torch.tensor([[row["value"] for row in rows]]).double().log().squeeze(0)
+    y = torch.tensor([row[what] for row in rows]).double().log()
+    x, y = x - x.mean(), y - y.mean()
+    return ((x * y).sum() / (x * x).sum()).item()
+
+
+def plot(measured, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(measured), figsize=(4 * len(measured), 7), squeeze=False)
+    for column, (sweep, rows) in zip(axes.T, measured.items()):
+        values = [row["value"] for row in rows]
+        for axis, what in zip(column, ("seconds", "MB")):
+            axis.loglog(values, [row[what] for row in rows], "o-")
+            axis.set(xlabel=sweep, ylabel=what, title=f"{what} ~ {sweep}^{exponent(rows, what):.2f}")
+            axis.set_xticks(values, [str(value) for value in values])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
+    parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.point:
+        sweep, value = arguments.point
+        print(json.dumps(point(sweep, int(value))), flush=True)
+        return
+    measured = {}
+    for sweep in arguments.only:
+        measured[sweep] = []
+        for value in SWEEPS[sweep]:
+            measured[sweep].append({"value": value, **in_a_process(sweep, value)})
+            print(sweep, measured[sweep][-1], flush=True)
+        row = {
+            "cost against": sweep,
+            "exponent of seconds": exponent(measured[sweep], "seconds"),
+            "exponent of MB": exponent(measured[sweep], "MB"),
+            "": COMMENTS[sweep],
+            "points": measured[sweep],
+        }
+        record("growth", "How cost grows", row, keys=("cost against",), hidden=("points",))
+    plot(measured, RESULTS / "growth.png")
+    print(f"look at {Path(RESULTS / 'growth.png')}")
+
+
+if __name__ == "__main__":
+    main()

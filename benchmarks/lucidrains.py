@@ -1,0 +1,120 @@
+"""Against lucidrains' denoising-diffusion-pytorch, at equal parameters: a training step and sampling, float32.
+
+    python -m venv lucid
+    lucid/bin/pip install torch==2.14.1 torchvision==0.29.1 denoising-diffusion-pytorch diffusers accelerate
+    lucid/bin/pip install --no-deps -e . && lucid/bin/python benchmarks/lucidrains.py
+
+That package needs torchvision, which constraints.txt leaves out: hence an environment of its own, in which ours runs beside it.
+Its network is the `Unet` of its README (dim_mults 1, 2, 4, 8) of the width nearest to ours in parameters; its training
+step is that of its `Trainer`. They are different networks of one size: attention at other resolutions, other blocks.
+"""
+
+import argparse
+
+import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from diffusers.training_utils import EMAModel
+from ema_pytorch import EMA
+from measure import in_turns, medians, ratio, record
+from networks import network
+
+from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, UniformTimesteps, VariationalDDPMScheduler
+from ddpm_hf.winograd import by_tiles
+
+STEPS = 50
+
+
+def nearest_unet(parameters, side):
+    """Their network with the number of parameters nearest to this."""
+    best = min(range(8, 136, 8), key=lambda dim: abs(count(Unet(dim, dim_mults=(1, 2, 4, 8))) - parameters))
+    return GaussianDiffusion(Unet(best, dim_mults=(1, 2, 4, 8)), image_size=side, timesteps=STEPS)
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def their_step(diffusion, images):
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=0.995, update_every=10)
+
+    def step():
+        loss = diffusion(images)
+        loss.item()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    return step
+
+
+def our_step(unet, images, compiled):
+    scheduler = VariationalDDPMScheduler()
+    if compiled:
+        unet.to(memory_format=torch.channels_last)
+        by_tiles(unet, 128)
+        unet.compile(dynamic=False)
+    objective, timesteps = DiffusionObjective(scheduler), UniformTimesteps(scheduler)
+    optimizer = torch.optim.AdamW(unet.parameters(), 2e-4, weight_decay=0.0, fused=True)
+    ema = EMAModel(unet.parameters(), decay=0.9999, foreach=True)
+
+    def step():
+        t, weights = timesteps.sample(len(images), images.device)
+        (weights * objective(unet, images * 2 - 1, None, t)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+
+    return step
+
+
+def measure(name, train_batch, sample_batch, rounds):
+    ours = network(name, DDPMUNet)
+    side = ours.config.sample_size
+    theirs = nearest_unet(count(ours), side)
+    images = torch.rand(train_batch, 3, side, side)
+    shared = {"network": name, "parameters": count(ours), "their parameters": count(theirs.model)}
+
+    calls = {"theirs": their_step(theirs.train(), images), "ours": our_step(ours.train(), images, False)}
+    calls["ours compiled"] = our_step(network(name, DDPMUNet).train(), images, True)
+    row(shared, f"training step, {train_batch} images", in_turns(calls, rounds))
+
+    plain = DDPMImagePipeline(network(name, DDPMUNet).eval(), VariationalDDPMScheduler(STEPS))
+    fast = DDPMImagePipeline(plain.unet, VariationalDDPMScheduler(STEPS))
+    fast.optimize()
+    for pipe in (plain, fast):
+        pipe.set_progress_bar_config(disable=True)
+    theirs.eval()
+    calls = {
+        "theirs": lambda: theirs.sample(sample_batch),
+        "ours": lambda: plain(sample_batch, output_type="np"),
+        "ours compiled": lambda: fast(sample_batch, output_type="np"),
+    }
+    row(shared, f"{STEPS} steps of sampling, {sample_batch} images", in_turns(calls, rounds, warmup=1))
+
+
+def row(shared, what, seconds):
+    ratios = {f"{name}, times theirs": ratio(seconds, "theirs", name) for name in ("ours", "ours compiled")}
+    keys = ("network", "what")
+    record(
+        "lucidrains",
+        "Against denoising-diffusion-pytorch",
+        {"what": what, **shared, **medians(seconds, "s")} | ratios,
+        keys,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", nargs="+", default=["quarter"], choices=["quarter", "cifar10"])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    for name in arguments.networks:
+        measure(name, 16 if name == "quarter" else 4, 1, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

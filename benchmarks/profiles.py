@@ -1,0 +1,66 @@
+"""Where the time goes, operator by operator: stock, ours as it is and ours compiled; forward and a training step.
+
+    python benchmarks/profiles.py
+
+Writes benchmarks/results/profile_*.txt, torch's profiler's tables by time within each operator. What the compiler made is one
+row, "Call CompiledFxGraph": group norms, activations, sums and copies, fused.
+"""
+
+import torch
+from measure import RESULTS
+from networks import pair
+from torch.profiler import profile
+from training_step import BATCH_SIZES, make_step
+
+from ddpm_hf import InferenceUNet
+
+CALLS = 3
+
+
+def table(call):
+    """Of some calls after a first one."""
+    call()
+    with profile() as profiler:
+        for _ in range(CALLS):
+            call()
+    shown = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=48)
+    return "\n".join(line.rstrip() for line in shown.splitlines())
+
+
+@torch.no_grad()
+def forward(name, batch_size):
+    stock, ours = pair(name)
+    side, channels = stock.config.sample_size, stock.config.in_channels
+    x, t = torch.randn(batch_size, channels, side, side), torch.tensor(500)
+    calls = {"stock": stock, "ours": InferenceUNet(ours, compile=False), "ours compiled": InferenceUNet(ours)}
+    write(
+        f"profile_forward_{name}",
+        f"{CALLS} forward passes of {batch_size} images, {name}, float32",
+        {kind: table(lambda net=net: net(x, t, return_dict=False)) for kind, net in calls.items()},
+    )
+
+
+def training(name):
+    write(
+        f"profile_training_{name}",
+        f"{CALLS} training steps of {BATCH_SIZES[name]} images, {name}, float32",
+        {kind: table(make_step(kind, name, "float32")) for kind in ("stock", "ours", "ours compiled")},
+    )
+
+
+def write(name, title, tables):
+    text = title + "\n" + "".join(f"\n{kind}\n{found}\n" for kind, found in tables.items())
+    (RESULTS / f"{name}.txt").write_text(text)
+    print(text, flush=True)
+
+
+def main():
+    torch.manual_seed(0)
+    forward("quarter", 16)
+    forward("cifar10", 8)
+    training("quarter")
+    training("cifar10")
+
+
+if __name__ == "__main__":
+    main()
