@@ -30,11 +30,10 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+# an hour and more on two cores; of lucidrains' package: benchmarks/lucidrains.py, in an environment of its own
 bench: $(READY)
-	$(BIN)/python benchmarks/scheduler_step.py
-	$(BIN)/python benchmarks/network.py
-	$(BIN)/python benchmarks/sampling.py
-	$(BIN)/python benchmarks/training_step.py
+	for what in scheduler_step cold_start sampling network training_step growth profiles; do \
+	    $(BIN)/python benchmarks/$$what.py || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -151,7 +151,7 @@ def record(name: str, title: str, row: dict, keys: Iterable[str], hidden: Iterab
         for old in section["rows"]:
             text += "| " + " | ".join(_cell(old.get(column, "")) for column in columns) + " |\n"
         text += "\n" + ", ".join(f"{key} {value}" for key, value in section["machine"].items()) + "\n"
-    print(", ".join(f"{key}: {_cell(value)}" for key, value in row.items()), flush=True)
+    print(", ".join(f"{key}: {_cell(value)}" for key, value in row.items() if key not in hidden), flush=True)
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(sections, indent=2) + "\n")
     path.with_suffix(".md").write_text(text)
