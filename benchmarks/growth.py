@@ -95,7 +95,7 @@ def point(sweep, value):
     before = peak_mb()
     call = globals()[f"of_{sweep}"](value)
     seconds = in_turns({"": call}, rounds=5, warmup=1)
-    return {"seconds": medians(seconds, "s")[" s"], "MB": peak_mb() - before}
+    return {"seconds": medians(seconds, "s")[" s"], "MB": max(1.0, peak_mb() - before)}
 
 
 def in_a_process(sweep, value):

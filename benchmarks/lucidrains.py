@@ -1,8 +1,8 @@
 """Against lucidrains' denoising-diffusion-pytorch, at equal parameters: a training step and sampling, float32.
 
     python -m venv lucid
-    lucid/bin/pip install torch==2.14.1 torchvision==0.29.1 denoising-diffusion-pytorch diffusers accelerate
-    lucid/bin/pip install --no-deps -e . && lucid/bin/python benchmarks/lucidrains.py
+    lucid/bin/pip install torch==2.14.1 torchvision==0.29.1 denoising-diffusion-pytorch ".[train]"
+    lucid/bin/python benchmarks/lucidrains.py
 
 That package needs torchvision, which constraints.txt leaves out: hence an environment of its own, in which ours runs beside it.
 Its network is the `Unet` of its README (dim_mults 1, 2, 4, 8) of the width nearest to ours in parameters; its training
@@ -10,16 +10,27 @@ step is that of its `Trainer`. They are different networks of one size: attentio
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
 from measure import in_turns, medians, ratio, record
-from networks import network
+from networks import config_of
 
-from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, UniformTimesteps, VariationalDDPMScheduler
-from ddpm_hf.winograd import by_tiles
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from launch import channels_last, compile_network  # noqa: E402
+
+from config import TrainConfig  # noqa: E402
+from ddpm_hf import (  # noqa: E402
+    DDPMImagePipeline,
+    DDPMUNet,
+    DiffusionObjective,
+    UniformTimesteps,
+    VariationalDDPMScheduler,
+)
 
 STEPS = 50
 
@@ -28,6 +39,13 @@ def nearest_unet(parameters, side):
     """Their network with the number of parameters nearest to this."""
     best = min(range(8, 136, 8), key=lambda dim: abs(count(Unet(dim, dim_mults=(1, 2, 4, 8))) - parameters))
     return GaussianDiffusion(Unet(best, dim_mults=(1, 2, 4, 8)), image_size=side, timesteps=STEPS)
+
+
+def our_unet(name):
+    """Without dropout, as theirs is."""
+    unet = DDPMUNet(**config_of(name) | {"dropout": 0.0})
+    unet.reset_parameters("torch")
+    return unet
 
 
 def count(net):
@@ -51,11 +69,11 @@ def their_step(diffusion, images):
 
 
 def our_step(unet, images, compiled):
-    scheduler = VariationalDDPMScheduler()
-    if compiled:
+    scheduler, config = VariationalDDPMScheduler(), TrainConfig(compile=compiled)
+    if channels_last(config, images.device):
         unet.to(memory_format=torch.channels_last)
-        by_tiles(unet, 128)
-        unet.compile(dynamic=False)
+    if compiled:
+        compile_network(unet, config, images.device)
     objective, timesteps = DiffusionObjective(scheduler), UniformTimesteps(scheduler)
     optimizer = torch.optim.AdamW(unet.parameters(), 2e-4, weight_decay=0.0, fused=True)
     ema = EMAModel(unet.parameters(), decay=0.9999, foreach=True)
@@ -72,17 +90,17 @@ def our_step(unet, images, compiled):
 
 
 def measure(name, train_batch, sample_batch, rounds):
-    ours = network(name, DDPMUNet)
+    ours = our_unet(name)
     side = ours.config.sample_size
     theirs = nearest_unet(count(ours), side)
     images = torch.rand(train_batch, 3, side, side)
     shared = {"network": name, "parameters": count(ours), "their parameters": count(theirs.model)}
 
     calls = {"theirs": their_step(theirs.train(), images), "ours": our_step(ours.train(), images, False)}
-    calls["ours compiled"] = our_step(network(name, DDPMUNet).train(), images, True)
+    calls["ours compiled"] = our_step(our_unet(name).train(), images, True)
     row(shared, f"training step, {train_batch} images", in_turns(calls, rounds))
 
-    plain = DDPMImagePipeline(network(name, DDPMUNet).eval(), VariationalDDPMScheduler(STEPS))
+    plain = DDPMImagePipeline(our_unet(name).eval(), VariationalDDPMScheduler(STEPS))
     fast = DDPMImagePipeline(plain.unet, VariationalDDPMScheduler(STEPS))
     fast.optimize()
     for pipe in (plain, fast):

@@ -13,6 +13,8 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm_hf.hub import write_whole
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROUNDS = 9
@@ -21,13 +23,17 @@ ROUNDS = 9
 def in_turns(
     calls: dict[str, Callable], rounds: int = ROUNDS, warmup: int = 2, repeat: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round; within a round every call has its turn, `repeat` times running."""
+    """Seconds of each call in each round; within a round every call has its turn, `repeat` times running.
+
+    Each round begins with the next call, so that none has always the same one before it.
+    """
     for call in calls.values():
         for _ in range(warmup):
             call()
     seconds = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
+    turns = list(calls.items())
+    for start in range(rounds):
+        for name, call in turns[start % len(turns) :] + turns[: start % len(turns)]:
             _wait()
             start = time.perf_counter()
             for _ in range(repeat):
@@ -153,8 +159,8 @@ def record(name: str, title: str, row: dict, keys: Iterable[str], hidden: Iterab
         text += "\n" + ", ".join(f"{key} {value}" for key, value in section["machine"].items()) + "\n"
     print(", ".join(f"{key}: {_cell(value)}" for key, value in row.items() if key not in hidden), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(sections, indent=2) + "\n")
-    path.with_suffix(".md").write_text(text)
+    write_whole(path, json.dumps(sections, indent=2) + "\n")
+    write_whole(path.with_suffix(".md"), text)
 
 
 def _sortable(value):

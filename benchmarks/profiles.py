@@ -1,9 +1,10 @@
-"""Where the time goes, operator by operator: stock, ours as it is and ours compiled; forward and a training step.
+"""Where the time goes, operator by operator, in a forward pass and a training step: stock, ours and ours compiled.
 
     python benchmarks/profiles.py
 
-Writes benchmarks/results/profile_*.txt, torch's profiler's tables by time within each operator. What the compiler made is one
-row, "Call CompiledFxGraph": group norms, activations, sums and copies, fused.
+Forward, ours is `InferenceUNet`; in training `DDPMUNet`. Writes benchmarks/results/profile_*.txt, torch's profiler's tables by
+time within each operator. What the compiler made is one row, "Call CompiledFxGraph": group norms, activations, sums and
+copies, fused.
 """
 
 import torch

@@ -3,8 +3,9 @@
     python benchmarks/training_step.py [--networks quarter] [--precisions float32]
 
 Stock's step is that of the script's loop with its default optimizer and EMA; ours that of training/train.py, as it is and with
-`--compile true` (and `--channels_last auto`). All take turns in one process. Peak memory: the resident set of a process of its
-own for each, which does three steps, less that of one that only imported.
+`--compile true` (and `--channels_last auto`), without its log and its check of finite steps (benchmarks/training_overhead.py
+has them). All take turns in one process. Peak memory: the resident set of a process of its own for each, which does three
+steps, less that of one that only imported.
 """
 
 import argparse

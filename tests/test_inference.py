@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from scripts import script
 from test_unet import ATTENTION, BASE, LEARNED, PLAIN, levels
@@ -99,16 +100,6 @@ def test_compiled():
     assert list(fast.paths.values()) == [fast.compiled] and "compiled" in fast.report
 
 
-def test_no_compiler(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    unet, x = network(BASE | PLAIN).eval(), torch.randn(1, 3, 8, 8)
-    fast = InferenceUNet(unet)
-    for _ in range(2):
-        torch.testing.assert_close(fast(x, 3).sample, unet(x, 3).sample.detach(), atol=1e-5, rtol=1e-5)
-    assert list(fast.paths.values()) == [fast._denoise]
-
-
 def with_an_adapter(unet):
     unet.conv_in = Adapter(unet.conv_in)
     return unet
@@ -174,21 +165,83 @@ def test_the_pipelines_images(make_pipeline, scheduler, tmp_path):
     assert torch.equal(images(again, num_inference_steps=20), plain)
 
 
-def test_weights_that_change_are_seen(make_pipeline):
+def scaled(unet):
+    for parameter in unet.parameters():
+        parameter.mul_(1.1)
+
+
+def averaged(unet):
+    ema = EMAModel([p * 1.1 for p in unet.parameters()])
+    ema.copy_to(unet.parameters())
+
+
+def trained(unet):
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.02, fused=True)
+    for parameter in unet.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+def beside_autograd(unet):
+    for parameter in unet.parameters():
+        parameter.data.neg_()
+
+
+@pytest.mark.parametrize("change", [scaled, averaged, trained, beside_autograd])
+def test_weights_that_change_are_seen(make_pipeline, change):
     pipeline = make_pipeline()
     pipeline.optimize(compile=False)
     first, network = images(pipeline, num_inference_steps=5), pipeline._inference[0]
     assert torch.equal(images(pipeline, num_inference_steps=5), first) and pipeline._inference[0] is network
     with torch.no_grad():
-        for parameter in pipeline.unet.parameters():
-            parameter.mul_(1.1)
+        change(pipeline.unet)
     changed = images(pipeline, num_inference_steps=5)
     assert (changed - first).abs().max() > 1e-2
     pipeline._inference = None
     torch.testing.assert_close(changed, images(pipeline, num_inference_steps=5), atol=1e-4, rtol=1e-4)
+
+
+def test_another_dtype_is_seen(make_pipeline):
+    pipeline = make_pipeline()
     pipeline.optimize(compile=False)
     pipeline.to(torch.float64)
     assert images(pipeline, num_inference_steps=5).dtype == torch.float64
+
+
+def test_hooks_that_come_later(make_pipeline):
+    pipeline = make_pipeline()
+    pipeline.optimize(compile=False)
+    pipeline.unet.conv_in.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="conv_in has hooks"):
+        images(pipeline, num_inference_steps=5)
+
+
+def test_autocast_is_passed_over():
+    unet, x = network().eval(), torch.randn(2, 3, 8, 8)
+    fast = InferenceUNet(unet, compile=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = fast(x, 5).sample
+    assert torch.equal(within, fast(x, 5).sample)
+
+
+def test_two_compiled_networks():
+    """Each has its graph, also where their shapes are the same."""
+    x, config = torch.randn(2, 3, 8, 8), BASE | PLAIN | {"block_out_channels": (16,), "add_attention": False}
+    config |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    for act_fn in ("silu", "relu"):
+        unet = network(config | {"act_fn": act_fn}).eval()
+        fast = InferenceUNet(unet)
+        torch.testing.assert_close(fast(x, 5).sample, unet(x, 5).sample.detach(), atol=1e-5, rtol=1e-5)
+        assert list(fast.paths.values()) == [fast.compiled]
+
+
+@pytest.mark.slow
+def test_two_compiled_networks_with_packed_weights():
+    x, outputs = torch.randn(2, 3, 8, 8), []
+    for _ in range(2):
+        unet = network(BASE | PLAIN | {"block_out_channels": (16, 16)}).eval()
+        outputs.append(InferenceUNet(unet, torch.bfloat16)(x, 5).sample - unet(x, 5).sample.detach())
+    assert max(error.abs().max() for error in outputs) < 0.1
 
 
 def test_bits_per_dim(make_pipeline):
@@ -215,3 +268,14 @@ def test_the_scripts_switch(make_pipeline, tmp_path):
         sheets.append(json.loads((tmp_path / "evaluation.json").read_text())["total"])
     assert abs(sheets[0] - sheets[2]).max() <= 1
     assert sheets[1] == pytest.approx(sheets[3], rel=1e-5)
+
+
+def test_no_compiler(monkeypatch):
+    """The last test: torch does not find its compiler again after it."""
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    unet, x = network(BASE | PLAIN).eval(), torch.randn(1, 3, 8, 8)
+    fast = InferenceUNet(unet)
+    for _ in range(2):
+        torch.testing.assert_close(fast(x, 3).sample, unet(x, 3).sample.detach(), atol=1e-5, rtol=1e-5)
+    assert list(fast.paths.values()) == [fast._denoise]

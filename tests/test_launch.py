@@ -130,6 +130,27 @@ def test_a_compiled_network_keeps_losses_and_gradients():
     assert (found[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
 
 
+@pytest.mark.slow
+def test_dropout_compiled_with_checkpointing():
+    """The masks of the way back are those of the way there."""
+    torch.manual_seed(0)
+    one = dict(
+        down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], block_out_channels=[16], layers_per_block=1
+    )
+    unet = DDPMUNet(16, 1, 1, **one, mid_block_type=None, norm_num_groups=8, dropout=0.5)
+    unet.reset_parameters("torch")
+    found = []
+    for checkpointing in (False, True):
+        net = copy.deepcopy(unet)
+        if checkpointing:
+            net.enable_gradient_checkpointing()
+        compile_network(net, TrainConfig(compile=True), torch.device("cpu"))
+        torch.manual_seed(1)
+        found.append(gradients(net))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert (found[1][1] - found[0][1]).norm() < 1e-4 * found[0][1].norm()
+
+
 def test_tiles_are_for_float32():
     unet = DDPMUNet(16, 1, 1, block_out_channels=(128,) * 4, norm_num_groups=8, layers_per_block=1)
     compile_network(unet, TrainConfig(mixed_precision="bf16"), torch.device("cpu"))

@@ -75,7 +75,26 @@ def test_a_training_network_keeps_its_names_and_gradients():
         unet.train()(x, t).sample.square().mean().backward()
     for (name, expected), found in zip(plain.named_parameters(), tiled.parameters()):
         torch.testing.assert_close(found.grad, expected.grad, atol=1e-12, rtol=1e-8, msg=name)
-    assert "Winograd" not in InferenceUNet(tiled, compile=False).report  # none of 256 channels
+    tiled.eval()
+    with torch.no_grad():  # tiles are for training
+        assert torch.equal(tiled(x, t).sample, plain.eval()(x, t).sample)
+    assert not any(isinstance(module, WinogradConv2d) for module in InferenceUNet(tiled, compile=False).modules())
+
+
+def test_half_precision_goes_without_tiles():
+    plain, tiled = conv(8, 8, torch.float32)
+    x = torch.randn(4, 8, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiled(x), plain(x))
+        tiled(x.requires_grad_()).float().sum().backward()
+
+
+def test_only_convolutions_that_it_can_do():
+    kinds = [dict(padding=0), dict(padding=1, stride=2), dict(padding=2)]
+    unet = torch.nn.Sequential(
+        *(torch.nn.Conv2d(8, 8, 3, **kind) for kind in kinds), torch.nn.Conv2d(8, 8, 1, padding=1)
+    )
+    assert by_tiles(unet, 4) == 0
 
 
 def test_inference():

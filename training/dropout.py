@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 
-@torch.library.custom_op("ddpm_hf::keep", mutates_args=())
+# the tag: with gradient checkpointing the mask is drawn twice, from the same state of the generator
+@torch.library.custom_op("ddpm_hf::dropout_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def keep(x: torch.Tensor, p: float) -> torch.Tensor:
     """A mask of the shape and layout of x, bool, that is False with probability p, rounded to a multiple of 2**-16."""
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -29,8 +29,9 @@ class InferenceUNet(nn.Module):
 
     Args:
         unet: the network; its weights stay as they are. Where they change later, make another (`is_current`).
-        dtype: of weights and activations; None for that of the network. With torch.bfloat16 outputs differ from float32 as
-            those of autocast do. Samples come in and go out in their own dtype; timesteps are embedded in the network's.
+        dtype: of weights and activations, whatever autocast says; None for that of the network. With torch.bfloat16 outputs
+            differ from float32 as those of autocast do. Samples come in and go out in their own dtype; timesteps are embedded
+            in the network's.
         compile: by torch.compile, at the first call of each shape of sample (a minute for a large network; its cache makes it
             seconds in the next process). Where there is no compiler, a warning, and the network as it is without.
 
@@ -50,6 +51,9 @@ class InferenceUNet(nn.Module):
         self.source, self.fingerprint = (unet,), _fingerprint(unet)
         self.compute_dtype = dtype or unet.dtype
         net = copy.deepcopy(unet).requires_grad_(False).eval()
+        for module in net.modules():
+            if isinstance(module, WinogradConv2d):  # of compiled training
+                module.__class__ = nn.Conv2d
         on_cpu, half = self.device.type == "cpu", self.compute_dtype.itemsize == 2
 
         blocks = [module for module in net.modules() if isinstance(module, ResidualBlock)]
@@ -69,22 +73,32 @@ class InferenceUNet(nn.Module):
         self.layout = torch.channels_last if on_cpu or half else torch.contiguous_format
         done += ["channels last"] if self.layout is torch.channels_last else []
         # torch's own: diffusers' warns, of modules that others keep in float32
-        nn.Module.to(net, dtype=self.compute_dtype, memory_format=self.layout)
+        for name, part in net.named_children():
+            if name not in ("time_proj", "time_embedding", "class_embedding"):
+                nn.Module.to(part, dtype=self.compute_dtype, memory_format=self.layout)
         self.net = net
 
         self.compiled, self.paths, self.packs = None, {}, on_cpu and half
         if compile:
             # the module is this one's own and never changes
             options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "cpp_wrapper": on_cpu}
-            self.compiled = torch.compile(self._denoise, dynamic=False, fullgraph=True, options=options)
+            # isolated: without those guards another network's graph would be taken for this one's
+            self.compiled = torch.compile(
+                self._denoise, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True
+            )
             packed = ", weights packed," if self.packs else ""
             done.append(f"compiled{packed} at the first call of each shape")
         self.order, self.rows = [], {}
         self.report = f"network for inference in {str(self.compute_dtype).removeprefix('torch.')}: {'; '.join(done)}"
 
     def is_current(self, unet: nn.Module) -> bool:
-        """Whether it was made of this network, with the weights that it has now."""
+        """Whether it was made of this network, with the weights that it has now. All of them are read: once a sampling.
+
+        Raises:
+            ValueError: the network has got adapters, hooks or offloading since.
+        """
         unet = getattr(unet, "_orig_mod", unet)
+        _check_plain(unet)
         return unet is self.source[0] and _fingerprint(unet) == self.fingerprint
 
     def follow(self, timesteps: torch.Tensor | list) -> None:
@@ -112,7 +126,8 @@ class InferenceUNet(nn.Module):
             projections = self._row(timestep)
         else:
             projections = self._project(t.reshape(-1), class_labels)
-        x = unet.unscaled(self._run(sample, projections), t)
+        with torch.autocast(sample.device.type, enabled=False):
+            x = unet.unscaled(self._run(sample, projections), t)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _row(self, t):
@@ -123,8 +138,9 @@ class InferenceUNet(nn.Module):
         return self.rows[t]
 
     def _project(self, t, class_labels):
-        emb = self.source[0].embed(t, class_labels)
-        return F.linear(emb, self.projection_weight, self.projection_bias).to(self.compute_dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            emb = self.net.embed(t, class_labels)
+            return F.linear(emb, self.projection_weight, self.projection_bias).to(self.compute_dtype)
 
     def _run(self, sample, projections):
         if self.compiled is None:
@@ -217,7 +233,7 @@ def _check_plain(unet):
         raise ValueError(f"unet is a {type(unet).__name__}; this is for DDPMUNet, which opens UNet2DModel checkpoints")
     parts = (DDPMUNet.__module__, WinogradConv2d.__module__, "torch.nn.modules.")
     for name, module in unet.named_modules():
-        if not type(module).__module__.startswith(parts):
+        if not (type(module).__module__.startswith(parts) or isinstance(module, nn.Dropout)):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: merge or unload adapters before the network is optimized"
             )
@@ -225,5 +241,9 @@ def _check_plain(unet):
             raise ValueError(f"{name or 'unet'} has hooks or is offloaded; remove them before the network is optimized")
 
 
+@torch.no_grad()
 def _fingerprint(unet):
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in unet.parameters()]
+    """Norm and sum of each parameter. Versions of tensors tell less: EMA and fused optimizers change weights beside them."""
+    parameters = list(unet.parameters())
+    told = torch.stack([part.float() for part in (*torch._foreach_norm(parameters), *(p.sum() for p in parameters))])
+    return unet.dtype, unet.device, told.nan_to_num().tolist()  # NaN is not equal to itself
