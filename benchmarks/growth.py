@@ -8,8 +8,10 @@ the median of five calls. Writes benchmarks/results/growth.json, .md, and growth
 
 import argparse
 import json
+import math
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -117,20 +119,28 @@ def exponent(rows, what):
 
 
 def plot(measured, path):
+    """Points and the fitted power law, each axis over a decade at least, so that slopes can be compared by eye."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(measured), figsize=(4 * len(measured), 7), squeeze=False)
+    figure, axes = pyplot.subplots(2, len(measured), figsize=(4 * len(measured), 7.5), squeeze=False)
     for column, (sweep, rows) in zip(axes.T, measured.items()):
         values = [row["value"] for row in rows]
         for axis, what in zip(column, ("seconds", "MB")):
-            axis.loglog(values, [row[what] for row in rows], "o-")
-            axis.set(xlabel=sweep, ylabel=what, title=f"{what} ~ {sweep}^{exponent(rows, what):.2f}")
+            found, slope = [row[what] for row in rows], exponent(rows, what)
+            middle, center = math.prod(values) ** (1 / len(values)), math.prod(found) ** (1 / len(found))
+            axis.loglog(values, found, "o")
+            axis.loglog(values, [center * (value / middle) ** slope for value in values], "--", alpha=0.6)
+            half_range = max(10**0.5, (max(found) / min(found)) ** 0.5 * 1.3)
+            between = (max(found) * min(found)) ** 0.5
+            axis.set_ylim(between / half_range, between * half_range)
+            axis.set(xlabel=sweep, ylabel=what, title=f"{what} ~ {sweep}^{slope:.2f}")
             axis.set_xticks(values, [str(value) for value in values])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
+        column[-1].set_xlabel(sweep + "\n\n" + "\n".join(textwrap.wrap(COMMENTS[sweep], 46)), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 
