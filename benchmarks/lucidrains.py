@@ -6,7 +6,8 @@
 
 That package needs torchvision, which constraints.txt leaves out: hence an environment of its own, in which ours runs beside it.
 Its network is the `Unet` of its README (dim_mults 1, 2, 4, 8) of the width nearest to ours in parameters; its training
-step is that of its `Trainer`. They are different networks of one size: attention at other resolutions, other blocks.
+step is that of its `Trainer`. They are different networks of one size: attention at other resolutions, other blocks, and of
+other work; FLOP of a forward pass of one image stand beside.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
-from measure import in_turns, medians, ratio, record
+from measure import flops, in_turns, medians, ratio, record
 from networks import config_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -94,7 +95,9 @@ def measure(name, train_batch, sample_batch, rounds):
     side = ours.config.sample_size
     theirs = nearest_unet(count(ours), side)
     images = torch.rand(train_batch, 3, side, side)
-    shared = {"network": name, "parameters": count(ours), "their parameters": count(theirs.model)}
+    one, t = torch.randn(1, 3, side, side), torch.tensor([500])
+    work = {"GFLOP": flops(lambda: ours(one, t)) / 1e9, "their GFLOP": flops(lambda: theirs.model(one, t)) / 1e9}
+    shared = {"network": name, "parameters": count(ours), "their parameters": count(theirs.model), **work}
 
     calls = {"theirs": their_step(theirs.train(), images), "ours": our_step(ours.train(), images, False)}
     calls["ours compiled"] = our_step(our_unet(name).train(), images, True)
