@@ -9,14 +9,15 @@ the median of five calls. Writes benchmarks/results/growth.json, .md, and growth
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import RESULTS, in_turns, medians, peak_mb, record
+from measure import RESULTS, in_turns, peak_mb, record
 from networks import config_of, network
 
 from ddpm_hf import DDPMUNet, VariationalDDPMScheduler, bits_per_dim
@@ -76,7 +77,6 @@ def of_processes(count):
 
 def of_images(count):
     import datasets
-    import numpy as np
     from PIL import Image
 
     from ddpm_hf.data import collate, image_to_pixels, training_set
@@ -96,8 +96,8 @@ def point(sweep, value):
     """Measured in this process."""
     before = peak_mb()
     call = globals()[f"of_{sweep}"](value)
-    seconds = in_turns({"": call}, rounds=5, warmup=1)
-    return {"seconds": medians(seconds, "s")[" s"], "MB": max(1.0, peak_mb() - before)}
+    seconds = statistics.median(in_turns({"": call}, rounds=5, warmup=1)[""])
+    return {"seconds": seconds, "MB": max(1.0, peak_mb() - before)}
 
 
 def in_a_process(sweep, value):
@@ -112,10 +112,7 @@ def in_a_process(sweep, value):
 
 def exponent(rows, what):
     """The slope of the line through the logarithms."""
-    x = torch.tensor([[row["value"] for row in rows]]).double().log().squeeze(0)
-    y = torch.tensor([row[what] for row in rows]).double().log()
-    x, y = x - x.mean(), y - y.mean()
-    return ((x * y).sum() / (x * x).sum()).item()
+    return np.polyfit(np.log([row["value"] for row in rows]), np.log([row[what] for row in rows]), 1)[0].item()
 
 
 def plot(measured, path):
@@ -169,7 +166,7 @@ def main():
         }
         record("growth", "How cost grows", row, keys=("cost against",), hidden=("points",))
     plot(measured, RESULTS / "growth.png")
-    print(f"look at {Path(RESULTS / 'growth.png')}")
+    print(f"look at {RESULTS / 'growth.png'}")
 
 
 if __name__ == "__main__":

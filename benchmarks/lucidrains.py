@@ -11,27 +11,16 @@ other work; FLOP of a forward pass of one image stand beside.
 """
 
 import argparse
-import sys
-from pathlib import Path
+import contextlib
 
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
 from measure import flops, in_turns, medians, ratio, record
 from networks import config_of
+from training_step import our_step
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from launch import channels_last, compile_network  # noqa: E402
-
-from config import TrainConfig  # noqa: E402
-from ddpm_hf import (  # noqa: E402
-    DDPMImagePipeline,
-    DDPMUNet,
-    DiffusionObjective,
-    UniformTimesteps,
-    VariationalDDPMScheduler,
-)
+from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
 
 STEPS = 50
 
@@ -69,27 +58,6 @@ def their_step(diffusion, images):
     return step
 
 
-def our_step(unet, images, compiled):
-    scheduler, config = VariationalDDPMScheduler(), TrainConfig(compile=compiled)
-    if channels_last(config, images.device):
-        unet.to(memory_format=torch.channels_last)
-    if compiled:
-        compile_network(unet, config, images.device)
-    objective, timesteps = DiffusionObjective(scheduler), UniformTimesteps(scheduler)
-    optimizer = torch.optim.AdamW(unet.parameters(), 2e-4, weight_decay=0.0, fused=True)
-    ema = EMAModel(unet.parameters(), decay=0.9999, foreach=True)
-
-    def step():
-        t, weights = timesteps.sample(len(images), images.device)
-        (weights * objective(unet, images * 2 - 1, None, t)).mean().backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(unet.parameters())
-
-    return step
-
-
 def measure(name, train_batch, sample_batch, rounds):
     ours = our_unet(name)
     side = ours.config.sample_size
@@ -99,8 +67,9 @@ def measure(name, train_batch, sample_batch, rounds):
     work = {"GFLOP": flops(lambda: ours(one, t)) / 1e9, "their GFLOP": flops(lambda: theirs.model(one, t)) / 1e9}
     shared = {"network": name, "parameters": count(ours), "their parameters": count(theirs.model), **work}
 
-    calls = {"theirs": their_step(theirs.train(), images), "ours": our_step(ours.train(), images, False)}
-    calls["ours compiled"] = our_step(our_unet(name).train(), images, True)
+    full, x_start = contextlib.nullcontext(), images * 2 - 1
+    calls = {"theirs": their_step(theirs.train(), images), "ours": our_step(ours.train(), x_start, False, full, False)}
+    calls["ours compiled"] = our_step(our_unet(name).train(), x_start, True, full, False)
     row(shared, f"training step, {train_batch} images", in_turns(calls, rounds))
 
     plain = DDPMImagePipeline(our_unet(name).eval(), VariationalDDPMScheduler(STEPS))

@@ -32,8 +32,9 @@ def in_turns(
             call()
     seconds = {name: [] for name in calls}
     turns = list(calls.items())
-    for start in range(rounds):
-        for name, call in turns[start % len(turns) :] + turns[: start % len(turns)]:
+    for _ in range(rounds):
+        turns.append(turns.pop(0))
+        for name, call in turns:
             _wait()
             start = time.perf_counter()
             for _ in range(repeat):

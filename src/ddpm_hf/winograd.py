@@ -75,12 +75,10 @@ class WinogradConv2d(nn.Conv2d):
     def forward(self, x):
         b, _, height, width = x.shape
         frozen, pixels = self.at_points is not None, b * height * width
-        small, large = (
-            pixels < (64 if frozen else 1024),
-            pixels > 16384,
-        )  # so large, and the tiles are larger than caches
+        # few: the products are sooner done one by one; many: the tiles are larger than caches
+        few, many = pixels < (64 if frozen else 1024), pixels > 16384
         half = x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)  # there tiles would round more
-        if small or large or half or height % 4 or width % 4 or not (frozen or self.training):
+        if few or many or half or height % 4 or width % 4 or not (frozen or self.training):
             return super().forward(x)
         if frozen:
             x = _image(_tiles_at_points(x) @ self.at_points, x.shape)
