@@ -14,6 +14,7 @@ from torch.profiler import profile
 from training_step import BATCH_SIZES, make_step
 
 from ddpm_hf import InferenceUNet
+from ddpm_hf.hub import write_whole
 
 CALLS = 3
 
@@ -51,7 +52,7 @@ def training(name):
 
 def write(name, title, tables):
     text = title + "\n" + "".join(f"\n{kind}\n{found}\n" for kind, found in tables.items())
-    (RESULTS / f"{name}.txt").write_text(text)
+    write_whole(RESULTS / f"{name}.txt", text)
     print(text, flush=True)
 
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
@@ -269,6 +270,37 @@ def test_same_outputs_and_gradients(name, source):
         ):  # no part is idle, which would hide a mistake
             # softmax is blind to a constant added to all keys
             assert key.endswith("to_k.bias") or gradient.abs().max() > 1e-4, f"{key} has no influence"
+
+
+@pytest.mark.parametrize("act_fn, kept", [("silu", 1), ("gelu", 2)])
+def test_what_a_norm_keeps_for_the_way_back(act_fn, kept):
+    """The input alone where the activation is SiLU, and the same gradients bit for bit."""
+    net = randomise(DDPMUNet(**BASE | {"act_fn": act_fn})).train()
+    norm = net.down_blocks[0].resnets[0].norm1
+    x = torch.randn(2, norm.num_channels, 16, 16, requires_grad=True)
+    large = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: large.append(v.numel() >= x.numel()) or v, lambda v: v):
+        y = norm(x)
+    assert sum(large) == kept
+    gradient = torch.randn_like(x)
+    expected = norm.act(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+    assert torch.equal(y, expected)
+    inputs = (x, norm.weight, norm.bias)
+    for found, other in zip(torch.autograd.grad(y, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)):
+        assert torch.equal(found, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_under_autocast_and_with_frozen_weights(dtype):
+    norm = randomise(DDPMUNet(**BASE)).train().down_blocks[0].resnets[0].norm1
+    norm.requires_grad_(False)
+    x = torch.randn(2, norm.num_channels, 16, 16).to(dtype).requires_grad_()
+    gradients = []
+    for forward in (norm, lambda x: F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = forward(x)
+        gradients.append(torch.autograd.grad(y, x, torch.ones_like(y))[0])
+    assert gradients[0].dtype == dtype and torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.get("dropout")])

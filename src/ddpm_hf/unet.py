@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-ACTIVATIONS = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 # block name -> has attention
 DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}
 UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
@@ -90,6 +90,48 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, the same draws, with a mask of one byte an element to keep on the CPU too."""
+
+    def forward(self, x):
+        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p > 0 else x
+
+
+class _NormSiLU(torch.autograd.Function):
+    """silu(group_norm(x)), which keeps x alone for the way back: there it is normalized again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        ctx.save_for_backward(x, weight, bias)
+        y = F.group_norm(x, groups, weight, bias, eps)
+        ctx.settings = groups, eps, y.dtype  # the dtype that autocast chose
+        return F.silu(y, inplace=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        groups, eps, dtype = ctx.settings
+        x, weight, bias = (v.detach().requires_grad_() for v in ctx.saved_tensors)
+        with torch.enable_grad():
+            y = F.group_norm(x.to(dtype), groups, weight, bias, eps)
+        grad = torch.ops.aten.silu_backward(grad, y.detach())
+        return *torch.autograd.grad(y, (x, weight, bias), grad), None, None
+
+
+class ActivatedNorm(nn.GroupNorm):
+    """Group normalization and the activation after it."""
+
+    def __init__(self, groups, channels, eps, act):
+        super().__init__(groups, channels, eps)
+        self.act = act
+
+    def forward(self, x):
+        # a compiler chooses by itself what is kept
+        if self.training and self.act is F.silu and not torch.compiler.is_compiling():
+            return _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return self.act(super().forward(x))
+
+
 class ResidualBlock(nn.Module):
     """norm, act, conv, + time, norm, act, dropout, conv, + input; `emb` comes in already activated.
 
@@ -112,17 +154,20 @@ class ResidualBlock(nn.Module):
     ):
         super().__init__()
         self.scale_shift, self.output_scale, self.resample = scale_shift, output_scale, resample
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.act = ACTIVATIONS[act_fn]
+        self.norm1 = ActivatedNorm(groups, in_channels, eps, self.act)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1))
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.act = ACTIVATIONS[act_fn]()
-        self.dropout = nn.Dropout(dropout)
+        if scale_shift:
+            self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        else:
+            self.norm2 = ActivatedNorm(groups, out_channels, eps, self.act)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x, emb):
-        h = self.act(self.norm1(x))
+        h = self.norm1(x)
         if self.resample == "down":
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":
@@ -131,10 +176,10 @@ class ResidualBlock(nn.Module):
         emb = self.time_emb_proj(emb)[:, :, None, None]
         if self.scale_shift:  # adaptive group norm, ADM section 3
             scale, shift = emb.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = self.act(self.norm2(h) * (1 + scale) + shift)
         else:
             h = self.norm2(h + emb)
-        h = self.conv2(self.dropout(self.act(h)))
+        h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             # contiguous in training, as in diffusers: the layout decides which elements dropout takes
             x = self.conv_shortcut(x.contiguous() if self.training else x)
@@ -304,7 +349,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         else:
             self.time_proj = nn.Embedding(num_train_timesteps, time_dim)
         self.time_embedding = EmbeddingMLP(time_dim, emb_dim)
-        self.act = ACTIVATIONS[act_fn]()
+        self.act = ACTIVATIONS[act_fn]
         if class_embed_type == "timestep":
             self.class_embedding = EmbeddingMLP(time_dim, emb_dim)
         elif class_embed_type == "identity":
@@ -351,7 +396,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             self.up_blocks.append(UpLevel(resnets, attentions, up))
 
         # out; the activation here is SiLU whatever `act_fn` says, as in diffusers
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], norm_eps)
+        self.conv_norm_out = ActivatedNorm(norm_num_groups, channels[0], norm_eps, F.silu)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self.reset_parameters()
 
@@ -481,7 +526,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             x = self.mid_block(x, emb)
         for block in self.up_blocks:
             x = block(x, emb, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
     def unscaled(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """`denoise`'s output, divided by the noise level t (), (1,) or (B,) where that is what the network is told."""
