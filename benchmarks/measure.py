@@ -1,6 +1,7 @@
-"""What the benchmarks share: calls timed in turns in one process, the machine's own rates, and results as table and JSON."""
+"""What the benchmarks share: calls timed in turns, the machine's own rates, and results as table and JSON."""
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -42,6 +43,49 @@ def in_turns(
             _wait()
             seconds[name].append((time.perf_counter() - start) / repeat)
     return seconds
+
+
+def in_turns_apart(
+    makers: dict[str, tuple], rounds: int = ROUNDS, warmup: int = 2, repeat: int = 1
+) -> tuple[dict[str, list[float]], dict[str, float], dict]:
+    """As `in_turns`, each call in a process of its own: what one does to the allocator and its memory is not the others'.
+
+    Args:
+        makers: for each name a function of a module and its arguments; what it returns is called.
+
+    Returns:
+        Seconds in each round; MB that the calls after the first take at most, less what imports take; what it
+        returns, where `repeat` is above 1.
+    """
+    context, workers = multiprocessing.get_context("spawn"), {}
+    for name, (make, *arguments) in makers.items():
+        workers[name], theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make, arguments, repeat), daemon=True).start()
+    seconds, mb, results = {name: [] for name in workers}, {}, {}
+    turns = list(workers)
+    for i in range(-warmup, rounds):
+        turns.append(turns.pop(0))
+        for name in turns:
+            workers[name].send("turn")
+            took, mb[name], results[name] = workers[name].recv()
+            if i >= 0:
+                seconds[name].append(took)
+    for worker in workers.values():
+        worker.send("end")
+    return seconds, mb, results
+
+
+def _serve(connection, make, arguments, repeat):
+    before = peak_mb()
+    call, first = make(*arguments), True
+    while connection.recv() == "turn":
+        # short calls: the turn of another process has left its data in the caches
+        result = call() if repeat > 1 else None
+        seconds = in_turns({"": call}, rounds=1, warmup=0, repeat=repeat)[""][0]
+        connection.send((seconds, peak_mb() - before, result))
+        if first:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: the compiler's own is not a call's
+            first = False
 
 
 def _wait():

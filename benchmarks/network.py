@@ -3,44 +3,52 @@
     python benchmarks/network.py [--networks digits quarter cifar10] [--precisions float32]
 
 Stock is the model as diffusers' documentation runs it, in bfloat16 under autocast; ours is `InferenceUNet` of the same weights,
-as `pipe.optimize()` makes it. All of a row take turns in one process. FLOP/s count the plain network's convolutions and matrix
+as `pipe.optimize()` makes it. All of a row take turns, each in a process of its own, for what one has the allocator do helps or
+hurts all of a process. FLOP/s count the plain network's convolutions and matrix
 products, also where fewer are done, and are given as shares of the machine's best measured rate.
 """
 
 import argparse
 
 import torch
-from measure import flops, has_bfloat16, in_turns, medians, peak_rate, ratio, record
-from networks import NETWORKS, pair
+from diffusers import UNet2DModel
+from measure import flops, has_bfloat16, in_turns_apart, medians, peak_rate, ratio, record
+from networks import NETWORKS, network, pair
 
 from ddpm_hf import InferenceUNet
 
+KINDS = ("stock", "stock compiled", "DDPMUNet", "ours", "ours compiled")
 
-@torch.no_grad()
-def measure(name, batch_size, precision, rounds):
+
+def make_call(kind, name, batch_size, precision):
+    """One call is one forward pass of a network of its own; returns the output."""
     stock, ours = pair(name)
     side, channels = stock.config.sample_size, stock.config.in_channels
     x, t = torch.randn(batch_size, channels, side, side), torch.tensor(500)
     half = precision == "bfloat16"
-    stock_compiled = torch.compile(stock)
+    if kind.startswith("ours"):
+        unet, half = InferenceUNet(ours, torch.bfloat16 if half else None, kind == "ours compiled"), False
+    else:
+        unet = {"stock": stock, "stock compiled": torch.compile(stock), "DDPMUNet": ours}[kind]
 
-    def autocast(model):
+    @torch.no_grad()
+    def call():
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return model(x, t, return_dict=False)[0]
+            return unet(x, t, return_dict=False)[0]
 
-    dtype = torch.bfloat16 if half else None
-    eager, compiled = (InferenceUNet(ours, dtype, compile) for compile in (False, True))
-    calls = {
-        "stock": lambda: autocast(stock),
-        "stock compiled": lambda: autocast(stock_compiled),
-        "DDPMUNet": lambda: autocast(ours),
-        "ours": lambda: eager(x, t, return_dict=False)[0],
-        "ours compiled": lambda: compiled(x, t, return_dict=False)[0],
-    }
-    exact = stock(x, t).sample
-    errors = {name: (call().float() - exact).abs().max().item() for name, call in calls.items()}
-    seconds = in_turns(calls, rounds, warmup=3, repeat=max(1, min(20, int(200 / batch_size / channels / side))))
-    work = flops(lambda: stock(x, t)) / min(seconds["ours compiled"])
+    return call
+
+
+def measure(name, batch_size, precision, rounds):
+    stock = network(name, UNet2DModel)
+    side, channels = stock.config.sample_size, stock.config.in_channels
+    makers = {kind: (make_call, kind, name, batch_size, precision) for kind in KINDS}
+    repeat = max(2, min(20, int(200 / batch_size / channels / side)))
+    seconds, _, outputs = in_turns_apart(makers, rounds, warmup=3, repeat=repeat)
+    exact = make_call("stock", name, batch_size, "float32")()
+    errors = {kind: (output.float() - exact).abs().max().item() for kind, output in outputs.items()}
+    x = torch.randn(batch_size, channels, side, side)
+    work = flops(lambda: stock(x, 500)) / min(seconds["ours compiled"])
     return {
         "network": name,
         "batch": batch_size,
@@ -49,7 +57,7 @@ def measure(name, batch_size, precision, rounds):
         "eager, times stock": ratio(seconds, "stock", "ours"),
         "compiled, times stock": ratio(seconds, "stock", "ours compiled"),
         "compiled, times stock compiled": ratio(seconds, "stock compiled", "ours compiled"),
-        "share of peak": work / peak_rate(torch.bfloat16 if half else torch.float32),
+        "share of peak": work / peak_rate(torch.bfloat16 if precision == "bfloat16" else torch.float32),
         "error stock": errors["stock"],
         "error ours": max(errors["ours"], errors["ours compiled"]),
     }
@@ -65,7 +73,6 @@ def main():
     for name in arguments.networks:
         for batch_size in NETWORKS[name]["batch_sizes"]:
             for precision in arguments.precisions:
-                torch.compiler.reset()
                 row = measure(name, batch_size, precision, arguments.rounds)
                 record("network", "Forward pass", row, keys=("network", "batch", "precision"))
 

@@ -4,13 +4,11 @@
 
 Stock's step is that of the script's loop with its default optimizer and EMA; ours that of training/train.py, as it is and with
 `--compile true` (and `--channels_last auto`), without its log and its check of finite steps (benchmarks/training_overhead.py
-has them). All take turns in one process. Peak memory: the resident set of a process of its own for each, in three
-steps after a first one, less that of one that only imported.
+has them). All take turns, each in a process of its own, for what one has the allocator do helps or hurts all of a process.
+Peak memory: the resident set in the steps after the first, less that before the network was made.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from measure import has_bfloat16, in_turns, medians, peak_mb, ratio, record
+from measure import has_bfloat16, in_turns_apart, medians, ratio, record
 from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -27,6 +25,7 @@ from networks import network  # noqa: E402
 
 from config import TrainConfig  # noqa: E402
 from ddpm_hf import DDPMUNet, DiffusionObjective, UniformTimesteps, VariationalDDPMScheduler  # noqa: E402
+from ddpm_hf.memory import keep_freed_memory  # noqa: E402
 
 BATCH_SIZES = {"digits": 64, "quarter": 32, "cifar10": 16}
 KINDS = ("stock", "stock compiled", "ours", "ours compiled")
@@ -66,6 +65,7 @@ def stock_step(unet, x_start, compiled, autocast, half):
 
 def our_step(unet, x_start, compiled, autocast, half):
     device, config = x_start.device, TrainConfig(compile=compiled, mixed_precision="bf16" if half else "no")
+    keep_freed_memory()
     if channels_last(config, device):
         unet.to(memory_format=torch.channels_last)
     if compiled:
@@ -88,25 +88,8 @@ def our_step(unet, x_start, compiled, autocast, half):
     return step
 
 
-def peak_memory(kind, name, precision):
-    """MB of three steps of a process of its own."""
-    command = [sys.executable, __file__, "--peak", kind, name, precision]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-
-
-def print_peak(kind, name, precision):
-    before = peak_mb()
-    step = make_step(kind, name, precision)
-    step()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: the compiler's own is not a step's
-    for _ in range(3):
-        step()
-    print(peak_mb() - before)
-
-
 def measure(name, precision, rounds):
-    seconds = in_turns({kind: make_step(kind, name, precision) for kind in KINDS}, rounds, warmup=2)
-    memory = {kind: peak_memory(kind, name, precision) for kind in ("stock", "ours", "ours compiled")}
+    seconds, memory, _ = in_turns_apart({kind: (make_step, kind, name, precision) for kind in KINDS}, rounds, warmup=2)
     return {
         "network": name,
         "batch": BATCH_SIZES[name],
@@ -127,14 +110,9 @@ def main():
     precisions = ["float32", "bfloat16"]
     parser.add_argument("--precisions", nargs="+", default=precisions[: 1 + has_bfloat16()], choices=precisions)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peak:
-        print_peak(*arguments.peak)
-        return
     for name in arguments.networks:
         for precision in arguments.precisions:
-            torch.compiler.reset()
             row = measure(name, precision, arguments.rounds)
             record("training_step", "A training step", row, keys=("network", "precision"), hidden=("memory MB",))
 

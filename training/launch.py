@@ -11,6 +11,7 @@ from dropout import FastDropout
 from stops import tell
 
 from config import ConfigError, TrainConfig
+from ddpm_hf.memory import keep_freed_memory
 from ddpm_hf.winograd import by_tiles
 
 
@@ -68,6 +69,8 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             f"{started} processes were started, accelerate found {accelerator.num_processes}; see the README"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if by_accelerate or started > 1:
         _use_all_cores(accelerator)
     return accelerator

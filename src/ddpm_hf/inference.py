@@ -8,6 +8,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import logging
 from torch import nn
 
+from .memory import keep_freed_memory
 from .unet import DDPMUNet, ResidualBlock, SelfAttention, Upsample
 from .winograd import WinogradConv2d, by_tiles
 
@@ -24,6 +25,7 @@ class InferenceUNet(nn.Module):
     - q, k and v are one matrix product;
     - on the CPU, upsampling and the 3x3 convolution after it are one transposed 4x4 convolution of 4/9 of the products;
     - on the CPU in float32, 3x3 convolutions of 256 channels and more are Winograd's, with four times their weights;
+    - on the CPU, memory that is freed stays with the process for the next call (`keep_freed_memory`);
     - weights and activations are in channels-last layout on the CPU, and in half precision everywhere;
     - what remains is compiled; in half precision on the CPU the compiler also packs the weights as oneDNN reads them.
 
@@ -77,6 +79,7 @@ class InferenceUNet(nn.Module):
             if name not in ("time_proj", "time_embedding", "class_embedding"):
                 nn.Module.to(part, dtype=self.compute_dtype, memory_format=self.layout)
         self.net = net
+        done += ["freed memory kept"] if on_cpu and keep_freed_memory() else []
 
         self.compiled, self.paths, self.packs = None, {}, on_cpu and half
         if compile:
