@@ -54,8 +54,7 @@ def in_turns_apart(
         makers: for each name a function of a module and its arguments; what it returns is called.
 
     Returns:
-        Seconds in each round; MB that the calls after the first take at most, less what imports take; what it
-        returns, where `repeat` is above 1.
+        Seconds in each round; MB that the calls after the first take at most, less what imports take; what it returns.
     """
     context, workers = multiprocessing.get_context("spawn"), {}
     for name, (make, *arguments) in makers.items():
@@ -79,10 +78,13 @@ def _serve(connection, make, arguments, repeat):
     before = peak_mb()
     call, first = make(*arguments), True
     while connection.recv() == "turn":
-        # short calls: the turn of another process has left its data in the caches
-        result = call() if repeat > 1 else None
-        seconds = in_turns({"": call}, rounds=1, warmup=0, repeat=repeat)[""][0]
-        connection.send((seconds, peak_mb() - before, result))
+        if repeat > 1:
+            call()  # short calls: the turn of another process has left its data in the caches
+        start = time.perf_counter()
+        for _ in range(repeat):
+            result = call()
+        _wait()
+        connection.send(((time.perf_counter() - start) / repeat, peak_mb() - before, result))
         if first:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: the compiler's own is not a call's
             first = False

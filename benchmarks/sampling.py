@@ -5,7 +5,7 @@
 Ours is `DDPMImagePipeline` after `pipe.optimize()`, and as it is; stock is `DDPMPipeline` as diffusers' documentation
 runs it, and with its network compiled. "network alone" is what ours spends in the network: the limit for everything
 around it. Likelihoods: 64 images, stock's network at one timestep a call with our terms, against `bits_per_dim` of an
-`InferenceUNet`. All take turns in one process.
+`InferenceUNet`. All take turns, each in a process of its own.
 """
 
 import argparse
@@ -13,46 +13,43 @@ import argparse
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from likelihood import one_step_a_call
-from measure import in_turns, medians, ratio, record
+from measure import in_turns_apart, medians, ratio, record
 from networks import config_of, pair
 
 from ddpm_hf import DDPMImagePipeline, InferenceUNet, VariationalDDPMScheduler, bits_per_dim
 
 
-def quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@torch.no_grad()
-def sampling(name, batch_size, steps, rounds):
+def make_sampling(kind, name, batch_size, steps):
+    """One call draws images (N, H, W, C) from a pipeline of its own; of "network alone", calls its network as often."""
     stock, ours = pair(name)
     process = dict(variance_type="fixed_large", timestep_spacing="leading")
-    plain, fast = (quiet(DDPMImagePipeline(ours, VariationalDDPMScheduler(**process))) for _ in range(2))
-    fast.optimize()
-    pipelines = {
-        "stock": quiet(DDPMPipeline(stock, DDPMScheduler(**process))),
-        "stock compiled": quiet(DDPMPipeline(torch.compile(stock), DDPMScheduler(**process))),
-        "ours as it is": plain,
-        "ours": fast,
-    }
-    seen = {}
-
-    def run(name):
-        kwargs = dict(generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np")
-        seen[name] = pipelines[name](batch_size, **kwargs).images
-
-    calls = {name: lambda name=name: run(name) for name in pipelines}
+    if kind.startswith("stock"):
+        pipe = DDPMPipeline(torch.compile(stock) if kind == "stock compiled" else stock, DDPMScheduler(**process))
+    else:
+        pipe = DDPMImagePipeline(ours, VariationalDDPMScheduler(**process))
+    pipe.set_progress_bar_config(disable=True)
+    if kind in ("ours", "network alone"):
+        pipe.optimize()
     x = torch.randn(batch_size, *shape_of(name))
 
+    def images():
+        generator = torch.Generator().manual_seed(0)
+        return pipe(batch_size, generator=generator, num_inference_steps=steps, output_type="np").images
+
+    @torch.no_grad()
     def network_alone():
-        timesteps = fast.scheduler.timesteps
-        net = fast._network(timesteps)
-        for t in timesteps.tolist():
+        pipe.scheduler.set_timesteps(steps)
+        net = pipe._network(pipe.scheduler.timesteps)
+        for t in pipe.scheduler.timesteps.tolist():
             net(x, t, return_dict=False)
 
-    calls["network alone"] = network_alone
-    seconds = in_turns(calls, rounds, warmup=1)
+    return network_alone if kind == "network alone" else images
+
+
+def sampling(name, batch_size, steps, rounds):
+    kinds = ("stock", "stock compiled", "ours as it is", "ours", "network alone")
+    makers = {kind: (make_sampling, kind, name, batch_size, steps) for kind in kinds}
+    seconds, _, images = in_turns_apart(makers, rounds, warmup=1)
     return {
         "what": f"sampling, {name}, batch {batch_size}",
         "steps": steps,
@@ -60,7 +57,7 @@ def sampling(name, batch_size, steps, rounds):
         "times stock": ratio(seconds, "stock", "ours"),
         "times stock compiled": ratio(seconds, "stock compiled", "ours"),
         "as it is, times stock": ratio(seconds, "stock", "ours as it is"),
-        "largest difference": float(abs(seen["ours"] - seen["ours as it is"]).max()),
+        "largest difference": float(abs(images["ours"] - images["ours as it is"]).max()),
     }
 
 
@@ -69,23 +66,22 @@ def shape_of(name):
     return config["in_channels"], config["sample_size"], config["sample_size"]
 
 
-@torch.no_grad()
-def likelihood(name, steps, rounds, images=64, rows=256):
+def make_likelihood(kind, name, steps, images, rows):
+    """One call is the whole bound of the same images; returns bits/dim."""
     stock, ours = pair(name)
-    scheduler, fast = VariationalDDPMScheduler(), InferenceUNet(ours)
+    scheduler = VariationalDDPMScheduler()
     scheduler.set_timesteps(steps)
     x_start = torch.randint(0, 256, (images, *shape_of(name))) / 127.5 - 1
+    if kind == "stock":
+        return lambda: one_step_a_call(stock, scheduler, x_start).mean().item()
+    net = ours if kind == "ours as it is" else InferenceUNet(ours)
+    return lambda: bits_per_dim(net, scheduler, x_start, batch_size=images if kind == "ours" else rows).mean
 
-    def whole(net, rows):
-        return bits_per_dim(net, scheduler, x_start, batch_size=rows).mean
 
-    calls = {
-        "stock": lambda: one_step_a_call(stock, scheduler, x_start),
-        "ours as it is": lambda: whole(ours, rows),
-        "ours": lambda: whole(fast, images),
-        "ours in larger calls": lambda: whole(fast, rows),
-    }
-    seconds = in_turns(calls, rounds, warmup=1)
+def likelihood(name, steps, rounds, images=64, rows=256):
+    kinds = ("stock", "ours as it is", "ours", "ours in larger calls")
+    makers = {kind: (make_likelihood, kind, name, steps, images, rows) for kind in kinds}
+    seconds, _, bits = in_turns_apart(makers, rounds, warmup=1)
     return {
         "what": f"bits/dim, {name}, {images} images",
         "steps": steps,
@@ -93,7 +89,7 @@ def likelihood(name, steps, rounds, images=64, rows=256):
         "times stock": ratio(seconds, "stock", "ours"),
         "as it is, times stock": ratio(seconds, "stock", "ours as it is"),
         "larger calls, times stock": ratio(seconds, "stock", "ours in larger calls"),
-        "bits/dim": {"stock": calls["stock"]().mean().item(), "ours": calls["ours"]()},
+        "bits/dim": {kind: bits[kind] for kind in ("stock", "ours")},
     }
 
 
@@ -111,7 +107,6 @@ def main():
         "bits/dim quarter": lambda: likelihood("quarter", max(2, steps // 100), rounds),
     }
     for name in arguments.only or measured:
-        torch.compiler.reset()
         row = measured[name]()
         record(
             "sampling", "Sampling and bits/dim", row, keys=("what", "steps"), hidden=("bits/dim", "largest difference")
