@@ -60,6 +60,7 @@ def in_turns_apart(
     for name, (make, *arguments) in makers.items():
         workers[name], theirs = context.Pipe()
         context.Process(target=_serve, args=(theirs, make, arguments, repeat), daemon=True).start()
+        theirs.close()  # so that the end of a process that failed is seen
     seconds, mb, results = {name: [] for name in workers}, {}, {}
     turns = list(workers)
     for i in range(-warmup, rounds):
