@@ -139,7 +139,9 @@ def plot(measured, path):
             axis.grid(alpha=0.3)
         column[-1].set_xlabel(sweep + "\n\n" + "\n".join(textwrap.wrap(COMMENTS[sweep], 46)), fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=90, format="png")
+    temporary.replace(path)
 
 
 def main():
