@@ -9,7 +9,6 @@ settings. Beside bits/dim stand a per-pixel histogram of the training split, and
 """
 
 import argparse
-import dataclasses
 import io
 import json
 import sys
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +25,7 @@ sys.path.insert(0, str(ROOT / "training"))
 from digits import pixels  # noqa: E402
 from sklearn.svm import SVC  # noqa: E402
 
-from config import load_config  # noqa: E402
+from config import as_yaml, load_config  # noqa: E402
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim  # noqa: E402
 from ddpm_hf.data import LEVELS, pixels_to_tensor, tensor_to_pixels  # noqa: E402
 from ddpm_hf.hub import write_whole  # noqa: E402
@@ -183,7 +181,7 @@ def trained(settings, folder):
     """Trains into `folder`, unless what stands there was trained by the same config; the seconds that it took."""
     config, _ = load_config([*settings, "--output_dir", str(folder)])
     took, written = folder / "training_seconds.json", folder / "config.yaml"
-    if not (took.is_file() and yaml.safe_load(written.read_text()) == dataclasses.asdict(config)):
+    if not (took.is_file() and written.read_text() == as_yaml(config)):
         took.unlink(missing_ok=True)
         start = time.perf_counter()
         train(config)

@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from scripts import ROOT, script
 
-from config import PRESETS, ConfigError, as_yaml, checkpoint_to_resume, load_config
+from config import PRESETS, ClassifierConfig, ConfigError, as_yaml, checkpoint_to_resume, load_config
+from train import build
 
 TRAIN = ROOT / "training/train.py"
 
@@ -18,7 +20,7 @@ def load(*argv):
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_presets_name_their_source_and_load(preset, tmp_path):
-    data = ["--data", str(tmp_path)] if preset.endswith(("256", "imagenet64")) else []
+    data = ["--data", str(tmp_path)] if preset.endswith(("256", "imagenet64", "imagenet128")) else []
     config = load("--config", preset, *data)
     assert config.steps >= 1000
     assert (PRESETS / f"{preset}.yaml").read_text().startswith("#")
@@ -59,7 +61,7 @@ def test_command_line_beats_the_file(tmp_path):
         (["--unet.in_channels", "3"], "unet.in_channels follows"),
         (["--data", "./no/such/folder"], "data='./no/such/folder' does not exist"),
         (["--data", "nothing.parquet"], "does not exist"),
-        (["--config", "nope"], "presets: celebahq-256, cifar10, digits"),
+        (["--config", "nope"], "presets: adm-imagenet128, adm-imagenet256"),
         (["--mixed_precision", "fp8"], "mixed_precision='fp8'"),
         (["--label_column", "label"], "go together"),
         (["--adam_betas", "[0.9]"], "adam_betas"),
@@ -249,3 +251,22 @@ def test_dry_run_shows_the_resolved_config():
     assert yaml.safe_load(result.stdout)["steps"] == 5 and "parameters, 5 steps of 64 images" in result.stdout
     assert " GiB for weights, gradient, optimizer and average" in result.stdout
     assert not Path("/tmp/there/is/no/such/folder").exists()
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in ClassifierConfig.PRESETS.glob("*.yaml")))
+def test_presets_of_classifiers(preset):
+    config, _ = load_config(["--config", preset, "--output_dir", "/tmp/there/is/no/such/folder"], ClassifierConfig)
+    assert config.classes == 10 and config.preset == preset
+
+
+@pytest.mark.parametrize(
+    "preset, millions", [("adm-imagenet64", 296), ("adm-imagenet128", 422), ("adm-imagenet256", 554)]
+)
+def test_the_parameters_of_adm(preset, millions, tmp_path):
+    """As the paper states them, and without allocating them."""
+    config = load("--config", preset, "--data", str(tmp_path))
+    with torch.device("meta"):
+        unet, *_ = build(config)
+    assert round(unet.num_parameters() / 1e6) == millions and unet.device.type == "meta"
+    sides = [config.image_size // 2**i for i, name in enumerate(config.unet["down_block_types"]) if "Attn" in name]
+    assert sides == [32, 16, 8] and unet.mid_block.attentions[0].heads == config.unet["block_out_channels"][-1] // 64

@@ -178,7 +178,7 @@ def test_stock_parts_become_ours_and_share_their_weights(make_pipeline):
         ({"latents": torch.zeros(1, 1, 7, 8)}, "multiples of 2"),
         ({"num_inference_steps": 1001}, "1001"),
         ({"eta": 2.0}, "eta=2.0"),
-        ({"class_labels": 1}, "no class embedding"),
+        ({"class_labels": 1}, "this network has no classes"),
         ({"callback_on_step_end_tensor_inputs": ("x",)}, "'x'"),
     ],
 )

@@ -95,6 +95,15 @@ def random_config(rng):
 CONFIGS = {
     "cifar10": CIFAR10 | {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8},
     "celebahq-church": SIX_LEVELS | {"block_out_channels": (16, 16, 32, 32, 48, 48), "norm_num_groups": 8},
+    "adm": {
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "attn_norm_num_groups": 4,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "num_class_embeds": 7,
+    },
     "adm-like": ATTENTION
     | {
         "downsample_type": "resnet",
@@ -128,6 +137,10 @@ CONFIGS |= {
     "resnet-down": ATTENTION | {"downsample_type": "resnet"},
     "resnet-up": ATTENTION | {"upsample_type": "resnet"},
     "resnet-resampling-plain-blocks": PLAIN | {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "resnet-resampling-by-name": {
+        "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+        "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+    },
     "asymmetric-padding": {"downsample_padding": 0},
     "dropout": ATTENTION | {"dropout": 0.5, "downsample_type": "resnet", "upsample_type": "resnet"},
     "one-head": {"attention_head_dim": None},

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from accelerate.utils import gather_object, load
 from safetensors import SafetensorError
 from stops import going_on, tell
 
-from config import ConfigError, TrainConfig, as_yaml, checkpoints_before, checkpoints_in
+from config import ConfigError, RunConfig, as_yaml, checkpoints_before, checkpoints_in
 
 
 def to_disk(folder: Path) -> None:
@@ -22,6 +23,28 @@ def to_disk(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def put(folder: Path, write: Callable[[Path], None]) -> None:
+    """Has a folder written under another name, and renames it: a folder of this name is whole, this one or that before it."""
+    temporary, old = folder.with_name(f".{folder.name}"), put_aside(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk shall not stay full
+        raise
+    to_disk(temporary)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():  # of fewer steps
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_aside(folder: Path) -> Path:
+    """Where `put` has the folder of before for a moment: if a run is killed then, it is all there is."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 class Checkpoints:
     """Saves and loads the state of a run in `<output_dir>/checkpoints/<step>/`.
 
@@ -30,15 +53,15 @@ class Checkpoints:
     checkpoint is written under a name that begins with a dot and renamed when it is whole.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, own: dict, **parts):
+    def __init__(self, config: RunConfig, accelerator: Accelerator, own: dict, **parts):
         self.config, self.accelerator, self.own, self.parts = config, accelerator, own, parts
         self.folder = Path(config.output_dir) / "checkpoints"
         self.best = {"step": 0, "bits_per_dim": math.inf}
 
-    def is_best(self, step: int, bits_per_dim: float) -> bool:
-        """Whether no checkpoint before was as good; then the one of this step, once saved, stays."""
-        if bits_per_dim < self.best["bits_per_dim"]:
-            self.best = {"step": step, "bits_per_dim": bits_per_dim}
+    def is_best(self, step: int, measured: float) -> bool:
+        """Whether no checkpoint before measured as little; then the one of this step, once saved, stays."""
+        if measured < self.best["bits_per_dim"]:  # of a classifier its loss
+            self.best = {"step": step, "bits_per_dim": measured}
         return self.best["step"] == step
 
     def save(self, step: int) -> bool:

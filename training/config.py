@@ -21,8 +21,8 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass
-class TrainConfig:
-    """Every key of a YAML file or of the command line. "Steps" are optimizer steps."""
+class RunConfig:
+    """What every training run needs: keys of a YAML file or of the command line. "Steps" are optimizer steps."""
 
     # data
     data: str = "digits"  # digits, mnist, a folder of images, a .parquet file or folder, or a Hub id
@@ -30,7 +30,7 @@ class TrainConfig:
     streaming: bool = False  # images are read as they are needed, from files or the Hub; nothing is copied to the disk
     shuffle_buffer: int = 10000  # of a stream: the next image is one of so many
     image_column: str | None = None  # None: the only column of images
-    label_column: str | None = None  # class labels, for a network with unet.num_class_embeds
+    label_column: str | None = None  # class labels
     max_broken: float = 0.01  # share of images that may be left out because they cannot be read
     memory_gb: float = 1.0  # a data set whose pixels need no more is read once and kept
     image_size: int | list[int] = 8  # side, or [height, width]; images are scaled and cut to it
@@ -38,18 +38,8 @@ class TrainConfig:
     background: str = "white"  # of what is transparent, where there are less than 4 channels; a name or #rrggbb
     channels: int = 1
     random_flip: bool = False  # left to right, every other image
-    # network and process: keys of DDPMUNet and of VariationalDDPMScheduler
-    unet: dict = dataclasses.field(default_factory=dict)
-    scheduler: dict = dataclasses.field(default_factory=dict)
-    init_from: str | None = (
-        None  # a pipeline's folder or Hub id, diffusers' own too: its network in place of unet and init
-    )
-    init: str = "paper"  # first weights: paper (zeros where its code has them) or torch (as diffusers' class)
+    scheduler: dict = dataclasses.field(default_factory=dict)  # the process: keys of VariationalDDPMScheduler
     # training
-    loss: str = "simple"  # simple, vlb, hybrid
-    vlb_weight: float = 0.001  # of the bound in hybrid
-    weighting: str | None = None  # of the mean squared error by t: min_snr, truncated_snr, p2
-    timesteps: str = "uniform"  # uniform, or loss_second_moment (importance sampling, IDDPM section 3.3)
     steps: int = 1000
     batch_size: int = 128  # images a process and forward pass
     gradient_accumulation_steps: int = 1
@@ -60,7 +50,6 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_steps_skipped: int = 25  # in a row, for want of a finite gradient, before the run gives up
-    ema_decay: float = 0.9999
     mixed_precision: str = "no"  # no, bf16, fp16
     compile: bool = False  # by torch.compile: slow first steps, faster ones after them
     channels_last: str = "auto"  # true, false; auto: compiled on the CPU, in half precision on an accelerator
@@ -71,24 +60,84 @@ class TrainConfig:
     output_dir: str = "runs/digits"
     resume: str = "auto"  # auto: from the newest checkpoint in output_dir, if any; never; or the path of a checkpoint
     checkpoint_every: int = 1000  # and at the end; 0 for none
-    keep_checkpoints: int = 2  # the newest, and the best by held-out bits/dim beside them
+    keep_checkpoints: int = 2  # the newest, and the best of held-out images beside them
     log_every: int = 20
+    eval_every: int = 0  # steps between measurements of held-out images, and at the end; 0 for none
+    eval_data: str | None = None  # as data, of which it is if null
+    eval_split: str = "test"
+    eval_images: int = 64
+    trackers: list[str] = dataclasses.field(default_factory=list)  # of accelerate: tensorboard, wandb, trackio, ...
+    # no key: the preset that it began with, for the model card
+    preset: str | None = dataclasses.field(default=None, init=False)
+
+    # where its presets are; the section that holds the keys of the network, and those of them that follow from others
+    PRESETS: typing.ClassVar[Path]
+    NETWORK: typing.ClassVar[str]
+    DERIVED: typing.ClassVar[tuple[str, ...]]
+
+    @property
+    def classes(self) -> int | None:
+        """How many labels there are."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass
+class TrainConfig(RunConfig):
+    """Of training/train.py."""
+
+    PRESETS = PRESETS
+    NETWORK = "unet"
+    DERIVED = ("sample_size", "in_channels", "out_channels", "null_class")
+
+    unet: dict = dataclasses.field(default_factory=dict)  # keys of DDPMUNet
+    init_from: str | None = (
+        None  # a pipeline's folder or Hub id, diffusers' own too: its network in place of unet and init
+    )
+    init: str = "paper"  # first weights: paper (zeros where its code has them) or torch (as diffusers' class)
+    loss: str = "simple"  # simple, vlb, hybrid
+    vlb_weight: float = 0.001  # of the bound in hybrid
+    weighting: str | None = None  # of the mean squared error by t: min_snr, truncated_snr, p2
+    label_dropout: float = (
+        0.0  # share of labels trained as "no class", for guidance_scale; num_class_embeds leaves it out
+    )
+    timesteps: str = "uniform"  # uniform, or loss_second_moment (importance sampling, IDDPM section 3.3)
+    ema_decay: float = 0.9999
     sample_every: int = 1000  # a sheet of EMA samples; 0 for none
     sample_raw: int = 5  # so many first sheets have one of the weights that are not averaged beside them
     sample_count: int = 64
     sample_steps: int | None = None  # network calls an image; None for all timesteps
-    eval_every: int = 0  # steps between estimates of held-out bits/dim, and at the end; 0 for none
-    eval_data: str | None = None  # as data, of which it is if null
-    eval_split: str = "test"
-    eval_images: int = 64
-    eval_evaluations: int = 50  # network calls an image, see estimate_bits_per_dim
-    trackers: list[str] = dataclasses.field(default_factory=list)  # of accelerate: tensorboard, wandb, trackio, ...
+    eval_evaluations: int = 50  # network calls for each held-out image, see estimate_bits_per_dim
     # where it is published, at checkpoints and at the end
     push_to_hub: str | None = None  # user/name of a repository on the Hub; None for nowhere
     hub_private: bool = False  # where the repository is made: for its owner only
     license: str | None = None  # of the model card: the Hub's name of one, as apache-2.0
-    # no key: the preset that it began with, for the model card
-    preset: str | None = dataclasses.field(default=None, init=False)
+
+    @property
+    def classes(self):
+        return self.unet.get("num_class_embeds")
+
+
+@dataclasses.dataclass
+class ClassifierConfig(RunConfig):
+    """Of training/train_classifier.py."""
+
+    PRESETS = PRESETS / "classifier"
+    NETWORK = "classifier"
+    DERIVED = ("sample_size", "in_channels", "scheduler")
+
+    label_column: str | None = "label"
+    classifier: dict = dataclasses.field(default_factory=dict)  # keys of NoisyClassifier, num_classes among them
+    # folder or Hub id of the pipeline that it shall guide: its process, size and channels in place of those keys
+    pipeline: str | None = None
+    random_crop: float = (
+        0.8  # images are cut to this share of their sides at the least, and scaled up again; 1 for none
+    )
+    weight_decay: float = 0.05
+    output_dir: str = "runs/digits-classifier"
+
+    @property
+    def classes(self):
+        return self.classifier.get("num_classes")
 
 
 # of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
@@ -105,10 +154,9 @@ MAY_CHANGE |= {
     "license",
 }
 MAY_CHANGE |= {"eval_every", "eval_data", "eval_split", "eval_images", "eval_evaluations"}
-DERIVED = {"unet": ("sample_size", "in_channels", "out_channels"), "scheduler": ()}
 
 
-def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
+def load_config(argv: list[str], kind: type[RunConfig] = TrainConfig) -> tuple[RunConfig, bool]:
     """`--config digits --key value --unet.key value` -> the resolved config, and whether `--dry_run` was given.
 
     Raises:
@@ -116,8 +164,9 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
     """
     arguments, dry_run = _read_arguments(argv)
     source = arguments.pop("config", "digits")
-    values = _read_yaml(source)
-    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig) if field.init}
+    values = _read_yaml(source, kind.PRESETS)
+    sections = kind.NETWORK, "scheduler"
+    fields = {field.name: field.type for field in dataclasses.fields(kind) if field.init}
     for key, text in arguments.items():
         part, _, name = key.partition(".")
         value = _parse(text)
@@ -125,8 +174,10 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
         if str in kinds:  # as it is: YAML would take "no", "2024", "#00ff00", "run #2" for something else
             value = None if text in ("", "~", "null") and types.NoneType in kinds else text
         if name:
-            if part not in DERIVED:
-                raise ConfigError(f"--{key}: only unet and scheduler have keys of their own{nearest(part, DERIVED)}")
+            if part not in sections:
+                raise ConfigError(
+                    f"--{key}: only {' and '.join(sections)} have keys of their own{nearest(part, sections)}"
+                )
             inner = values.get(part) or {}
             if not isinstance(inner, dict):
                 raise ConfigError(f"{part}={inner!r} must hold keys and values")
@@ -137,14 +188,14 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, bool]:
         if key not in fields:
             raise ConfigError(f"unknown key {key!r}{nearest(key, fields)}")
         values[key] = _typed(key, value, fields[key])
-    for key in ("data", "eval_data", "init_from", "output_dir"):
+    for key in ("data", "eval_data", "init_from", "pipeline", "output_dir"):
         if values.get(key):
             values[key] = os.path.expanduser(values[key])
-    config = TrainConfig(**values)
-    config.preset = source if _preset(source).is_file() else None
+    config = kind(**values)
+    config.preset = source if (kind.PRESETS / f"{source}.yaml").is_file() else None
     check(config)
     resumed = checkpoint_to_resume(config)
-    if resumed and config.init_from:  # its network is the run's by now
+    if resumed and getattr(config, "init_from", None):  # its network is the run's by now
         config.unet = _run_of(resumed)["unet"]
     return config, dry_run
 
@@ -168,14 +219,10 @@ def _read_arguments(argv):
     return arguments, dry_run
 
 
-def _preset(name):
-    return PRESETS / f"{name}.yaml"
-
-
-def _read_yaml(source):
-    path = Path(source) if source.endswith((".yaml", ".yml")) else _preset(source)
+def _read_yaml(source, presets):
+    path = Path(source) if source.endswith((".yaml", ".yml")) else presets / f"{source}.yaml"
     if not path.is_file():
-        known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
+        known = sorted(preset.stem for preset in presets.glob("*.yaml"))
         raise ConfigError(f"config {source!r} is neither a .yaml file nor a preset; presets: {', '.join(known)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -238,14 +285,18 @@ def _typed(key, value, expected):
     )
 
 
-def check(config: TrainConfig) -> None:
+def check(config: RunConfig) -> None:
     """Raises ConfigError for values that are none or do not go together."""
+    _check_run(config)
+    (_check_training if isinstance(config, TrainConfig) else _check_classifier)(config)
+
+
+def _check_run(config):
     for key in (
         "steps",
         "batch_size",
         "gradient_accumulation_steps",
         "log_every",
-        "sample_count",
         "channels",
         "keep_checkpoints",
         "shuffle_buffer",
@@ -254,7 +305,7 @@ def check(config: TrainConfig) -> None:
     ):
         if getattr(config, key) < 1:
             raise ConfigError(f"{key}={getattr(config, key)} must be 1 or more")
-    for key in ("sample_every", "sample_raw", "checkpoint_every", "eval_every", "num_workers", "lr_warmup_steps"):
+    for key in ("checkpoint_every", "eval_every", "num_workers", "lr_warmup_steps"):
         if getattr(config, key) < 0:
             raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
     if config.num_workers > WORKERS_A_CORE * os.cpu_count():
@@ -262,10 +313,6 @@ def check(config: TrainConfig) -> None:
             f"num_workers={config.num_workers} is more than {WORKERS_A_CORE} for each of {os.cpu_count()} cores, which ends in "
             "a machine that answers no more; take as many as there are cores, or fewer"
         )
-    if config.eval_evaluations < 8:
-        raise ConfigError(f"eval_evaluations={config.eval_evaluations} must be 8 or more")
-    if config.sample_steps is not None and config.sample_steps < 1:
-        raise ConfigError(f"sample_steps={config.sample_steps} must be 1 or more, or null for all timesteps")
     if not 0 < config.learning_rate < math.inf or not config.max_grad_norm > 0:
         raise ConfigError(
             f"learning_rate={config.learning_rate} and max_grad_norm={config.max_grad_norm} must be above 0"
@@ -282,8 +329,6 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("data is empty; name a data set")
     if not config.output_dir:
         raise ConfigError("output_dir is empty; name a folder")
-    if not 0 <= config.ema_decay < 1:
-        raise ConfigError(f"ema_decay={config.ema_decay} must be 0 to below 1")
     if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
         raise ConfigError(f"adam_betas={config.adam_betas} must be two numbers of 0 to below 1, as [0.9, 0.999]")
     if config.channels_last not in ("auto", "true", "false"):
@@ -292,17 +337,12 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"mixed_precision={config.mixed_precision!r} must be no, bf16 or fp16")
     if config.channels not in (1, 3, 4):
         raise ConfigError(f"channels={config.channels} must be 1 (grey), 3 (RGB) or 4 (RGBA)")
-    for part, names in DERIVED.items():
-        for name in names:
-            if name in getattr(config, part):
-                raise ConfigError(
-                    f"{part}.{name} follows from image_size, channels and the variance type; leave it out"
-                )
+    for name in config.DERIVED:
+        if name in getattr(config, config.NETWORK):
+            raise ConfigError(f"{config.NETWORK}.{name} follows from the other keys of the run; leave it out")
     size = image_size(config)
     if len(size) != 2:
         raise ConfigError(f"image_size={config.image_size} must be one number or [height, width]")
-    if config.init_from is None:
-        _check_network(config, size)
     # a Hub id is "name" or "user/name"; everything else that is not there is a path that is not there
     is_path = config.data.startswith((".", "/", "~")) or config.data.count("/") > 1 or config.data.endswith(".parquet")
     if is_path and not os.path.exists(config.data):
@@ -313,6 +353,33 @@ def check(config: TrainConfig) -> None:
     there = next(path for path in (output, *output.parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise ConfigError(f"output_dir={config.output_dir!r}: {there} may not be written to; name another")
+
+
+def _check_training(config):
+    if config.sample_count < 1:
+        raise ConfigError(f"sample_count={config.sample_count} must be 1 or more")
+    for key in ("sample_every", "sample_raw"):
+        if getattr(config, key) < 0:
+            raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
+    if config.eval_evaluations < 8:
+        raise ConfigError(f"eval_evaluations={config.eval_evaluations} must be 8 or more")
+    if config.sample_steps is not None and config.sample_steps < 1:
+        raise ConfigError(f"sample_steps={config.sample_steps} must be 1 or more, or null for all timesteps")
+    if not 0 <= config.ema_decay < 1:
+        raise ConfigError(f"ema_decay={config.ema_decay} must be 0 to below 1")
+    if not 0 <= config.label_dropout < 1:
+        raise ConfigError(f"label_dropout={config.label_dropout} must be 0 to below 1")
+    if config.label_dropout and config.label_column is None:
+        raise ConfigError(f"label_dropout={config.label_dropout} needs labels; name their label_column")
+    if config.init_from is None:
+        _check_network(config, image_size(config))
+
+
+def _check_classifier(config):
+    if not 0 < config.random_crop <= 1:
+        raise ConfigError(f"random_crop={config.random_crop} must be above 0, up to 1")
+    if config.label_column is None or config.classes is None:
+        raise ConfigError("a classifier needs label_column, and classifier.num_classes: how many labels there are")
 
 
 def _check_network(config, size):
@@ -344,7 +411,7 @@ def checkpoints_before(output_dir: str, path: Path) -> list[Path]:
     return [each for each in found if int(each.name) < int(path.name)] if path.name.isdigit() else found
 
 
-def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+def checkpoint_to_resume(config: RunConfig) -> Path | None:
     """The checkpoint from which the run `config` goes on; None for a new run.
 
     Raises:
@@ -360,14 +427,16 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     if ours and path:
         ours = _read_run(output).get("resume") == config.resume
     filled = output.is_dir() and any(name[0] != "." for name in os.listdir(output))
-    if filled and (not ours or (not found and (output / "pipeline").exists())):
+    ended = (output / ("pipeline" if isinstance(config, TrainConfig) else "classifier")).exists()
+    if filled and (not ours or (not found and ended)):
         raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another or remove it")
     path = found[-1] if found else path
     if path is None:
         return None
-    before, now = {**dataclasses.asdict(TrainConfig()), **_run_of(path)}, dataclasses.asdict(config)
+    before, now = {**dataclasses.asdict(type(config)()), **_run_of(path)}, dataclasses.asdict(config)
     may_change = MAY_CHANGE | ({"steps"} if config.lr_schedule.startswith("constant") else set())
-    may_change |= {"unet"} if config.init_from else set()  # it is init_from's, which is not known yet
+    may_change |= {"unet"} if getattr(config, "init_from", None) else set()  # it is init_from's, which is not known yet
+    may_change |= {"scheduler", "image_size", "channels"} if getattr(config, "pipeline", None) else set()  # it has them
     may_change -= {"num_workers"} if config.streaming else set()  # they divide the stream
     for key in now:
         if key not in may_change and before[key] != now[key]:
@@ -402,14 +471,14 @@ def _read_run(folder):
     return values
 
 
-def as_yaml(config: TrainConfig) -> str:
+def as_yaml(config: RunConfig) -> str:
     """The whole config as config.yaml holds it."""
     values = dataclasses.asdict(config)
     del values["preset"]
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def image_size(config: TrainConfig) -> tuple[int, ...]:
+def image_size(config: RunConfig) -> tuple[int, ...]:
     """(height, width) in pixels."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else tuple(size)

@@ -59,7 +59,7 @@ def load_tensor(source, split, unet, levels, count=None, column=None, label_colu
             resized.add(image.size)
         return to_pixels(image)
 
-    classes = unet.config.num_class_embeds
+    classes = unet.num_classes
     data = training_set(dataset, noted, column, label_column, classes, had.get("label_names"), max_broken, memory=2**40)
     if resized:
         told = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])

@@ -12,7 +12,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets.distributed import split_dataset_by_node
 from stops import ignore_interrupts
 
-from config import ConfigError, TrainConfig, image_size
+from config import ConfigError, RunConfig, image_size
 from ddpm_hf.data import (
     PixelTensors,
     check_levels,
@@ -25,17 +25,17 @@ from ddpm_hf.data import (
 )
 
 
-def levels_of(config: TrainConfig) -> int:
+def levels_of(config: RunConfig) -> int:
     """Grey levels of the data."""
     return config.scheduler.get("levels", 256)
 
 
-def pixels_by(config: TrainConfig):
+def pixels_by(config: RunConfig):
     """The function from a PIL image to its pixels, for training and held-out data alike."""
     return image_to_pixels(image_size(config), config.channels, levels_of(config), config.background, config.crop)
 
 
-def open_images(config: TrainConfig) -> tuple:
+def open_images(config: RunConfig) -> tuple:
     """The data set that is trained on, as it is, and the names of its labels or None; no image is read.
 
     Raises:
@@ -44,7 +44,7 @@ def open_images(config: TrainConfig) -> tuple:
     with _told(f"data={config.data!r}"):
         check_levels(config.data, levels_of(config))
         images = load_images(config.data, config.split, config.streaming)
-        return images, label_names(images, config.label_column, config.unet.get("num_class_embeds"))
+        return images, label_names(images, config.label_column, config.classes)
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def _told(where):
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def open_data(config: TrainConfig, images, process: int = 0, processes: int = 1):
+def open_data(config: RunConfig, images, process: int = 0, processes: int = 1):
     """The training set of `open_images`' data, its first image read; of a stream, shuffled, this process's part.
 
     Raises:
@@ -64,7 +64,7 @@ def open_data(config: TrainConfig, images, process: int = 0, processes: int = 1)
     """
     with _told(f"data={config.data!r}"):
         to_pixels = pixels_by(config)
-        columns = config.image_column, config.label_column, config.unet.get("num_class_embeds")
+        columns = config.image_column, config.label_column, config.classes
         if config.streaming:
             probe = training_set(images, to_pixels, *columns, max_broken=config.max_broken)
             if next(iter(probe), None) is None:
@@ -81,7 +81,7 @@ def open_data(config: TrainConfig, images, process: int = 0, processes: int = 1)
     return dataset
 
 
-def open_some(config: TrainConfig, names: list[str] | None, images=None) -> tuple:
+def open_some(config: RunConfig, names: list[str] | None, images=None) -> tuple:
     """x_start (eval_images, C, H, W) and labels or None: of `open_images`' data if that is given, else held-out images.
 
     Raises:
@@ -97,7 +97,7 @@ def open_some(config: TrainConfig, names: list[str] | None, images=None) -> tupl
         images = load_images(source, split, config.streaming) if images is None else images
         if config.streaming:  # some of all that there are: data is often sorted
             images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer)
-        columns = config.image_column, config.label_column, config.unet.get("num_class_embeds"), names
+        columns = config.image_column, config.label_column, config.classes, names
         images = training_set(images, pixels_by(config), *columns, config.max_broken, memory=0)
         if not config.streaming:
             images = images.readable(np.random.default_rng(0).permutation(len(images)))
@@ -108,7 +108,7 @@ def open_some(config: TrainConfig, names: list[str] | None, images=None) -> tupl
         return pixels_to_tensor(tensors["pixels"], levels_of(config)), tensors.get("class_labels")
 
 
-def open_loader(dataset, config: TrainConfig, accelerator: Accelerator) -> torch.utils.data.DataLoader:
+def open_loader(dataset, config: RunConfig, accelerator: Accelerator) -> torch.utils.data.DataLoader:
     """Batches of this process's images on its device; their order is a function of the seed and the epoch alone.
 
     That of a stream is one of the processes and workers too.

@@ -1,21 +1,37 @@
-"""The processes, device, precision and compiler of a run: accelerate's, and what it would pass over in silence, told."""
+"""What every run is set up with: processes, device, precision and compiler, told where accelerate would pass over something in
+silence; the process, the optimizer, the folder, and the end.
+"""
 
 import gc
+import inspect
+import json
 import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch._functorch.config
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from checkpoints import put_aside
+from diffusers.optimization import SchedulerType, get_scheduler
 from dropout import FastDropout
-from stops import tell
+from safetensors import SafetensorError
+from stops import Stopped, tell
+from watch import environment
 
-from config import ConfigError, TrainConfig
+from config import ConfigError, RunConfig, as_yaml, nearest
+from ddpm_hf import VariationalDDPMScheduler
+from ddpm_hf.hub import write_whole
 from ddpm_hf.memory import keep_freed_memory
+from ddpm_hf.push import HubError
+from ddpm_hf.scheduler import VARIANCE_TYPES
 from ddpm_hf.winograd import by_tiles
 
 
-def open_accelerator(config: TrainConfig) -> Accelerator:
+def open_accelerator(config: RunConfig) -> Accelerator:
     """The accelerator of a run, as its launcher and its config ask for it.
 
     Raises:
@@ -76,6 +92,80 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def check_keys(config: RunConfig, part: str, cls: type) -> None:
+    """Raises ConfigError for a key of a section of the config that its class does not take."""
+    known = inspect.signature(cls).parameters
+    for key in getattr(config, part):
+        if key not in known:
+            raise ConfigError(f"unknown key '{part}.{key}'{nearest(key, known)}")
+
+
+def open_scheduler(config: RunConfig) -> VariationalDDPMScheduler:
+    """The process of a run.
+
+    Raises:
+        ValueError: a key or value that it does not take.
+    """
+    check_keys(config, "scheduler", VariationalDDPMScheduler)
+    variance_type = config.scheduler.get("variance_type", "fixed_small")
+    if variance_type not in VARIANCE_TYPES:  # the scheduler itself only warns, as diffusers' does
+        raise ConfigError(
+            f"scheduler.variance_type={variance_type!r} is not known{nearest(variance_type, VARIANCE_TYPES)}"
+        )
+    return VariationalDDPMScheduler(**config.scheduler)
+
+
+def check_schedule(config: RunConfig) -> None:
+    """Raises ConfigError for a learning rate's schedule that is not known."""
+    schedules = [name.value for name in SchedulerType if name.value != "piecewise_constant"]  # it needs rules
+    if config.lr_schedule not in schedules:
+        raise ConfigError(f"lr_schedule={config.lr_schedule!r} is not known{nearest(config.lr_schedule, schedules)}")
+
+
+def make_optimizer(config: RunConfig, parameters) -> tuple:
+    """The optimizer of a run, and the schedule of its learning rate."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        config.learning_rate,
+        betas=tuple(config.adam_betas),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    lr_schedule = get_scheduler(
+        config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
+    )
+    return optimizer, lr_schedule
+
+
+def open_output(config: RunConfig, accelerator: Accelerator, saved: str) -> None:
+    """Makes the run's folder, with its config and environment; `saved` is the folder in it that the run ends with."""
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if (old := put_aside(output / saved)).exists() and not (output / saved).exists():
+        os.replace(old, output / saved)  # a run was killed as it put another in its place
+    write_whole(output / "config.yaml", as_yaml(config))
+    write_whole(output / "environment.json", json.dumps(environment(accelerator), indent=2) + "\n")
+
+
+def run(program: str, train: Callable[[RunConfig], object], config: RunConfig) -> None:
+    """Trains and ends the process: what went wrong is told in one line."""
+    status = 0
+    try:
+        train(config)
+    except Stopped as error:  # in all processes
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            print(f"{program}: {error}", file=sys.stderr)
+        status = error.status
+    except (ConfigError, OSError, SafetensorError, HubError) as error:  # safetensors has its own for a full disk
+        sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:  # before the first step, or the second of them
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    leave()
+    sys.exit(status)
+
+
 def leave() -> None:
     """Ends the group of processes, once nothing refers to the network any more.
 
@@ -85,12 +175,12 @@ def leave() -> None:
     PartialState().destroy_process_group()
 
 
-def compiled(config: TrainConfig) -> bool:
+def compiled(config: RunConfig) -> bool:
     """Whether the network is compiled: by the config, or by accelerate launch --dynamo_backend."""
     return config.compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper() not in ("", "NO")
 
 
-def compile_network(network: torch.nn.Module, config: TrainConfig, device: torch.device) -> None:
+def compile_network(network: torch.nn.Module, config: RunConfig, device: torch.device) -> None:
     """Compiles a network in place, for one shape; on the CPU with a dropout of its own, in float32 with Winograd's tiles."""
     if device.type == "cpu":
         for module in network.modules():
@@ -103,7 +193,7 @@ def compile_network(network: torch.nn.Module, config: TrainConfig, device: torch
     network.compile(dynamic=False)
 
 
-def channels_last(config: TrainConfig, device: torch.device) -> bool:
+def channels_last(config: RunConfig, device: torch.device) -> bool:
     """Whether weights and activations are in this layout; "auto": where it is the faster one (benchmarks/training_step.py)."""
     if config.channels_last != "auto":
         return config.channels_last == "true"

@@ -34,6 +34,8 @@ def main():
     parser.add_argument("--steps", type=int, help="network calls an image; all timesteps if left out")
     parser.add_argument("--eta", type=float, help="DDIM with this eta in [0, 1]; ancestral sampling if left out")
     parser.add_argument("--class_label", type=int, help="of every image; all in turn if left out")
+    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance, 1 is none")
+    parser.add_argument("--classifier_scale", type=float, help="guidance by the pipeline's classifier, 0 is none")
     parser.add_argument(
         "--optimize", action="store_true", help="pipe.optimize(): compiles first, worth it for many steps"
     )
@@ -52,18 +54,21 @@ def main():
     if arguments.optimize:
         print(pipeline.optimize())
     labels = arguments.class_label
+    classes = pipeline.classifier if arguments.classifier_scale is not None and pipeline.classifier else pipeline.unet
     how = dict(
         generator=torch.Generator(device).manual_seed(arguments.seed),
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
-        class_labels=cycled_labels(pipeline.unet, arguments.count) if labels is None else labels,
+        class_labels=cycled_labels(classes, arguments.count) if labels is None else labels,
+        guidance_scale=arguments.guidance_scale,
+        classifier_scale=arguments.classifier_scale,
     )
     if arguments.progressive is not None:
         images, columns = progressive_rows(pipeline, arguments.count, arguments.progressive, how)
     elif arguments.interpolate is not None:
         images, columns = interpolation_rows(pipeline, arguments, how)
     else:
-        columns = class_columns(pipeline.unet, arguments.count) if labels is None else None
+        columns = class_columns(classes, arguments.count) if labels is None else None
         images = pipeline(arguments.count, **how).images
     save_picture(as_sheet(images, columns), arguments.out)
     print(f"wrote {arguments.out}")

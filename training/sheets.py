@@ -130,13 +130,13 @@ def channel_statistics(name: str, mean: torch.Tensor, square: torch.Tensor) -> d
 
 def cycled_labels(unet, count):
     """Labels 0, 1, 2, ... in turn for a class-conditional network; None for another."""
-    classes = unet.config.num_class_embeds
+    classes = unet.num_classes
     return None if classes is None else torch.arange(count) % classes
 
 
 def class_columns(unet, count):
     """Columns of a sheet of `count` samples with `cycled_labels`: one for each class; None where there are none, or too few."""
-    classes = unet.config.num_class_embeds
+    classes = unet.num_classes
     return classes if classes and classes <= count else None
 
 

@@ -13,12 +13,10 @@ import inspect
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
 from config import (
-    DERIVED,
     ConfigError,
     TrainConfig,
     as_yaml,
@@ -36,25 +34,34 @@ if __name__ == "__main__":  # before the slow imports: a mistyped key shall not 
         sys.exit(f"train.py: {error}")
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
-from checkpoints import Checkpoints, to_disk
-from diffusers.optimization import SchedulerType, get_scheduler
+from checkpoints import Checkpoints, put
 from diffusers.training_utils import EMAModel
 from inputs import Position, batches, open_data, open_images, open_loader, open_some
-from launch import channels_last, compile_network, compiled, leave, open_accelerator
+from launch import (
+    channels_last,
+    check_keys,
+    check_schedule,
+    compile_network,
+    compiled,
+    leave,
+    make_optimizer,
+    open_accelerator,
+    open_output,
+    open_scheduler,
+    run,
+)
 from publish import Publisher
 from safetensors import SafetensorError
 from sheets import Sheets
 from stops import FiniteSteps, Signals, Stopped, going_on
-from watch import MODULES, Log, check_trackers, environment, held_out_bits_per_dim, held_out_loss
+from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
 from ddpm_hf.data import BUILT_IN, pixels_to_batch
-from ddpm_hf.hub import write_model_card, write_whole
-from ddpm_hf.objectives import TIMESTEPS
-from ddpm_hf.push import HubError, weights_digest
-from ddpm_hf.scheduler import VARIANCE_TYPES
+from ddpm_hf.hub import write_model_card
+from ddpm_hf.objectives import TIMESTEPS, drop_labels
+from ddpm_hf.push import weights_digest
 
 
 def build(config: TrainConfig) -> tuple:
@@ -65,20 +72,9 @@ def build(config: TrainConfig) -> tuple:
     """
     if config.init_from and not checkpoint_to_resume(config):
         config.unet = network_of(config)
-    for part, cls in (("unet", DDPMUNet), ("scheduler", VariationalDDPMScheduler)):
-        known = inspect.signature(cls).parameters
-        for key in getattr(config, part):
-            if key not in known:
-                raise ConfigError(f"unknown key '{part}.{key}'{nearest(key, known)}")
-    schedules = [name.value for name in SchedulerType if name.value != "piecewise_constant"]  # it needs rules
-    if config.lr_schedule not in schedules:
-        raise ConfigError(f"lr_schedule={config.lr_schedule!r} is not known{nearest(config.lr_schedule, schedules)}")
-    variance_type = config.scheduler.get("variance_type", "fixed_small")
-    if variance_type not in VARIANCE_TYPES:  # the scheduler itself only warns, as diffusers' does
-        raise ConfigError(
-            f"scheduler.variance_type={variance_type!r} is not known{nearest(variance_type, VARIANCE_TYPES)}"
-        )
-    scheduler = VariationalDDPMScheduler(**config.scheduler)
+    check_keys(config, "unet", DDPMUNet)
+    check_schedule(config)
+    scheduler = open_scheduler(config)
     if config.sample_steps is not None:
         VariationalDDPMScheduler.from_config(scheduler.config).set_timesteps(config.sample_steps)
     check_trackers(config.trackers)
@@ -87,7 +83,7 @@ def build(config: TrainConfig) -> tuple:
         sample_size=image_size(config),
         in_channels=config.channels,
         out_channels=config.channels * (2 if learned else 1),
-        **config.unet,
+        **config.unet | with_null_class(config),
     )
     unet.reset_parameters(config.init)
     if config.gradient_checkpointing:
@@ -96,6 +92,12 @@ def build(config: TrainConfig) -> tuple:
         raise ConfigError(f"timesteps={config.timesteps!r} is not known{nearest(config.timesteps, TIMESTEPS)}")
     objective = DiffusionObjective(scheduler, config.loss, config.vlb_weight, config.weighting)
     return unet, scheduler, objective, TIMESTEPS[config.timesteps](scheduler)
+
+
+def with_null_class(config: TrainConfig) -> dict:
+    """The keys of a network that has a label for no class beside those of the config."""
+    classes = config.unet.get("num_class_embeds")
+    return dict(num_class_embeds=classes + 1, null_class=classes) if config.label_dropout else {}
 
 
 def network_of(config: TrainConfig) -> dict:
@@ -116,7 +118,15 @@ def network_of(config: TrainConfig) -> dict:
                 f"variance type ask for {expected}"
             )
     unet = {key: found[key] for key in inspect.signature(DDPMUNet).parameters if key in found}
-    unet = {key: value for key, value in unet.items() if key not in DERIVED["unet"]}
+    null_class = found.get("_ddpm_hf", {}).get("null_class")
+    if (null_class is None) == (config.label_dropout > 0):
+        raise ConfigError(
+            f"init_from={config.init_from!r}: its network was trained with{'out' if null_class is None else ''} label dropout; "
+            f"give {'0' if null_class is None else 'a share above 0'} as label_dropout"
+        )
+    if null_class is not None:
+        unet["num_class_embeds"] = null_class
+    unet = {key: value for key, value in unet.items() if key not in config.DERIVED}
     check(dataclasses.replace(config, init_from=None, unet=unet))
     return unet
 
@@ -138,16 +148,7 @@ def train(config: TrainConfig) -> Path:
             unet.load_state_dict(DDPMImagePipeline.from_pretrained(config.init_from).unet.state_dict())
         except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"init_from={config.init_from!r}: {' '.join(str(error).split())}") from error
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        config.learning_rate,
-        betas=tuple(config.adam_betas),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    lr_schedule = get_scheduler(
-        config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
-    )
+    optimizer, lr_schedule = make_optimizer(config, unet.parameters())
     if channels_last(config, accelerator.device):
         unet.to(memory_format=torch.channels_last)
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -158,11 +159,7 @@ def train(config: TrainConfig) -> Path:
         compile_network(network, config, accelerator.device)
 
     if main:
-        output.mkdir(parents=True, exist_ok=True)
-        if (old := _old(output / "pipeline")).exists() and not (output / "pipeline").exists():
-            os.replace(old, output / "pipeline")  # a run was killed as it put another in its place
-        write_whole(output / "config.yaml", as_yaml(config))
-        write_whole(output / "environment.json", json.dumps(environment(accelerator), indent=2) + "\n")
+        open_output(config, accelerator, "pipeline")
         (output / "samples").mkdir(exist_ok=True)
     if config.trackers:
         accelerator.init_trackers("ddpm-hf", {key: str(value) for key, value in dataclasses.asdict(config).items()})
@@ -182,7 +179,10 @@ def train(config: TrainConfig) -> Path:
             with accelerator.accumulate(unet):
                 x_start = pixels_to_batch(batch["pixels"], scheduler.levels, config.random_flip)
                 t, weights = timesteps.sample(len(x_start), accelerator.device)
-                losses = objective(unet, x_start, batch.get("class_labels"), t)
+                labels = batch.get("class_labels")
+                if config.label_dropout:
+                    labels = drop_labels(labels, network.null_class, config.label_dropout)
+                losses = objective(unet, x_start, labels, t)
                 timesteps.update(t, losses)
                 accelerator.backward((weights * losses).mean())
                 if accelerator.sync_gradients:
@@ -262,23 +262,7 @@ class Evaluation:
 
 def save_pipeline(config, step, unet, scheduler, folder, label_names=None):
     """The network after `step` steps, written under another name and renamed: a folder of this name is whole."""
-    temporary, old = folder.with_name(f".{folder.name}"), _old(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _write_pipeline(config, step, unet, scheduler, temporary, label_names)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk shall not stay full
-        raise
-    to_disk(temporary)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():  # of fewer steps
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _old(folder):
-    return folder.with_name(f".{folder.name}.old")
+    put(folder, lambda temporary: _write_pipeline(config, step, unet, scheduler, temporary, label_names))
 
 
 def _write_pipeline(config, step, unet, scheduler, folder, label_names):
@@ -318,21 +302,7 @@ def main():
             f"# {5 * 4 * parameters / 2**30:.2f} GiB for weights, gradient, optimizer and average; activations on top"
         )
         return
-    status = 0
-    try:
-        train(CONFIG)
-    except Stopped as error:  # in all processes
-        PartialState().wait_for_everyone()
-        if PartialState().is_main_process:
-            print(f"train.py: {error}", file=sys.stderr)
-        status = error.status
-    except (ConfigError, OSError, SafetensorError, HubError) as error:  # safetensors has its own for a full disk
-        sys.exit(f"train.py: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:  # before the first step, or the second of them
-        print("train.py: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    leave()
-    sys.exit(status)
+    run("train.py", train, CONFIG)
 
 
 if __name__ == "__main__":

@@ -72,14 +72,17 @@ class Log:
 
     SUMS = ("sums", "counts", "colours")
 
-    def __init__(self, config, output: Path, accelerator, num_timesteps: int):
+    def __init__(self, config, output: Path, accelerator, num_timesteps: int, also: tuple[str, ...] = ()):
         self.config, self.output, self.accelerator = config, output, accelerator
         self.main, self.num_timesteps = accelerator.is_main_process, num_timesteps
         self.images = config.batch_size * accelerator.num_processes
         self.bar = tqdm(total=config.steps, desc="train", disable=None if self.main else True, dynamic_ncols=True)
         self.rows = []
-        # sums of the loss and the loss by quarter of t, and of how many; of the images, their channels and the squares of these
-        self.sums, self.counts = torch.zeros(2, 5, device=accelerator.device)
+        # sums of the loss, and of what else is told of each image, in all and by quarter of t, and of how many; of the images,
+        # their channels and the squares of these
+        self.names = ("loss", *also)
+        self.sums = torch.zeros(len(self.names), 5, device=accelerator.device)
+        self.counts = torch.zeros(5, device=accelerator.device)
         self.colours = torch.zeros(3, config.channels, device=accelerator.device)
         self.seen, self.start = 0, time.perf_counter()
 
@@ -98,13 +101,18 @@ class Log:
             write_whole(self.output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     @torch.no_grad()
-    def add(self, x_start: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor) -> None:
-        """A batch: images (B, C, H, W); timesteps, losses, weights of these, (B,). Losses that are not finite are left out."""
+    def add(
+        self, x_start: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor, *also: torch.Tensor
+    ) -> None:
+        """A batch: images (B, C, H, W); timesteps, losses, weights of these, and what else is told, (B,).
+
+        Losses that are not finite are left out.
+        """
         good = losses.isfinite()
         quarter = torch.where(good, 1 + t * 4 // self.num_timesteps, 0)
-        finite = torch.where(good, losses.float(), 0)
-        self.sums.index_add_(0, quarter, finite)
-        self.sums[0] += (finite * weights).sum()
+        finite = torch.where(good, torch.stack([value.float() for value in (losses, *also)]), 0)
+        self.sums.index_add_(1, quarter, finite)
+        self.sums[:, 0] += (finite * weights).sum(1)
         self.counts.index_add_(0, quarter, good.float())
         self.counts[0] += good.sum()
         self.colours += torch.stack(
@@ -118,16 +126,21 @@ class Log:
         if step % self.config.log_every and step != self.config.steps:
             return False
         every = torch.cat([getattr(self, key).flatten() for key in self.SUMS])
-        sums, counts, colours = self.accelerator.reduce(every).split([5, 5, every.numel() - 10])  # of all processes
+        parts = [self.sums.numel(), 5, self.colours.numel()]
+        sums, counts, colours = self.accelerator.reduce(every).split(parts)  # of all processes
         batches, mean, square = colours.view(3, -1)
         if self.main:
-            loss, *quarters = (sums / counts).tolist()
-            row = {"loss": loss, **{f"loss_t_quarter_{i + 1}": value for i, value in enumerate(quarters)}}
+            row = {}
+            for name, (value, *quarters) in zip(self.names, (sums.view(-1, 5) / counts).tolist()):
+                row |= {name: value, **{f"{name}_t_quarter_{i + 1}": quarter for i, quarter in enumerate(quarters)}}
             row |= {"gradient_norm": norm, **values, **channel_statistics("data", mean / batches, square / batches)}
             row["images_per_second"] = self.seen / (time.perf_counter() - self.start)
             row["memory_gb"] = memory_gb(self.accelerator.device)
             self.note(step, **row)
-            shown = {"loss": f"{loss:.4f}", "images_per_s": f"{row['images_per_second']:.0f}"}
+            shown = {
+                **{name: f"{row[name]:.4f}" for name in self.names},
+                "images_per_s": f"{row['images_per_second']:.0f}",
+            }
             if skipped := int(values["steps_skipped"]):
                 shown["skipped"] = skipped
             self.bar.set_postfix(shown)
@@ -174,10 +187,17 @@ class Log:
         from matplotlib import pyplot as plt
 
         first, quarters = "training loss", "loss by quarter of t, not weighted"
+        accuracy, accuracies = "accuracy", "accuracy by quarter of t"
         bits, held_out = "bits/dim of held-out images", "loss of averaged weights"
         nearest, colours = "distance to the nearest image", "mean (line) and spread (dotted) of channels"
         channels = CHANNELS[self.config.channels]
-        wanted = {bits: "bits_per_dim", held_out: "loss_held_out", nearest: "nearest_rms_samples"}
+        wanted = {
+            accuracy: "accuracy",
+            accuracies: "accuracy_t_quarter_1",
+            bits: "bits_per_dim",
+            held_out: "loss_held_out",
+            nearest: "nearest_rms_samples",
+        }
         wanted[colours] = f"samples_mean_{channels[0]}"
         names = [first, quarters, *(name for name, key in wanted.items() if any(key in row for row in self.rows))]
         columns = 2 if len(names) == 4 else min(3, len(names))
@@ -194,13 +214,18 @@ class Log:
             rows = [row for row in self.rows if key in row]
 
             def column(key):
-                return [math.nan if row[key] is None else row[key] for row in rows]
+                return [math.nan if row.get(key) is None else row[key] for row in rows]
 
             panels[name].errorbar(column("step"), column(key), column(error) if error else None, **how)
 
         curve(first, "loss")
         for i in range(1, 5):
             curve(quarters, f"loss_t_quarter_{i}", label=f"t in quarter {i}")
+            if accuracies in panels:
+                curve(accuracies, f"accuracy_t_quarter_{i}", label=f"t in quarter {i}")
+        if accuracy in panels:
+            curve(accuracy, "accuracy", label="training images, cut at random")
+            curve(accuracy, "accuracy_held_out", label="held-out images", marker="o")
         if bits in panels:
             curve(bits, "bits_per_dim", "bits_per_dim_sampling_error", capsize=2)
         if held_out in panels:

@@ -1,5 +1,6 @@
 """Denoising diffusion probabilistic models for Hugging Face diffusers."""
 
+from .classifier import NoisyClassifier
 from .inference import InferenceUNet
 from .likelihood import (
     BitsPerDim,
@@ -29,6 +30,7 @@ __all__ = [
     "Gaussian",
     "InferenceUNet",
     "LossSecondMomentTimesteps",
+    "NoisyClassifier",
     "UniformTimesteps",
     "VariationalDDPMScheduler",
     "bits_per_dim",

@@ -26,6 +26,18 @@ CITATIONS = {
   booktitle = {International Conference on Machine Learning},
   year = {2021}
 }""",
+    "adm": """@inproceedings{dhariwal2021diffusion,
+  title = {Diffusion Models Beat {GANs} on Image Synthesis},
+  author = {Prafulla Dhariwal and Alexander Quinn Nichol},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2021}
+}""",
+    "cfg": """@inproceedings{ho2021classifier,
+  title = {Classifier-Free Diffusion Guidance},
+  author = {Jonathan Ho and Tim Salimans},
+  booktitle = {NeurIPS Workshop on Deep Generative Models and Downstream Applications},
+  year = {2021}
+}""",
 }
 
 
@@ -130,6 +142,10 @@ def model_card(
     cited = ["ddpm"]
     if reason == "with learned variances" or scheduler.get("beta_schedule") == "cosine":
         cited.append("iddpm")
+    classes, null_class = unet.get("num_class_embeds"), unet.get("_ddpm_hf", {}).get("null_class")
+    classifier = (folder / "classifier/config.json").is_file() and read_json(folder / "classifier/config.json")
+    cited += ["adm"] if classifier else []
+    cited += ["cfg"] if null_class is not None else []
     return ModelCard.from_template(
         ModelCardData(
             license=license,
@@ -150,6 +166,9 @@ def model_card(
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         variance_type=variance,
         levels=scheduler.get("levels"),
+        classes=classes if null_class is None else null_class,
+        label_dropout=null_class is not None,
+        classifier=classifier,
         stock=reason is None,
         stock_reason=reason,
         remote_code=remote_code,

@@ -94,6 +94,12 @@ class DiffusionObjective:
         return mse + self.vlb_weight * vlb
 
 
+def drop_labels(class_labels: torch.Tensor, null_class: int, probability: float) -> torch.Tensor:
+    """Class labels (B,), each `null_class` with this probability: for classifier-free guidance (Ho & Salimans 2021)."""
+    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    return class_labels.masked_fill(dropped, null_class)
+
+
 def _mse_weights(scheduler, weighting):
     """(T,) float64: the weight of the mean squared error of what the network predicts; NaN outside the chain."""
     chain = np.array(scheduler.chain)

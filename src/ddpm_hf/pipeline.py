@@ -15,15 +15,17 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from .classifier import NoisyClassifier
+from .guidance import check_classifier, classifier_free, scales, shifted_output
 from .inference import InferenceUNet
 from .push import push_folder
 from .scheduler import VariationalDDPMScheduler
 from .unet import DDPMUNet
-from .winograd import WinogradConv2d
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Class names as they are saved. Classes are compared by name: a published pipeline.py is executed anew at every load.
 STOCK_CLASSES = {"DDPMUNet": "UNet2DModel", "VariationalDDPMScheduler": "DDPMScheduler"}
+CLASSIFIER = "noisy_classifier"  # the module beside a saved classifier's weights
 
 
 class DDPMImagePipeline(DiffusionPipeline):
@@ -37,13 +39,16 @@ class DDPMImagePipeline(DiffusionPipeline):
         unet: `DDPMUNet`, or diffusers' `UNet2DModel`, which becomes one that shares its weights.
         scheduler: `VariationalDDPMScheduler`, or diffusers' `DDPMScheduler`, which becomes one; any other diffusers
             scheduler of discrete timesteps is used as it is.
+        classifier: `NoisyClassifier` for classifier guidance, of a conditional or an unconditional network; None for none.
     """
 
     model_cpu_offload_seq = "unet"
+    _optional_components = ["classifier"]
+    _exclude_from_cpu_offload = ["classifier"]  # gradients go through it
     _callback_tensor_inputs = ["sample", "model_output"]
     _inference = None  # the optimized network, and its settings
 
-    def __init__(self, unet: torch.nn.Module, scheduler):
+    def __init__(self, unet: torch.nn.Module, scheduler, classifier: NoisyClassifier | None = None):
         super().__init__()
         if type(unet).__name__ == "UNet2DModel":
             with torch.device("meta"):
@@ -52,11 +57,12 @@ class DDPMImagePipeline(DiffusionPipeline):
             unet = ours.train(unet.training)
         if type(scheduler).__name__ == "DDPMScheduler":
             scheduler = VariationalDDPMScheduler.from_config(scheduler.config)
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMImagePipeline":
-        """As diffusers' method, of any pipeline of a network and a scheduler; of weights it reads safetensors alone.
+        """As diffusers' method, of any pipeline of a network, a scheduler, and perhaps our classifier; of weights it reads
+        safetensors alone.
 
         Raises:
             ValueError: another kind of pipeline; weights that are pickled, or not of the network's config.
@@ -69,13 +75,32 @@ class DDPMImagePipeline(DiffusionPipeline):
         index = cls.load_config(path, **{name: kwargs[name] for name in where if name in kwargs})
         components = {name for name, entry in index.items() if isinstance(entry, list) and name != "_class_name"}
         components = {name for name in components if index[name][0] is not None}
-        if components != {"unet", "scheduler"} or index["unet"][-1] not in ("UNet2DModel", "DDPMUNet"):
+        guided = index.get("classifier", [None])[-1] == "NoisyClassifier"
+        if components - ({"classifier"} if guided else set()) != {"unet", "scheduler"} or index["unet"][-1] not in (
+            "UNet2DModel",
+            "DDPMUNet",
+        ):
             raise ValueError(
                 f"{path} holds a {index.get('_class_name')} of {', '.join(sorted(components))}; this class opens pipelines of "
                 "a UNet2DModel and a scheduler"
             )
         try:
             kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
+            if guided and "classifier" not in kwargs:  # by this package's class: no code of the folder is run
+                how = (
+                    "cache_dir",
+                    "force_download",
+                    "local_files_only",
+                    "token",
+                    "revision",
+                    "variant",
+                    "use_safetensors",
+                )
+                how = {name: kwargs[name] for name in how if name in kwargs}
+                classifier = NoisyClassifier.from_pretrained(path, subfolder="classifier", **how)
+                pipeline = super().from_pretrained(path, classifier=None, **kwargs)
+                pipeline.register_modules(classifier=classifier)
+                return pipeline
             return super().from_pretrained(path, **kwargs)
         except OSError as error:
             if "no file named diffusion_pytorch_model" not in str(error):
@@ -137,6 +162,8 @@ class DDPMImagePipeline(DiffusionPipeline):
         *,
         eta: float | None = None,
         class_labels: torch.Tensor | list[int] | int | None = None,
+        guidance_scale: float | torch.Tensor | None = None,
+        classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample",),
@@ -150,7 +177,14 @@ class DDPMImagePipeline(DiffusionPipeline):
                 "latent" (B, C, H, W), the samples as they are, [-1, 1] but for stray values.
             return_dict: False for a tuple (images,).
             eta: None for the scheduler's own steps; a number in [0, 1] for DDIM, 0 deterministic.
-            class_labels: for a class-conditional network: (B,) labels, a list, or one label for all.
+            class_labels: for a class-conditional network or a classifier: (B,) labels, a list, or one label for all. None
+                of a network that was trained with label dropout: images of no class.
+            guidance_scale: classifier-free guidance of a network that was trained with label dropout, two network calls a
+                step in one: 0 is without the class, None and 1 the conditional network, more is more of the class. A number,
+                or (B,) with one for each image.
+            classifier_scale: classifier guidance (ADM): a number or (B,), of which the gradient of the classifier's
+                log p(y | x_t) is taken; None and 0 for none. Ancestral steps of this package's scheduler follow Algorithm 1,
+                DDIM and every other scheduler Algorithm 2. A pass of the classifier and back each step, in float32.
             latents: x_T, (B, C, H, W), standard normal; drawn if None. They set the size of the images.
             callback_on_step_end: called as `callback(pipe, step_index, timestep, tensors)` after each step, `tensors` a dict
                 of those named next; what it returns under "sample" is gone on with. `pipe._interrupt = True` stops.
@@ -163,7 +197,9 @@ class DDPMImagePipeline(DiffusionPipeline):
             ValueError: an argument that cannot be used, named, before any computing.
         """
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
-        sample, timesteps, step = self._prepare(batch_size, generator, num_inference_steps, eta, class_labels, latents)
+        sample, timesteps, step = self._prepare(
+            batch_size, generator, num_inference_steps, eta, class_labels, latents, guidance_scale, classifier_scale
+        )
         self._interrupt = False
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_output, sample, _ = step(t, sample)
@@ -187,6 +223,8 @@ class DDPMImagePipeline(DiffusionPipeline):
         every: int = 1,
         eta: float | None = None,
         class_labels: torch.Tensor | list[int] | int | None = None,
+        guidance_scale: float | torch.Tensor | None = None,
+        classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Progressive generation (Ho, Jain, Abbeel 2020, section 4.3, figure 6): what x_0 looks like while t goes down.
@@ -204,7 +242,9 @@ class DDPMImagePipeline(DiffusionPipeline):
         """
         if every < 1:
             raise ValueError(f"every={every} must be 1 or more")
-        prepared = self._prepare(batch_size, generator, num_inference_steps, eta, class_labels, latents)
+        prepared = self._prepare(
+            batch_size, generator, num_inference_steps, eta, class_labels, latents, guidance_scale, classifier_scale
+        )
         return self._progress(*prepared, every)
 
     @torch.no_grad()
@@ -232,6 +272,8 @@ class DDPMImagePipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         eta: float | None = None,
         class_labels: torch.Tensor | list[int] | int | None = None,
+        guidance_scale: float | torch.Tensor | None = None,
+        classifier_scale: float | torch.Tensor | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
         """Images between two, mixed at x_t and denoised (Ho, Jain, Abbeel 2020, section 4.4, figures 8 and 9).
@@ -244,7 +286,7 @@ class DDPMImagePipeline(DiffusionPipeline):
             weights: K numbers in [0, 1]: 0 is a (reconstructed), 1 is b.
             timestep: 0-based t at which they are mixed; high ones vary more. The chain starts at its first step at or below.
             generator: of all noise.
-            class_labels: (B,), a list, or one label, for a class-conditional network.
+            class_labels, guidance_scale, classifier_scale: one, or one for each pair; else as in `__call__`.
             num_inference_steps, eta, output_type: as in `__call__`.
 
         Returns:
@@ -265,11 +307,17 @@ class DDPMImagePipeline(DiffusionPipeline):
             raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {steps - 1}")
         self._check_output(output_type, ())
         pairs, count = len(images_a), len(weights)
-        if class_labels is not None and torch.as_tensor(class_labels).dim() > 0:
-            class_labels = torch.as_tensor(class_labels).repeat_interleave(count)
+        class_labels, *guidance = (
+            torch.as_tensor(each).repeat_interleave(count)
+            if isinstance(each, (torch.Tensor, list, tuple)) and len(torch.as_tensor(each).shape)
+            else each
+            for each in (class_labels, guidance_scale, classifier_scale)
+        )
         noise = randn_tensor(images_a.shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         latents = noise.repeat_interleave(count, dim=0)
-        _, chain, step = self._prepare(pairs * count, generator, num_inference_steps, eta, class_labels, latents)
+        _, chain, step = self._prepare(
+            pairs * count, generator, num_inference_steps, eta, class_labels, latents, *guidance
+        )
         timesteps = chain[chain <= timestep]
         if len(timesteps.unique()) < len(timesteps):
             raise ValueError(
@@ -287,7 +335,17 @@ class DDPMImagePipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
 
-    def _prepare(self, batch_size, generator, num_inference_steps, eta, class_labels, latents):
+    def _prepare(
+        self,
+        batch_size,
+        generator,
+        num_inference_steps,
+        eta,
+        class_labels,
+        latents,
+        guidance_scale=None,
+        classifier_scale=None,
+    ):
         """x_T, the timesteps, and the function step(t, x_t) -> (model_output, next sample, predicted x_0 or None)."""
         channels, sample_size = self.unet.config.in_channels, self.unet.config.sample_size
         generator = list(generator) if isinstance(generator, tuple) else generator
@@ -297,8 +355,8 @@ class DDPMImagePipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.unet.dtype
         if class_labels is not None:
             class_labels = self._check_labels(torch.as_tensor(class_labels), batch_size).to(device)
-        elif getattr(self.unet, "class_embedding", None) is not None:
-            raise ValueError("class_labels are missing: this network is class-conditional; give one for each image")
+        predict = self._predictor(class_labels, batch_size, guidance_scale, channels)
+        gradient = self._guide(class_labels, batch_size, classifier_scale)
         if latents is None:
             if sample_size is None:
                 raise ValueError("the network's config has no sample_size; give latents of shape (B, C, H, W)")
@@ -319,14 +377,61 @@ class DDPMImagePipeline(DiffusionPipeline):
 
         def step(t, sample):
             model_input = scheduler.scale_model_input(sample, t)
-            model_output = network(model_input, t, class_labels=class_labels, return_dict=False)[0]
+            model_output = predict(network, model_input, t)
             if model_output.shape[1] == 2 * channels and not isinstance(scheduler, DDPMScheduler):
                 model_output = model_output[:, :channels]  # a scheduler that has no use for learned variances
+            if gradient is not None and "gradient" in takes:
+                step_kwargs["gradient"] = gradient(model_input, t)
+            elif gradient is not None:
+                model_output = shifted_output(model_output, gradient(model_input, t), scheduler, t)
             output = scheduler.step(model_output, t, sample, **step_kwargs)
             return model_output, output.prev_sample, getattr(output, "pred_original_sample", None)
 
         # the timesteps stay on the CPU: reading them never waits for the device
         return latents.to(device, dtype) * scheduler.init_noise_sigma, scheduler.timesteps, step
+
+    def _predictor(self, class_labels, batch_size, guidance_scale, channels):
+        """The function (network, x_t, t) -> the network's output, with classifier-free guidance where it is asked for."""
+        table = getattr(self.unet, "class_embedding", None) is not None
+        null = getattr(self.unet, "null_class", None)
+        scale = None if guidance_scale is None else scales("guidance_scale", guidance_scale, batch_size)
+        if scale is not None and (null is None or class_labels is None):
+            what = (
+                "class_labels: give them" if null is not None else "a network trained with label dropout (null_class)"
+            )
+            raise ValueError(f"guidance_scale={guidance_scale} needs {what}, or leave it out")
+        if class_labels is None and null is not None:
+            class_labels = torch.full((batch_size,), null, device=self._execution_device)
+        if class_labels is None and table:
+            raise ValueError("class_labels are missing: this network is class-conditional; give one for each image")
+        labels = class_labels if table else None  # else they are the classifier's
+        if scale is None or (scale == 1).all():
+            return lambda network, x, t: network(x, t, class_labels=labels, return_dict=False)[0]
+        scale, both = scale.to(self._execution_device), torch.cat((labels, torch.full_like(labels, null)))
+
+        def predict(network, x, t):
+            output = network(torch.cat((x, x)), t, class_labels=both, return_dict=False)[0]
+            return classifier_free(*output.chunk(2), scale, channels)
+
+        return predict
+
+    def _guide(self, class_labels, batch_size, classifier_scale):
+        """The function (x_t, t) -> gradient of classifier_scale * log p(y | x_t); None where nothing is to be guided."""
+        scale = None if classifier_scale is None else scales("classifier_scale", classifier_scale, batch_size)
+        if scale is None:
+            return None
+        if self.classifier is None or class_labels is None:
+            what = (
+                "class_labels" if self.classifier is not None else "a classifier: DDPMImagePipeline(..., classifier=)"
+            )
+            raise ValueError(f"classifier_scale={classifier_scale} needs {what}")
+        check_classifier(self.classifier, self.unet, self.scheduler, getattr(self.unet, "num_classes", None))
+        if (scale == 0).all():
+            return None
+        classifier, scale = self.classifier, scale.to(self._execution_device)
+        if classifier.dtype != torch.float32 or classifier.training:
+            classifier = copy.deepcopy(classifier).float().eval()
+        return lambda x, t: classifier.gradient(x, t, class_labels, scale)
 
     def _check_output(self, output_type, tensor_inputs):
         channels = self.unet.config.in_channels
@@ -361,9 +466,12 @@ class DDPMImagePipeline(DiffusionPipeline):
 
     def _check_labels(self, labels, batch_size):
         labels = labels.expand(batch_size) if labels.dim() == 0 else labels
-        classes = self.unet.config.num_class_embeds
-        is_table = self.unet.config.class_embed_type is None and classes is not None
-        if is_table and (labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes):
+        classes = getattr(self.unet, "num_classes", None)
+        if getattr(self.unet, "class_embedding", None) is None:
+            if self.classifier is None:
+                raise ValueError("class_labels were given, but this network has no classes; leave them out")
+            classes = self.classifier.config.num_classes
+        if classes is not None and (labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes):
             raise ValueError(f"class_labels={labels.tolist()}: give integers from 0 to {classes - 1}")
         if labels.shape[0] != batch_size:
             raise ValueError(f"class_labels has {labels.shape[0]} entries for batch_size={batch_size}")
@@ -385,13 +493,24 @@ class DDPMImagePipeline(DiffusionPipeline):
         for name, entry in index.items():
             if isinstance(entry, list) and entry[-1] in STOCK_CLASSES:
                 index[name] = ["diffusers", STOCK_CLASSES[entry[-1]]]
+        if self.classifier is None:
+            index.pop("classifier", None)  # stock classes have none
+        else:
+            index["classifier"] = [CLASSIFIER, "NoisyClassifier"]
         return json.dumps({**index, "_class_name": "DDPMPipeline"}, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Writes `model_index.json`, and `pipeline.py` with this class and its parts in one self-contained file."""
+        """Writes `model_index.json`, and `pipeline.py` with this class and its parts in one self-contained file; the
+        same for a classifier, beside it.
+        """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:
             file.write(self_contained_source())
+        if self.classifier is not None:
+            folder = os.path.join(save_directory, "classifier")
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, f"{CLASSIFIER}.py"), "w", encoding="utf-8") as file:
+                file.write(self_contained_source(NoisyClassifier.__module__))
 
     def save_pretrained(
         self,
@@ -444,10 +563,17 @@ class DDPMImagePipeline(DiffusionPipeline):
             )
 
 
-def self_contained_source() -> str:
-    """The source of the network, the scheduler and the pipeline as one module that imports nothing of this package."""
-    # one module each in the package, the same one three times in a published pipeline.py
-    parts = (DDPMUNet, WinogradConv2d, InferenceUNet, VariationalDDPMScheduler, push_folder, DDPMImagePipeline)
-    modules = dict.fromkeys(part.__module__ for part in parts)
-    sources = (inspect.getsource(sys.modules[name]).strip() for name in modules)
-    return re.sub(r"^from \.\w+ import [\w, ]+\n", "", "\n\n\n".join(sources), flags=re.MULTILINE) + "\n"
+def self_contained_source(module: str = __name__) -> str:
+    """The source of a module and of those of this package that it imports, as one that imports nothing of this package."""
+    sources = {}
+
+    def add(name):
+        text = inspect.getsource(sys.modules[name]).strip()
+        for part in re.findall(r"^from \.(\w+) import", text, flags=re.MULTILINE):
+            needed = f"{name.rpartition('.')[0]}.{part}"
+            if needed not in sources:
+                add(needed)
+        sources[name] = text
+
+    add(module)
+    return re.sub(r"^from \.\w+ import [\w, ]+\n", "", "\n\n\n".join(sources.values()), flags=re.MULTILINE) + "\n"

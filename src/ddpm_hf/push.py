@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
+from .classifier import NoisyClassifier
 from .unet import DDPMUNet
 
 WEIGHTS = re.compile(
@@ -163,7 +164,7 @@ def _tree(api, repo_id, revision):
 
 def _variant(name):
     """ "diffusion_pytorch_model" or "diffusion_pytorch_model.fp16" of a file of weights, or of their index; None of others."""
-    match = WEIGHTS.fullmatch(name.removeprefix("unet/"))
+    match = WEIGHTS.fullmatch(name.removeprefix("unet/").removeprefix("classifier/"))
     return match and match[1] + (match[2] or "")
 
 
@@ -176,6 +177,8 @@ def _left_behind(files, there):
     sent, others = {_variant(name) for name in weights}, {name for name in there if _variant(name)} - weights.keys()
     beside = "diffusion_pytorch_model" not in sent and any(_variant(name) not in sent for name in others)
     gone = {name for name in others if _variant(name) in sent or not (same or beside)}
+    if not beside:  # a classifier that is no more
+        gone |= {name for name in there if name.startswith("classifier/")} - files.keys()
     if not beside and (not same or "README.md" in files):
         gone |= {name for name in there if TOLD.fullmatch(name)} - files.keys()
     return gone, not (same or beside)
@@ -248,16 +251,23 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     files["model_index.json"] = (
         json.dumps({**index, "_class_name": STOCK_CLASS}, indent=2, sort_keys=True) + "\n"
     ).encode()
-    for name, config in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+    networks = {"unet": DDPMUNet}
+    parts = [("unet", "config.json"), ("scheduler", "scheduler_config.json")]
+    if "classifier" in index:
+        networks["classifier"] = NoisyClassifier
+        parts += [("classifier", "config.json"), ("classifier", f"{index['classifier'][0]}.py")]
+    for name, config in parts:
         if not (folder / name / config).is_file():
-            raise ValueError(f"{folder / name} has no config, but model_index.json names it; save the pipeline again")
+            what = "config" if config.endswith(".json") else config
+            raise ValueError(f"{folder / name} has no {what}, but model_index.json names it; save the pipeline again")
         files[f"{name}/{config}"] = folder / name / config
-    _check_weights(folder / "unet")
-    files |= {
-        f"unet/{path.name}": path
-        for path in (folder / "unet").iterdir()
-        if _variant(path.name) and path.suffix != ".bin"
-    }
+    for name, cls in networks.items():
+        _check_weights(folder / name, cls)
+        files |= {
+            f"{name}/{path.name}": path
+            for path in (folder / name).iterdir()
+            if _variant(path.name) and path.suffix != ".bin"
+        }
     told = told_of(folder)
     for path in folder.iterdir():
         part = "training" if path.name == "samples.png" else path.stem
@@ -266,10 +276,10 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def _check_weights(folder):
+def _check_weights(folder, cls):
     with torch.device("meta"):
-        unet = DDPMUNet.from_config(read_json(folder / "config.json"))
-    expected = {name: list(tensor.shape) for name, tensor in unet.state_dict().items()}
+        network = cls.from_config(read_json(folder / "config.json"))
+    expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     variants = {}  # "diffusion_pytorch_model.fp16" -> its files
     for path in sorted(folder.iterdir()):
         if _variant(path.name) and path.suffix != ".bin":

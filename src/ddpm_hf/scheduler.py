@@ -227,6 +227,7 @@ class _Chain:
         # with zero terminal SNR nothing of x_0 is left in epsilon: finite, for the clipping to deal with
         root = np.sqrt(np.maximum(alpha_bar, 1e-24))
         tables["reciprocal_sqrt_alphas_cumprod"], tables["sqrt_snr"] = 1 / root, root / np.sqrt(one_minus)
+        tables["x_start_of_gradient"] = one_minus / root
         if prediction_type == "epsilon":
             of_x_t, of_output = 1 / root, -np.sqrt(one_minus) / root
         elif prediction_type == "sample":
@@ -755,6 +756,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
         *,
         eta: float | None = None,
         variance_noise: torch.Tensor | None = None,
+        gradient: torch.Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """x_t -> the next sample down the chain.
 
@@ -767,6 +769,9 @@ class VariationalDDPMScheduler(DDPMScheduler):
             eta: None for ancestral sampling (Algorithm 2); a number in [0, 1] for DDIM (eq. 12 and 16 there), which
                 recomputes epsilon from the clipped x_0.
             variance_noise: standard normal noise to use in place of drawing it.
+            gradient: of scale * log p(y | x_t) by x_t, of the shape of sample, for classifier guidance: the mean is shifted by
+                the variance times it (ADM, Algorithm 1), with eta epsilon by -sqrt(1 - abar) times it (Algorithm 2), after
+                the clipping of x_0.
 
         Returns:
             `DDPMSchedulerOutput` with `.prev_sample` and `.pred_original_sample`, of the dtype of `sample`. The chain's
@@ -779,6 +784,8 @@ class VariationalDDPMScheduler(DDPMScheduler):
         position = self._position(timestep, x_t)
         output, values = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, None)
+        if gradient is not None and eta is not None:
+            x_start = x_start + self._chain.at("x_start_of_gradient", position, x_t) * gradient.to(x_t.dtype)
         of_x_start, of_x_t, std = self._chain.at("ancestral" if eta is None else self._ddim(eta), position, x_t)
         last = isinstance(position, int) and position == 0
         if eta is None and values is not None and not last:
@@ -788,6 +795,12 @@ class VariationalDDPMScheduler(DDPMScheduler):
             prev_sample = output.clone() if noise is None else noise + output
         else:
             prev_sample = _weighted_sum((of_x_start, of_x_t), x_start, x_t, onto=noise)
+        if gradient is not None and eta is None:
+            if values is None:
+                variance = self._chain.at("model_variance", position, x_t)
+            else:
+                variance = self._learned_log_variance(values, position).exp()
+            prev_sample.addcmul_(gradient.to(x_t.dtype), variance)
         if x_t is not sample:
             prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
         return _step_output(prev_sample, x_start) if return_dict else (prev_sample, x_start)

@@ -10,15 +10,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 # block name -> has attention
-DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True}
-UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True}
+DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True, "ResnetDownsampleBlock2D": False}
+UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True, "ResnetUpsampleBlock2D": False}
 CHOICES = {
     "time_embedding_type": ("positional", "fourier", "learned"),
     "mid_block_type": ("UNetMidBlock2D", None),
@@ -270,149 +270,107 @@ class UpLevel(Level):
         return x
 
 
-class DDPMUNet(ModelMixin, ConfigMixin):
-    """A U-Net that predicts, from a noisy image and its timestep, what the scheduler's `prediction_type` says.
-
-    Takes the configuration of diffusers' `UNet2DModel` (same keys and defaults) and its checkpoints, and returns the same
-    outputs. It is saved under that class's name, so that every published folder opens without this package.
-
-    Supported: DownBlock2D, AttnDownBlock2D, UpBlock2D, AttnUpBlock2D, UNetMidBlock2D or None; the values of the other
-    choices are in `CHOICES`. `attention_head_dim=None` means one head over all channels, as in the paper.
-
-    The weights of a new network are drawn as in the paper's code, see `reset_parameters`.
-
-    Raises:
-        ValueError: for a config that is not supported; one line that names the key, the value and what is.
-    """
+class Encoder(ModelMixin, ConfigMixin):
+    """Embeddings, the way down and the middle: what `DDPMUNet` has in common with classifiers of noisy images."""
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
     _no_split_modules = ["ResidualBlock", "SelfAttention"]
     _repeated_blocks = ["ResidualBlock"]
 
-    @register_to_config
-    def __init__(
-        self,
-        sample_size: int | tuple[int, int] | None = None,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        center_input_sample: bool = False,
-        time_embedding_type: str = "positional",
-        time_embedding_dim: int | None = None,
-        freq_shift: int = 0,
-        flip_sin_to_cos: bool = True,
-        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        mid_block_type: str | None = "UNetMidBlock2D",
-        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
-        layers_per_block: int = 2,
-        mid_block_scale_factor: float = 1,
-        downsample_padding: int = 1,
-        downsample_type: str = "conv",
-        upsample_type: str = "conv",
-        dropout: float = 0.0,
-        act_fn: str = "silu",
-        attention_head_dim: int | None = 8,
-        norm_num_groups: int = 32,
-        attn_norm_num_groups: int | None = None,
-        norm_eps: float = 1e-5,
-        resnet_time_scale_shift: str = "default",
-        add_attention: bool = True,
-        class_embed_type: str | None = None,
-        num_class_embeds: int | None = None,
-        num_train_timesteps: int | None = None,
-    ):
-        super().__init__()
-        channels = tuple(block_out_channels)
-        down_types = [name.removeprefix("UNetRes") for name in down_block_types]  # the prefix of 2022 configs
-        up_types = [name.removeprefix("UNetRes") for name in up_block_types]
-        act_fn = act_fn.lower() if isinstance(act_fn, str) else act_fn
-        self._check_config(channels, down_types, up_types, act_fn)
-        self.sample_size = sample_size
-        emb_dim = time_embedding_dim or channels[0] * 4
-        scale_shift = resnet_time_scale_shift == "scale_shift"
-        shared = dict(groups=norm_num_groups, eps=norm_eps, act_fn=act_fn, dropout=dropout, scale_shift=scale_shift)
+    def _build_encoder(self, config):
+        """Makes the modules by the keys of `DDPMUNet`.
+
+        Returns:
+            resnet(c_in, c_out, output_scale=1, resample=None) and attention(c), which make blocks, and the channels of the
+            skip connections.
+        """
+        self._check_config(config)
+        channels, down_types = tuple(config["block_out_channels"]), _names(config["down_block_types"])
+        norm, embedding = config["norm_num_groups"], config["time_embedding_type"]
+        layers, padding = config["layers_per_block"], config["downsample_padding"]
+        emb_dim = config["time_embedding_dim"] or channels[0] * 4
+        shared = dict(
+            groups=norm,
+            eps=config["norm_eps"],
+            act_fn=config["act_fn"].lower(),
+            dropout=config["dropout"],
+            scale_shift=config["resnet_time_scale_shift"] == "scale_shift",
+        )
 
         def resnet(c_in, c_out, output_scale=1, resample=None):
             return ResidualBlock(c_in, c_out, emb_dim, output_scale=output_scale, resample=resample, **shared)
 
-        def attention(c, groups=norm_num_groups, output_scale=1):
-            return SelfAttention(c, attention_head_dim or c, groups=groups, eps=norm_eps, output_scale=output_scale)
+        def attention(c, groups=norm, output_scale=1):
+            head_dim = config["attention_head_dim"] or c
+            return SelfAttention(c, head_dim, groups=groups, eps=config["norm_eps"], output_scale=output_scale)
 
         # time and class embeddings, summed
         time_dim = channels[0]
-        if time_embedding_type == "positional":
-            self.time_proj = SinusoidalEmbedding(time_dim, flip_sin_to_cos, freq_shift)
-        elif time_embedding_type == "fourier":
+        if embedding == "positional":
+            self.time_proj = SinusoidalEmbedding(time_dim, config["flip_sin_to_cos"], config["freq_shift"])
+        elif embedding == "fourier":
             self.time_proj = FourierEmbedding(time_dim)
             time_dim = 2 * time_dim
         else:
-            self.time_proj = nn.Embedding(num_train_timesteps, time_dim)
+            self.time_proj = nn.Embedding(config["num_train_timesteps"], time_dim)
         self.time_embedding = EmbeddingMLP(time_dim, emb_dim)
-        self.act = ACTIVATIONS[act_fn]
-        if class_embed_type == "timestep":
+        self.act = ACTIVATIONS[shared["act_fn"]]
+        if config["class_embed_type"] == "timestep":
             self.class_embedding = EmbeddingMLP(time_dim, emb_dim)
-        elif class_embed_type == "identity":
+        elif config["class_embed_type"] == "identity":
             self.class_embedding = nn.Identity()
         else:
-            self.class_embedding = nn.Embedding(num_class_embeds, emb_dim) if num_class_embeds is not None else None
+            classes = config["num_class_embeds"]
+            self.class_embedding = nn.Embedding(classes, emb_dim) if classes is not None else None
 
         # down
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         skip_channels = [channels[0]]
         c_in = channels[0]
         for i, (name, c) in enumerate(zip(down_types, channels)):
-            resnets = [resnet(c_in if j == 0 else c, c) for j in range(layers_per_block)]
+            resnets = [resnet(c_in if j == 0 else c, c) for j in range(layers)]
             attentions = [attention(c) for _ in resnets] if DOWN_BLOCKS[name] else []
             down = None
             if i < len(channels) - 1:
-                by_resnet = DOWN_BLOCKS[name] and downsample_type == "resnet"  # plain blocks always convolve
-                down = resnet(c, c, resample="down") if by_resnet else Downsample(c, downsample_padding)
+                by_resnet = _by_resnet(name, DOWN_BLOCKS, config["downsample_type"])
+                down = resnet(c, c, resample="down") if by_resnet else Downsample(c, padding)
             self.down_blocks.append(DownLevel(resnets, attentions, down))
-            skip_channels += [c] * (layers_per_block + (down is not None))
+            skip_channels += [c] * (layers + (down is not None))
             c_in = c
 
         # middle
         self.mid_block = None
-        if mid_block_type is not None:
-            groups = attn_norm_num_groups or (None if scale_shift else norm_num_groups)
+        if config["mid_block_type"] is not None:
+            groups = config["attn_norm_num_groups"] or (None if shared["scale_shift"] else norm)
+            scale = config["mid_block_scale_factor"]
             self.mid_block = MidLevel(
-                [resnet(c_in, c_in, output_scale=mid_block_scale_factor) for _ in range(2)],
-                [attention(c_in, groups, mid_block_scale_factor)] if add_attention else [],
+                [resnet(c_in, c_in, output_scale=scale) for _ in range(2)],
+                [attention(c_in, groups, scale)] if config["add_attention"] else [],
             )
+        return resnet, attention, skip_channels
 
-        # up: each residual block takes one skip connection, last in first out
-        self.up_blocks = nn.ModuleList()
-        for i, (name, c) in enumerate(zip(up_types, reversed(channels))):
-            resnets = []
-            for _ in range(layers_per_block + 1):
-                resnets.append(resnet(c_in + skip_channels.pop(), c))
-                c_in = c
-            attentions = [attention(c) for _ in resnets] if UP_BLOCKS[name] else []
-            up = None
-            if i < len(channels) - 1:
-                up = resnet(c, c, resample="up") if UP_BLOCKS[name] and upsample_type == "resnet" else Upsample(c)
-            self.up_blocks.append(UpLevel(resnets, attentions, up))
-
-        # out; the activation here is SiLU whatever `act_fn` says, as in diffusers
-        self.conv_norm_out = ActivatedNorm(norm_num_groups, channels[0], norm_eps, F.silu)
-        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
-        self.reset_parameters()
-
-    def _check_config(self, channels, down_types, up_types, act_fn):
-        config = {**self.config, "act_fn": act_fn}
+    def _check_config(self, config):
+        channels = tuple(config["block_out_channels"])
+        down_types, up_types = (_names(config.get(f"{way}_block_types", ())) for way in ("down", "up"))
+        act_fn = config["act_fn"]
+        config = {**config, "act_fn": act_fn.lower() if isinstance(act_fn, str) else act_fn}
         for key, choices in CHOICES.items():
             if config[key] not in choices:
-                raise ValueError(f"{key}={config[key]!r} is not supported by DDPMUNet; supported: {_listed(choices)}")
+                raise ValueError(
+                    f"{key}={config[key]!r} is not supported by {type(self).__name__}; supported: {_listed(choices)}"
+                )
         for key, names, known in (
             ("down_block_types", down_types, DOWN_BLOCKS),
             ("up_block_types", up_types, UP_BLOCKS),
         ):
             for name in names:
                 if name not in known:
-                    raise ValueError(f"{key} names {name!r}, not supported by DDPMUNet; supported: {_listed(known)}")
-            if len(names) != len(channels):
+                    raise ValueError(
+                        f"{key} names {name!r}, not supported by {type(self).__name__}; supported: {_listed(known)}"
+                    )
+            if len(names) != len(channels) and key in config:
                 raise ValueError(
                     f"{key} has {len(names)} entries and block_out_channels {len(channels)}; one a level each"
                 )
@@ -420,6 +378,12 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             raise ValueError(f"layers_per_block={config['layers_per_block']!r} must be an integer, 1 or more")
         if config["num_class_embeds"] is not None and config["num_class_embeds"] < 1:
             raise ValueError(f"num_class_embeds={config['num_class_embeds']} must be 1 or more")
+        null, classes = config.get("null_class"), config["num_class_embeds"]
+        if null is not None and (config["class_embed_type"] is not None or classes is None or null != classes - 1):
+            raise ValueError(
+                f"null_class={null} must be the last of the network's classes: num_class_embeds={classes} asks for "
+                f"{'None' if classes is None else classes - 1}"
+            )
         if config["downsample_padding"] not in (0, 1):
             raise ValueError(f"downsample_padding={config['downsample_padding']!r} is not supported; supported: 0, 1")
         if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
@@ -462,7 +426,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         """
         if scheme not in ("paper", "torch"):
             raise ValueError(f"scheme={scheme!r} is not known; choose 'paper' or 'torch'")
-        zero = {self.conv_out}
+        zero = {getattr(self, "conv_out", None)}
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 zero.add(module.conv2)
@@ -475,6 +439,147 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.zeros_(module.bias)
                 nn.init.zeros_(module.weight) if module in zero else nn.init.xavier_uniform_(module.weight)
+
+    def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """What all residual blocks are told: (B, embedding width), or (1, ...) of one t (1,) without labels; activated."""
+        emb = self.time_embedding(self.time_proj(t))
+        if self.class_embedding is not None:
+            labels = class_labels.to(t.device)
+            if self.config.class_embed_type == "timestep":
+                labels = self.time_proj(labels)
+            emb = emb + self.class_embedding(labels).to(emb.dtype)
+        return self.act(emb)  # once here, not in each residual block
+
+    def encode(self, sample: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(B, in_channels, H, W) and `embed`'s output -> the middle's output and the skip connections on the way."""
+        x = 2 * sample - 1 if self.config.get("center_input_sample") else sample
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, emb, skips)
+        if self.mid_block is not None:
+            x = self.mid_block(x, emb)
+        return x, skips
+
+    def to_json_string(self) -> str:
+        """The config as JSON."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def _check_image(self, sample, t):
+        config = self.config
+        stride = 2 ** (len(config.block_out_channels) - 1)
+        if sample.dim() != 4 or sample.shape[1] != config.in_channels:
+            shape = tuple(sample.shape)
+            raise ValueError(
+                f"sample has shape {shape}; this network takes (batch, {config.in_channels}, height, width)"
+            )
+        if sample.shape[2] % stride or sample.shape[3] % stride:
+            height, width = sample.shape[2:]
+            raise ValueError(
+                f"sample is {height}x{width}; height and width must be multiples of {stride} (pad or resize)"
+            )
+        if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, sample.shape[0])):
+            raise ValueError(
+                f"timestep has shape {tuple(t.shape)}; give a number or one for each of {sample.shape[0]} images"
+            )
+        if config.get("time_embedding_type") == "learned":
+            _check_range("timestep", t, config.num_train_timesteps)
+
+
+class DDPMUNet(Encoder):
+    """A U-Net that predicts, from a noisy image and its timestep, what the scheduler's `prediction_type` says.
+
+    Takes the configuration of diffusers' `UNet2DModel` (same keys and defaults) and its checkpoints, and returns the same
+    outputs. It is saved under that class's name, so that every published folder opens without this package.
+
+    Supported: DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D (which resamples within a residual block, as ADM), the same
+    with Up, UNetMidBlock2D or None; the values of the other choices are in `CHOICES`. `attention_head_dim=None` means one
+    head over all channels, as in the paper.
+
+    `null_class`, of this class alone: the label, the last of num_class_embeds, that stands for no class in a network trained
+    with label dropout (Ho & Salimans 2021). It is saved under "_ddpm_hf".
+
+    The weights of a new network are drawn as in the paper's code, see `reset_parameters`.
+
+    Raises:
+        ValueError: for a config that is not supported; one line that names the key, the value and what is.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+        null_class: int | None = None,
+    ):
+        super().__init__()
+        self.sample_size = sample_size
+        resnet, attention, skip_channels = self._build_encoder(dict(self.config))
+        channels = tuple(block_out_channels)
+        c_in = channels[-1]
+
+        # up: each residual block takes one skip connection, last in first out
+        self.up_blocks = nn.ModuleList()
+        for i, (name, c) in enumerate(zip(_names(up_block_types), reversed(channels))):
+            resnets = []
+            for _ in range(layers_per_block + 1):
+                resnets.append(resnet(c_in + skip_channels.pop(), c))
+                c_in = c
+            attentions = [attention(c) for _ in resnets] if UP_BLOCKS[name] else []
+            up = None
+            if i < len(channels) - 1:
+                by_resnet = _by_resnet(name, UP_BLOCKS, upsample_type)
+                up = resnet(c, c, resample="up") if by_resnet else Upsample(c)
+            self.up_blocks.append(UpLevel(resnets, attentions, up))
+
+        # out; the activation here is SiLU whatever `act_fn` says, as in diffusers
+        self.conv_norm_out = ActivatedNorm(norm_num_groups, channels[0], norm_eps, F.silu)
+        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.reset_parameters()
+        self._keep_config(null_class)
+
+    def _keep_config(self, null_class):
+        """What diffusers' class does not know goes under "_ddpm_hf"."""
+        self.null_class = null_class
+        config = {key: value for key, value in self.config.items() if key != "null_class"}
+        config["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key != "null_class"]
+        self._internal_dict = FrozenDict(
+            config | ({} if null_class is None else {"_ddpm_hf": {"null_class": null_class}})
+        )
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of the labels 0 .. num_classes - 1, the one for no class left out; None without a table of classes."""
+        classes = self.config.num_class_embeds if self.config.class_embed_type is None else None
+        return classes if classes is None or self.null_class is None else classes - 1
 
     def forward(
         self,
@@ -505,25 +610,9 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         x = self.unscaled(self.denoise(sample, self.embed(t.reshape(-1), class_labels)), t)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
-    def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """What all residual blocks are told: (B, embedding width), or (1, ...) of one t (1,) without labels; activated."""
-        emb = self.time_embedding(self.time_proj(t))
-        if self.class_embedding is not None:
-            labels = class_labels.to(t.device)
-            if self.config.class_embed_type == "timestep":
-                labels = self.time_proj(labels)
-            emb = emb + self.class_embedding(labels).to(emb.dtype)
-        return self.act(emb)  # once here, not in each residual block
-
     def denoise(self, sample: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """The network after its embedding: (B, in_channels, H, W) and `embed`'s output -> (B, out_channels, H, W)."""
-        x = 2 * sample - 1 if self.config.center_input_sample else sample
-        x = self.conv_in(x)
-        skips = [x]
-        for block in self.down_blocks:
-            x = block(x, emb, skips)
-        if self.mid_block is not None:
-            x = self.mid_block(x, emb)
+        x, skips = self.encode(sample, emb)
         for block in self.up_blocks:
             x = block(x, emb, skips)
         return self.conv_out(self.conv_norm_out(x))
@@ -535,24 +624,8 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         return (x / t.reshape(-1, 1, 1, 1)).to(x.dtype)  # the network predicts sigma * score
 
     def _check_input(self, sample, t, class_labels):
+        self._check_image(sample, t)
         config = self.config
-        stride = 2 ** (len(config.block_out_channels) - 1)
-        if sample.dim() != 4 or sample.shape[1] != config.in_channels:
-            shape = tuple(sample.shape)
-            raise ValueError(
-                f"sample has shape {shape}; this network takes (batch, {config.in_channels}, height, width)"
-            )
-        if sample.shape[2] % stride or sample.shape[3] % stride:
-            height, width = sample.shape[2:]
-            raise ValueError(
-                f"sample is {height}x{width}; height and width must be multiples of {stride} (pad or resize)"
-            )
-        if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, sample.shape[0])):
-            raise ValueError(
-                f"timestep has shape {tuple(t.shape)}; give a number or one for each of {sample.shape[0]} images"
-            )
-        if config.time_embedding_type == "learned":
-            _check_range("timestep", t, config.num_train_timesteps)
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given, but this network has no class embedding; leave them out")
@@ -571,11 +644,25 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         elif kind == "timestep" and config.time_embedding_type == "learned":
             _check_range("class_labels", class_labels, config.num_train_timesteps)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        config_dict = dict(config_dict)
+        config_dict |= config_dict.pop("_ddpm_hf", {})
+        return super().extract_init_dict(config_dict, **kwargs)
+
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the diffusers class that opens the same weights."""
         config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
         return json.dumps({**config, "_class_name": "UNet2DModel"}, indent=2, sort_keys=True) + "\n"
+
+
+def _names(block_types):
+    return [name.removeprefix("UNetRes") for name in block_types]  # the prefix of 2022 configs
+
+
+def _by_resnet(name, attends, resample_type):
+    """Whether a level resamples within a residual block; plain levels only by their name, as in diffusers."""
+    return name.startswith("Resnet") or (attends[name] and resample_type == "resnet")
 
 
 def _listed(names):

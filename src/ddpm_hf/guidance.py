@@ -1,0 +1,113 @@
+"""Guidance of sampling by class: classifier-free (Ho & Salimans 2021), and by a classifier of noisy images (ADM, section 4)."""
+
+import math
+
+import torch
+
+from .classifier import NoisyClassifier
+from .scheduler import VariationalDDPMScheduler
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+def scales(name: str, value: float | torch.Tensor | list[float], batch_size: int) -> torch.Tensor:
+    """A scale of guidance, one for all images or one for each, as (B, 1, 1, 1) or (1, 1, 1, 1), float32.
+
+    Raises:
+        ValueError: not a number or one for each of batch_size images, negative, or not finite.
+    """
+    try:
+        scale = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={value!r} must be a number, or one for each image") from None
+    if scale.dim() > 1 or (scale.dim() == 1 and len(scale) != batch_size):
+        raise ValueError(
+            f"{name} has shape {tuple(scale.shape)} for batch_size={batch_size}; give a number or ({batch_size},)"
+        )
+    if not (scale.isfinite() & (scale >= 0)).all():
+        raise ValueError(f"{name}={scale.tolist()} must be 0 or more, and finite")
+    return scale.reshape(-1, 1, 1, 1)
+
+
+def classifier_free(
+    conditional: torch.Tensor, unconditional: torch.Tensor, scale: torch.Tensor, channels: int
+) -> torch.Tensor:
+    """unconditional + scale * (conditional - unconditional): 0 is without the class, 1 the conditional network itself.
+
+    Outputs (B, C or more, H, W), scale (B or 1, 1, 1, 1). What follows the first `channels`, learned variances, is the
+    conditional network's. With w of Ho & Salimans 2021, eq. 6, scale is 1 + w.
+    """
+    mean = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale.to(conditional.dtype))
+    return mean if conditional.shape[1] == channels else torch.cat((mean, conditional[:, channels:]), dim=1)
+
+
+def shifted_output(model_output: torch.Tensor, gradient: torch.Tensor, scheduler, t: torch.Tensor | float):
+    """ADM, Algorithm 2, for schedulers that know nothing of guidance: epsilon - sqrt(1 - abar) * gradient.
+
+    Args:
+        model_output: (B, C, H, W), of the scheduler's `prediction_type`: for "sample" and "v_prediction" the same shift.
+        gradient: of scale * log p(y | x_t) by x_t, (B, C, H, W), where x_t has variance abar + (1 - abar).
+        t: timestep, which may lie between two of the process.
+    """
+    sigma = sigma_at(scheduler, t)
+    abar = 1 / (1 + sigma**2)
+    factor = {
+        "epsilon": -math.sqrt(1 - abar),
+        "sample": (1 - abar) / math.sqrt(abar),
+        "v_prediction": -sigma,
+    }[scheduler.config.prediction_type]
+    return model_output.add(gradient.to(model_output.dtype), alpha=factor)
+
+
+def sigma_at(scheduler, t) -> float:
+    """sqrt((1 - abar) / abar) at a timestep, between two linear, as diffusers' schedulers of sigmas have it."""
+    abar, low = scheduler.alphas_cumprod, math.floor(float(t))
+    high = min(low + 1, len(abar) - 1)
+    a, b = (((1 - abar[i].double()) / abar[i].double().clamp(min=1e-24)).sqrt().item() for i in (low, high))
+    return a + (float(t) - low) * (b - a)
+
+
+def check_classifier(classifier: NoisyClassifier, unet, scheduler, classes: int | None) -> None:
+    """Whether a classifier was trained on what the network is asked for, by their saved configs.
+
+    Args:
+        classes: of the network's labels; None for a network without.
+
+    Raises:
+        ValueError: other classes, channels or image size than the network's; another process than the scheduler's; a scheduler
+            whose steps cannot be guided.
+    """
+    config = classifier.config
+    for name, theirs, ours in (
+        ("classes", config.num_classes, classes),
+        ("channels", config.in_channels, unet.config.in_channels),
+    ):
+        if ours is not None and theirs != ours:
+            raise ValueError(f"the classifier has {theirs} {name}, the network {ours}; train one for this network")
+    sides = [(size, size) if isinstance(size, int) else size for size in (config.sample_size, unet.config.sample_size)]
+    if sides[1] is not None and tuple(sides[0]) != tuple(sides[1]):
+        raise ValueError(f"the classifier is of {_by(sides[0])} images, the network of {_by(sides[1])}")
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    if abar is None or scheduler.config.prediction_type not in (*PREDICTIONS, "previous"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has no alphas_cumprod; a classifier guides DDPM and DDIM schedulers"
+        )
+    if config.scheduler is None:
+        raise ValueError(
+            "the classifier's config does not say of which process its noisy images are; train it by "
+            "training/train_classifier.py, or set its `scheduler`"
+        )
+    trained = VariationalDDPMScheduler.from_config(config.scheduler).alphas_cumprod
+    if len(trained) != len(abar):
+        raise ValueError(f"the classifier was trained with T={len(trained)}, the scheduler has T={len(abar)}")
+    difference = (trained - abar.double().cpu()).abs()
+    if difference.max() > 1e-3:  # float32 tables differ by less
+        t = int(difference.argmax())
+        raise ValueError(
+            f"the classifier was trained with another schedule: at t={t} its alphas_cumprod is {trained[t]:.4g}, the "
+            f"scheduler's {float(abar[t]):.4g}"
+        )
+
+
+def _by(size):
+    return f"{size[0]}x{size[1]}"
