@@ -131,15 +131,20 @@ def test_a_compiled_network_keeps_losses_and_gradients():
 
 
 @pytest.mark.slow
-def test_dropout_compiled_with_checkpointing():
+@pytest.mark.parametrize("channels, checkpointing", [(16, True), (128, False)])
+def test_dropout_compiled(channels, checkpointing):
     """The masks of the way back are those of the way there."""
     torch.manual_seed(0)
     one = dict(
-        down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], block_out_channels=[16], layers_per_block=1
+        down_block_types=["DownBlock2D"],
+        up_block_types=["UpBlock2D"],
+        block_out_channels=[channels],
+        layers_per_block=1,
     )
     unet = DDPMUNet(16, 1, 1, **one, mid_block_type=None, norm_num_groups=8, dropout=0.5)
     unet.reset_parameters("torch")
-    unet.enable_gradient_checkpointing()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
     compile_network(unet, TrainConfig(compile=True), torch.device("cpu"))
     torch.manual_seed(1)
     _, gradient = gradients(unet)

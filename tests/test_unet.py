@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
-from ddpm_hf.unet import CHOICES, DOWN_BLOCKS, UP_BLOCKS, DDPMUNet, FourierEmbedding
+from ddpm_hf.unet import CHOICES, DOWN_BLOCKS, UP_BLOCKS, ActivatedNorm, DDPMUNet, FourierEmbedding
 
 # google/ddpm-cifar10-32, and the one network of ddpm-celebahq-256, ddpm-church-256, ddpm-bedroom-256 and ddpm-cat-256
 CIFAR10 = {
@@ -624,3 +624,35 @@ def test_wrong_input(overrides, changes, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_gradients_of_gradients_and_of_each_image():
+    """What torch's own normalization allows in training mode: a penalty on gradients, and torch.func's transforms."""
+    norm, x = ActivatedNorm(2, 6, 1e-5, F.silu).double().train(), torch.randn(3, 6, 4, 4, dtype=torch.float64)
+    torch.nn.init.normal_(norm.weight)
+
+    def plain(x, weight, bias):
+        return F.silu(F.group_norm(x, 2, weight, bias, 1e-5))
+
+    def penalty(function, x):
+        found = torch.autograd.grad(function(x).square().sum(), (x, norm.weight), create_graph=True)
+        return torch.autograd.grad(sum(part.square().sum() for part in found), (x, norm.weight, norm.bias))
+
+    x.requires_grad_()
+    for a, b in zip(penalty(norm, x), penalty(lambda x: plain(x, norm.weight, norm.bias), x)):
+        torch.testing.assert_close(a, b)
+    norm.weight.requires_grad_(False)
+    (once,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    (twice,) = torch.autograd.grad(once.square().sum(), x)
+    (once,) = torch.autograd.grad(plain(x, norm.weight, norm.bias).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(twice, torch.autograd.grad(once.square().sum(), x)[0])
+
+    def loss(weights, x):
+        return torch.func.functional_call(norm, weights, x[None]).square().sum()
+
+    weights = {name: p.detach() for name, p in norm.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x.detach())
+    for i in range(3):
+        mine = [weights[name].clone().requires_grad_() for name in ("weight", "bias")]
+        expected = torch.autograd.grad(plain(x[i : i + 1].detach(), *mine).square().sum(), mine)
+        torch.testing.assert_close((each["weight"][i], each["bias"][i]), expected)

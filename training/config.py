@@ -97,6 +97,9 @@ class TrainConfig(RunConfig):
     loss: str = "simple"  # simple, vlb, hybrid
     vlb_weight: float = 0.001  # of the bound in hybrid
     weighting: str | None = None  # of the mean squared error by t: min_snr, truncated_snr, p2
+    # (height, width) or side of the images that the network makes larger; None: it begins with noise alone
+    low_resolution: int | list[int] | None = None
+    conditioning_noise: float = 0.0  # highest level of noise on those images in training, below 1
     label_dropout: float = (
         0.0  # share of labels trained as "no class", for guidance_scale; num_class_embeds leaves it out
     )
@@ -369,6 +372,17 @@ def _check_training(config):
         raise ConfigError(f"ema_decay={config.ema_decay} must be 0 to below 1")
     if not 0 <= config.label_dropout < 1:
         raise ConfigError(f"label_dropout={config.label_dropout} must be 0 to below 1")
+    low = sides(config.low_resolution or 0)
+    if config.low_resolution is not None and not (
+        len(low) == 2 and all(0 < small < side for small, side in zip(low, image_size(config)))
+    ):
+        raise ConfigError(f"low_resolution={config.low_resolution} must be smaller than image_size={config.image_size}")
+    if not 0 <= config.conditioning_noise < 1 or (config.conditioning_noise and not config.low_resolution):
+        raise ConfigError(
+            f"conditioning_noise={config.conditioning_noise} must be 0 to below 1, and is for networks with low_resolution"
+        )
+    if config.low_resolution and config.eval_every:
+        raise ConfigError("eval_every measures networks that begin with noise alone; leave it out with low_resolution")
     if config.label_dropout and config.label_column is None:
         raise ConfigError(f"label_dropout={config.label_dropout} needs labels; name their label_column")
     if config.init_from is None:
@@ -480,5 +494,9 @@ def as_yaml(config: RunConfig) -> str:
 
 def image_size(config: RunConfig) -> tuple[int, ...]:
     """(height, width) in pixels."""
-    size = config.image_size
+    return sides(config.image_size)
+
+
+def sides(size: int | list[int]) -> tuple[int, ...]:
+    """(height, width) of what may be one number."""
     return (size, size) if isinstance(size, int) else tuple(size)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._functorch.config
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from checkpoints import put_aside
@@ -188,8 +187,6 @@ def compile_network(network: torch.nn.Module, config: RunConfig, device: torch.d
                 module.__class__ = FastDropout
         if config.mixed_precision == "no":
             by_tiles(network, 128)
-        # for the process: what is cheap to make again is not kept; as fast, in a sixth less memory
-        torch._functorch.config.activation_memory_budget = 0.7
     network.compile(dynamic=False)
 
 

@@ -6,13 +6,17 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
+from stages import first_items, pipeline_of
 from stops import going_on
 
-from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler
+from config import sides
+from ddpm_hf import VariationalDDPMScheduler
+from ddpm_hf.conditioning import shrunk
 from ddpm_hf.data import PixelTensors, pixels_to_batch
 
 STRIP_ROWS, STRIP_COLUMNS, PAIRS = 8, 10, 32
@@ -25,7 +29,9 @@ class Sheets:
 
     `<step>.png`, samples of the averaged weights; `<step>-denoising.png`, what the first of them were predicted to be on the
     way; `<step>-raw.png`, for the first `sample_raw` sheets, samples of the weights as they are; `<step>-nearest.png`, samples
-    beside the images that are nearest to them, the most alike first, where the data is kept in memory. In numbers: mean
+    beside the images that are nearest to them, the most alike first, where the data is kept in memory. Of a network that
+    makes images larger `<step>-stages.png` in place of this one: what it was given, what it made of it, and the image itself.
+    In numbers: mean
     and standard deviation of each channel, and the median of the root mean square distances to the nearest images.
     """
 
@@ -35,6 +41,7 @@ class Sheets:
         self.folder = Path(config.output_dir, "samples")
         self.pixels = dataset.tensors["pixels"] if isinstance(dataset, PixelTensors) else None
         self.distance_of_data = None  # not before it is needed
+        self.given = first_items(dataset, config.sample_count) if config.low_resolution else None
 
     def draw(self, step: int) -> None:
         with self.average:
@@ -48,7 +55,9 @@ class Sheets:
         columns = dict.fromkeys(("samples", "raw"), class_columns(self.unet, len(x_start)))
         columns["denoising"] = strip.shape[1]
         numbers = channel_statistics("samples", x_start.mean((0, 2, 3)), (x_start**2).mean((0, 2, 3)))
-        if self.pixels is not None and len(self.pixels) > 1:
+        if self.given is not None:
+            pictures["stages"], columns["stages"] = self._stages(x_start), 4
+        elif self.pixels is not None and len(self.pixels) > 1:
             pictures["nearest"], distances = self._nearest(x_start)
             columns["nearest"] = None
             numbers |= {"nearest_rms_samples": distances, "nearest_rms_data": self.distance_of_data}
@@ -63,16 +72,19 @@ class Sheets:
         """Samples (N, C, H, W), each process's share computed there; the way to the first (R, K, C, H, W); None but in main."""
         config, index, processes = self.config, self.accelerator.process_index, self.accelerator.num_processes
         scheduler = VariationalDDPMScheduler.from_config(self.scheduler.config)  # the training's own chain shall stay
-        pipeline = DDPMImagePipeline(self.unet, scheduler)
+        pipeline = pipeline_of(config, self.unet, scheduler)
         pipeline.set_progress_bar_config(desc=told, leave=False, disable=None if index == 0 else True)
-        mine, found, strip = range(index, config.sample_count, processes), [], []
-        labels = cycled_labels(self.unet, config.sample_count)
+        count, labels = config.sample_count, cycled_labels(self.unet, config.sample_count)
+        if self.given is not None:
+            count, labels = len(self.given["pixels"]), self.given.get("class_labels")
+        mine, found, strip = range(index, count, processes), [], []
         if mine:
             # of its own for each, so that an image does not hang on how many processes there are
             seeds = (config.seed * config.sample_count + i for i in mine)
             steps = config.sample_steps or scheduler.config.num_train_timesteps
+            first = len(mine) if self.given is None else self._low()[list(mine)]
             for _, _, x_start in pipeline.progressive(
-                len(mine),
+                first,
                 generator=[torch.Generator(self.unet.device).manual_seed(seed) for seed in seeds],
                 num_inference_steps=config.sample_steps,
                 class_labels=None if labels is None else labels[list(mine)],
@@ -85,6 +97,17 @@ class Sheets:
         if index:
             return None, None
         return tuple(torch.stack([images[i] for i in sorted(images)]) for images in (found, strip))
+
+    def _low(self):
+        """The first images of the data, made small: (N, C, h, w)."""
+        x_start = pixels_to_batch(self.given["pixels"], self.scheduler.levels)
+        return shrunk(x_start, sides(self.config.low_resolution))
+
+    def _stages(self, x_start):
+        """What the network was given, what it made of it, and the image itself, side by side (N, C, H, 3 W)."""
+        low = F.interpolate(self._low(), x_start.shape[2:], mode="nearest")
+        itself = pixels_to_batch(self.given["pixels"], self.scheduler.levels)
+        return torch.cat((low, x_start, itself), dim=-1)[:PAIRS]
 
     def _nearest(self, x_start):
         """Pairs of a sample and its nearest image, side by side (P, C, H, 2 W), and the median of all distances."""

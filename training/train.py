@@ -54,10 +54,11 @@ from launch import (
 from publish import Publisher
 from safetensors import SafetensorError
 from sheets import Sheets
+from stages import conditioned, in_channels, pipeline_class, pipeline_of
 from stops import FiniteSteps, Signals, Stopped, going_on
 from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
 
-from ddpm_hf import DDPMImagePipeline, DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
+from ddpm_hf import DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
 from ddpm_hf.data import BUILT_IN, pixels_to_batch
 from ddpm_hf.hub import write_model_card
 from ddpm_hf.objectives import TIMESTEPS, drop_labels
@@ -81,7 +82,7 @@ def build(config: TrainConfig) -> tuple:
     learned = scheduler.variance_type.startswith("learned")
     unet = DDPMUNet(
         sample_size=image_size(config),
-        in_channels=config.channels,
+        in_channels=in_channels(config),
         out_channels=config.channels * (2 if learned else 1),
         **config.unet | with_null_class(config),
     )
@@ -111,11 +112,11 @@ def network_of(config: TrainConfig) -> dict:
     except OSError as error:
         raise ConfigError(f"init_from={config.init_from!r}: {' '.join(str(error).split())}") from error
     learned = config.scheduler.get("variance_type", "fixed_small").startswith("learned")
-    for key, expected in (("in_channels", config.channels), ("out_channels", config.channels * (1 + learned))):
+    for key, expected in (("in_channels", in_channels(config)), ("out_channels", config.channels * (1 + learned))):
         if found.get(key) != expected:
             raise ConfigError(
-                f"init_from={config.init_from!r}: its network has {key} {found.get(key)}, channels={config.channels} and the "
-                f"variance type ask for {expected}"
+                f"init_from={config.init_from!r}: its network has {key} {found.get(key)}, channels={config.channels}, "
+                f"low_resolution={config.low_resolution} and the variance type ask for {expected}"
             )
     unet = {key: found[key] for key in inspect.signature(DDPMUNet).parameters if key in found}
     null_class = found.get("_ddpm_hf", {}).get("null_class")
@@ -145,7 +146,7 @@ def train(config: TrainConfig) -> Path:
     unet, scheduler, objective, timesteps = build(config)
     if config.init_from and not resumed:
         try:
-            unet.load_state_dict(DDPMImagePipeline.from_pretrained(config.init_from).unet.state_dict())
+            unet.load_state_dict(pipeline_class(config).from_pretrained(config.init_from).unet.state_dict())
         except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"init_from={config.init_from!r}: {' '.join(str(error).split())}") from error
     optimizer, lr_schedule = make_optimizer(config, unet.parameters())
@@ -182,7 +183,7 @@ def train(config: TrainConfig) -> Path:
                 labels = batch.get("class_labels")
                 if config.label_dropout:
                     labels = drop_labels(labels, network.null_class, config.label_dropout)
-                losses = objective(unet, x_start, labels, t)
+                losses = objective(conditioned(config, unet, x_start), x_start, labels, t)
                 timesteps.update(t, losses)
                 accelerator.backward((weights * losses).mean())
                 if accelerator.sync_gradients:
@@ -266,7 +267,7 @@ def save_pipeline(config, step, unet, scheduler, folder, label_names=None):
 
 
 def _write_pipeline(config, step, unet, scheduler, folder, label_names):
-    DDPMImagePipeline(unet, scheduler).save_pretrained(folder)
+    pipeline_of(config, unet, scheduler).save_pretrained(folder)
     told = dataclasses.asdict(config)
     for key in ("output_dir", "resume", "push_to_hub", "hub_private", "license"):
         del told[key]  # of nobody else's concern

@@ -18,13 +18,16 @@ from .scheduler import (
     discretized_gaussian_log_likelihood,
     space_timesteps,
 )
+from .super_resolution import CascadePipeline, DDPMSuperResolutionPipeline
 from .unet import DDPMUNet
 
 __version__ = "0.1.0"
 __all__ = [
     "BitsPerDim",
     "BitsPerDimEstimate",
+    "CascadePipeline",
     "DDPMImagePipeline",
+    "DDPMSuperResolutionPipeline",
     "DDPMUNet",
     "DiffusionObjective",
     "Gaussian",

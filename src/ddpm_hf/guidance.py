@@ -67,11 +67,19 @@ def sigma_at(scheduler, t) -> float:
     return a + (float(t) - low) * (b - a)
 
 
-def check_classifier(classifier: NoisyClassifier, unet, scheduler, classes: int | None) -> None:
+def check_classifier(
+    classifier: NoisyClassifier,
+    scheduler,
+    classes: int | None,
+    channels: int,
+    sample_size: int | tuple[int, int] | None,
+) -> None:
     """Whether a classifier was trained on what the network is asked for, by their saved configs.
 
     Args:
+        scheduler: whose steps are to be guided.
         classes: of the network's labels; None for a network without.
+        channels, sample_size: of its images; None for any size.
 
     Raises:
         ValueError: other classes, channels or image size than the network's; another process than the scheduler's; a scheduler
@@ -80,11 +88,11 @@ def check_classifier(classifier: NoisyClassifier, unet, scheduler, classes: int 
     config = classifier.config
     for name, theirs, ours in (
         ("classes", config.num_classes, classes),
-        ("channels", config.in_channels, unet.config.in_channels),
+        ("channels", config.in_channels, channels),
     ):
         if ours is not None and theirs != ours:
             raise ValueError(f"the classifier has {theirs} {name}, the network {ours}; train one for this network")
-    sides = [(size, size) if isinstance(size, int) else size for size in (config.sample_size, unet.config.sample_size)]
+    sides = [(size, size) if isinstance(size, int) else size for size in (config.sample_size, sample_size)]
     if sides[1] is not None and tuple(sides[0]) != tuple(sides[1]):
         raise ValueError(f"the classifier is of {_by(sides[0])} images, the network of {_by(sides[1])}")
     abar = getattr(scheduler, "alphas_cumprod", None)

@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from .classifier import NoisyClassifier
+from .conditioning import Conditioned
 from .guidance import check_classifier, classifier_free, scales, shifted_output
 from .inference import InferenceUNet
 from .push import push_folder
@@ -25,6 +26,8 @@ from .unet import DDPMUNet
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Class names as they are saved. Classes are compared by name: a published pipeline.py is executed anew at every load.
 STOCK_CLASSES = {"DDPMUNet": "UNet2DModel", "VariationalDDPMScheduler": "DDPMScheduler"}
+# Pipelines that no stock class stands for, saved under their own name.
+OTHER_CLASSES = ("DDPMSuperResolutionPipeline", "CascadePipeline")
 CLASSIFIER = "noisy_classifier"  # the module beside a saved classifier's weights
 
 
@@ -47,6 +50,7 @@ class DDPMImagePipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["classifier"]  # gradients go through it
     _callback_tensor_inputs = ["sample", "model_output"]
     _inference = None  # the optimized network, and its settings
+    _source_module = __name__  # what a published pipeline.py holds
 
     def __init__(self, unet: torch.nn.Module, scheduler, classifier: NoisyClassifier | None = None):
         super().__init__()
@@ -73,8 +77,9 @@ class DDPMImagePipeline(DiffusionPipeline):
             ("cache_dir", "force_download", "local_files_only", "token", "revision"),
         )
         index = cls.load_config(path, **{name: kwargs[name] for name in where if name in kwargs})
-        components = {name for name, entry in index.items() if isinstance(entry, list) and name != "_class_name"}
-        components = {name for name in components if index[name][0] is not None}
+        # [library, class]; other lists are settings
+        entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name != "_class_name"}
+        components = {name for name, entry in entries.items() if isinstance(entry[0], str)}
         guided = index.get("classifier", [None])[-1] == "NoisyClassifier"
         if components - ({"classifier"} if guided else set()) != {"unet", "scheduler"} or index["unet"][-1] not in (
             "UNet2DModel",
@@ -84,6 +89,10 @@ class DDPMImagePipeline(DiffusionPipeline):
                 f"{path} holds a {index.get('_class_name')} of {', '.join(sorted(components))}; this class opens pipelines of "
                 "a UNet2DModel and a scheduler"
             )
+        saved = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
+        own = [base.__name__ for base in cls.__mro__ if base.__name__ in OTHER_CLASSES]
+        if ({saved} & {*OTHER_CLASSES}) != {*own}:
+            raise ValueError(f"{path} holds a {saved}; open it with that class, not with {cls.__name__}")
         try:
             kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
             if guided and "classifier" not in kwargs:  # by this package's class: no code of the folder is run
@@ -147,6 +156,16 @@ class DDPMImagePipeline(DiffusionPipeline):
         return network
 
     @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.unet.config.in_channels
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the network is class-conditional."""
+        return getattr(self.unet, "class_embedding", None) is not None
+
+    @property
     def interrupt(self) -> bool:
         """True once a callback has set `pipe._interrupt = True`: the loop then stops early."""
         return self._interrupt
@@ -197,16 +216,21 @@ class DDPMImagePipeline(DiffusionPipeline):
             ValueError: an argument that cannot be used, named, before any computing.
         """
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
-        sample, timesteps, step = self._prepare(
+        prepared = self._prepare(
             batch_size, generator, num_inference_steps, eta, class_labels, latents, guidance_scale, classifier_scale
         )
+        return self._run(prepared, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+    def _run(self, prepared, output_type, return_dict, callback, tensor_inputs):
+        """Down the chain that `_prepare` has prepared."""
+        sample, timesteps, step = prepared
         self._interrupt = False
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_output, sample, _ = step(t, sample)
-            if callback_on_step_end is not None:
+            if callback is not None:
                 tensors = {"sample": sample, "model_output": model_output}
-                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                sample = (callback_on_step_end(self, i, t, tensors) or {}).get("sample", sample)
+                tensors = {name: tensors[name] for name in tensor_inputs}
+                sample = (callback(self, i, t, tensors) or {}).get("sample", sample)
             if self.interrupt:
                 break
 
@@ -345,9 +369,10 @@ class DDPMImagePipeline(DiffusionPipeline):
         latents,
         guidance_scale=None,
         classifier_scale=None,
+        planes=None,
     ):
         """x_T, the timesteps, and the function step(t, x_t) -> (model_output, next sample, predicted x_0 or None)."""
-        channels, sample_size = self.unet.config.in_channels, self.unet.config.sample_size
+        channels, sample_size = self.channels, self.unet.config.sample_size
         generator = list(generator) if isinstance(generator, tuple) else generator
         if latents is not None and latents.shape[0] != batch_size and batch_size == 1:
             batch_size = latents.shape[0]
@@ -374,6 +399,8 @@ class DDPMImagePipeline(DiffusionPipeline):
             step_kwargs["eta"] = eta
 
         network = self._network(scheduler.timesteps)
+        if planes is not None:
+            network = Conditioned(network, planes)
 
         def step(t, sample):
             model_input = scheduler.scale_model_input(sample, t)
@@ -392,7 +419,7 @@ class DDPMImagePipeline(DiffusionPipeline):
 
     def _predictor(self, class_labels, batch_size, guidance_scale, channels):
         """The function (network, x_t, t) -> the network's output, with classifier-free guidance where it is asked for."""
-        table = getattr(self.unet, "class_embedding", None) is not None
+        table = self.takes_labels
         null = getattr(self.unet, "null_class", None)
         scale = None if guidance_scale is None else scales("guidance_scale", guidance_scale, batch_size)
         if scale is not None and (null is None or class_labels is None):
@@ -425,7 +452,8 @@ class DDPMImagePipeline(DiffusionPipeline):
                 "class_labels" if self.classifier is not None else "a classifier: DDPMImagePipeline(..., classifier=)"
             )
             raise ValueError(f"classifier_scale={classifier_scale} needs {what}")
-        check_classifier(self.classifier, self.unet, self.scheduler, getattr(self.unet, "num_classes", None))
+        classes = getattr(self.unet, "num_classes", None)
+        check_classifier(self.classifier, self.scheduler, classes, self.channels, self.unet.config.sample_size)
         if (scale == 0).all():
             return None
         classifier, scale = self.classifier, scale.to(self._execution_device)
@@ -434,7 +462,7 @@ class DDPMImagePipeline(DiffusionPipeline):
         return lambda x, t: classifier.gradient(x, t, class_labels, scale)
 
     def _check_output(self, output_type, tensor_inputs):
-        channels = self.unet.config.in_channels
+        channels = self.channels
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not known; choose one of {', '.join(OUTPUT_TYPES)}")
         if output_type == "pil" and channels not in (1, 3, 4):
@@ -467,7 +495,7 @@ class DDPMImagePipeline(DiffusionPipeline):
     def _check_labels(self, labels, batch_size):
         labels = labels.expand(batch_size) if labels.dim() == 0 else labels
         classes = getattr(self.unet, "num_classes", None)
-        if getattr(self.unet, "class_embedding", None) is None:
+        if not self.takes_labels:
             if self.classifier is None:
                 raise ValueError("class_labels were given, but this network has no classes; leave them out")
             classes = self.classifier.config.num_classes
@@ -505,7 +533,7 @@ class DDPMImagePipeline(DiffusionPipeline):
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:
-            file.write(self_contained_source())
+            file.write(self_contained_source(self._source_module))
         if self.classifier is not None:
             folder = os.path.join(save_directory, "classifier")
             os.makedirs(folder, exist_ok=True)
@@ -563,7 +591,7 @@ class DDPMImagePipeline(DiffusionPipeline):
             )
 
 
-def self_contained_source(module: str = __name__) -> str:
+def self_contained_source(module: str) -> str:
     """The source of a module and of those of this package that it imports, as one that imports nothing of this package."""
     sources = {}
 

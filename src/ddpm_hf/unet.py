@@ -108,9 +108,14 @@ class _NormSiLU(torch.autograd.Function):
         return F.silu(y, inplace=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         groups, eps, dtype = ctx.settings
+        if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
+            wanted = [v for v, needed in zip(ctx.saved_tensors, ctx.needs_input_grad) if needed]
+            x, weight, bias = ctx.saved_tensors
+            y = F.silu(F.group_norm(x.to(dtype), groups, weight, bias, eps))
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
         x, weight, bias = (v.detach().requires_grad_() for v in ctx.saved_tensors)
         with torch.enable_grad():
             y = F.group_norm(x.to(dtype), groups, weight, bias, eps)
@@ -126,8 +131,9 @@ class ActivatedNorm(nn.GroupNorm):
         self.act = act
 
     def forward(self, x):
-        # a compiler chooses by itself what is kept
-        if self.training and self.act is F.silu and not torch.compiler.is_compiling():
+        # a compiler chooses by itself what is kept; torch.func goes through torch's own functions
+        plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        if self.training and self.act is F.silu and plain:
             return _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return self.act(super().forward(x))
 

@@ -1,0 +1,48 @@
+"""What a network sees beside x_t: the low-resolution image of a super-resolution model (IDDPM, appendix; ADM, section 5)."""
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
+
+
+def shrunk(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Images (B, C, H, W) at (height, width) `size`: each pixel the mean of those that it covers."""
+    return F.interpolate(images, size, mode="area")
+
+
+def condition_planes(
+    images: torch.Tensor,
+    size: tuple[int, int],
+    noise_level: torch.Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """What the network sees beside x_t of low-resolution images.
+
+    Args:
+        images: (B, C, h, w) in [-1, 1].
+        size: (height, width) of x_t.
+        noise_level: (B,) in [0, 1): with s its value, the images become sqrt(1 - s^2) images + s noise, and s is one plane
+            more (Gaussian conditioning augmentation, Ho et al. 2021, "Cascaded Diffusion Models", section 4). None: no such
+            plane.
+        generator: of that noise.
+
+    Returns:
+        (B, C, height, width), or (B, C + 1, height, width) with a noise level: bilinear.
+    """
+    if noise_level is None:
+        return F.interpolate(images, size, mode="bilinear", align_corners=False)
+    level = noise_level.to(images).view(-1, 1, 1, 1)
+    noise = randn_tensor(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+    planes = F.interpolate(images * (1 - level**2).sqrt() + level * noise, size, mode="bilinear", align_corners=False)
+    return torch.cat((planes, level.expand(-1, 1, *size)), dim=1)
+
+
+class Conditioned:
+    """A network that sees planes (B, P, H, W) beside x_t, called as one that does not; x_t may be a multiple of B images."""
+
+    def __init__(self, network, planes: torch.Tensor):
+        self.network, self.planes = network, planes
+
+    def __call__(self, sample: torch.Tensor, *args, **kwargs):
+        planes = self.planes.to(sample).repeat(len(sample) // len(self.planes), 1, 1, 1)
+        return self.network(torch.cat((sample, planes), dim=1), *args, **kwargs)

@@ -1,0 +1,270 @@
+"""Images made larger by a diffusion model that sees them, and two stages in a row (IDDPM, appendix; ADM, section 5)."""
+
+import json
+import os
+from collections.abc import Iterator
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from huggingface_hub import snapshot_download
+
+from .classifier import NoisyClassifier
+from .conditioning import condition_planes
+from .pipeline import DDPMImagePipeline
+
+# of a repository: no pickled weights
+FILES = ("*.json", "*.safetensors", "*.py")
+
+
+def local_folder(path: str | os.PathLike, kwargs: dict) -> str | os.PathLike:
+    """The folder itself, or that to which a repository of this name was downloaded; takes from kwargs what says how."""
+    where = {name: kwargs.pop(name) for name in ("cache_dir", "force_download", "token", "revision") if name in kwargs}
+    if os.path.isdir(path):
+        return path
+    return snapshot_download(
+        str(path), allow_patterns=FILES, local_files_only=kwargs.get("local_files_only", False), **where
+    )
+
+
+class DDPMSuperResolutionPipeline(DDPMImagePipeline):
+    """Makes images larger: `DDPMImagePipeline` with a network that sees the low-resolution image, scaled up, beside x_t.
+
+    Its network takes the channels of x_t, those of the image, and with conditioning_noise a plane for the noise level. Saved
+    folders name this class: without the package they are opened by `DiffusionPipeline.from_pretrained(folder,
+    trust_remote_code=True)`; plain diffusers has no class that samples them.
+
+    Args:
+        unet, scheduler, classifier: as in `DDPMImagePipeline`; in_channels of the network as above.
+        low_resolution: (height, width) of the images that it takes.
+        conditioning_noise: highest level of the noise on low-resolution images that it was trained with ("conditioning
+            augmentation", Ho et al. 2021, "Cascaded Diffusion Models"), in [0, 1); 0 for none.
+
+    Raises:
+        ValueError: a network whose channels do not fit.
+    """
+
+    _source_module = __name__
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        scheduler,
+        classifier: NoisyClassifier | None = None,
+        low_resolution: list[int] | int = (8, 8),
+        conditioning_noise: float = 0.0,
+    ):
+        low_resolution = [low_resolution] * 2 if isinstance(low_resolution, int) else list(low_resolution)
+        super().__init__(unet, scheduler, classifier)
+        self.register_to_config(low_resolution=low_resolution, conditioning_noise=conditioning_noise)
+        expected = 2 * self.channels + (conditioning_noise > 0)
+        if self.unet.config.in_channels != expected:
+            raise ValueError(
+                f"the network takes {self.unet.config.in_channels} channels; for images of {self.channels} with "
+                f"conditioning_noise={conditioning_noise} it must be {expected}: x_t, the low-resolution image"
+                f"{', its noise level' if conditioning_noise > 0 else ''}"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
+        return self.unet.config.out_channels // (2 if learned else 1)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        config = super().load_config(*args, **kwargs)
+        index = config[0] if isinstance(config, tuple) else config
+        if isinstance(index.get("_class_name"), (list, tuple)):  # a module of the folder and its class: this one
+            index["_class_name"] = index["_class_name"][-1]
+        return config
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> "DDPMSuperResolutionPipeline":
+        """As diffusers' method; arguments and errors are those of `DDPMImagePipeline.from_pretrained`."""
+        return super().from_pretrained(local_folder(pretrained_model_name_or_path, kwargs), **kwargs)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        noise_level: float = 0.0,
+        eta: float | None = None,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        guidance_scale: float | torch.Tensor | None = None,
+        classifier_scale: float | torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample",),
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Args:
+            images: of the size `low_resolution`: PIL images or one, an array (B, H, W, C) in [0, 1], or a tensor (B, C, H,
+                W) in [-1, 1].
+            noise_level: of the noise on them, 0 to conditioning_noise: more gives the network more freedom from the images.
+            Others: as in `DDPMImagePipeline.__call__`; latents have the size of the result.
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            ValueError: images of another size or number of channels, a noise level that it was not trained with; as
+                `DDPMImagePipeline.__call__`.
+        """
+        self._check_output(output_type, callback_on_step_end_tensor_inputs)
+        planes, generator = self._planes(images, noise_level, generator)
+        prepared = self._prepare(
+            len(planes),
+            generator,
+            num_inference_steps,
+            eta,
+            class_labels,
+            latents,
+            guidance_scale,
+            classifier_scale,
+            planes,
+        )
+        return self._run(prepared, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+    def progressive(
+        self,
+        images,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        every: int = 1,
+        noise_level: float = 0.0,
+        eta: float | None = None,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        guidance_scale: float | torch.Tensor | None = None,
+        classifier_scale: float | torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """As `DDPMImagePipeline.progressive`, of images as `__call__` takes them."""
+        planes, generator = self._planes(images, noise_level, generator)
+        prepared = self._prepare(
+            len(planes),
+            generator,
+            num_inference_steps,
+            eta,
+            class_labels,
+            latents,
+            guidance_scale,
+            classifier_scale,
+            planes,
+        )
+        return self._progress(*prepared, every)
+
+    def interpolate(self, *args, **kwargs):
+        """Not for this pipeline: interpolate the low-resolution images, by the pipeline that draws them."""
+        raise ValueError("a super-resolution pipeline does not interpolate; interpolate its low-resolution images")
+
+    def _planes(self, images, noise_level, generator):
+        low, conditioning_noise = tuple(self.config.low_resolution), self.config.conditioning_noise
+        if not isinstance(images, torch.Tensor):
+            grey = {"do_convert_grayscale": True} if self.channels == 1 else {"do_convert_rgb": self.channels == 3}
+            images = VaeImageProcessor(do_resize=False, **grey).preprocess(images)
+        if images.dim() != 4 or images.shape[1] != self.channels or tuple(images.shape[2:]) != low:
+            raise ValueError(
+                f"images have the shape {tuple(images.shape)}; this pipeline takes (B, {self.channels}, {low[0]}, {low[1]})"
+            )
+        if not 0 <= noise_level <= conditioning_noise:
+            raise ValueError(
+                f"noise_level={noise_level} must be 0 to {conditioning_noise}, what the network was trained with"
+            )
+        images = images.to(self._execution_device, self.unet.dtype)
+        size = self.unet.config.sample_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        level = torch.full((len(images),), float(noise_level)) if conditioning_noise > 0 else None
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        return condition_planes(images, size, level, generator if noise_level > 0 else None), generator
+
+    def to_json_string(self) -> str:
+        """The pipeline's index as it is saved: it names this class, which stands in `pipeline.py` beside it."""
+        index = json.loads(super().to_json_string())
+        return json.dumps({**index, "_class_name": ["pipeline", type(self).__name__]}, indent=2, sort_keys=True) + "\n"
+
+
+class CascadePipeline(DiffusionPipeline):
+    """Two stages: a `DDPMImagePipeline` draws small images, a `DDPMSuperResolutionPipeline` makes them larger (ADM, section 5).
+
+    It is saved to one folder, a sub-folder for each stage, which is a whole pipeline itself.
+
+    Args:
+        base: draws images of the size that the upsampler takes.
+        upsampler: makes them larger.
+
+    Raises:
+        ValueError: images of the base that the upsampler does not take.
+    """
+
+    def __init__(self, base: DDPMImagePipeline, upsampler: DDPMSuperResolutionPipeline):
+        super().__init__()
+        size, low = base.unet.config.sample_size, tuple(upsampler.config.low_resolution)
+        size = (size, size) if isinstance(size, int) else size
+        if size is not None and tuple(size) != low:
+            raise ValueError(f"base draws images of {size[0]}x{size[1]}, upsampler takes {low[0]}x{low[1]}")
+        if base.channels != upsampler.channels:
+            raise ValueError(f"base draws images of {base.channels} channels, upsampler takes {upsampler.channels}")
+        self.register_modules(base=base, upsampler=upsampler)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CascadePipeline":
+        """Opens both stages of a folder or of a repository on the Hub; arguments as those of their own."""
+        folder = local_folder(pretrained_model_name_or_path, kwargs)
+        stages = {"base": DDPMImagePipeline, "upsampler": DDPMSuperResolutionPipeline}
+        missing = [name for name in stages if not os.path.isdir(os.path.join(folder, name))]
+        if missing:
+            raise ValueError(f"{pretrained_model_name_or_path} is no cascade: it has no folder {missing[0]}")
+        return cls(
+            **{name: stage.from_pretrained(os.path.join(folder, name), **kwargs) for name, stage in stages.items()}
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        upsampler_steps: int | None = None,
+        noise_level: float = 0.0,
+        upsampler_kwargs: dict | None = None,
+        **kwargs,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Args:
+            batch_size, generator, output_type, return_dict: as in `DDPMImagePipeline.__call__`, of both stages.
+            num_inference_steps: network calls of the base; upsampler_steps: of the upsampler. None for all.
+            class_labels: of both, where both are class-conditional.
+            noise_level: of the upsampler's conditioning augmentation.
+            upsampler_kwargs: other arguments of the upsampler.
+            Others: of the base.
+
+        Returns:
+            `ImagePipelineOutput` with `.images` of the upsampler.
+        """
+        told = dict(class_labels=class_labels, **kwargs)
+        small = self.base(batch_size, generator, num_inference_steps, "latent", **told).images.clamp(-1, 1)
+        told = dict(upsampler_kwargs or {})
+        if self.upsampler.takes_labels:
+            told.setdefault("class_labels", class_labels)
+        how = dict(noise_level=noise_level, return_dict=return_dict, output_type=output_type)
+        return self.upsampler(small, generator, upsampler_steps, **how, **told)
+
+    def to_json_string(self) -> str:
+        """The pipeline's index as it is saved: each class stands in the `pipeline.py` of its folder."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        index |= {"base": ["pipeline", "DDPMImagePipeline"], "upsampler": ["pipeline", "DDPMSuperResolutionPipeline"]}
+        return json.dumps({**index, "_class_name": ["pipeline", "CascadePipeline"]}, indent=2, sort_keys=True) + "\n"
