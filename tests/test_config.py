@@ -260,7 +260,8 @@ def test_presets_of_classifiers(preset):
 
 
 @pytest.mark.parametrize(
-    "preset, millions", [("adm-imagenet64", 296), ("adm-imagenet128", 422), ("adm-imagenet256", 554)]
+    "preset, millions",
+    [("adm-imagenet64", 296), ("adm-imagenet128", 422), ("adm-imagenet256", 554), ("adm-imagenet64-256", 312)],
 )
 def test_the_parameters_of_adm(preset, millions, tmp_path):
     """As the paper states them, and without allocating them."""

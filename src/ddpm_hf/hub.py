@@ -119,6 +119,8 @@ def model_card(
     scheduler = {**scheduler, **scheduler.get("_ddpm_hf", {})}
     told = told_of(folder)
     training, evaluation = told.get("training"), told.get("evaluation")
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    low = index.get("low_resolution")
     name = folder.name.lstrip(".")  # a folder that is being written has a dot
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
     size = unet["sample_size"]
@@ -131,7 +133,9 @@ def model_card(
         parameters = DDPMUNet.from_config(unet).num_parameters()
     variance = str(scheduler.get("variance_type") or "")
     reason = None
-    if stock_prediction == "previous":
+    if low:
+        reason = "a network that makes images larger"
+    elif stock_prediction == "previous":
         reason = "a network that predicts the previous image"
     elif variance.startswith("learned"):
         reason = "with learned variances"
@@ -150,7 +154,7 @@ def model_card(
         ModelCardData(
             license=license,
             library_name="diffusers",
-            pipeline_tag="unconditional-image-generation",
+            pipeline_tag="image-to-image" if low else "unconditional-image-generation",
             tags=["ddpm", "ddpm-hf", "diffusion"],
             datasets=[training["hub_dataset"]] if training and training.get("hub_dataset") else None,
             model_name=repo_id.split("/")[-1],
@@ -169,6 +173,8 @@ def model_card(
         classes=classes if null_class is None else null_class,
         label_dropout=null_class is not None,
         classifier=classifier,
+        pipeline_class="DDPMSuperResolutionPipeline" if low else "DDPMImagePipeline",
+        low=low and f"{low[0]}x{low[1]}",
         stock=reason is None,
         stock_reason=reason,
         remote_code=remote_code,

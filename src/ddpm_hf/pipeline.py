@@ -532,13 +532,9 @@ class DDPMImagePipeline(DiffusionPipeline):
         same for a classifier, beside it.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:
-            file.write(self_contained_source(self._source_module))
+        write_source(self._source_module, save_directory)
         if self.classifier is not None:
-            folder = os.path.join(save_directory, "classifier")
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, f"{CLASSIFIER}.py"), "w", encoding="utf-8") as file:
-                file.write(self_contained_source(NoisyClassifier.__module__))
+            write_source(NoisyClassifier.__module__, os.path.join(save_directory, "classifier"), CLASSIFIER)
 
     def save_pretrained(
         self,
@@ -589,6 +585,13 @@ class DDPMImagePipeline(DiffusionPipeline):
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def write_source(module: str, folder: str | os.PathLike, name: str = "pipeline") -> None:
+    """Writes `self_contained_source` of a module as <folder>/<name>.py."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, f"{name}.py"), "w", encoding="utf-8") as file:
+        file.write(self_contained_source(module))
 
 
 def self_contained_source(module: str) -> str:

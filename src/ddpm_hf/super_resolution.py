@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 
 from .classifier import NoisyClassifier
 from .conditioning import condition_planes
-from .pipeline import DDPMImagePipeline
+from .pipeline import DDPMImagePipeline, write_source
 
 # of a repository: no pickled weights
 FILES = ("*.json", "*.safetensors", "*.py")
@@ -261,6 +261,11 @@ class CascadePipeline(DiffusionPipeline):
             told.setdefault("class_labels", class_labels)
         how = dict(noise_level=noise_level, return_dict=return_dict, output_type=output_type)
         return self.upsampler(small, generator, upsampler_steps, **how, **told)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes `model_index.json`, and `pipeline.py` with this class and its parts in one self-contained file."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        write_source(__name__, save_directory)
 
     def to_json_string(self) -> str:
         """The pipeline's index as it is saved: each class stands in the `pipeline.py` of its folder."""
