@@ -114,6 +114,8 @@ def model_card(
         ValueError: its network is not one that `DDPMUNet` supports.
     """
     folder = Path(folder)
+    if (folder / "base").is_dir():
+        return _card_of_two_stages(folder, repo_id or folder.name, license)
     unet, scheduler = read_json(folder / "unet/config.json"), read_json(folder / "scheduler/scheduler_config.json")
     stock_prediction = scheduler.get("prediction_type", "epsilon")
     scheduler = {**scheduler, **scheduler.get("_ddpm_hf", {})}
@@ -184,6 +186,50 @@ def model_card(
         evaluation=evaluation,
         citations="\n\n".join(CITATIONS[name] for name in cited),
     )
+
+
+def _card_of_two_stages(folder, repo_id, license):
+    """Of a cascade: how it is opened; its stages have cards of their own."""
+    upsampler = read_json(folder / "upsampler/model_index.json")
+    size, low = read_json(folder / "upsampler/unet/config.json")["sample_size"], upsampler["low_resolution"]
+    side = f"{size}x{size}" if isinstance(size, int) else f"{size[0]}x{size[1]}"
+    data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["ddpm", "ddpm-hf", "diffusion"],
+        model_name=repo_id.split("/")[-1],
+    )
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {repo_id}
+
+Two denoising diffusion models in a row (Dhariwal & Nichol 2021, section 5): one draws images of {low[0]}x{low[1]}, the other
+makes them {side}. Each is a whole pipeline in its folder, `base` and `upsampler`.
+
+## How to open it
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)  # from the code in this repository
+
+from ddpm_hf import CascadePipeline  # with the package
+
+pipe = CascadePipeline.from_pretrained("{repo_id}")
+images = pipe(batch_size=4, num_inference_steps=250, upsampler_steps=250).images
+```
+
+## Citation
+
+```bibtex
+{CITATIONS["ddpm"]}
+
+{CITATIONS["adm"]}
+```
+""")
 
 
 def card_text(folder: str | os.PathLike, repo_id: str | None = None, **kwargs) -> str:

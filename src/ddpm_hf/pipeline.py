@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from numbers import Real
 
@@ -19,7 +18,7 @@ from .classifier import NoisyClassifier
 from .conditioning import Conditioned
 from .guidance import check_classifier, classifier_free, scales, shifted_output
 from .inference import InferenceUNet
-from .push import push_folder
+from .push import Published
 from .scheduler import VariationalDDPMScheduler
 from .unet import DDPMUNet
 
@@ -31,7 +30,7 @@ OTHER_CLASSES = ("DDPMSuperResolutionPipeline", "CascadePipeline")
 CLASSIFIER = "noisy_classifier"  # the module beside a saved classifier's weights
 
 
-class DDPMImagePipeline(DiffusionPipeline):
+class DDPMImagePipeline(Published, DiffusionPipeline):
     """Draws images by running a diffusion process backwards (Ho, Jain, Abbeel 2020, Algorithm 2; DDIM with `eta`).
 
     A saved folder is in stock terms, with this class and its parts in a self-contained `pipeline.py` beside the weights:
@@ -535,56 +534,6 @@ class DDPMImagePipeline(DiffusionPipeline):
         write_source(self._source_module, save_directory)
         if self.classifier is not None:
             write_source(NoisyClassifier.__module__, os.path.join(save_directory, "classifier"), CLASSIFIER)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """As diffusers' method; push_to_hub=True publishes the folder by `push_folder` with repo_id (else the folder's name),
-        license, commit_message, private, token, revision, create_pr.
-        """
-        names = ("license", "commit_message", "private", "token", "revision", "create_pr")
-        where = {name: kwargs.pop(name) for name in names if name in kwargs}
-        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
-        if push_to_hub:
-            push_folder(save_directory, repo_id, **where)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        *,
-        revision: str | None = None,
-        max_shard_size: int | str | None = None,
-        license: str | None = None,
-    ):
-        """Saves the pipeline to a temporary folder and publishes it by `push_folder`, whose arguments and errors these are.
-
-        With a variant, say "fp16", those weights stand beside the others in the repository.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
-            return push_folder(
-                folder,
-                repo_id,
-                license=license,
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
 
 
 def write_source(module: str, folder: str | os.PathLike, name: str = "pipeline") -> None:

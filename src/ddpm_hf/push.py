@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -37,6 +38,9 @@ NEEDED = {
 # a branch whose index names the class in pipeline.py, for from_pretrained(x, revision="remote-code", trust_remote_code=True)
 REMOTE_CODE = "remote-code"
 STOCK_CLASS, OUR_CLASS = "DDPMPipeline", ["pipeline", "DDPMImagePipeline"]
+# saved under their own names, for no stock class stands for them: of main too, and without a branch for trusted code
+UPSAMPLER, CASCADE = ["pipeline", "DDPMSuperResolutionPipeline"], ["pipeline", "CascadePipeline"]
+KINDS = {STOCK_CLASS: (STOCK_CLASS, OUR_CLASS), UPSAMPLER[1]: (UPSAMPLER,), CASCADE[1]: (CASCADE,)}
 
 
 class HubError(RuntimeError):
@@ -62,7 +66,63 @@ def check_repository(repo_id: str, *, private: bool | None = None, token: str | 
     with _explained(repo_id):
         api = _api(token)
         api.auth_check(repo_id, write=True)
-        _check_repository(api, repo_id, None, _tree(api, repo_id, None))
+        _check_repository(
+            api, repo_id, None, _tree(api, repo_id, None), [name for kind in KINDS.values() for name in kind]
+        )
+
+
+class Published:
+    """What a pipeline has of publishing, before diffusers' `DiffusionPipeline` among its bases."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As diffusers' method; push_to_hub=True publishes the folder by `push_folder` with repo_id (else the folder's name),
+        license, commit_message, private, token, revision, create_pr.
+        """
+        names = ("license", "commit_message", "private", "token", "revision", "create_pr")
+        where = {name: kwargs.pop(name) for name in names if name in kwargs}
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        if push_to_hub:
+            push_folder(save_directory, repo_id, **where)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        revision: str | None = None,
+        max_shard_size: int | str | None = None,
+        license: str | None = None,
+    ):
+        """Saves the pipeline to a temporary folder and publishes it by `push_folder`, whose arguments and errors these are.
+
+        With a variant, say "fp16", those weights stand beside the others in the repository.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            return push_folder(
+                folder,
+                repo_id,
+                license=license,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
 
 def _api(token):
@@ -107,7 +167,8 @@ def push_folder(
     files = published_files(folder)
     if revision == REMOTE_CODE:
         raise ValueError(f"revision={revision!r} is kept by this package beside main; choose another")
-    commit_message = commit_message or "Upload DDPMImagePipeline"
+    kind = _kind(files["model_index.json"])
+    commit_message = commit_message or f"Upload {'DDPMImagePipeline' if kind == STOCK_CLASS else kind}"
     repo_id = open_repository(repo_id, private=private, token=token)
     with _explained(repo_id, revision):
         api = _api(token)
@@ -115,7 +176,7 @@ def push_folder(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = _tree(api, repo_id, revision)
-        _check_repository(api, repo_id, revision, there)
+        _check_repository(api, repo_id, revision, there, KINDS[kind])
         old = ""
         if "README.md" in there:
             path = api.hf_hub_download(repo_id, "README.md", revision=revision)
@@ -128,7 +189,7 @@ def push_folder(
         info = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
-        if to_main:
+        if to_main and kind == STOCK_CLASS:
             _keep_remote_code(api, repo_id, info.oid, files["model_index.json"], commit_message)
     return info
 
@@ -162,9 +223,18 @@ def _tree(api, repo_id, revision):
     return {info.path: info for info in infos if isinstance(info, RepoFile)}
 
 
+def _kind(index):
+    """By a saved pipeline's index, a file or its content, the key of `KINDS`; for others what the index says."""
+    index = json.loads(index) if isinstance(index, bytes) else read_json(index)
+    name = index["_class_name"]
+    return next((kind for kind, names in KINDS.items() if name in names), str(name))
+
+
 def _variant(name):
     """ "diffusion_pytorch_model" or "diffusion_pytorch_model.fp16" of a file of weights, or of their index; None of others."""
-    match = WEIGHTS.fullmatch(name.removeprefix("unet/").removeprefix("classifier/"))
+    where, _, file = name.rpartition("/")
+    network = where.removeprefix("base/").removeprefix("upsampler/")  # the stages of a cascade
+    match = WEIGHTS.fullmatch(file) if network in ("", "unet", "classifier") else None
     return match and match[1] + (match[2] or "")
 
 
@@ -240,16 +310,21 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
             f"{folder} is no pipeline: it has no model_index.json; give what save_pretrained wrote, such as a run's pipeline/"
         )
     index = read_json(folder / "model_index.json")
-    source = folder / "pipeline.py"
-    ours = index["_class_name"] in (STOCK_CLASS, OUR_CLASS) and source.is_file()
-    if not ours or f"class {OUR_CLASS[1]}(" not in source.read_text(encoding="utf-8"):
+    source, kind = folder / "pipeline.py", _kind(folder / "model_index.json")
+    ours = OUR_CLASS[1] if kind == STOCK_CLASS else kind
+    if kind not in KINDS or not source.is_file() or f"class {ours}(" not in source.read_text(encoding="utf-8"):
         raise ValueError(
             f"{folder} was not saved by DDPMImagePipeline (its index says {index['_class_name']}): open it with "
             "DDPMImagePipeline.from_pretrained and save it again"
         )
     files = {name: folder / name for name in ("pipeline.py", "README.md", "LICENSE") if (folder / name).is_file()}
+    if kind == CASCADE[1]:
+        for stage in ("base", "upsampler"):
+            files |= {f"{stage}/{name}": file for name, file in published_files(folder / stage).items()}
+        return files | {"model_index.json": folder / "model_index.json"}
+    saved_as = STOCK_CLASS if kind == STOCK_CLASS else index["_class_name"]
     files["model_index.json"] = (
-        json.dumps({**index, "_class_name": STOCK_CLASS}, indent=2, sort_keys=True) + "\n"
+        json.dumps({**index, "_class_name": saved_as}, indent=2, sort_keys=True) + "\n"
     ).encode()
     networks = {"unet": DDPMUNet}
     parts = [("unet", "config.json"), ("scheduler", "scheduler_config.json")]
@@ -330,11 +405,11 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_repository(api, repo_id, revision, there):
+def _check_repository(api, repo_id, revision, there, kinds):
     if "model_index.json" in there:
         path = api.hf_hub_download(repo_id, "model_index.json", revision=revision)
         name = read_json(Path(path)).get("_class_name")
-        if name not in (STOCK_CLASS, OUR_CLASS):
+        if name not in kinds:
             raise HubError(f"{repo_id} holds a {name} already; choose another name for the repository", True)
     elif there.keys() - {".gitattributes", "README.md", "LICENSE"}:
         raise HubError(f"{repo_id} holds something that is no pipeline; choose another name for the repository", True)

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from .classifier import NoisyClassifier
 from .conditioning import condition_planes
 from .pipeline import DDPMImagePipeline, write_source
+from .push import Published
 
 # of a repository: no pickled weights
 FILES = ("*.json", "*.safetensors", "*.py")
@@ -192,7 +193,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         return json.dumps({**index, "_class_name": ["pipeline", type(self).__name__]}, indent=2, sort_keys=True) + "\n"
 
 
-class CascadePipeline(DiffusionPipeline):
+class CascadePipeline(Published, DiffusionPipeline):
     """Two stages: a `DDPMImagePipeline` draws small images, a `DDPMSuperResolutionPipeline` makes them larger (ADM, section 5).
 
     It is saved to one folder, a sub-folder for each stage, which is a whole pipeline itself.

@@ -9,10 +9,12 @@ from elsewhere import ROUNDING, run_elsewhere
 from PIL import Image
 from scripts import script
 
+import ddpm_hf
 from config import ConfigError, load_config
 from ddpm_hf import CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipeline
 from ddpm_hf.conditioning import shrunk
 from ddpm_hf.data import image_transform, load_images
+from ddpm_hf.push import HubError
 
 SMALL = [
     "--steps",
@@ -29,7 +31,7 @@ SMALL = [
     "2",
 ]
 SMALL += ["--unet.block_out_channels", "[8, 16]", "--unet.norm_num_groups", "4", "--unet.layers_per_block", "1"]
-SMALL += ["--unet.attention_head_dim", "8", "--sample_raw", "0"]
+SMALL += ["--unet.attention_head_dim", "8", "--sample_raw", "0", "--log_every", "2"]
 SECOND = ["--unet.down_block_types", "[DownBlock2D, DownBlock2D]", "--unet.up_block_types", "[UpBlock2D, UpBlock2D]"]
 
 
@@ -156,3 +158,32 @@ def test_mistakes(argv, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(["--config", "mnist-8-32", "--output_dir", str(tmp_path / "run"), *argv])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["DDPMSuperResolutionPipeline", "CascadePipeline"])
+def test_published(hub, trained, tmp_path, kind):
+    cls, repo = getattr(ddpm_hf, kind), f"user/{kind.lower()}"
+    cls.from_pretrained(trained / ("cascade" if kind == "CascadePipeline" else "upsampler/pipeline")).push_to_hub(repo)
+    files = hub.files(repo)
+    stages = ("base/", "upsampler/") if kind == "CascadePipeline" else ("",)
+    for stage in stages:
+        names = "model_index.json", "pipeline.py", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
+        assert {stage + name for name in names} <= files.keys()
+    assert {"model_index.json", "pipeline.py", "README.md"} <= files.keys()
+    assert f'{kind}.from_pretrained("{repo}")' in files["README.md"].decode()
+    assert list(hub.repositories["model", repo]["branches"]) == ["main"]
+    log = len(hub.repositories["model", repo]["log"])
+    cls.from_pretrained(repo, cache_dir=tmp_path / "cache").push_to_hub(repo)
+    assert hub.files(repo) == files and len(hub.repositories["model", repo]["log"]) == log  # nothing changed
+    with pytest.raises(HubError, match="holds a .* already; choose another name"):
+        DDPMImagePipeline.from_pretrained(trained / "base/pipeline").push_to_hub(repo)
+    opened = run_elsewhere(OPEN_HUB, tmp_path, repo, package=False)
+    assert opened.strip() == kind
+
+
+OPEN_HUB = """
+    import sys
+    sys.modules["ddpm_hf"] = None
+    from diffusers import DiffusionPipeline
+    print(type(DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)
+"""
