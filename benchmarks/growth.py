@@ -14,13 +14,17 @@ import subprocess
 import sys
 import textwrap
 
+import accelerate
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 from measure import RESULTS, in_turns, peak_mb, record
 from networks import config_of, network
+from PIL import Image
 
 from ddpm_hf import DDPMUNet, VariationalDDPMScheduler, bits_per_dim
+from ddpm_hf.data import collate, image_to_pixels, training_set
 
 SWEEPS = {
     "resolution": (16, 32, 64, 128),
@@ -68,19 +72,12 @@ def of_steps(T):
 
 
 def of_processes(count):
-    from accelerate import Accelerator
-
     torch.set_num_threads(2 // count)
-    unet = Accelerator(cpu=True).prepare(network("quarter", DDPMUNet).train())
+    unet = accelerate.Accelerator(cpu=True).prepare(network("quarter", DDPMUNet).train())
     return training_step(unet, torch.randn(32 // count, 3, 32, 32))
 
 
 def of_images(count):
-    import datasets
-    from PIL import Image
-
-    from ddpm_hf.data import collate, image_to_pixels, training_set
-
     random = np.random.default_rng(0)
     pictures = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
     images = datasets.Dataset.from_dict({"image": pictures}, datasets.Features(image=datasets.Image()))

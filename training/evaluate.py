@@ -39,8 +39,22 @@ def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int)
     return -log_probabilities.gather(0, test.long()).flatten(1).mean(1)
 
 
-def load_tensor(source, split, unet, levels, count=None, column=None, label_column=None, training=None, max_broken=0.0):
-    """x_start (N, C, H, W) of a data set at the network's size, and labels or None, by the rules of training.json."""
+def load_tensor(
+    source,
+    split,
+    unet,
+    levels,
+    count=None,
+    column=None,
+    label_column=None,
+    training=None,
+    max_broken=0.0,
+    channels=None,
+):
+    """x_start (N, C, H, W) of a data set at the network's size, and labels or None, by the rules of training.json.
+
+    channels: C; None for those that the network takes.
+    """
     check_levels(source, levels)
     dataset = load_images(source, split)
     dataset = dataset if count is None else dataset.select(range(min(count, len(dataset))))
@@ -50,7 +64,7 @@ def load_tensor(source, split, unet, levels, count=None, column=None, label_colu
     size = (size, size) if isinstance(size, int) else tuple(size)
     had = training or {}
     rules = {key: had[key] for key in ("background", "crop") if key in had}
-    to_pixels, resized = image_to_pixels(size, unet.config.in_channels, levels, **rules), set()
+    to_pixels, resized = image_to_pixels(size, channels or unet.config.in_channels, levels, **rules), set()
 
     def noted(image):
         if levels <= 256 and image.mode.startswith("I;16"):

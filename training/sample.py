@@ -3,6 +3,7 @@
 python training/sample.py runs/digits/pipeline --count 64 --out samples.png
 python training/sample.py runs/digits/pipeline --count 8 --progressive 12 --out progressive.png
 python training/sample.py runs/digits/pipeline --count 8 --interpolate 500 --data digits --out interpolation.png
+python training/sample.py runs/mnist-8-32/pipeline --count 16 --data mnist --out larger.png    # of an upsampler
 """
 
 import argparse
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 from sheets import as_images, as_sheet, class_columns, cycled_labels, save_picture
 
-from ddpm_hf import DDPMImagePipeline
+from ddpm_hf import CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipeline
+from ddpm_hf.conditioning import shrunk
 from evaluate import load_tensor
 
 
@@ -29,8 +31,14 @@ def main():
     parser.add_argument(
         "--interpolate", type=int, metavar="T", help="a row for each pair of images of --data, mixed at timestep T"
     )
-    parser.add_argument("--data", default="digits", help="of --interpolate: as in evaluate.py")
-    parser.add_argument("--split", default="test", help="of --interpolate")
+    parser.add_argument(
+        "--data",
+        default="digits",
+        help="as in evaluate.py; of --interpolate, and of an upsampler, which sees it made small",
+    )
+    parser.add_argument("--split", default="test", help="of --data")
+    parser.add_argument("--label_column", default="label", help="of --data, for a class-conditional upsampler")
+    parser.add_argument("--noise_level", type=float, default=0.0, help="of an upsampler: noise on the small images")
     parser.add_argument("--steps", type=int, help="network calls an image; all timesteps if left out")
     parser.add_argument("--eta", type=float, help="DDIM with this eta in [0, 1]; ancestral sampling if left out")
     parser.add_argument("--class_label", type=int, help="of every image; all in turn if left out")
@@ -50,9 +58,18 @@ def main():
         parser.error(f"--progressive {arguments.progressive} must be 2 or more")
     if arguments.progressive is not None and arguments.interpolate is not None:
         parser.error("--progressive and --interpolate make two sheets; give one of them")
-    pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
+    pipeline = open_pipeline(arguments.pipeline).to(device)
     if arguments.optimize:
-        print(pipeline.optimize())
+        for stage in (pipeline.base, pipeline.upsampler) if isinstance(pipeline, CascadePipeline) else (pipeline,):
+            print(stage.optimize())
+    if type(pipeline) is not DDPMImagePipeline:
+        if arguments.progressive is not None or arguments.interpolate is not None:
+            parser.error(f"--progressive and --interpolate are not for a {type(pipeline).__name__}")
+        draw = cascade_rows if isinstance(pipeline, CascadePipeline) else upsampled_rows
+        images, columns = draw(pipeline, arguments, torch.Generator(device).manual_seed(arguments.seed))
+        save_picture(as_sheet(images, columns), arguments.out)
+        print(f"wrote {arguments.out}")
+        return
     labels = arguments.class_label
     classes = pipeline.classifier if arguments.classifier_scale is not None and pipeline.classifier else pipeline.unet
     how = dict(
@@ -72,6 +89,56 @@ def main():
         images = pipeline(arguments.count, **how).images
     save_picture(as_sheet(images, columns), arguments.out)
     print(f"wrote {arguments.out}")
+
+
+def open_pipeline(path):
+    """A pipeline of the class that its index names; the stock one as `DDPMImagePipeline`."""
+    name = DDPMImagePipeline.load_config(path)["_class_name"]
+    name = name[-1] if isinstance(name, list) else name
+    others = {cls.__name__: cls for cls in (CascadePipeline, DDPMSuperResolutionPipeline)}
+    return others.get(name, DDPMImagePipeline).from_pretrained(path)
+
+
+def cascade_rows(pipeline, arguments, generator):
+    """Samples of both stages, as a plain pipeline's."""
+    labels, base = arguments.class_label, pipeline.base
+    classes = base.classifier if arguments.classifier_scale is not None and base.classifier else base.unet
+    images = pipeline(
+        arguments.count,
+        generator,
+        arguments.steps,
+        upsampler_steps=arguments.steps,
+        eta=arguments.eta,
+        upsampler_kwargs={"eta": arguments.eta},
+        class_labels=cycled_labels(classes, arguments.count) if labels is None else labels,
+        guidance_scale=arguments.guidance_scale,
+        classifier_scale=arguments.classifier_scale,
+        noise_level=arguments.noise_level,
+    ).images
+    return images, class_columns(classes, arguments.count) if labels is None else None
+
+
+def upsampled_rows(pipeline, arguments, generator):
+    """Of each image of the data: as it is given, scaled up; what is made of it; and as it was. Four of these a row."""
+    levels, column = (
+        getattr(pipeline.scheduler, "levels", 256),
+        arguments.label_column if pipeline.takes_labels else None,
+    )
+    how = dict(label_column=column, channels=pipeline.channels)
+    x_start, labels = load_tensor(arguments.data, arguments.split, pipeline.unet, levels, arguments.count, **how)
+    small = shrunk(x_start.to(pipeline.device), tuple(pipeline.config.low_resolution))
+    made = pipeline(
+        small,
+        generator,
+        arguments.steps,
+        "latent",
+        eta=arguments.eta,
+        class_labels=labels if arguments.class_label is None else arguments.class_label,
+        guidance_scale=arguments.guidance_scale,
+        noise_level=arguments.noise_level,
+    ).images.cpu()
+    given = torch.nn.functional.interpolate(small.cpu(), x_start.shape[2:], mode="nearest")
+    return as_images(torch.cat((given, made.clamp(-1, 1), x_start), dim=-1)), 4
 
 
 def progressive_rows(pipeline, count, columns, how):

@@ -143,6 +143,18 @@ def test_pictures_go_in_and_come_out(trained):
     assert pipe(small, num_inference_steps=2, class_labels=0, output_type="pt").images.shape == (2, 1, 32, 32)
 
 
+def test_sheets_of_both(trained, tmp_path):
+    arguments = ["--count", "5", "--steps", "2", "--data", "mnist", "--noise_level", "0.1"]
+    script("sample.py", trained / "upsampler/pipeline", *arguments, "--out", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (4 * (3 * 64 + 4), 2 * (64 + 4))
+    script("sample.py", trained / "cascade", "--count", "10", "--steps", "2", "--out", tmp_path / "b.png")
+    assert Image.open(tmp_path / "b.png").size == (10 * 68, 68)
+    told = script("sample.py", trained / "cascade", "--progressive", "3", "--out", tmp_path / "c.png", check=False)
+    assert told.returncode == 2 and "are not for a CascadePipeline" in told.stderr
+    told = script("evaluate.py", trained / "upsampler/pipeline", "--data", "mnist", check=False)
+    assert told.returncode == 1 and "holds a DDPMSuperResolutionPipeline; open it with that class" in told.stderr
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
