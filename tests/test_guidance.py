@@ -61,6 +61,20 @@ def test_the_shifted_output_is_the_shift_of_the_ddim_step(prediction_type, t):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_pure_noise_has_no_class(prediction_type):
+    """With zero terminal SNR the first step, where nothing of x_0 is left, is not guided, and is finite."""
+    how = dict(rescale_betas_zero_snr=True, prediction_type=prediction_type, timestep_spacing="trailing")
+    ours, stock = VariationalDDPMScheduler(**how), DDIMScheduler(**how)
+    x_t, output, gradient = torch.randn(3, 2, 1, 4, 4)
+    plain = ours.step(output, 999, x_t, eta=0.0).prev_sample
+    torch.testing.assert_close(ours.step(output, 999, x_t, eta=0.0, gradient=gradient).prev_sample, plain)
+    assert ours.step(output, 998, x_t, eta=0.0, gradient=gradient).prev_sample.isfinite().all()
+    for scheduler in ours, stock:
+        assert scheduler.alphas_cumprod[999] < 1e-12
+        torch.testing.assert_close(shifted_output(output, gradient, scheduler, 999), output)
+
+
 def test_sigma_between_two_timesteps():
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(7)

@@ -51,6 +51,8 @@ def shifted_output(model_output: torch.Tensor, gradient: torch.Tensor, scheduler
     """
     sigma = sigma_at(scheduler, t)
     abar = 1 / (1 + sigma**2)
+    if abar < 1e-12:  # nothing of x_0 is left, and no class: with zero terminal SNR
+        return model_output
     factor = {
         "epsilon": -math.sqrt(1 - abar),
         "sample": (1 - abar) / math.sqrt(abar),

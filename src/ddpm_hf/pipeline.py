@@ -71,19 +71,15 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             ValueError: another kind of pipeline; weights that are pickled, or not of the network's config.
             OSError: a file that is missing or cannot be read, named.
         """
-        path, where = (
-            pretrained_model_name_or_path,
-            ("cache_dir", "force_download", "local_files_only", "token", "revision"),
-        )
+        path, part = pretrained_model_name_or_path, "unet"
+        where = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         index = cls.load_config(path, **{name: kwargs[name] for name in where if name in kwargs})
         # [library, class]; other lists are settings
         entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name != "_class_name"}
         components = {name for name, entry in entries.items() if isinstance(entry[0], str)}
         guided = index.get("classifier", [None])[-1] == "NoisyClassifier"
-        if components - ({"classifier"} if guided else set()) != {"unet", "scheduler"} or index["unet"][-1] not in (
-            "UNet2DModel",
-            "DDPMUNet",
-        ):
+        needed = {"unet", "scheduler"} | ({"classifier"} if guided else set())
+        if components != needed or index["unet"][-1] not in ("UNet2DModel", "DDPMUNet"):
             raise ValueError(
                 f"{path} holds a {index.get('_class_name')} of {', '.join(sorted(components))}; this class opens pipelines of "
                 "a UNet2DModel and a scheduler"
@@ -95,17 +91,10 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         try:
             kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
             if guided and "classifier" not in kwargs:  # by this package's class: no code of the folder is run
-                how = (
-                    "cache_dir",
-                    "force_download",
-                    "local_files_only",
-                    "token",
-                    "revision",
-                    "variant",
-                    "use_safetensors",
-                )
-                how = {name: kwargs[name] for name in how if name in kwargs}
-                classifier = NoisyClassifier.from_pretrained(path, subfolder="classifier", **how)
+                how = {name: kwargs[name] for name in (*where, "variant", "use_safetensors") if name in kwargs}
+                part = "classifier"
+                classifier = NoisyClassifier.from_pretrained(path, subfolder=part, **how)
+                part = "unet"
                 pipeline = super().from_pretrained(path, classifier=None, **kwargs)
                 pipeline.register_modules(classifier=classifier)
                 return pipeline
@@ -114,14 +103,16 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             if "no file named diffusion_pytorch_model" not in str(error):
                 raise
             raise ValueError(
-                f"{path}/unet has no safetensors; if you trust who made its pickled weights, open it with "
+                f"{path}/{part} has no safetensors; if you trust who made its pickled weights, open it with "
                 "use_safetensors=False and save it: save_pretrained writes safetensors"
             ) from error
         except ValueError as error:
             if "expected shape" not in str(error):
                 raise
             told = str(error).split("because ")[-1].split(". If you")[0]
-            raise ValueError(f"{path}/unet: its weights are of another network than its config.json, {told}") from error
+            raise ValueError(
+                f"{path}/{part}: its weights are of another network than its config.json, {told}"
+            ) from error
 
     def optimize(self, dtype: torch.dtype | None = None, compile: bool = True) -> str:
         """Makes later calls of the pipeline faster, at the same images within rounding; `unet` itself stays as it is.

@@ -227,7 +227,8 @@ class _Chain:
         # with zero terminal SNR nothing of x_0 is left in epsilon: finite, for the clipping to deal with
         root = np.sqrt(np.maximum(alpha_bar, 1e-24))
         tables["reciprocal_sqrt_alphas_cumprod"], tables["sqrt_snr"] = 1 / root, root / np.sqrt(one_minus)
-        tables["x_start_of_gradient"] = one_minus / root
+        # what has nothing of x_0 in it has no class either
+        tables["x_start_of_gradient"] = np.where(alpha_bar > 1e-12, one_minus / root, 0.0)
         if prediction_type == "epsilon":
             of_x_t, of_output = 1 / root, -np.sqrt(one_minus) / root
         elif prediction_type == "sample":

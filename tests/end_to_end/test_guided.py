@@ -133,6 +133,8 @@ def test_published_with_its_classifier_and_without(hub, trained, tmp_path):
     (tmp_path / "broken/classifier/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="broken/classifier holds no weights"):
         push_folder(tmp_path / "broken", "user/broken")
+    with pytest.raises(ValueError, match="broken/classifier has no safetensors"):
+        DDPMImagePipeline.from_pretrained(tmp_path / "broken")
 
 
 def test_samples_and_evaluation(trained, tmp_path):
