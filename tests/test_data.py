@@ -179,7 +179,7 @@ def test_labels():
         found(labelled([[1], [2]], datasets.List(integers)), 2)
     with pytest.raises(ValueError, match="has no value in 1 of 2 rows"):
         found(labelled([1, -1], datasets.ClassLabel(names=["b", "a"])))
-    with pytest.raises(ValueError, match="has 3 labels, unet.num_class_embeds=2; set it to 3"):
+    with pytest.raises(ValueError, match="has 3 labels, the network 2 classes; set unet.num_class_embeds, or .*, to 3"):
         found(labelled(["dog", "cat", "ant"]), 2)
     held_out = labelled(["dog", "ant"])  # which would be 1 and 0 by themselves
     data = training_set(held_out, to_pixels, None, "kind", 3, ["ant", "cat", "dog"])

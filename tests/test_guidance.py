@@ -350,3 +350,36 @@ def test_the_same_process_of_another_class_is_the_same(make_guided, schedule):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # float32 tables
     run(pipeline, class_labels=1, classifier_scale=1.0)
     np.testing.assert_allclose(pipeline.scheduler.alphas_cumprod.numpy()[0], 1, atol=0.01)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1, 2], dtype=torch.uint8), np.array([1, 2]), (1, 2), range(1, 3)])
+def test_kinds_of_labels(make_guided, labels):
+    for pipeline in make_guided(), make_guided(**NULL):
+        expected = run(pipeline, class_labels=[1, 2], classifier_scale=2.0)
+        torch.testing.assert_close(run(pipeline, class_labels=labels, classifier_scale=2.0), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("labels", [[True, False], "3", ["a", "b"], {1, 2}, torch.tensor([[1], [2]]), [], [1 + 1j, 2]])
+def test_what_is_no_label(make_guided, labels):
+    for pipeline in make_guided(), make_guided(**NULL):
+        with pytest.raises(ValueError, match="class_labels") as error:
+            run(pipeline, class_labels=labels, classifier_scale=2.0)
+        assert "\n" not in str(error.value)
+
+
+def test_guidance_in_inference_mode(make_guided):
+    pipeline = make_guided(**NULL)
+    how = dict(class_labels=torch.tensor([1, 2]), classifier_scale=2.0, guidance_scale=2.0)
+    expected = run(pipeline, **how)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(pipeline, **how), expected)
+        how["class_labels"] = torch.tensor([1, 2])
+        torch.testing.assert_close(run(pipeline, **how), expected)
+
+
+def test_half_precision_by_other_schedulers(make_guided):
+    scheduler = VariationalDDPMScheduler(prediction_type="sample", beta_schedule="cosine")
+    pipeline = make_guided(scheduler=scheduler)
+    pipeline.scheduler = DDIMScheduler.from_config(scheduler.config)
+    output, gradient = torch.randn(2, 1, 1, 4, 4).half()
+    assert shifted_output(output, gradient.float(), pipeline.scheduler, 999).dtype == torch.float16

@@ -58,3 +58,13 @@ def test_bad_features(real, generated):
         precision_recall(torch.randn(5, 2), torch.randn(5, 2), neighbours=0)
     with pytest.raises(ValueError, match="features; 2 at least"):
         frechet_distance(torch.randn(1, 2), torch.randn(5, 2))
+
+
+def test_features_that_are_not_finite():
+    bad = torch.randn(5, 2)
+    bad[0, 0] = torch.nan
+    for call in frechet_distance, precision_recall:
+        with pytest.raises(ValueError, match="generated has features that are not finite"):
+            call(torch.randn(5, 2), bad)
+        with pytest.raises(ValueError, match="shape"):
+            call(torch.zeros(5, 0), torch.zeros(5, 0))

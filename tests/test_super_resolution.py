@@ -167,8 +167,21 @@ def test_mistakes(make_upsampler, make_pipeline):
         run(pipeline, images, generator=[seeded()])
     with pytest.raises(ValueError, match="does not interpolate"):
         pipeline.interpolate(images, images, [0.5], 100)
-    with pytest.raises(ValueError, match="the network takes 3 channels; for images of 1 with .*=0.0 it must be 2"):
+    with pytest.raises(ValueError, match="the network takes 3 channels and gives 1; with .*=0.0 it must take"):
         DDPMSuperResolutionPipeline(pipeline.unet, pipeline.scheduler, low_resolution=8)
+    for noise in -0.1, 1.0, "a":
+        with pytest.raises(ValueError, match="conditioning_noise=.* must be a number, 0 to below 1"):
+            DDPMSuperResolutionPipeline(pipeline.unet, pipeline.scheduler, None, 8, noise)
+    for low in [8], "8", None, 8.5, -3:
+        with pytest.raises((ValueError, TypeError), match="low_resolution|not iterable"):
+            DDPMSuperResolutionPipeline(pipeline.unet, pipeline.scheduler, None, low, 0.5)
+    for wrong in np.zeros((2, 8, 8, 1), np.uint8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [], "a", None:
+        with pytest.raises(ValueError, match="images"):
+            run(pipeline, wrong)
+    with pytest.raises(ValueError, match="this network makes 16x16 images"):
+        run(pipeline, images, latents=torch.randn(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="noise_level='a' must be"):
+        run(pipeline, images, noise_level="a")
     with pytest.raises(ValueError, match="base draws images of 16x16, upsampler takes 8x8"):
         CascadePipeline(make_pipeline(sample_size=16), pipeline)
     with pytest.raises(ValueError, match="base draws images of 3 channels, upsampler takes 1"):
@@ -196,3 +209,48 @@ def test_cascade_of_two_class_conditional_stages(make_upsampler, make_pipeline):
     how = dict(num_inference_steps=3, upsampler_steps=3, output_type="latent")
     a, b = (CascadePipeline(base, upsampler)(1, seeded(), class_labels=label, **how).images for label in (0, 1))
     assert (a - b).abs().max() > 1e-3
+
+
+def test_what_the_second_stage_cannot_use_is_told_before_the_first(make_upsampler, make_pipeline):
+    base, upsampler = make_pipeline(num_class_embeds=3), make_upsampler(noise=0.5)
+    cascade, calls = CascadePipeline(base, upsampler), []
+    base.unet.register_forward_hook(lambda *args: calls.append(1))
+    for wrong, message in (
+        (dict(output_type="foo"), "output_type='foo'"),
+        (dict(noise_level=0.9), "noise_level=0.9"),
+        (dict(upsampler_steps=2000), "2000"),
+        (dict(upsampler_kwargs={"foo": 1}), "upsampler: .*'foo'"),
+        (
+            dict(upsampler_kwargs={"guidance_scale": 2.0}),
+            "guidance_scale=2.0 needs a network trained with label dropout",
+        ),
+        (dict(upsampler_kwargs={"class_labels": 1}), "this network has no classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cascade(2, seeded(), 3, **{"class_labels": 1, "upsampler_steps": 2} | wrong)
+    assert not calls
+    before = (generator := seeded()).get_state()
+    upsampler.check(2, generator, 3)
+    assert torch.equal(generator.get_state(), before)  # nothing is drawn
+
+
+def test_labels_go_to_the_stages_that_know_classes(make_upsampler, make_pipeline):
+    how = dict(num_inference_steps=2, upsampler_steps=2, output_type="latent")
+    cascade = CascadePipeline(make_pipeline(), make_upsampler(num_class_embeds=3))
+    a, b = (cascade(1, seeded(), class_labels=label, **how).images for label in (0, 1))
+    assert (a - b).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="class_labels were given, but neither stage has classes"):
+        CascadePipeline(make_pipeline(), make_upsampler())(1, class_labels=1, **how)
+
+
+def test_a_cascade_moves_with_both_stages(make_upsampler, make_pipeline):
+    cascade = CascadePipeline(make_pipeline(), make_upsampler()).to(torch.float64)
+    assert cascade.base.unet.dtype == cascade.upsampler.unet.dtype == cascade.dtype == torch.float64
+    assert cascade(1, num_inference_steps=1, upsampler_steps=1, output_type="latent").images.dtype == torch.float64
+
+
+def test_learned_variances(make_upsampler):
+    unet = make_upsampler(learned=True).unet
+    pipeline = DDPMSuperResolutionPipeline(unet, VariationalDDPMScheduler(variance_type="learned"), low_resolution=8)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.channels == 1 and run(pipeline, torch.zeros(1, 1, 8, 8)).isfinite().all()

@@ -392,14 +392,22 @@ def _check_training(config):
 def _check_classifier(config):
     if not 0 < config.random_crop <= 1:
         raise ConfigError(f"random_crop={config.random_crop} must be above 0, up to 1")
-    if config.label_column is None or config.classes is None:
+    if config.label_column is None or not isinstance(config.classes, int):
         raise ConfigError("a classifier needs label_column, and classifier.num_classes: how many labels there are")
+    _check_channels("classifier", config.classifier)
+
+
+def _check_channels(part, network):
+    channels = network.get("block_out_channels", (224, 448, 672, 896))
+    if not isinstance(channels, (list, tuple)) or not all(isinstance(c, int) and c > 0 for c in channels):
+        raise ConfigError(f"{part}.block_out_channels={channels!r} must be a list of integers, one for each level")
+    return channels
 
 
 def _check_network(config, size):
-    channels = config.unet.get("block_out_channels", (224, 448, 672, 896))
-    if not isinstance(channels, (list, tuple)) or not all(isinstance(c, int) and c > 0 for c in channels):
-        raise ConfigError(f"unet.block_out_channels={channels!r} must be a list of integers, one for each level")
+    channels = _check_channels("unet", config.unet)
+    if not isinstance(config.classes, (int, types.NoneType)):
+        raise ConfigError(f"unet.num_class_embeds={config.classes!r} must be an integer, how many labels there are")
     stride = 2 ** (len(channels) - 1)
     if any(side < 1 or side % stride for side in size):
         raise ConfigError(
@@ -425,8 +433,10 @@ def checkpoints_before(output_dir: str, path: Path) -> list[Path]:
     return [each for each in found if int(each.name) < int(path.name)] if path.name.isdigit() else found
 
 
-def checkpoint_to_resume(config: RunConfig) -> Path | None:
+def checkpoint_to_resume(config: RunConfig, fitted: bool = False) -> Path | None:
     """The checkpoint from which the run `config` goes on; None for a new run.
+
+    fitted: a classifier's config has its pipeline's process, size and channels by now; then they are compared too.
 
     Raises:
         ConfigError: output_dir holds something that is no run to go on with, or one of another config; `resume` names none.
@@ -450,7 +460,8 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     before, now = {**dataclasses.asdict(type(config)()), **_run_of(path)}, dataclasses.asdict(config)
     may_change = MAY_CHANGE | ({"steps"} if config.lr_schedule.startswith("constant") else set())
     may_change |= {"unet"} if getattr(config, "init_from", None) else set()  # it is init_from's, which is not known yet
-    may_change |= {"scheduler", "image_size", "channels"} if getattr(config, "pipeline", None) else set()  # it has them
+    if getattr(config, "pipeline", None) and not fitted:  # which has them
+        may_change |= {"scheduler", "image_size", "channels"}
     may_change -= {"num_workers"} if config.streaming else set()  # they divide the stream
     for key in now:
         if key not in may_change and before[key] != now[key]:

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from config import ClassifierConfig, ConfigError, as_yaml, checkpoint_to_resume, image_size, load_config
+from config import ClassifierConfig, ConfigError, as_yaml, check, checkpoint_to_resume, image_size, load_config
 
 if __name__ == "__main__":  # before the slow imports: a mistyped key shall not wait for them
     try:
@@ -40,6 +40,7 @@ from launch import (
     open_scheduler,
     run,
 )
+from safetensors import SafetensorError
 from stops import FiniteSteps, Signals, Stopped
 from watch import ROUNDS, Log, check_trackers
 
@@ -89,6 +90,7 @@ def fit_to_pipeline(config: ClassifierConfig) -> None:
     if unet["sample_size"] is not None:
         config.image_size = unet["sample_size"]
     config.channels = unet["in_channels"]
+    check(config)
     classes = unet.get("num_class_embeds")
     null = unet.get("_ddpm_hf", {}).get("null_class")
     classes = classes if null is None else null
@@ -100,11 +102,12 @@ def fit_to_pipeline(config: ClassifierConfig) -> None:
 
 def train(config: ClassifierConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved classifier."""
-    resumed = checkpoint_to_resume(config)
     accelerator = open_accelerator(config)
     main, output = accelerator.is_main_process, Path(config.output_dir)
     set_seed(config.seed, device_specific=True)
     network, scheduler = build(config)
+    resumed = checkpoint_to_resume(config, fitted=True)
+    base = open_base(config) if config.pipeline and main else None
     images, names = open_images(config)
     held_out = open_some(config, names) if config.eval_every else None
     dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes)
@@ -167,7 +170,7 @@ def train(config: ClassifierConfig) -> Path:
                     status=128 + number,
                 )
     if main:
-        save(config, network.eval(), output)
+        save(network.eval(), base, output)
     accelerator.wait_for_everyone()
     classifier = accelerator.free_memory(classifier)
     leave()
@@ -196,7 +199,7 @@ def of_held_out(config, network, scheduler, x_start, labels, device) -> dict[str
     """
     network.eval()
     generator, T, count = torch.Generator().manual_seed(config.seed), len(scheduler.alphas_cumprod), len(x_start)
-    t = torch.arange(count * ROUNDS).view(count, ROUNDS).T.reshape(-1) * T // (count * ROUNDS)
+    t = torch.arange(count * ROUNDS) * T // (count * ROUNDS)
     losses, right = [], []
     for part in torch.arange(count * ROUNDS).split(config.batch_size):
         x, y, at = x_start[part % count].to(device), labels[part % count].to(device), t[part].to(device)
@@ -210,16 +213,23 @@ def of_held_out(config, network, scheduler, x_start, labels, device) -> dict[str
     return {"loss_held_out": torch.cat(losses).mean().item(), "accuracy_held_out": right.mean().item(), **told}
 
 
-def save(config: ClassifierConfig, network: NoisyClassifier, output: Path) -> None:
+def open_base(config: ClassifierConfig) -> DDPMImagePipeline:
+    """The pipeline that is to be guided, before anything is trained for it. Raises ConfigError."""
+    try:
+        return DDPMImagePipeline.from_pretrained(config.pipeline)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"pipeline={config.pipeline!r}: {' '.join(str(error).split())}") from error
+
+
+def save(network: NoisyClassifier, base: DDPMImagePipeline | None, output: Path) -> None:
     """The classifier as <output>/classifier, and with the pipeline that it was trained for as <output>/pipeline."""
 
     def write_pipeline(folder):
-        pipeline = DDPMImagePipeline.from_pretrained(config.pipeline)
-        DDPMImagePipeline(pipeline.unet, pipeline.scheduler, network).save_pretrained(folder)
+        DDPMImagePipeline(base.unet, base.scheduler, network).save_pretrained(folder)
         write_model_card(folder)
 
     put(output / "classifier", network.save_pretrained)
-    if config.pipeline:
+    if base:
         put(output / "pipeline", write_pipeline)
 
 

@@ -148,8 +148,10 @@ class NoisyClassifier(Encoder):
 
         scale: a number, or (B, 1, 1, 1). The weights get no gradients, and nothing of the graph is kept.
         """
-        with torch.enable_grad(), torch.autocast(x_t.device.type, enabled=False):
-            x = x_t.detach().to(self.dtype).requires_grad_()
+        # also where the caller is in inference mode, of whose tensors there are no gradients
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x_t.device.type, enabled=False):
+            x = x_t.detach().to(self.dtype, copy=True).requires_grad_()
+            t = t.clone() if isinstance(t, torch.Tensor) else t
             log_probabilities = F.log_softmax(self(x, t).float(), dim=-1)
-            chosen = log_probabilities.gather(1, class_labels.to(x.device)[:, None])
+            chosen = log_probabilities.gather(1, class_labels.to(x.device, copy=True)[:, None])
             return torch.autograd.grad(chosen.sum(), x)[0].float() * scale

@@ -370,8 +370,8 @@ def label_ids(
         return {value: names.index(name) for value, name in called.items()} or None
     if num_classes is not None and len(values) > num_classes:
         raise ValueError(
-            f"label_column={label_column!r} has {len(values)} labels, unet.num_class_embeds={num_classes}; set it to "
-            f"{len(values)}"
+            f"label_column={label_column!r} has {len(values)} labels, the network {num_classes} classes; set "
+            f"unet.num_class_embeds, or classifier.num_classes, to {len(values)}"
         )
     whole = all(isinstance(value, int) and 0 <= value < (num_classes or len(values)) for value in values)
     return None if classes or whole else {value: i for i, value in enumerate(sorted(values))}

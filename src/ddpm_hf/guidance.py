@@ -58,7 +58,8 @@ def shifted_output(model_output: torch.Tensor, gradient: torch.Tensor, scheduler
         "sample": (1 - abar) / math.sqrt(abar),
         "v_prediction": -sigma,
     }[scheduler.config.prediction_type]
-    return model_output.add(gradient.to(model_output.dtype), alpha=factor)
+    exact = torch.promote_types(model_output.dtype, torch.float32)
+    return model_output.to(exact).add(gradient.to(exact), alpha=factor).to(model_output.dtype)
 
 
 def sigma_at(scheduler, t) -> float:

@@ -114,14 +114,14 @@ def model_card(
         ValueError: its network is not one that `DDPMUNet` supports.
     """
     folder = Path(folder)
-    if (folder / "base").is_dir():
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    if "upsampler" in index:
         return _card_of_two_stages(folder, repo_id or folder.name, license)
     unet, scheduler = read_json(folder / "unet/config.json"), read_json(folder / "scheduler/scheduler_config.json")
     stock_prediction = scheduler.get("prediction_type", "epsilon")
     scheduler = {**scheduler, **scheduler.get("_ddpm_hf", {})}
     told = told_of(folder)
     training, evaluation = told.get("training"), told.get("evaluation")
-    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     low = index.get("low_resolution")
     name = folder.name.lstrip(".")  # a folder that is being written has a dot
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
@@ -149,7 +149,7 @@ def model_card(
     if reason == "with learned variances" or scheduler.get("beta_schedule") == "cosine":
         cited.append("iddpm")
     classes, null_class = unet.get("num_class_embeds"), unet.get("_ddpm_hf", {}).get("null_class")
-    classifier = (folder / "classifier/config.json").is_file() and read_json(folder / "classifier/config.json")
+    classifier = read_json(folder / "classifier/config.json") if "classifier" in index else None
     cited += ["adm"] if classifier else []
     cited += ["cfg"] if null_class is not None else []
     return ModelCard.from_template(

@@ -51,8 +51,10 @@ def _covered(points, manifold, neighbours):
 
 def _features(real, generated, least):
     for name, features in (("real", real), ("generated", generated)):
-        if features.dim() != 2 or features.shape[1] != real.shape[1]:
+        if features.dim() != 2 or features.shape[1] != real.shape[-1] or features.shape[1] == 0:
             raise ValueError(f"{name} has shape {tuple(features.shape)}; give (N, D) of the same D")
         if len(features) < least:
             raise ValueError(f"{name} has {len(features)} features; {least} at least are needed")
+        if not features.isfinite().all():
+            raise ValueError(f"{name} has features that are not finite")
     return real.double(), generated.double()

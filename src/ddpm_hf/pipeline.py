@@ -249,7 +249,7 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
 
         Yields:
             (t, x_t, predicted x_0): t the 0-based timestep, x_t (B, C, H, W) before the step, the prediction at it (B, C, H,
-            W), [-1, 1] where the scheduler clips. The last prediction is the image.
+            W), [-1, 1] where the scheduler clips. The last prediction is the image, but for the shift of classifier guidance.
 
         Raises:
             ValueError: as `__call__`; every below 1; a scheduler whose steps predict no x_0.
@@ -322,10 +322,7 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         self._check_output(output_type, ())
         pairs, count = len(images_a), len(weights)
         class_labels, *guidance = (
-            torch.as_tensor(each).repeat_interleave(count)
-            if isinstance(each, (torch.Tensor, list, tuple)) and len(torch.as_tensor(each).shape)
-            else each
-            for each in (class_labels, guidance_scale, classifier_scale)
+            _for_each_image(each, count) for each in (class_labels, guidance_scale, classifier_scale)
         )
         noise = randn_tensor(images_a.shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         latents = noise.repeat_interleave(count, dim=0)
@@ -369,9 +366,13 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         self._check_arguments(batch_size, generator, eta, latents, channels)
         device, dtype = self._execution_device, self.unet.dtype
         if class_labels is not None:
-            class_labels = self._check_labels(torch.as_tensor(class_labels), batch_size).to(device)
+            class_labels = self._check_labels(class_labels, batch_size).to(device)
         predict = self._predictor(class_labels, batch_size, guidance_scale, channels)
         gradient = self._guide(class_labels, batch_size, classifier_scale)
+        if latents is not None and planes is not None and latents.shape[2:] != planes.shape[2:]:
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}; this network makes {planes.shape[2]}x{planes.shape[3]} images"
+            )
         if latents is None:
             if sample_size is None:
                 raise ValueError("the network's config has no sample_size; give latents of shape (B, C, H, W)")
@@ -483,14 +484,23 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             )
 
     def _check_labels(self, labels, batch_size):
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"class_labels={labels!r} must be numbers, one for each image") from None
         labels = labels.expand(batch_size) if labels.dim() == 0 else labels
         classes = getattr(self.unet, "num_classes", None)
         if not self.takes_labels:
             if self.classifier is None:
                 raise ValueError("class_labels were given, but this network has no classes; leave them out")
             classes = self.classifier.config.num_classes
-        if classes is not None and (labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes):
-            raise ValueError(f"class_labels={labels.tolist()}: give integers from 0 to {classes - 1}")
+        if classes is not None:
+            other = labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+            if other or labels.dim() != 1 or len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
+                raise ValueError(
+                    f"class_labels={labels.tolist()}: give integers from 0 to {classes - 1}, one for each image"
+                )
+            labels = labels.long()
         if labels.shape[0] != batch_size:
             raise ValueError(f"class_labels has {labels.shape[0]} entries for batch_size={batch_size}")
         return labels
@@ -525,6 +535,15 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         write_source(self._source_module, save_directory)
         if self.classifier is not None:
             write_source(NoisyClassifier.__module__, os.path.join(save_directory, "classifier"), CLASSIFIER)
+
+
+def _for_each_image(values, count):
+    """Values for each pair, `count` times each; one value, or what is none, as it is: it is checked later."""
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return values
+    return values.repeat_interleave(count, dim=0) if values.dim() > 0 else values
 
 
 def write_source(module: str, folder: str | os.PathLike, name: str = "pipeline") -> None:

@@ -248,7 +248,7 @@ def _left_behind(files, there):
     beside = "diffusion_pytorch_model" not in sent and any(_variant(name) not in sent for name in others)
     gone = {name for name in others if _variant(name) in sent or not (same or beside)}
     if not beside:  # a classifier that is no more
-        gone |= {name for name in there if name.startswith("classifier/")} - files.keys()
+        gone |= {name for name in there if "classifier" in name.split("/")[:-1]} - files.keys()
     if not beside and (not same or "README.md" in files):
         gone |= {name for name in there if TOLD.fullmatch(name)} - files.keys()
     return gone, not (same or beside)

@@ -1,13 +1,17 @@
 """Images made larger by a diffusion model that sees them, and two stages in a row (IDDPM, appendix; ADM, section 5)."""
 
+import inspect
 import json
 import os
 from collections.abc import Iterator
+from numbers import Real
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from huggingface_hub import snapshot_download
+from PIL import Image
 
 from .classifier import NoisyClassifier
 from .conditioning import condition_planes
@@ -55,22 +59,30 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         low_resolution: list[int] | int = (8, 8),
         conditioning_noise: float = 0.0,
     ):
-        low_resolution = [low_resolution] * 2 if isinstance(low_resolution, int) else list(low_resolution)
+        sides = [low_resolution] * 2 if isinstance(low_resolution, int) else list(low_resolution or ())
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"low_resolution={low_resolution!r} must be a side in pixels, or (height, width)")
+        if not (isinstance(conditioning_noise, Real) and 0 <= conditioning_noise < 1):
+            raise ValueError(f"conditioning_noise={conditioning_noise!r} must be a number, 0 to below 1")
         super().__init__(unet, scheduler, classifier)
-        self.register_to_config(low_resolution=low_resolution, conditioning_noise=conditioning_noise)
-        expected = 2 * self.channels + (conditioning_noise > 0)
-        if self.unet.config.in_channels != expected:
+        self.register_to_config(low_resolution=sides, conditioning_noise=float(conditioning_noise))
+        config, channels = self.unet.config, self.channels
+        if config.in_channels != 2 * channels + (conditioning_noise > 0) or config.out_channels not in (
+            channels,
+            2 * channels,
+        ):
             raise ValueError(
-                f"the network takes {self.unet.config.in_channels} channels; for images of {self.channels} with "
-                f"conditioning_noise={conditioning_noise} it must be {expected}: x_t, the low-resolution image"
-                f"{', its noise level' if conditioning_noise > 0 else ''}"
+                f"the network takes {config.in_channels} channels and gives {config.out_channels}; with "
+                f"conditioning_noise={conditioning_noise} it must take x_t and the low-resolution image"
+                f"{', and its noise level' if conditioning_noise > 0 else ''}, and give as many as x_t has, or twice"
             )
+        if config.sample_size is None:
+            raise ValueError("the network's config has no sample_size, the side of the images that it makes; set it")
 
     @property
     def channels(self) -> int:
-        """Of the images."""
-        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
-        return self.unet.config.out_channels // (2 if learned else 1)
+        """Of the images: half of what the network takes, but for the noise level."""
+        return self.unet.config.in_channels // 2
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -163,6 +175,24 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         )
         return self._progress(*prepared, every)
 
+    def check(self, batch_size: int, generator=None, num_inference_steps: int | None = None, **kwargs) -> None:
+        """Whether `__call__` takes these arguments, with `batch_size` images that fit: raises what it would raise."""
+        try:
+            arguments = inspect.signature(type(self).__call__).bind(self, None, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"upsampler: {error}") from None
+        arguments.apply_defaults()
+        told = arguments.arguments
+        self._check_output(told["output_type"], told["callback_on_step_end_tensor_inputs"])
+        if isinstance(generator, (list, tuple)):
+            generator = [torch.Generator() for _ in generator]  # nothing is drawn from the caller's
+        else:
+            generator = torch.Generator()
+        images = torch.zeros(batch_size, self.channels, *self.config.low_resolution)
+        planes, _ = self._planes(images, told["noise_level"], None)
+        names = ("eta", "class_labels", "latents", "guidance_scale", "classifier_scale")
+        self._prepare(batch_size, generator, num_inference_steps, *(told[name] for name in names), planes)
+
     def interpolate(self, *args, **kwargs):
         """Not for this pipeline: interpolate the low-resolution images, by the pipeline that draws them."""
         raise ValueError("a super-resolution pipeline does not interpolate; interpolate its low-resolution images")
@@ -170,15 +200,27 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
     def _planes(self, images, noise_level, generator):
         low, conditioning_noise = tuple(self.config.low_resolution), self.config.conditioning_noise
         if not isinstance(images, torch.Tensor):
+            listed = [images] if isinstance(images, (Image.Image, np.ndarray)) else images
+            kinds = (Image.Image, np.ndarray, torch.Tensor)
+            if (
+                not isinstance(listed, (list, tuple))
+                or not listed
+                or not all(isinstance(each, kinds) for each in listed)
+            ):
+                raise ValueError("images must be PIL images, an array (B, H, W, C) in [0, 1] or a tensor (B, C, H, W)")
+            if any(isinstance(each, np.ndarray) and each.dtype.kind != "f" for each in listed):
+                raise ValueError("images is an array of integers; give floating point in [0, 1]")
             grey = {"do_convert_grayscale": True} if self.channels == 1 else {"do_convert_rgb": self.channels == 3}
             images = VaeImageProcessor(do_resize=False, **grey).preprocess(images)
+        if not images.is_floating_point():
+            raise ValueError(f"images is a tensor of {images.dtype}; give floating point in [-1, 1]")
         if images.dim() != 4 or images.shape[1] != self.channels or tuple(images.shape[2:]) != low:
             raise ValueError(
                 f"images have the shape {tuple(images.shape)}; this pipeline takes (B, {self.channels}, {low[0]}, {low[1]})"
             )
-        if not 0 <= noise_level <= conditioning_noise:
+        if not (isinstance(noise_level, Real) and 0 <= noise_level <= conditioning_noise):
             raise ValueError(
-                f"noise_level={noise_level} must be 0 to {conditioning_noise}, what the network was trained with"
+                f"noise_level={noise_level!r} must be 0 to {conditioning_noise}, what the network was trained with"
             )
         images = images.to(self._execution_device, self.unet.dtype)
         size = self.unet.config.sample_size
@@ -255,13 +297,40 @@ class CascadePipeline(Published, DiffusionPipeline):
         Returns:
             `ImagePipelineOutput` with `.images` of the upsampler.
         """
-        told = dict(class_labels=class_labels, **kwargs)
-        small = self.base(batch_size, generator, num_inference_steps, "latent", **told).images.clamp(-1, 1)
-        told = dict(upsampler_kwargs or {})
-        if self.upsampler.takes_labels:
+        first, second = dict(kwargs), dict(upsampler_kwargs or {})
+        # to those that know classes
+        takers = [
+            (told, stage)
+            for told, stage in ((first, self.base), (second, self.upsampler))
+            if stage.takes_labels or told.get("classifier_scale") is not None
+        ]
+        if class_labels is not None and not takers:
+            raise ValueError("class_labels were given, but neither stage has classes; leave them out")
+        for told, _ in takers:
             told.setdefault("class_labels", class_labels)
-        how = dict(noise_level=noise_level, return_dict=return_dict, output_type=output_type)
-        return self.upsampler(small, generator, upsampler_steps, **how, **told)
+        second |= dict(noise_level=noise_level, output_type=output_type)
+        self.upsampler.check(batch_size, generator, upsampler_steps, **second)  # before the first stage is computed
+        small = self.base(batch_size, generator, num_inference_steps, "latent", **first).images.clamp(-1, 1)
+        return self.upsampler(small, generator, upsampler_steps, return_dict=return_dict, **second)
+
+    def to(self, *args, **kwargs) -> "CascadePipeline":
+        """Moves both stages, as diffusers' method."""
+        for stage in (self.base, self.upsampler):
+            stage.to(*args, **kwargs)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    def set_progress_bar_config(self, **kwargs) -> None:
+        """Of both stages, as diffusers' method."""
+        for stage in (self.base, self.upsampler):
+            stage.set_progress_bar_config(**kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json`, and `pipeline.py` with this class and its parts in one self-contained file."""

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from elsewhere import ROUNDING, run_elsewhere
 from PIL import Image
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from train_classifier import random_crop
 
 from config import ClassifierConfig, ConfigError, load_config
 from ddpm_hf import DDPMImagePipeline, NoisyClassifier
+from ddpm_hf.hub import write_model_card
 from ddpm_hf.push import push_folder
 
 SMALL = ["--steps", "6", "--batch_size", "16", "--log_every", "2", "--lr_warmup_steps", "2", "--seed", "3"]
@@ -159,6 +161,50 @@ def test_going_on_is_as_not_having_stopped(trained, tmp_path):
     assert len(list((tmp_path / "once/checkpoints").iterdir())) >= 1
 
 
+def test_going_on_with_another_process_is_refused(trained, tmp_path):
+    """Its pipeline has another one by now."""
+    shutil.copytree(trained / "base/pipeline", tmp_path / "base")
+    arguments = [
+        *CLASSIFIER,
+        "--pipeline",
+        tmp_path / "base",
+        "--output_dir",
+        tmp_path / "run",
+        "--lr_schedule",
+        "constant",
+    ]
+    script("train_classifier.py", *arguments, "--steps", "2")
+    DDPMScheduler(beta_schedule="linear").save_pretrained(tmp_path / "base/scheduler")
+    told = script("train_classifier.py", *arguments, "--steps", "4", check=False)
+    assert told.returncode == 1 and "was trained with" in told.stderr and "scheduler=" in told.stderr
+    assert len(told.stderr.strip().splitlines()) == 1
+
+
+def test_a_pipeline_that_cannot_be_guided_is_told_at_once(trained, tmp_path):
+    shutil.copytree(trained / "base/pipeline", tmp_path / "base")
+    (tmp_path / "base/unet/diffusion_pytorch_model.safetensors").unlink()
+    told = script(
+        "train_classifier.py",
+        *CLASSIFIER,
+        "--pipeline",
+        tmp_path / "base",
+        "--output_dir",
+        tmp_path / "run",
+        check=False,
+    )
+    assert told.returncode == 1 and "base/unet has no safetensors" in told.stderr and "Traceback" not in told.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_card_tells_what_the_index_names(trained, tmp_path):
+    """Not what an older pipeline has left in the folder."""
+    pipeline = DDPMImagePipeline.from_pretrained(trained / "classifier/pipeline")
+    pipeline.save_pretrained(tmp_path)
+    assert "classifier of noisy images" in write_model_card(tmp_path).read_text()
+    DDPMImagePipeline(pipeline.unet, pipeline.scheduler).save_pretrained(tmp_path)
+    assert "classifier of noisy images" not in write_model_card(tmp_path).read_text()
+
+
 def test_fine_tuning_keeps_the_null_class(trained, tmp_path):
     arguments = [*BASE, "--label_column", "label", "--init_from", trained / "base/pipeline", "--steps", "2"]
     script("train.py", "--config", "digits", *arguments, "--label_dropout", "0.2", "--output_dir", tmp_path / "run")
@@ -171,6 +217,8 @@ def test_fine_tuning_keeps_the_null_class(trained, tmp_path):
     "argv, message",
     [
         (["--label_column", "null"], "a classifier needs label_column, and classifier.num_classes"),
+        (["--classifier.block_out_channels", "32"], "classifier.block_out_channels=32 must be a list of integers"),
+        (["--classifier.num_classes", "a"], "a classifier needs label_column, and classifier.num_classes"),
         (["--random_crop", "0"], "random_crop=0.0 must be above 0, up to 1"),
         (["--random_crop", "2"], "random_crop=2.0"),
         (["--classifier.sample_size", "8"], "classifier.sample_size follows"),
