@@ -254,3 +254,8 @@ def test_learned_variances(make_upsampler):
     pipeline = DDPMSuperResolutionPipeline(unet, VariationalDDPMScheduler(variance_type="learned"), low_resolution=8)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.channels == 1 and run(pipeline, torch.zeros(1, 1, 8, 8)).isfinite().all()
+
+
+def test_progressive_refuses_at_once(make_upsampler):
+    with pytest.raises(ValueError, match="every=0"):
+        make_upsampler().progressive(torch.zeros(1, 1, 8, 8), every=0)

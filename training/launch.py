@@ -2,6 +2,7 @@
 silence; the process, the optimizer, the folder, and the end.
 """
 
+import contextlib
 import gc
 import inspect
 import json
@@ -119,6 +120,15 @@ def check_schedule(config: RunConfig) -> None:
     schedules = [name.value for name in SchedulerType if name.value != "piecewise_constant"]  # it needs rules
     if config.lr_schedule not in schedules:
         raise ConfigError(f"lr_schedule={config.lr_schedule!r} is not known{nearest(config.lr_schedule, schedules)}")
+
+
+@contextlib.contextmanager
+def opening(where: str):
+    """A saved pipeline that cannot be opened or does not fit, as ConfigError that begins with `where`."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def make_optimizer(config: RunConfig, parameters) -> tuple:

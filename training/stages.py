@@ -35,11 +35,10 @@ def pipeline_class(config: TrainConfig) -> type[DDPMImagePipeline]:
 
 def pipeline_of(config: TrainConfig, unet, scheduler) -> DDPMImagePipeline:
     """The pipeline that the run makes."""
-    if not config.low_resolution:
-        return DDPMImagePipeline(unet, scheduler)
-    return DDPMSuperResolutionPipeline(
-        unet, scheduler, low_resolution=sides(config.low_resolution), conditioning_noise=config.conditioning_noise
-    )
+    how = {}
+    if config.low_resolution:
+        how = dict(low_resolution=sides(config.low_resolution), conditioning_noise=config.conditioning_noise)
+    return pipeline_class(config)(unet, scheduler, **how)
 
 
 def first_items(dataset, count: int) -> dict[str, torch.Tensor]:

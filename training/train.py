@@ -49,10 +49,10 @@ from launch import (
     open_accelerator,
     open_output,
     open_scheduler,
+    opening,
     run,
 )
 from publish import Publisher
-from safetensors import SafetensorError
 from sheets import Sheets
 from stages import conditioned, in_channels, pipeline_class, pipeline_of
 from stops import FiniteSteps, Signals, Stopped, going_on
@@ -107,10 +107,8 @@ def network_of(config: TrainConfig) -> dict:
     Raises:
         ConfigError: there is none, or its channels, classes or levels of resolution are not those of the config.
     """
-    try:
+    with opening(f"init_from={config.init_from!r}"):
         found = DDPMUNet.load_config(config.init_from, subfolder="unet")
-    except OSError as error:
-        raise ConfigError(f"init_from={config.init_from!r}: {' '.join(str(error).split())}") from error
     learned = config.scheduler.get("variance_type", "fixed_small").startswith("learned")
     for key, expected in (("in_channels", in_channels(config)), ("out_channels", config.channels * (1 + learned))):
         if found.get(key) != expected:
@@ -145,10 +143,8 @@ def train(config: TrainConfig) -> Path:
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     if config.init_from and not resumed:
-        try:
+        with opening(f"init_from={config.init_from!r}"):
             unet.load_state_dict(pipeline_class(config).from_pretrained(config.init_from).unet.state_dict())
-        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"init_from={config.init_from!r}: {' '.join(str(error).split())}") from error
     optimizer, lr_schedule = make_optimizer(config, unet.parameters())
     if channels_last(config, accelerator.device):
         unet.to(memory_format=torch.channels_last)

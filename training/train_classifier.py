@@ -38,9 +38,9 @@ from launch import (
     open_accelerator,
     open_output,
     open_scheduler,
+    opening,
     run,
 )
-from safetensors import SafetensorError
 from stops import FiniteSteps, Signals, Stopped
 from watch import ROUNDS, Log, check_trackers
 
@@ -79,24 +79,19 @@ def fit_to_pipeline(config: ClassifierConfig) -> None:
     Raises:
         ConfigError: there is none, or its network has other classes.
     """
-    try:
+    with opening(f"pipeline={config.pipeline!r}"), torch.device("meta"):
         process = VariationalDDPMScheduler.from_pretrained(config.pipeline, subfolder="scheduler")
-        unet = DDPMUNet.load_config(config.pipeline, subfolder="unet")
-    except OSError as error:
-        raise ConfigError(f"pipeline={config.pipeline!r}: {' '.join(str(error).split())}") from error
+        unet = DDPMUNet.from_config(DDPMUNet.load_config(config.pipeline, subfolder="unet"))
     known = inspect.signature(VariationalDDPMScheduler).parameters
     told = {**process.config, **process.config.get("_ddpm_hf", {})}
     config.scheduler = {key: value for key, value in told.items() if key in known and value is not None}
-    if unet["sample_size"] is not None:
-        config.image_size = unet["sample_size"]
-    config.channels = unet["in_channels"]
+    if unet.config.sample_size is not None:
+        config.image_size = unet.config.sample_size
+    config.channels = unet.config.in_channels
     check(config)
-    classes = unet.get("num_class_embeds")
-    null = unet.get("_ddpm_hf", {}).get("null_class")
-    classes = classes if null is None else null
-    if classes is not None and classes != config.classes:
+    if unet.num_classes not in (None, config.classes):
         raise ConfigError(
-            f"classifier.num_classes={config.classes}, but the network of {config.pipeline!r} has {classes} classes"
+            f"classifier.num_classes={config.classes}, but the network of {config.pipeline!r} has {unet.num_classes} classes"
         )
 
 
@@ -215,10 +210,8 @@ def of_held_out(config, network, scheduler, x_start, labels, device) -> dict[str
 
 def open_base(config: ClassifierConfig) -> DDPMImagePipeline:
     """The pipeline that is to be guided, before anything is trained for it. Raises ConfigError."""
-    try:
+    with opening(f"pipeline={config.pipeline!r}"):
         return DDPMImagePipeline.from_pretrained(config.pipeline)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"pipeline={config.pipeline!r}: {' '.join(str(error).split())}") from error
 
 
 def save(network: NoisyClassifier, base: DDPMImagePipeline | None, output: Path) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .unet import ActivatedNorm, DDPMUNet, Encoder
+from .unet import ActivatedNorm, DDPMUNet, Encoder, sides
 
 POOLS = ("attention", "average")
 
@@ -94,7 +94,7 @@ class NoisyClassifier(Encoder):
         own = {key: value for key, value in self.config.items() if key in defaults}
         self._build_encoder({**defaults, **own, "attn_norm_num_groups": norm_num_groups})
         channels, stride = block_out_channels[-1], 2 ** (len(block_out_channels) - 1)
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        height, width = sides(sample_size)
         if height % stride or width % stride:
             raise ValueError(
                 f"sample_size={sample_size} must be a multiple of {stride}: block_out_channels has "
@@ -131,8 +131,7 @@ class NoisyClassifier(Encoder):
         """
         t = torch.as_tensor(timestep, device=sample.device)
         self._check_image(sample, t)
-        size = self.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = sides(self.config.sample_size)
         if sample.shape[2:] != (height, width):
             raise ValueError(f"sample is {sample.shape[2]}x{sample.shape[3]}; this classifier takes {height}x{width}")
         return self.head(self.conv_norm_out(self.encode(sample, self.embed(t.reshape(-1)))[0]))

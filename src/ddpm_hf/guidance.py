@@ -6,6 +6,7 @@ import torch
 
 from .classifier import NoisyClassifier
 from .scheduler import VariationalDDPMScheduler
+from .unet import sides
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -95,9 +96,9 @@ def check_classifier(
     ):
         if ours is not None and theirs != ours:
             raise ValueError(f"the classifier has {theirs} {name}, the network {ours}; train one for this network")
-    sides = [(size, size) if isinstance(size, int) else size for size in (config.sample_size, sample_size)]
-    if sides[1] is not None and tuple(sides[0]) != tuple(sides[1]):
-        raise ValueError(f"the classifier is of {_by(sides[0])} images, the network of {_by(sides[1])}")
+    if sample_size is not None and sides(config.sample_size) != sides(sample_size):
+        theirs, ours = ("x".join(map(str, sides(size))) for size in (config.sample_size, sample_size))
+        raise ValueError(f"the classifier is of {theirs} images, the network of {ours}")
     abar = getattr(scheduler, "alphas_cumprod", None)
     if abar is None or scheduler.config.prediction_type not in (*PREDICTIONS, "previous"):
         raise ValueError(
@@ -118,7 +119,3 @@ def check_classifier(
             f"the classifier was trained with another schedule: at t={t} its alphas_cumprod is {trained[t]:.4g}, the "
             f"scheduler's {float(abar[t]):.4g}"
         )
-
-
-def _by(size):
-    return f"{size[0]}x{size[1]}"

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .push import read_json, read_text, told_of
-from .unet import DDPMUNet
+from .unet import DDPMUNet, sides
 
 # installed beside the package; at the project's root in a checkout
 TEMPLATES = (Path(__file__).parent / "model_card.md", Path(__file__).parents[2] / "model_card.md")
@@ -129,10 +129,9 @@ def model_card(
     if size is None:
         images = "images of any size"
     else:
-        sides = (size, size) if isinstance(size, int) else size
-        images = "x".join(str(side) for side in sides) + " images"
+        images = "x".join(map(str, sides(size))) + " images"
     with torch.device("meta"):
-        parameters = DDPMUNet.from_config(unet).num_parameters()
+        network = DDPMUNet.from_config(unet)
     variance = str(scheduler.get("variance_type") or "")
     reason = None
     if low:
@@ -148,10 +147,9 @@ def model_card(
     cited = ["ddpm"]
     if reason == "with learned variances" or scheduler.get("beta_schedule") == "cosine":
         cited.append("iddpm")
-    classes, null_class = unet.get("num_class_embeds"), unet.get("_ddpm_hf", {}).get("null_class")
     classifier = read_json(folder / "classifier/config.json") if "classifier" in index else None
     cited += ["adm"] if classifier else []
-    cited += ["cfg"] if null_class is not None else []
+    cited += ["cfg"] if network.null_class is not None else []
     return ModelCard.from_template(
         ModelCardData(
             license=license,
@@ -166,14 +164,14 @@ def model_card(
         title=repo_id,
         repo_id=repo_id,
         images=images,
-        parameters=f"{parameters:,}",
+        parameters=f"{network.num_parameters():,}",
         steps=scheduler.get("num_train_timesteps"),
         beta_schedule=scheduler.get("beta_schedule"),
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         variance_type=variance,
         levels=scheduler.get("levels"),
-        classes=classes if null_class is None else null_class,
-        label_dropout=null_class is not None,
+        classes=network.num_classes,
+        label_dropout=network.null_class is not None,
         classifier=classifier,
         pipeline_class="DDPMSuperResolutionPipeline" if low else "DDPMImagePipeline",
         low=low and f"{low[0]}x{low[1]}",
@@ -192,7 +190,7 @@ def _card_of_two_stages(folder, repo_id, license):
     """Of a cascade: how it is opened; its stages have cards of their own."""
     upsampler = read_json(folder / "upsampler/model_index.json")
     size, low = read_json(folder / "upsampler/unet/config.json")["sample_size"], upsampler["low_resolution"]
-    side = f"{size}x{size}" if isinstance(size, int) else f"{size[0]}x{size[1]}"
+    side = "x".join(map(str, sides(size)))
     data = ModelCardData(
         license=license,
         library_name="diffusers",

@@ -20,7 +20,7 @@ from .guidance import check_classifier, classifier_free, scales, shifted_output
 from .inference import InferenceUNet
 from .push import Published
 from .scheduler import VariationalDDPMScheduler
-from .unet import DDPMUNet
+from .unet import DDPMUNet, sides
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Class names as they are saved. Classes are compared by name: a published pipeline.py is executed anew at every load.
@@ -254,11 +254,15 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         Raises:
             ValueError: as `__call__`; every below 1; a scheduler whose steps predict no x_0.
         """
-        if every < 1:
-            raise ValueError(f"every={every} must be 1 or more")
         prepared = self._prepare(
             batch_size, generator, num_inference_steps, eta, class_labels, latents, guidance_scale, classifier_scale
         )
+        return self._seen(prepared, every)
+
+    def _seen(self, prepared, every):
+        """`_progress`, its argument checked now and not when the first step is asked for."""
+        if every < 1:
+            raise ValueError(f"every={every} must be 1 or more")
         return self._progress(*prepared, every)
 
     @torch.no_grad()
@@ -376,8 +380,9 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         if latents is None:
             if sample_size is None:
                 raise ValueError("the network's config has no sample_size; give latents of shape (B, C, H, W)")
-            size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-            latents = randn_tensor((batch_size, channels, *size), generator=generator, device=device, dtype=dtype)
+            latents = randn_tensor(
+                (batch_size, channels, *sides(sample_size)), generator=generator, device=device, dtype=dtype
+            )
 
         # of its own: what was set on the pipeline's scheduler, such as the chain of a likelihood, stays as it is
         scheduler = copy.copy(self.scheduler)

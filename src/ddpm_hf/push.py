@@ -167,7 +167,7 @@ def push_folder(
     files = published_files(folder)
     if revision == REMOTE_CODE:
         raise ValueError(f"revision={revision!r} is kept by this package beside main; choose another")
-    kind = _kind(files["model_index.json"])
+    kind = _kind(read_json(folder / "model_index.json"))
     commit_message = commit_message or f"Upload {'DDPMImagePipeline' if kind == STOCK_CLASS else kind}"
     repo_id = open_repository(repo_id, private=private, token=token)
     with _explained(repo_id, revision):
@@ -224,8 +224,7 @@ def _tree(api, repo_id, revision):
 
 
 def _kind(index):
-    """By a saved pipeline's index, a file or its content, the key of `KINDS`; for others what the index says."""
-    index = json.loads(index) if isinstance(index, bytes) else read_json(index)
+    """By a saved pipeline's index the key of `KINDS`; for others what the index says."""
     name = index["_class_name"]
     return next((kind for kind, names in KINDS.items() if name in names), str(name))
 
@@ -310,7 +309,7 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
             f"{folder} is no pipeline: it has no model_index.json; give what save_pretrained wrote, such as a run's pipeline/"
         )
     index = read_json(folder / "model_index.json")
-    source, kind = folder / "pipeline.py", _kind(folder / "model_index.json")
+    source, kind = folder / "pipeline.py", _kind(index)
     ours = OUR_CLASS[1] if kind == STOCK_CLASS else kind
     if kind not in KINDS or not source.is_file() or f"class {ours}(" not in source.read_text(encoding="utf-8"):
         raise ValueError(

@@ -17,6 +17,7 @@ from .classifier import NoisyClassifier
 from .conditioning import condition_planes
 from .pipeline import DDPMImagePipeline, write_source
 from .push import Published
+from .unet import sides
 
 # of a repository: no pickled weights
 FILES = ("*.json", "*.safetensors", "*.py")
@@ -132,9 +133,9 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
                 `DDPMImagePipeline.__call__`.
         """
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
-        planes, generator = self._planes(images, noise_level, generator)
-        prepared = self._prepare(
-            len(planes),
+        prepared = self._prepare_larger(
+            images,
+            noise_level,
             generator,
             num_inference_steps,
             eta,
@@ -142,7 +143,6 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             latents,
             guidance_scale,
             classifier_scale,
-            planes,
         )
         return self._run(prepared, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
@@ -161,9 +161,9 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         latents: torch.Tensor | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """As `DDPMImagePipeline.progressive`, of images as `__call__` takes them."""
-        planes, generator = self._planes(images, noise_level, generator)
-        prepared = self._prepare(
-            len(planes),
+        prepared = self._prepare_larger(
+            images,
+            noise_level,
             generator,
             num_inference_steps,
             eta,
@@ -171,9 +171,13 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             latents,
             guidance_scale,
             classifier_scale,
-            planes,
         )
-        return self._progress(*prepared, every)
+        return self._seen(prepared, every)
+
+    def _prepare_larger(self, images, noise_level, generator, *arguments):
+        """`_prepare` of as many images as there are small ones, with their planes; `arguments` are its own."""
+        planes, generator = self._planes(images, noise_level, generator)
+        return self._prepare(len(planes), generator, *arguments, planes)
 
     def check(self, batch_size: int, generator=None, num_inference_steps: int | None = None, **kwargs) -> None:
         """Whether `__call__` takes these arguments, with `batch_size` images that fit: raises what it would raise."""
@@ -189,9 +193,9 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         else:
             generator = torch.Generator()
         images = torch.zeros(batch_size, self.channels, *self.config.low_resolution)
-        planes, _ = self._planes(images, told["noise_level"], None)
         names = ("eta", "class_labels", "latents", "guidance_scale", "classifier_scale")
-        self._prepare(batch_size, generator, num_inference_steps, *(told[name] for name in names), planes)
+        how = (told[name] for name in names)
+        self._prepare_larger(images, told["noise_level"], generator, num_inference_steps, *how)
 
     def interpolate(self, *args, **kwargs):
         """Not for this pipeline: interpolate the low-resolution images, by the pipeline that draws them."""
@@ -223,8 +227,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
                 f"noise_level={noise_level!r} must be 0 to {conditioning_noise}, what the network was trained with"
             )
         images = images.to(self._execution_device, self.unet.dtype)
-        size = self.unet.config.sample_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = sides(self.unet.config.sample_size)
         level = torch.full((len(images),), float(noise_level)) if conditioning_noise > 0 else None
         generator = list(generator) if isinstance(generator, tuple) else generator
         return condition_planes(images, size, level, generator if noise_level > 0 else None), generator
@@ -251,9 +254,10 @@ class CascadePipeline(Published, DiffusionPipeline):
     def __init__(self, base: DDPMImagePipeline, upsampler: DDPMSuperResolutionPipeline):
         super().__init__()
         size, low = base.unet.config.sample_size, tuple(upsampler.config.low_resolution)
-        size = (size, size) if isinstance(size, int) else size
-        if size is not None and tuple(size) != low:
-            raise ValueError(f"base draws images of {size[0]}x{size[1]}, upsampler takes {low[0]}x{low[1]}")
+        if size is not None and sides(size) != low:
+            raise ValueError(
+                f"base draws images of {'x'.join(map(str, sides(size)))}, upsampler takes {low[0]}x{low[1]}"
+            )
         if base.channels != upsampler.channels:
             raise ValueError(f"base draws images of {base.channels} channels, upsampler takes {upsampler.channels}")
         self.register_modules(base=base, upsampler=upsampler)
@@ -300,13 +304,13 @@ class CascadePipeline(Published, DiffusionPipeline):
         first, second = dict(kwargs), dict(upsampler_kwargs or {})
         # to those that know classes
         takers = [
-            (told, stage)
+            told
             for told, stage in ((first, self.base), (second, self.upsampler))
             if stage.takes_labels or told.get("classifier_scale") is not None
         ]
         if class_labels is not None and not takers:
             raise ValueError("class_labels were given, but neither stage has classes; leave them out")
-        for told, _ in takers:
+        for told in takers:
             told.setdefault("class_labels", class_labels)
         second |= dict(noise_level=noise_level, output_type=output_type)
         self.upsampler.check(batch_size, generator, upsampler_steps, **second)  # before the first stage is computed

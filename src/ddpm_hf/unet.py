@@ -662,6 +662,11 @@ class DDPMUNet(Encoder):
         return json.dumps({**config, "_class_name": "UNet2DModel"}, indent=2, sort_keys=True) + "\n"
 
 
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of what a config may hold as one number."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def _names(block_types):
     return [name.removeprefix("UNetRes") for name in block_types]  # the prefix of 2022 configs
 
