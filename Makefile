@@ -24,8 +24,9 @@ demo: $(READY)
 	    print('opened by plain diffusers as', type(P.from_pretrained('$(DEMO)/pipeline')).__name__)"
 	@echo "look at $(DEMO)/samples.png, $(DEMO)/curves.png and $(DEMO)/pipeline/evaluation.png"
 
+# a process for each core; a file's tests share what they have trained
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -165,7 +165,7 @@ def make_guided(make_pipeline):
     return make
 
 
-NULL = dict(num_class_embeds=5, null_class=4)
+NULL = dict(num_class_embeds=5, _ddpm_hf={"null_class": 4})
 
 
 def test_classifier_free_guidance(make_pipeline):

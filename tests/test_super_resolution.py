@@ -121,7 +121,7 @@ def test_the_image_matters_and_so_does_its_noise(make_upsampler):
 
 
 def test_optimized_and_guided(make_upsampler):
-    pipeline = make_upsampler(num_class_embeds=4, null_class=3)
+    pipeline = make_upsampler(num_class_embeds=4, _ddpm_hf={"null_class": 3})
     images, how = torch.rand(2, 1, 8, 8) * 2 - 1, dict(class_labels=[0, 2], guidance_scale=3.0)
     expected = run(pipeline, images, **how)
     assert (expected - run(pipeline, images, class_labels=[0, 2])).abs().max() > 1e-3

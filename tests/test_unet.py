@@ -1,5 +1,6 @@
 """`DDPMUNet` against diffusers' `UNet2DModel`: the same keys, outputs and gradients; each opens the other's files."""
 
+import copy
 import inspect
 import json
 import random
@@ -656,3 +657,16 @@ def test_gradients_of_gradients_and_of_each_image():
         mine = [weights[name].clone().requires_grad_() for name in ("weight", "bias")]
         expected = torch.autograd.grad(plain(x[i : i + 1].detach(), *mine).square().sum(), mine)
         torch.testing.assert_close((each["weight"][i], each["bias"][i]), expected)
+
+
+def test_the_null_class_is_kept(tmp_path):
+    """Through both classes, files and copies; and it is the last."""
+    unet = DDPMUNet(**BASE, num_class_embeds=5, _ddpm_hf={"null_class": 4})
+    assert (unet.null_class, unet.num_classes) == (4, 4)
+    UNet2DModel.from_config(unet.config).save_pretrained(tmp_path)
+    for other in DDPMUNet.from_config(unet.config), copy.deepcopy(unet), DDPMUNet.from_pretrained(tmp_path):
+        assert (other.null_class, other.num_classes) == (4, 4)
+    assert DDPMUNet(**BASE, num_class_embeds=5).null_class is None and DDPMUNet(**BASE).num_classes is None
+    for wrong in {"num_class_embeds": 6}, {}, {"class_embed_type": "identity"}:
+        with pytest.raises(ValueError, match="null_class=4 must be the last"):
+            DDPMUNet(**BASE, **wrong, _ddpm_hf={"null_class": 4}).null_class  # noqa: B018

@@ -87,7 +87,7 @@ class TrainConfig(RunConfig):
 
     PRESETS = PRESETS
     NETWORK = "unet"
-    DERIVED = ("sample_size", "in_channels", "out_channels", "null_class")
+    DERIVED = ("sample_size", "in_channels", "out_channels", "_ddpm_hf")
 
     unet: dict = dataclasses.field(default_factory=dict)  # keys of DDPMUNet
     init_from: str | None = (

@@ -98,7 +98,7 @@ def build(config: TrainConfig) -> tuple:
 def with_null_class(config: TrainConfig) -> dict:
     """The keys of a network that has a label for no class beside those of the config."""
     classes = config.unet.get("num_class_embeds")
-    return dict(num_class_embeds=classes + 1, null_class=classes) if config.label_dropout else {}
+    return dict(num_class_embeds=classes + 1, _ddpm_hf={"null_class": classes}) if config.label_dropout else {}
 
 
 def network_of(config: TrainConfig) -> dict:
@@ -113,8 +113,9 @@ def network_of(config: TrainConfig) -> dict:
     for key, expected in (("in_channels", in_channels(config)), ("out_channels", config.channels * (1 + learned))):
         if found.get(key) != expected:
             raise ConfigError(
-                f"init_from={config.init_from!r}: its network has {key} {found.get(key)}, channels={config.channels}, "
-                f"low_resolution={config.low_resolution} and the variance type ask for {expected}"
+                f"init_from={config.init_from!r}: its network has {key} {found.get(key)}, channels={config.channels}"
+                f"{f', low_resolution={config.low_resolution}' if config.low_resolution else ''} and the variance type ask "
+                f"for {expected}"
             )
     unet = {key: found[key] for key in inspect.signature(DDPMUNet).parameters if key in found}
     null_class = found.get("_ddpm_hf", {}).get("null_class")

@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
@@ -384,12 +384,6 @@ class Encoder(ModelMixin, ConfigMixin):
             raise ValueError(f"layers_per_block={config['layers_per_block']!r} must be an integer, 1 or more")
         if config["num_class_embeds"] is not None and config["num_class_embeds"] < 1:
             raise ValueError(f"num_class_embeds={config['num_class_embeds']} must be 1 or more")
-        null, classes = config.get("null_class"), config["num_class_embeds"]
-        if null is not None and (config["class_embed_type"] is not None or classes is None or null != classes - 1):
-            raise ValueError(
-                f"null_class={null} must be the last of the network's classes: num_class_embeds={classes} asks for "
-                f"{'None' if classes is None else classes - 1}"
-            )
         if config["downsample_padding"] not in (0, 1):
             raise ValueError(f"downsample_padding={config['downsample_padding']!r} is not supported; supported: 0, 1")
         if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
@@ -504,9 +498,6 @@ class DDPMUNet(Encoder):
     with Up, UNetMidBlock2D or None; the values of the other choices are in `CHOICES`. `attention_head_dim=None` means one
     head over all channels, as in the paper.
 
-    `null_class`, of this class alone: the label, the last of num_class_embeds, that stands for no class in a network trained
-    with label dropout (Ho & Salimans 2021). It is saved under "_ddpm_hf".
-
     The weights of a new network are drawn as in the paper's code, see `reset_parameters`.
 
     Raises:
@@ -544,7 +535,6 @@ class DDPMUNet(Encoder):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
-        null_class: int | None = None,
     ):
         super().__init__()
         self.sample_size = sample_size
@@ -570,16 +560,20 @@ class DDPMUNet(Encoder):
         self.conv_norm_out = ActivatedNorm(norm_num_groups, channels[0], norm_eps, F.silu)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self.reset_parameters()
-        self._keep_config(null_class)
 
-    def _keep_config(self, null_class):
-        """What diffusers' class does not know goes under "_ddpm_hf"."""
-        self.null_class = null_class
-        config = {key: value for key, value in self.config.items() if key != "null_class"}
-        config["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key != "null_class"]
-        self._internal_dict = FrozenDict(
-            config | ({} if null_class is None else {"_ddpm_hf": {"null_class": null_class}})
-        )
+    @property
+    def null_class(self) -> int | None:
+        """The label for no class of a network trained with label dropout (Ho & Salimans 2021), the last of its table; or None.
+
+        It stands under "_ddpm_hf" in the config: DDPMUNet(..., num_class_embeds=11, _ddpm_hf={"null_class": 10}).
+
+        Raises:
+            ValueError: it is not the last.
+        """
+        null, classes = self.config.get("_ddpm_hf", {}).get("null_class"), self.config.num_class_embeds
+        if null is not None and (self.config.class_embed_type is not None or null != (classes or 0) - 1):
+            raise ValueError(f"null_class={null} must be the last of the network's classes, num_class_embeds={classes}")
+        return null
 
     @property
     def num_classes(self) -> int | None:
@@ -649,12 +643,6 @@ class DDPMUNet(Encoder):
             _check_range("class_labels", class_labels, config.num_class_embeds)
         elif kind == "timestep" and config.time_embedding_type == "learned":
             _check_range("class_labels", class_labels, config.num_train_timesteps)
-
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        config_dict = dict(config_dict)
-        config_dict |= config_dict.pop("_ddpm_hf", {})
-        return super().extract_init_dict(config_dict, **kwargs)
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the diffusers class that opens the same weights."""
