@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import RESULTS, in_turns, peak_mb, record
+from measure import RESULTS, in_turns, machine, peak_mb, record
 from networks import config_of, network
 from PIL import Image
 
@@ -112,6 +112,14 @@ def exponent(rows, what):
     return np.polyfit(np.log([row["value"] for row in rows]), np.log([row[what] for row in rows]), 1)[0].item()
 
 
+def recorded():
+    """The points of every sweep that was measured on this machine, those of before too."""
+    sections = json.loads((RESULTS / "growth.json").read_text())
+    rows = next(section["rows"] for section in sections if section["machine"] == machine())
+    points = {row["cost against"]: row["points"] for row in rows}
+    return {sweep: points[sweep] for sweep in SWEEPS if sweep in points}
+
+
 def plot(measured, path):
     """Points and the fitted power law, each axis over a decade at least, so that slopes can be compared by eye."""
     import matplotlib
@@ -150,21 +158,20 @@ def main():
         sweep, value = arguments.point
         print(json.dumps(point(sweep, int(value))), flush=True)
         return
-    measured = {}
     for sweep in arguments.only:
-        measured[sweep] = []
+        points = []
         for value in SWEEPS[sweep]:
-            measured[sweep].append({"value": value, **in_a_process(sweep, value)})
-            print(sweep, measured[sweep][-1], flush=True)
+            points.append({"value": value, **in_a_process(sweep, value)})
+            print(sweep, points[-1], flush=True)
         row = {
             "cost against": sweep,
-            "exponent of seconds": exponent(measured[sweep], "seconds"),
-            "exponent of MB": exponent(measured[sweep], "MB"),
+            "exponent of seconds": exponent(points, "seconds"),
+            "exponent of MB": exponent(points, "MB"),
             "": COMMENTS[sweep],
-            "points": measured[sweep],
+            "points": points,
         }
         record("growth", "How cost grows", row, keys=("cost against",), hidden=("points",))
-    plot(measured, RESULTS / "growth.png")
+    plot(recorded(), RESULTS / "growth.png")
     print(f"look at {RESULTS / 'growth.png'}")
 
 
