@@ -186,15 +186,16 @@ def main():
     parser.add_argument("data", choices=list(RUNS))
     parser.add_argument("--samples", type=int, default=1000, help="of each row, as many of each class")
     parser.add_argument("--steps", type=int, default=100, help="network calls an image")
-    parser.add_argument("--cost_only", action="store_true")
+    parser.add_argument("--only", choices=["cost", "samples"], help="one half of it; the cost wants an idle machine")
     arguments = parser.parse_args()
     data, name = arguments.data, f"guidance_{arguments.data}"
     pipelines = trained(data, ROOT / "runs/guidance" / data)
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
         pipeline.optimize()
-    cost(data, pipelines)
-    if arguments.cost_only:
+    if arguments.only != "samples":
+        cost(data, pipelines)
+    if arguments.only == "cost":
         return
 
     def tensors(split):
