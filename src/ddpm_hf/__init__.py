@@ -18,6 +18,7 @@ from .scheduler import (
     discretized_gaussian_log_likelihood,
     space_timesteps,
 )
+from .sde import VESDE, VPSDE, SubVPSDE, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .super_resolution import CascadePipeline, DDPMSuperResolutionPipeline
 from .unet import DDPMUNet
 
@@ -34,7 +35,13 @@ __all__ = [
     "InferenceUNet",
     "LossSecondMomentTimesteps",
     "NoisyClassifier",
+    "SubVPSDE",
+    "SubVPSDEScheduler",
     "UniformTimesteps",
+    "VESDE",
+    "VESDEScheduler",
+    "VPSDE",
+    "VPSDEScheduler",
     "VariationalDDPMScheduler",
     "bits_per_dim",
     "discretized_gaussian_log_likelihood",

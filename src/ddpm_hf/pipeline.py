@@ -20,6 +20,7 @@ from .guidance import check_classifier, classifier_free, scales, shifted_output
 from .inference import InferenceUNet
 from .push import Published
 from .scheduler import VariationalDDPMScheduler
+from .sde import SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .unet import DDPMUNet, sides
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -27,7 +28,15 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STOCK_CLASSES = {"DDPMUNet": "UNet2DModel", "VariationalDDPMScheduler": "DDPMScheduler"}
 # Pipelines that no stock class stands for, saved under their own name.
 OTHER_CLASSES = ("DDPMSuperResolutionPipeline", "CascadePipeline")
-CLASSIFIER = "noisy_classifier"  # the module beside a saved classifier's weights
+# Parts that no stock class stands for: class -> the module of its source, saved beside its config.
+OWN_PARTS = {
+    "NoisyClassifier": "noisy_classifier",
+    "VPSDEScheduler": "sde_scheduler",
+    "SubVPSDEScheduler": "sde_scheduler",
+    "VESDEScheduler": "sde_scheduler",
+}
+OWN_CLASSES = {each.__name__: each for each in (NoisyClassifier, VPSDEScheduler, SubVPSDEScheduler, VESDEScheduler)}
+SCORE_SDE = {"ScoreSdeVeScheduler": VESDEScheduler, "ScoreSdeVpScheduler": VPSDEScheduler}  # diffusers' and ours
 
 
 class DDPMImagePipeline(Published, DiffusionPipeline):
@@ -39,8 +48,9 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
 
     Args:
         unet: `DDPMUNet`, or diffusers' `UNet2DModel`, which becomes one that shares its weights.
-        scheduler: `VariationalDDPMScheduler`, or diffusers' `DDPMScheduler`, which becomes one; any other diffusers
-            scheduler of discrete timesteps is used as it is.
+        scheduler: `VariationalDDPMScheduler`, or diffusers' `DDPMScheduler`, which becomes one; `VPSDEScheduler` and its like,
+            or diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, which become ones; any other diffusers scheduler of
+            discrete timesteps is used as it is.
         classifier: `NoisyClassifier` for classifier guidance, of a conditional or an unconditional network; None for none.
     """
 
@@ -60,6 +70,9 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             unet = ours.train(unet.training)
         if type(scheduler).__name__ == "DDPMScheduler":
             scheduler = VariationalDDPMScheduler.from_config(scheduler.config)
+        elif type(scheduler).__name__ in SCORE_SDE:
+            name, config = type(scheduler).__name__, scheduler.config
+            scheduler = SCORE_SDE[name].from_config({**config, "_class_name": name})
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
 
     @classmethod
@@ -77,8 +90,8 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         # [library, class]; other lists are settings
         entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name != "_class_name"}
         components = {name for name, entry in entries.items() if isinstance(entry[0], str)}
-        guided = index.get("classifier", [None])[-1] == "NoisyClassifier"
-        needed = {"unet", "scheduler"} | ({"classifier"} if guided else set())
+        own_parts = {name: entry[-1] for name, entry in entries.items() if entry[-1] in OWN_PARTS}
+        needed = {"unet", "scheduler", *own_parts}
         if components != needed or index["unet"][-1] not in ("UNet2DModel", "DDPMUNet"):
             raise ValueError(
                 f"{path} holds a {index.get('_class_name')} of {', '.join(sorted(components))}; this class opens pipelines of "
@@ -90,15 +103,17 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             raise ValueError(f"{path} holds a {saved}; open it with that class, not with {cls.__name__}")
         try:
             kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
-            if guided and "classifier" not in kwargs:  # by this package's class: no code of the folder is run
-                how = {name: kwargs[name] for name in (*where, "variant", "use_safetensors") if name in kwargs}
-                part = "classifier"
-                classifier = NoisyClassifier.from_pretrained(path, subfolder=part, **how)
-                part = "unet"
-                pipeline = super().from_pretrained(path, classifier=None, **kwargs)
-                pipeline.register_modules(classifier=classifier)
-                return pipeline
-            return super().from_pretrained(path, **kwargs)
+            opened = {}
+            for part, name in own_parts.items():  # by this package's classes: no code of the folder is run
+                if part not in kwargs:
+                    how = {key: kwargs[key] for key in where if key in kwargs}
+                    if name == "NoisyClassifier":
+                        how |= {key: kwargs[key] for key in ("variant", "use_safetensors") if key in kwargs}
+                    opened[part] = OWN_CLASSES[name].from_pretrained(path, subfolder=part, **how)
+            part = "unet"
+            pipeline = super().from_pretrained(path, **dict.fromkeys(opened), **kwargs)
+            pipeline.register_modules(**opened)
+            return pipeline
         except OSError as error:
             if "no file named diffusion_pytorch_model" not in str(error):
                 raise
@@ -398,7 +413,7 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         if planes is not None:
             network = Conditioned(network, planes)
 
-        def step(t, sample):
+        def output_at(t, sample):
             model_input = scheduler.scale_model_input(sample, t)
             model_output = predict(network, model_input, t)
             if model_output.shape[1] == 2 * channels and not isinstance(scheduler, DDPMScheduler):
@@ -407,6 +422,14 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
                 step_kwargs["gradient"] = gradient(model_input, t)
             elif gradient is not None:
                 model_output = shifted_output(model_output, gradient(model_input, t), scheduler, t)
+            return model_output
+
+        corrections = scheduler.config.get("correct_steps", 0) if hasattr(scheduler, "step_correct") else 0
+
+        def step(t, sample):
+            for _ in range(corrections):
+                sample = scheduler.step_correct(output_at(t, sample), t, sample, **step_kwargs)
+            model_output = output_at(t, sample)
             output = scheduler.step(model_output, t, sample, **step_kwargs)
             return model_output, output.prev_sample, getattr(output, "pred_original_sample", None)
 
@@ -513,7 +536,8 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
     def _to_output(self, sample, output_type):
         if output_type == "latent":
             return sample
-        images = (sample.float() / 2 + 0.5).clamp(0, 1)
+        centered = self.scheduler.config.get("centered", True)  # in [-1, 1]
+        images = (sample.float() / 2 + 0.5 if centered else sample.float()).clamp(0, 1)
         if output_type == "pt":
             return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -526,20 +550,22 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         for name, entry in index.items():
             if isinstance(entry, list) and entry[-1] in STOCK_CLASSES:
                 index[name] = ["diffusers", STOCK_CLASSES[entry[-1]]]
+            elif isinstance(entry, list) and entry[-1] in OWN_PARTS:
+                index[name] = [OWN_PARTS[entry[-1]], entry[-1]]
         if self.classifier is None:
             index.pop("classifier", None)  # stock classes have none
-        else:
-            index["classifier"] = [CLASSIFIER, "NoisyClassifier"]
         return json.dumps({**index, "_class_name": "DDPMPipeline"}, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json`, and `pipeline.py` with this class and its parts in one self-contained file; the
-        same for a classifier, beside it.
+        same for a part that no stock class stands for, beside it.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         write_source(self._source_module, save_directory)
-        if self.classifier is not None:
-            write_source(NoisyClassifier.__module__, os.path.join(save_directory, "classifier"), CLASSIFIER)
+        for name, part in self.components.items():
+            if type(part).__name__ in OWN_PARTS:
+                source = OWN_PARTS[type(part).__name__]
+                write_source(type(part).__module__, os.path.join(save_directory, name), source)
 
 
 def _for_each_image(values, count):

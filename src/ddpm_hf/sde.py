@@ -1,0 +1,554 @@
+"""Diffusion in continuous time (Song et al. 2020, "Score-SDE"): the processes, and their samplers as diffusers schedulers.
+
+One self-contained file. A process is a linear SDE dx = f(t) x dt + g(t) dw on t in [0, 1], so that x_t given x_0 is
+N(scale(t) x_0, std(t)^2). Equation numbers are those of Score-SDE. Coefficients are float64.
+"""
+
+import math
+from numbers import Integral, Real
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+SDE_PREDICTIONS = ("epsilon", "score", "sample", "v_prediction")
+PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "probability_flow", "ddim", "none")
+CORRECTORS = ("langevin", "annealed_langevin")
+
+
+class SDE:
+    """What the three processes have in common.
+
+    Times t are floats or float tensors (), (B,) in [0, 1]; coefficients float64 tensors of the shape of t; images (B, C, H, W).
+
+    Args:
+        N: steps of the discretisation.
+        prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
+
+    Attributes:
+        prior_std: of the normal distribution at t = 1, with mean 0.
+    """
+
+    prior_std = 1.0
+
+    def __init__(self, N: int, prediction_type: str):
+        if not isinstance(N, Integral) or N < 1:
+            raise ValueError(f"N={N!r} must be an integer, 1 or more: the steps of the discretisation")
+        if prediction_type not in SDE_PREDICTIONS:
+            raise ValueError(
+                f"prediction_type={prediction_type!r} is not known; choose one of {', '.join(SDE_PREDICTIONS)}"
+            )
+        self.N, self.prediction_type = N, prediction_type
+
+    # each process has its own
+
+    def log_scale(self, t: torch.Tensor | float) -> torch.Tensor:
+        """log of what x_0 is multiplied by in the mean of x_t."""
+        raise NotImplementedError
+
+    def std(self, t: torch.Tensor | float) -> torch.Tensor:
+        """The standard deviation of x_t given x_0."""
+        raise NotImplementedError
+
+    def rate(self, t: torch.Tensor | float) -> torch.Tensor:
+        """f: the drift is f(t) x."""
+        raise NotImplementedError
+
+    def diffusion(self, t: torch.Tensor | float) -> torch.Tensor:
+        """g."""
+        raise NotImplementedError
+
+    def labels(self, t: torch.Tensor | float) -> torch.Tensor:
+        """What the network is told at t, in the place of its timestep."""
+        raise NotImplementedError
+
+    def times(self, labels: torch.Tensor | float) -> torch.Tensor:
+        """The t of `labels`."""
+        raise NotImplementedError
+
+    def discrete(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F, G) of the discretisation x_{k+1} = (1 + F) x_k + G z; Euler and Maruyama's if a process has none of its own."""
+        return self.rate(t) / self.N, self.diffusion(t) / self.N**0.5
+
+    # and this follows from it
+
+    def index(self, t: torch.Tensor | float) -> torch.Tensor:
+        """k = floor(t (N - 1)), int64: the step of the discretisation at t."""
+        return (_double(t) * (self.N - 1)).long()
+
+    def scale(self, t: torch.Tensor | float) -> torch.Tensor:
+        """What x_0 is multiplied by in the mean of x_t."""
+        return self.log_scale(t).exp()
+
+    def drift(self, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+        """f(t) x, (B, C, H, W)."""
+        return _like(self.rate(t), x_t) * x_t
+
+    def marginal(self, x_start: torch.Tensor, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (B, C, H, W) and standard deviation, of the shape of t, of x_t given x_0 (eq. 29)."""
+        return _like(self.scale(t), x_start) * x_start, self.std(t)
+
+    def sample(self, x_start: torch.Tensor, t: torch.Tensor | float, noise: torch.Tensor) -> torch.Tensor:
+        """x_t (B, C, H, W) of x_0 and standard normal noise."""
+        mean, std = self.marginal(x_start, t)
+        return mean + _like(std, x_start) * noise
+
+    def discretize(self, x_t: torch.Tensor, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """f (B, C, H, W) and G, of the shape of t, of x_{k+1} = x_k + f + G z."""
+        F, G = self.discrete(t)
+        return _like(F, x_t) * x_t, G
+
+    def reverse_drift(
+        self, x_t: torch.Tensor, t: torch.Tensor | float, score: torch.Tensor, probability_flow: bool = False
+    ) -> torch.Tensor:
+        """The drift of the reverse SDE (eq. 6), or of the ODE with the same marginals (eq. 13), at a score (B, C, H, W)."""
+        share = 0.5 if probability_flow else 1.0
+        return self.drift(x_t, t) - _like(share * self.diffusion(t) ** 2, x_t) * score
+
+    def reverse_discretize(
+        self, x_t: torch.Tensor, t: torch.Tensor | float, score: torch.Tensor, probability_flow: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """f and G of x_k = x_{k+1} - f + G z (eq. 46), or with G = 0 of the ODE."""
+        f, G = self.discretize(x_t, t)
+        share = 0.5 if probability_flow else 1.0
+        return f - _like(share * G**2, x_t) * score, torch.zeros_like(G) if probability_flow else G
+
+    def score(self, model_output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+        """The gradient of log p(x_t) by x_t, from the network's output at (x_t, labels(t)), (B, C, H, W)."""
+        of_x_t, of_output = self.score_weights(t)
+        return _like(of_x_t, x_t) * x_t + _like(of_output, x_t) * model_output
+
+    def score_weights(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """What x_t and the network's output count in the score; of the shape of t."""
+        std, scale = self.std(t), self.scale(t)
+        if self.prediction_type == "score":
+            return torch.zeros_like(std), torch.ones_like(std)
+        if self.prediction_type == "epsilon":
+            return torch.zeros_like(std), -1 / std
+        if self.prediction_type == "sample":
+            return -1 / std**2, scale / std**2
+        total = scale**2 + std**2  # v = scale * epsilon - std * x_0
+        return -1 / total, -scale / (std * total)
+
+    def prior_log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """log of the density of z (B, C, H, W) at t = 1, (B,) nats, summed over the dimensions."""
+        z = z.flatten(1).double() / self.prior_std
+        return -0.5 * (z**2).sum(1) - z.shape[1] * (0.5 * math.log(2 * math.pi) + math.log(self.prior_std))
+
+
+class VPSDE(SDE):
+    """Variance preserving: the continuous limit of the DDPM chain with betas from beta_min / N to beta_max / N (eq. 11, 32).
+
+    Networks are told t (N - 1), as those of N discrete timesteps are.
+
+    Raises:
+        ValueError: not 0 < beta_min <= beta_max.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, N: int = 1000, prediction_type: str = "epsilon"):
+        super().__init__(N, prediction_type)
+        if not 0 < beta_min <= beta_max < math.inf:
+            raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: must be 0 < beta_min <= beta_max")
+        self.beta_min, self.beta_max = beta_min, beta_max
+        self.trained_steps = N  # of the labels, whatever N a sampler sets
+
+    def beta(self, t):
+        """beta(t), per unit of t."""
+        return self.beta_min + _double(t) * (self.beta_max - self.beta_min)
+
+    def log_scale(self, t):
+        t = _double(t)
+        return -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
+
+    def std(self, t):
+        return torch.sqrt(-torch.expm1(2 * self.log_scale(t)))
+
+    def rate(self, t):
+        return -0.5 * self.beta(t)
+
+    def diffusion(self, t):
+        return torch.sqrt(self.beta(t))
+
+    def betas(self) -> torch.Tensor:
+        """(N,), of the discretisation."""
+        return torch.linspace(self.beta_min / self.N, self.beta_max / self.N, self.N, dtype=torch.float64)
+
+    def discrete(self, t):
+        beta = self.betas()[self.index(t)]
+        return torch.expm1(0.5 * torch.log1p(-beta)), torch.sqrt(beta)
+
+    def labels(self, t):
+        return _double(t) * (self.trained_steps - 1)
+
+    def times(self, labels):
+        return _double(labels) / max(self.trained_steps - 1, 1)
+
+
+class SubVPSDE(VPSDE):
+    """Sub-variance preserving: the drift of `VPSDE`, and never more variance (eq. 12, 34)."""
+
+    def std(self, t):
+        return -torch.expm1(2 * self.log_scale(t))
+
+    def diffusion(self, t):
+        return torch.sqrt(-self.beta(t) * torch.expm1(4 * self.log_scale(t)))
+
+    def discrete(self, t):
+        return SDE.discrete(self, t)
+
+
+class VESDE(SDE):
+    """Variance exploding: noise of standard deviation sigma_min (sigma_max / sigma_min)^t, of NCSN (eq. 9, 30).
+
+    Networks are told sigma(t). At t = 0 the variance is sigma_min^2, as in the paper's code.
+
+    Raises:
+        ValueError: not 0 < sigma_min < sigma_max.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, N: int = 1000, prediction_type: str = "score"):
+        super().__init__(N, prediction_type)
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}: must be 0 < sigma_min < sigma_max")
+        self.sigma_min, self.sigma_max, self.prior_std = sigma_min, sigma_max, sigma_max
+        self.log_ratio = math.log(sigma_max / sigma_min)
+
+    def log_scale(self, t):
+        return torch.zeros_like(_double(t))
+
+    def std(self, t):
+        return self.sigma_min * torch.exp(_double(t) * self.log_ratio)
+
+    def rate(self, t):
+        return torch.zeros_like(_double(t))
+
+    def diffusion(self, t):
+        return self.std(t) * math.sqrt(2 * self.log_ratio)
+
+    def sigmas(self) -> torch.Tensor:
+        """(N,), of the discretisation, geometric from sigma_min to sigma_max."""
+        ends = math.log(self.sigma_min), math.log(self.sigma_max)
+        return torch.linspace(*ends, self.N, dtype=torch.float64).exp()
+
+    def discrete(self, t):
+        variance = self.sigmas() ** 2
+        G = torch.sqrt(torch.diff(variance, prepend=variance.new_zeros(1)))[self.index(t)]
+        return torch.zeros_like(G), G
+
+    def labels(self, t):
+        return self.std(t)
+
+    def times(self, labels):
+        return torch.log(_double(labels) / self.sigma_min) / self.log_ratio
+
+
+class SDEScheduler(SchedulerMixin, ConfigMixin):
+    """The reverse of an SDE as a diffusers scheduler: a predictor from each time to the next, correctors before it.
+
+    `timesteps` are what the network is told, so that pipelines need to know nothing of the process: t (N - 1) for VP and
+    sub-VP, sigma for VE. Times run from 1 down to `sampling_eps` in equal steps; the last step returns the mean, without
+    noise. `step` makes one network output one predictor step; `DDPMImagePipeline` calls the network anew for each of the
+    `correct_steps` corrector steps before it (Algorithms 2 and 3), which other pipelines leave out.
+
+    Args, of `VPSDEScheduler`, `SubVPSDEScheduler` and `VESDEScheduler`:
+        num_train_timesteps: N of the process: the range of timesteps that the network knows.
+        beta_min, beta_max, or sigma_min, sigma_max: of the process.
+        sampling_eps: the time at which sampling ends, above 0.
+        predictor: "reverse_diffusion" (eq. 46), "ancestral" (appendix F; DDPM's own steps, and NCSN's; not of sub-VP),
+            "euler_maruyama", "probability_flow" (the ODE by the steps of reverse diffusion, without noise), "ddim" (the ODE in
+            DDIM's form, eq. 13 there, exact where the predicted noise does not change), "none".
+        corrector: "langevin" (Algorithms 4 and 5, each image with norms of its own), "annealed_langevin" (NCSN: steps of
+            (snr * std)^2; with predictor "none" its whole sampler).
+        correct_steps: corrector steps at each time.
+        snr: signal-to-noise ratio r of a corrector step.
+        prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
+
+    `from_config` takes the configs of diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, and for VP and sub-VP that of a
+    DDPM with the linear schedule (T = N, beta_min = T beta_start, beta_max = T beta_end).
+
+    Raises:
+        ValueError: a value that is not supported, named.
+    """
+
+    _compatibles = ["DDPMScheduler", "ScoreSdeVeScheduler"]  # their keys stay in the config, for the way back
+    order = 1
+    init_noise_sigma = 1.0
+
+    def _build(self, sde):
+        config = self.config
+        for name, value, known in (
+            ("predictor", config.predictor, PREDICTORS),
+            ("corrector", config.corrector, CORRECTORS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+        if config.predictor == "ancestral" and type(self).__name__ == "SubVPSDEScheduler":
+            raise ValueError("predictor='ancestral' is of VP and VE; choose 'reverse_diffusion' or 'euler_maruyama'")
+        if not (isinstance(config.sampling_eps, Real) and 0 < config.sampling_eps < 1):
+            raise ValueError(f"sampling_eps={config.sampling_eps!r} must be above 0 and below 1: the time to end at")
+        if not (isinstance(config.correct_steps, Integral) and config.correct_steps >= 0):
+            raise ValueError(f"correct_steps={config.correct_steps!r} must be an integer, 0 or more")
+        if not (isinstance(config.snr, Real) and 0 < config.snr < math.inf):
+            raise ValueError(f"snr={config.snr!r} must be above 0")
+        self.sde, self.init_noise_sigma = sde, sde.prior_std
+        self.timesteps, self.num_inference_steps = None, None
+        self._position, self._tables = {}, {}
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Sets `timesteps`, float32 on the CPU or `device`, and what each step multiplies by.
+
+        Raises:
+            ValueError: fewer steps than 2, or than the predictor can do with.
+        """
+        if not (isinstance(num_inference_steps, Integral) and num_inference_steps >= 2):
+            raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer, 2 or more")
+        n, config = int(num_inference_steps), self.config
+        sde = self._process(n)
+        t = torch.linspace(1.0, config.sampling_eps, n, dtype=torch.float64)
+        F, G = sde.discrete(t)
+        if not (F.isfinite() & G.isfinite()).all() and config.predictor not in ("ddim", "none"):
+            raise ValueError(
+                f"num_inference_steps={n} is too few for beta_max={sde.beta_max} and predictor={config.predictor!r}: a beta "
+                f"would be above 1; give more than {math.ceil(sde.beta_max)}, or choose predictor='ddim'"
+            )
+        one, zero = torch.ones_like(t), torch.zeros_like(t)
+        if config.predictor == "reverse_diffusion":
+            of_x_t, of_score, of_noise = 1 - F, G**2, G
+        elif config.predictor == "probability_flow":
+            of_x_t, of_score, of_noise = 1 - F, 0.5 * G**2, zero
+        elif config.predictor == "euler_maruyama":
+            g = sde.diffusion(t)
+            of_x_t, of_score, of_noise = 1 - sde.rate(t) / n, g**2 / n, g / n**0.5
+        elif config.predictor == "ancestral":
+            of_x_t, of_score, of_noise = _ancestral(sde, t)
+        elif config.predictor == "ddim":  # x_0 and epsilon stay, t goes on; after the last step x_0
+            scale, std = torch.cat((sde.scale(t), one[:1])), torch.cat((sde.std(t), zero[:1]))
+            of_x_t = scale[1:] / scale[:-1]
+            of_score, of_noise = of_x_t * std[:-1] ** 2 - std[1:] * std[:-1], zero
+        else:
+            of_x_t, of_score, of_noise = one, zero, zero
+        from_x_t, from_output = sde.score_weights(t)
+        alpha = (
+            1 - sde.betas()[sde.index(t)] if isinstance(sde, VPSDE) else one
+        )  # of the corrector's steps, as in the paper's code
+        columns = {
+            "step": (of_x_t + of_score * from_x_t, of_score * from_output, of_noise, of_score),
+            "x_start": ((1 + sde.std(t) ** 2 * from_x_t) / sde.scale(t), sde.std(t) ** 2 * from_output / sde.scale(t)),
+            "score": (from_x_t, from_output),
+            "correct": (alpha, sde.std(t)),
+        }
+        self._tables = {name: list(zip(*(column.tolist() for column in each))) for name, each in columns.items()}
+        labels = sde.labels(t).float()
+        self.timesteps, self.num_inference_steps = labels.to(device), n
+        self._position = {label: i for i, label in enumerate(labels.tolist())}
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The network's input is the sample as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        variance_noise: torch.Tensor | None = None,
+        gradient: torch.Tensor | None = None,
+    ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """A predictor step to the next time.
+
+        Args:
+            model_output: of the network at (sample, timestep), (B, C, H, W).
+            timestep: one of `timesteps`.
+            sample: (B, C, H, W).
+            generator: one, or a list with one for each image.
+            return_dict: False for a tuple (prev_sample, pred_original_sample).
+            variance_noise: standard normal noise to use in place of drawing it.
+            gradient: of scale * log p(y | x_t) by x_t, added to the score (eq. 14).
+
+        Returns:
+            `DDPMSchedulerOutput`, of the dtype of sample; `.pred_original_sample` is E[x_0 | x_t] by the network (Tweedie).
+
+        Raises:
+            ValueError: a timestep that is not of `timesteps`; before `set_timesteps`.
+        """
+        i = self._index(timestep)
+        x, output = _in_float32(sample, model_output)
+        of_x_t, of_output, of_noise, of_score = self._tables["step"][i]
+        prev_sample = (x * of_x_t).add_(output, alpha=of_output)
+        if gradient is not None:
+            prev_sample.add_(gradient.to(x.dtype), alpha=of_score)
+        if of_noise != 0 and i + 1 < self.num_inference_steps:
+            noise = _noise(x, generator) if variance_noise is None else variance_noise.to(x.dtype)
+            prev_sample.add_(noise, alpha=of_noise)
+        of_x_t, of_output = self._tables["x_start"][i]
+        x_start = (x * of_x_t).add_(output, alpha=of_output)
+        prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
+        return DDPMSchedulerOutput(prev_sample, x_start) if return_dict else (prev_sample, x_start)
+
+    def step_correct(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        variance_noise: torch.Tensor | None = None,
+        gradient: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A step of Langevin dynamics at the same time; arguments as of `step`. Returns the sample, (B, C, H, W)."""
+        i = self._index(timestep)
+        x, output = _in_float32(sample, model_output)
+        of_x_t, of_output = self._tables["score"][i]
+        score = (x * of_x_t).add_(output, alpha=of_output)
+        if gradient is not None:
+            score.add_(gradient.to(x.dtype))
+        noise = _noise(x, generator) if variance_noise is None else variance_noise.to(x.dtype)
+        alpha, std = self._tables["correct"][i]
+        if self.config.corrector == "langevin":
+            ratio = noise.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)
+            size = 2 * alpha * (self.config.snr * ratio).square().view(-1, *[1] * (x.dim() - 1))
+        else:
+            size = torch.full_like(x[:1, :1, :1, :1], 2 * alpha * (self.config.snr * std) ** 2)
+        return (x + size * score + (2 * size).sqrt() * noise).to(sample.dtype)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float
+    ) -> torch.Tensor:
+        """x_t (B, C, H, W) of x_0 and standard normal noise at timesteps (B,), which may lie between those of `timesteps`."""
+        return self.sde.sample(original_samples, self.sde.times(timesteps), noise)
+
+    def _index(self, timestep):
+        if self.timesteps is None:
+            raise ValueError("set_timesteps(num_inference_steps) comes before the first step")
+        at = float(timestep)
+        if at not in self._position:
+            raise ValueError(f"timestep={at} is none of the {self.num_inference_steps} in `timesteps`")
+        return self._position[at]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """diffusers' hook of `from_config`: a DDPM's linear schedule in terms of the process."""
+        config_dict = dict(config_dict)
+        if config_dict.get("_class_name") == "ScoreSdeVeScheduler":
+            config_dict.setdefault("centered", False)
+        if "beta_start" in config_dict and "beta_min" not in config_dict:
+            own = config_dict.get("_ddpm_hf", {})
+            schedule, T = config_dict.get("beta_schedule", "linear"), config_dict["num_train_timesteps"]
+            trained = own.get("trained_betas", config_dict.get("trained_betas"))
+            if (
+                issubclass(cls, VESDEScheduler)
+                or schedule not in ("linear", "linear_scaled_by_T")
+                or trained is not None
+            ):
+                raise ValueError(
+                    f"{cls.__name__} has no process for beta_schedule={schedule!r}; VP and sub-VP take 'linear' alone"
+                )
+            factor = T if schedule == "linear" else 1000
+            config_dict |= {
+                "beta_min": factor * config_dict["beta_start"],
+                "beta_max": factor * config_dict["beta_end"],
+            }
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+class VPSDEScheduler(SDEScheduler):
+    """Samplers of `VPSDE`; see `SDEScheduler`."""
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        sampling_eps: float = 1e-3,
+        predictor: str = "reverse_diffusion",
+        corrector: str = "langevin",
+        correct_steps: int = 0,
+        snr: float = 0.16,
+        prediction_type: str = "epsilon",
+    ):
+        self._build(self._process(num_train_timesteps))
+
+    _sde = VPSDE
+
+    def _process(self, N):
+        config = self.config
+        sde = self._sde(config.beta_min, config.beta_max, N, config.prediction_type)
+        sde.trained_steps = config.num_train_timesteps
+        return sde
+
+
+class SubVPSDEScheduler(VPSDEScheduler):
+    """Samplers of `SubVPSDE`; see `SDEScheduler`."""
+
+    _sde = SubVPSDE
+
+
+class VESDEScheduler(SDEScheduler):
+    """Samplers of `VESDE`; see `SDEScheduler`.
+
+    Args beyond its own:
+        centered: whether the images are in [-1, 1]; False for [0, 1], as NCSN's and those of diffusers' ScoreSdeVeScheduler.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        sampling_eps: float = 1e-5,
+        predictor: str = "reverse_diffusion",
+        corrector: str = "langevin",
+        correct_steps: int = 1,
+        snr: float = 0.16,
+        prediction_type: str = "score",
+        centered: bool = True,
+    ):
+        self._build(self._process(num_train_timesteps))
+
+    def _process(self, N):
+        config = self.config
+        return VESDE(config.sigma_min, config.sigma_max, N, config.prediction_type)
+
+
+def _ancestral(sde, t):
+    """What x_t, the score and the noise count in ancestral sampling of DDPM and of NCSN (eq. 4 and 47)."""
+    k = sde.index(t)
+    if isinstance(sde, VESDE):
+        variance = sde.sigmas()[k] ** 2
+        before = torch.where(k > 0, sde.sigmas()[(k - 1).clamp(min=0)] ** 2, 0.0)
+        return torch.ones_like(variance), variance - before, torch.sqrt(before * (variance - before) / variance)
+    beta = sde.betas()[k]
+    root = torch.sqrt(1 - beta)
+    return 1 / root, beta / root, torch.sqrt(beta)
+
+
+def _double(t):
+    if not isinstance(t, torch.Tensor):
+        return torch.tensor(t, dtype=torch.float64)
+    return t.to(torch.float32 if t.device.type == "mps" else torch.float64)  # where there is no float64
+
+
+def _like(coefficient, x):
+    """() or (B,) -> what multiplies images x."""
+    coefficient = coefficient.to(x.device, x.dtype)
+    return coefficient if coefficient.dim() == 0 else coefficient.view(-1, *[1] * (x.dim() - 1))
+
+
+def _in_float32(*tensors):
+    """Half precision is computed in float32; all have the dtype of the first."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _noise(x, generator):
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
