@@ -1,6 +1,18 @@
 """Denoising diffusion probabilistic models for Hugging Face diffusers."""
 
 from .classifier import NoisyClassifier
+from .flow import (
+    ChainSDE,
+    Encoding,
+    OdeBitsPerDim,
+    OdeLikelihood,
+    OdeStopped,
+    decode,
+    encode,
+    interpolate_latents,
+    ode_bits_per_dim,
+    ode_log_likelihood,
+)
 from .inference import InferenceUNet
 from .likelihood import (
     BitsPerDim,
@@ -27,14 +39,19 @@ __all__ = [
     "BitsPerDim",
     "BitsPerDimEstimate",
     "CascadePipeline",
+    "ChainSDE",
     "DDPMImagePipeline",
     "DDPMSuperResolutionPipeline",
     "DDPMUNet",
     "DiffusionObjective",
+    "Encoding",
     "Gaussian",
     "InferenceUNet",
     "LossSecondMomentTimesteps",
     "NoisyClassifier",
+    "OdeBitsPerDim",
+    "OdeLikelihood",
+    "OdeStopped",
     "SubVPSDE",
     "SubVPSDEScheduler",
     "UniformTimesteps",
@@ -44,8 +61,13 @@ __all__ = [
     "VPSDEScheduler",
     "VariationalDDPMScheduler",
     "bits_per_dim",
+    "decode",
     "discretized_gaussian_log_likelihood",
+    "encode",
     "estimate_bits_per_dim",
+    "interpolate_latents",
+    "ode_bits_per_dim",
+    "ode_log_likelihood",
     "progressive_coding",
     "rate_distortion",
     "space_timesteps",

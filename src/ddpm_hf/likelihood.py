@@ -357,7 +357,7 @@ class _Evaluator:
         self.first, self.pending = scheduler.chain[0], []
         if not isinstance(self.levels, Integral) or self.levels < 2:
             raise ValueError(f"levels={self.levels!r}: give the number of grey levels of the data, 2 or more")
-        _check_images(x_start, self.levels)
+        check_images(x_start, self.levels)
         if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size >= 1):
             raise ValueError(f"batch_size={batch_size} must be an integer, 1 or more")
         if class_labels is not None and len(class_labels) != len(x_start):
@@ -425,7 +425,8 @@ def check_scheduler(scheduler) -> None:
         )
 
 
-def _check_images(x_start, levels):
+def check_images(x_start: torch.Tensor, levels: int) -> None:
+    """Raises ValueError for images that are not (B, C, H, W), float32 or float64, on a grid of `levels` levels in [-1, 1]."""
     if x_start.dim() != 4 or len(x_start) == 0:
         raise ValueError(f"x_start has shape {tuple(x_start.shape)}; give (B, C, H, W) with one image at least")
     if x_start.dtype not in (torch.float32, torch.float64):

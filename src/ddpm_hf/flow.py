@@ -1,0 +1,520 @@
+"""The ODE with a diffusion's marginals (Score-SDE, section 4.3): likelihoods without a bound, encodings, and back.
+
+dx/dt = f(t) x - g(t)^2 / 2 score(x, t) takes data at t = eps to noise at t = 1 without randomness. It is solved by
+torchdiffeq's Dormand-Prince steps, whose size follows the image of a batch that has the largest error. Times are as in `sde`.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from scipy.interpolate import PchipInterpolator
+from torchdiffeq import odeint
+from tqdm.auto import tqdm
+
+from .likelihood import check_images, check_scheduler, standard_error
+from .scheduler import VariationalDDPMScheduler
+from .sde import SDE, VPSDE
+
+TRACES = ("rademacher", "gaussian", "exact")
+DEQUANTIZATIONS = ("uniform", "decoder")
+
+
+class OdeStopped(RuntimeError):
+    """The solver could not reach the end: too many evaluations, or a state that is not finite."""
+
+
+class ChainSDE(VPSDE):
+    """The process in continuous time through a discrete chain's levels of noise: its alphas_cumprod at t = (k + 1) / T.
+
+    Between them, and to 1 at t = 0, log(alphas_cumprod) is a monotone cubic. The network is told t T - 1, which its
+    sinusoidal embedding takes between two timesteps as well. Data are at t = 1 / T, the chain's k = 0, at the least.
+
+    Args:
+        scheduler: all of its T timesteps count, whatever chain was set.
+
+    Raises:
+        ValueError: "previous" prediction, which has no score between timesteps; an alphas_cumprod of 0.
+    """
+
+    def __init__(self, scheduler: VariationalDDPMScheduler):
+        check_scheduler(scheduler)
+        if scheduler.prediction_type == "previous":
+            raise ValueError("prediction_type='previous' is of one step of the chain; the ODE takes the other three")
+        abar, T = scheduler.alphas_cumprod.double().cpu(), len(scheduler.alphas_cumprod)
+        SDE.__init__(self, T, scheduler.prediction_type)
+        if not abar.min() > 0:
+            raise ValueError(
+                "alphas_cumprod reaches 0 (rescale_betas_zero_snr): the ODE starts from noise with a rest of x_0"
+            )
+        self.scheduler, self.trained_steps = scheduler, T
+        knots = torch.arange(T + 1, dtype=torch.float64) / T
+        values = torch.cat((torch.zeros(1, dtype=torch.float64), 0.5 * abar.log()))
+        self.curve = PchipInterpolator(knots.numpy(), values.numpy())
+        self.slope = self.curve.derivative()
+
+    def log_scale(self, t):
+        return _by(self.curve, t)
+
+    def beta(self, t):
+        return -2 * _by(self.slope, t)
+
+    def betas(self):
+        return self.scheduler.betas.double()
+
+    def labels(self, t):
+        return torch.as_tensor(t).double() * self.N - 1
+
+    def times(self, labels):
+        return (torch.as_tensor(labels).double() + 1) / self.N
+
+
+def _by(curve, t):
+    t = torch.as_tensor(t)
+    return torch.as_tensor(curve(t.detach().double().cpu().numpy()), dtype=torch.float64, device=t.device)
+
+
+class OdeLikelihood(NamedTuple):
+    """log p(x) of each of B images by the ODE."""
+
+    log_likelihood: torch.Tensor  # (B,) float64, nats, summed over the dimensions
+    probe_error: torch.Tensor  # (B,) nats: its standard error by the probes; 0 for the exact trace, NaN for one probe
+    latents: torch.Tensor  # (B, C, H, W), x at t = 1
+    evaluations: torch.Tensor  # (B,) int64: of the network for this image
+
+
+class OdeBitsPerDim(NamedTuple):
+    """Bits per dimension of each of B images by the ODE, for one draw of what dequantizes them."""
+
+    total: torch.Tensor  # (B,) float64
+    probe_error: torch.Tensor  # (B,), as in `OdeLikelihood`, in bits per dimension
+    latents: torch.Tensor  # (B, C, H, W)
+    evaluations: torch.Tensor  # (B,) int64
+
+    @property
+    def mean(self) -> float:
+        """The mean of `total` over the images."""
+        return self.total.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of `mean` over images, dequantization and probes together; NaN for a single image."""
+        return standard_error(self.total)
+
+
+class Encoding(NamedTuple):
+    """Images at the other end of the ODE."""
+
+    sample: torch.Tensor  # (B, C, H, W)
+    evaluations: torch.Tensor  # (B,) int64: of the network for this image
+
+
+def ode_log_likelihood(
+    unet: Callable,
+    process,
+    x: torch.Tensor,
+    *,
+    class_labels: torch.Tensor | None = None,
+    eps: float | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    trace: str = "rademacher",
+    probes: int = 1,
+    generator: torch.Generator | None = None,
+    batch_size: int | None = None,
+    max_evaluations: int = 2000,
+    progress_bar: bool = False,
+) -> OdeLikelihood:
+    """log of the density of continuous x, by the instantaneous change of variables (Score-SDE eq. 39).
+
+    Args:
+        unet: a network, or anything called as `unet(x_t, label, class_labels=..., return_dict=False)` through which gradients
+            go; an `InferenceUNet` has none. Dropout is off while this runs.
+        process: an `SDE`, one of its schedulers, or a `VariationalDDPMScheduler` (see `ChainSDE`).
+        x: (B, C, H, W), taken for x at t = eps.
+        class_labels: (B,), for a class-conditional network.
+        eps: the time to begin at; None for 1e-5, or 1 / T for a chain.
+        rtol, atol: tolerances of a solver's step, for each image: of the root mean square over its dimensions, and of its log
+            likelihood in nats a dimension.
+        trace: of the score's Jacobian: by Hutchinson's estimator with "rademacher" (signs, of less variance) or "gaussian"
+            probes, or "exact", one pass back for each dimension: for small images.
+        probes: of the estimator for each image.
+        generator: for the probes.
+        batch_size: images a call; None for all.
+        max_evaluations: of the network for a batch, beyond which it stops.
+        progress_bar: show one.
+
+    Returns:
+        `OdeLikelihood` on the device of x.
+
+    Raises:
+        ValueError: an argument that cannot be used; a process that is not the network's; a network without gradients.
+        OdeStopped: too many evaluations, or a state that is not finite, with the time it had reached.
+    """
+    sde, eps = _process(process, eps)
+    if trace not in TRACES:
+        raise ValueError(f"trace={trace!r} is not known; choose one of {', '.join(TRACES)}")
+    if not (isinstance(probes, Integral) and probes >= 1):
+        raise ValueError(f"probes={probes!r} must be an integer, 1 or more")
+    dimensions, columns = x[0].numel(), 1 if trace == "exact" else probes
+
+    def directions(part):
+        if trace == "exact":
+            return None
+        shape, device = (probes, *part.shape), "cpu" if generator is None else generator.device
+        if trace == "gaussian":
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float64).to(part.device)
+        return torch.randint(0, 2, shape, generator=generator, device=device).to(part.device) * 2.0 - 1
+
+    def solve(part, network, bar):
+        e, shape = directions(part), part.shape
+
+        def slope(t, state):
+            x_t = state[:, :dimensions].view(shape)
+            with torch.enable_grad():
+                x_in = x_t.to(network.dtype).requires_grad_()
+                output = network(x_in, sde.labels(t))
+                if not output.requires_grad:
+                    raise ValueError(
+                        "the network gives no gradients, which the likelihood needs; give the DDPMUNet itself"
+                    )
+                if e is None:
+                    found = _exact_trace(output, x_in)[None]
+                else:
+                    found = torch.stack([_along(output, x_in, each) for each in e])
+            of_x_t, of_output = sde.score_weights(t)
+            rate, half = sde.rate(t), 0.5 * sde.diffusion(t) ** 2
+            drift = (rate - half * of_x_t) * x_t - half * of_output * output.detach()
+            # nats a dimension: the trace of the drift's Jacobian
+            growth = rate - half * of_x_t - half * of_output * found.T / dimensions
+            return torch.cat((drift.flatten(1), growth.expand(-1, columns)), dim=1)
+
+        state = torch.cat((part.flatten(1).double(), part.new_zeros(len(part), columns, dtype=torch.float64)), dim=1)
+        return _solve(slope, state, dimensions, eps, 1.0, rtol, atol, max_evaluations, bar)
+
+    found = []
+    for part, end, evaluations in _batches(unet, sde, x, class_labels, batch_size, "likelihood", progress_bar, solve):
+        latents, gained = end[:, :dimensions].view(part.shape), end[:, dimensions:] * dimensions
+        log_likelihood = sde.prior_log_prob(latents) + gained.mean(1)
+        error = gained.std(1) / columns**0.5 if columns > 1 else torch.full_like(log_likelihood, math.nan)
+        error = torch.zeros_like(error) if trace == "exact" else error
+        found.append((log_likelihood, error, latents.to(x.dtype), torch.full((len(part),), evaluations)))
+    return OdeLikelihood(*(torch.cat(each) for each in zip(*found)))
+
+
+def ode_bits_per_dim(
+    unet: Callable,
+    process,
+    x_start: torch.Tensor,
+    *,
+    levels: int | None = None,
+    dequantization: str | None = None,
+    generator: torch.Generator | None = None,
+    eps: float | None = None,
+    **how,
+) -> OdeBitsPerDim:
+    """Bits per dimension of images on a grid of grey levels, by the ODE.
+
+    With "uniform" dequantization noise of one level's width is added, x = x_0 + u with u in +-1 / (levels - 1), and
+    -log2 p(x) / D - log2(2 / (levels - 1)) bounds the bits of the grey levels from above (Theis et al. 2016): for a
+    network that was trained on such images. With "decoder" they are sent as in the bound of Ho, Jain, Abbeel 2020, with the
+    ODE's density in place of L_T and the KL terms:
+
+        -log P(x_0) <= E[-log p(x_t) + log q(x_t | x_0) - log p(x_0 | x_t)],  t the chain's first step, p(x_0 | x_t) its L_0,
+
+    for a network that was trained on grey levels as they are.
+
+    Args:
+        unet, process, eps: as in `ode_log_likelihood`; "decoder" needs a `VariationalDDPMScheduler`, whose chain's first step
+            is t.
+        x_start: (B, C, H, W) on the grid of `levels` grey levels in [-1, 1], float32 or float64.
+        levels: grey levels of the data; None for those of the scheduler, 256 if it has none.
+        dequantization: "uniform" or "decoder"; None for "decoder" where the process is a `VariationalDDPMScheduler`.
+        generator: for dequantization and probes.
+        how: other arguments of `ode_log_likelihood`.
+
+    Returns:
+        `OdeBitsPerDim`.
+
+    Raises:
+        As `ode_log_likelihood`; ValueError for images off the grid.
+    """
+    chain = process if hasattr(process, "decoder_bits_per_dim") else None
+    levels = getattr(process, "levels", 256) if levels is None else levels
+    dequantization = dequantization or ("uniform" if chain is None else "decoder")
+    if dequantization not in DEQUANTIZATIONS:
+        raise ValueError(f"dequantization={dequantization!r} is not known; choose one of {', '.join(DEQUANTIZATIONS)}")
+    if dequantization == "decoder" and chain is None:
+        raise ValueError("dequantization='decoder' needs the L_0 of a VariationalDDPMScheduler; choose 'uniform'")
+    if dequantization == "decoder" and eps is not None:
+        raise ValueError(f"eps={eps}: with dequantization='decoder' the chain's first step is where the ODE begins")
+    check_images(x_start, levels)
+    device, dimensions = "cpu" if generator is None else generator.device, x_start[0].numel()
+    if dequantization == "uniform":
+        u = torch.rand(x_start.shape, generator=generator, device=device, dtype=x_start.dtype).to(x_start.device)
+        x = x_start + (2 * u - 1) / (levels - 1)
+        found = ode_log_likelihood(unet, process, x, eps=eps, generator=generator, **how)
+        nats = -found.log_likelihood - dimensions * math.log(2 / (levels - 1))
+    else:
+        first = chain.chain[0]
+        noise = torch.randn(x_start.shape, generator=generator, device=device, dtype=x_start.dtype).to(x_start.device)
+        x = chain.q_sample(x_start, first, noise)
+        begin = (first + 1) / chain.config.num_train_timesteps
+        found = ode_log_likelihood(unet, process, x, eps=begin, generator=generator, **how)
+        std = math.sqrt(1 - chain.alphas_cumprod[first].item())
+        log_q = -0.5 * (noise.double() ** 2).flatten(1).sum(1) - dimensions * math.log(math.sqrt(2 * math.pi) * std)
+        decoder = torch.cat(
+            [
+                chain.decoder_bits_per_dim(chain.p_mean_variance(output, part, first, True), start, levels)
+                for output, part, start in _outputs(unet, x, x_start, first, how)
+            ]
+        )
+        nats = -found.log_likelihood + log_q + decoder.double() * dimensions * math.log(2)
+    scale = dimensions * math.log(2)
+    return OdeBitsPerDim(nats / scale, found.probe_error / scale, found.latents, found.evaluations)
+
+
+def encode(
+    unet: Callable,
+    process,
+    x_start: torch.Tensor,
+    *,
+    num_inference_steps: int | None = None,
+    class_labels: torch.Tensor | None = None,
+    eps: float | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    batch_size: int | None = None,
+    max_evaluations: int = 2000,
+    progress_bar: bool = False,
+) -> Encoding:
+    """Images to the latents that the ODE takes them to: unique to the data's distribution, not to the network.
+
+    Args:
+        unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar: as in `ode_log_likelihood`;
+            the network needs no gradients, an `InferenceUNet` does too.
+        x_start: (B, C, H, W).
+        num_inference_steps: None for the adaptive solver; a number for as many steps of DDIM (eq. 13 there) up the chain of a
+            `VariationalDDPMScheduler`, unclipped: fewer calls, and `decode` does not come back exactly.
+
+    Returns:
+        `Encoding` with `.sample` (B, C, H, W), x at t = 1: of standard deviation `prior_std` of the process.
+
+    Raises:
+        As `ode_log_likelihood`.
+    """
+    how = unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar
+    return _carry(x_start, True, num_inference_steps, *how)
+
+
+def decode(
+    unet: Callable,
+    process,
+    latents: torch.Tensor,
+    *,
+    num_inference_steps: int | None = None,
+    class_labels: torch.Tensor | None = None,
+    eps: float | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    batch_size: int | None = None,
+    max_evaluations: int = 2000,
+    progress_bar: bool = False,
+) -> Encoding:
+    """Latents of `encode`, or noise, to images; arguments as there. `.sample` is x at t = eps, [-1, 1] but for stray values."""
+    how = unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar
+    return _carry(latents, False, num_inference_steps, *how)
+
+
+def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: list[float]) -> torch.Tensor:
+    """On the sphere from latents a to b, each (B, C, H, W) (DDIM eq. 67): (B * len(weights), C, H, W), of each pair in turn."""
+    angle = torch.nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double()).clamp(-1, 1).acos()
+    weight = torch.tensor(weights, dtype=torch.float64, device=a.device)[None]
+    angle = angle[:, None].clamp(min=1e-6)  # nearly equal ones are mixed linearly
+    of_a, of_b = torch.sin((1 - weight) * angle) / angle.sin(), torch.sin(weight * angle) / angle.sin()
+    mixed = of_a[..., None, None, None] * a[:, None] + of_b[..., None, None, None] * b[:, None]
+    return mixed.flatten(0, 1).to(a.dtype)
+
+
+def _carry(x, up, steps, unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar):
+    if steps is not None:
+        check_scheduler(process)
+        name, sde, scheduler = "DDIM", ChainSDE(process), copy.copy(process)
+        clipping = {"clip_sample": False, "thresholding": False}  # of the copy: what is clipped does not come back
+        scheduler._internal_dict = FrozenDict({**process.config, **clipping})
+        scheduler.set_timesteps(steps)
+        chain = scheduler.chain if up else scheduler.chain[::-1]
+        step = scheduler.reverse_step if up else partial(scheduler.step, eta=0.0)
+
+        @torch.no_grad()
+        def solve(part, network, bar):
+            for t in chain:
+                part = step(network(part, t), t, part).prev_sample
+                bar.update()
+            return part, len(chain)
+    else:
+        sde, eps = _process(process, eps)
+        name, ends = ("encoding", (eps, 1.0)) if up else ("decoding", (1.0, eps))
+
+        @torch.no_grad()
+        def solve(part, network, bar):
+            def slope(t, state):
+                x_t = state.view(part.shape)
+                output = network(x_t.to(network.dtype), sde.labels(t))
+                of_x_t, of_output = sde.score_weights(t)
+                half = 0.5 * sde.diffusion(t) ** 2
+                return ((sde.rate(t) - half * of_x_t) * x_t - half * of_output * output).flatten(1)
+
+            return _solve(slope, part.flatten(1).double(), None, *ends, rtol, atol, max_evaluations, bar)
+
+    found = list(_batches(unet, sde, x, class_labels, batch_size, name, progress_bar, solve))
+    parts = [end.view(part.shape).to(x.dtype) for part, end, _ in found]
+    counts = [torch.full((len(part),), evaluations) for part, _, evaluations in found]
+    return Encoding(torch.cat(parts), torch.cat(counts))
+
+
+def _process(process, eps):
+    """An SDE and the time to begin at."""
+    if hasattr(process, "alphas_cumprod"):
+        sde = ChainSDE(process)
+        least = 1 / sde.N
+    else:
+        sde, least = getattr(process, "sde", process), 1e-5
+        if not hasattr(sde, "score_weights"):
+            raise ValueError(
+                f"process is a {type(process).__name__}; give VPSDE, SubVPSDE, VESDE, one of their schedulers, or a "
+                "VariationalDDPMScheduler"
+            )
+    eps = least if eps is None else eps
+    if not 0 < eps < 1:
+        raise ValueError(f"eps={eps} must be above 0 and below 1: the time that stands for data")
+    return sde, eps
+
+
+class _Network:
+    """A network as a function (x_t, label) -> output, float64 (B, C, H, W), of fixed classes."""
+
+    def __init__(self, unet, class_labels, channels):
+        self.unet, self.class_labels, self.channels = unet, class_labels, channels
+        self.dtype = getattr(unet, "dtype", torch.float64)
+
+    def __call__(self, x_t, label):
+        label = label.float() if isinstance(label, torch.Tensor) else label
+        output = self.unet(x_t.to(self.dtype), label, class_labels=self.class_labels, return_dict=False)[0]
+        return output[:, : self.channels].double()  # learned variances are not asked for
+
+
+def _batches(unet, sde, x, class_labels, batch_size, name, progress_bar, solve):
+    """(x, end state, evaluations) of each batch, the network in evaluation mode."""
+    if x.dim() != 4 or len(x) == 0 or not x.is_floating_point():
+        raise ValueError(f"images have shape {tuple(x.shape)}, {x.dtype}; give floats (B, C, H, W), one image at least")
+    if not x.isfinite().all():
+        raise ValueError("images have values that are not finite")
+    if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size >= 1):
+        raise ValueError(f"batch_size={batch_size!r} must be an integer, 1 or more")
+    if class_labels is not None and len(class_labels) != len(x):
+        raise ValueError(f"class_labels has {len(class_labels)} entries for {len(x)} images; give one each")
+    check_network(unet, sde, x.shape[1])
+    size = batch_size or len(x)
+    labels = [None] * len(x) if class_labels is None else torch.as_tensor(class_labels, device=x.device).split(size)
+    with _evaluating(unet), tqdm(desc=name, unit=" calls", disable=not progress_bar) as bar:
+        for part, some in zip(x.split(size), labels):
+            end, evaluations = solve(part, _Network(unet, some, x.shape[1]), bar)
+            yield part, end, evaluations
+
+
+def check_network(unet: Callable, sde: SDE, channels: int) -> None:
+    """Raises ValueError for a network that a process cannot tell its times, or of other channels than the images."""
+    config = getattr(unet, "config", None)
+    kind = getattr(config, "time_embedding_type", None)
+    told = "fourier" if type(sde).__name__ == "VESDE" else "positional"
+    if kind is not None and kind != told:
+        raise ValueError(
+            f"{type(sde).__name__} needs a network with time_embedding_type={told!r}, this one has {kind!r}: it knows times of "
+            "another kind"
+        )
+    steps = getattr(config, "num_train_timesteps", None)
+    if steps is not None and kind == "positional" and steps != sde.trained_steps:
+        raise ValueError(f"the network was made for T={steps}, the process has N={sde.trained_steps}")
+    has = getattr(config, "in_channels", channels)
+    if has != channels:
+        raise ValueError(f"the network has in_channels={has}; the images have {channels} channels")
+
+
+@contextmanager
+def _evaluating(unet):
+    modules = list(unet.modules()) if isinstance(unet, torch.nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
+
+
+@torch.no_grad()
+def _outputs(unet, x, x_start, t, how):
+    """(output, x, x_start) of each batch at a timestep, with what else the network gives."""
+    size, labels = how.get("batch_size") or len(x), how.get("class_labels")
+    parts = [None] * len(x) if labels is None else torch.as_tensor(labels, device=x.device).split(size)
+    with _evaluating(unet):
+        for part, start, some in zip(x.split(size), x_start.split(size), parts):
+            of_dtype = part.to(getattr(unet, "dtype", part.dtype))
+            yield unet(of_dtype, t, class_labels=some, return_dict=False)[0], part, start
+
+
+def _along(output, x, e):
+    """e^T J e of each image (B,), with J the Jacobian of output by x and e (B, C, H, W)."""
+    (product,) = torch.autograd.grad((output * e).sum(), x, retain_graph=True)
+    return (product * e).flatten(1).sum(1).double()
+
+
+def _exact_trace(output, x):
+    """The trace of each image's Jacobian (B,)."""
+    directions = torch.eye(x[0].numel(), dtype=output.dtype, device=x.device).view(-1, 1, *x.shape[1:])
+    return sum(_along(output, x, e) for e in directions)
+
+
+def _solve(slope, state, dimensions, begin, end, rtol, atol, max_evaluations, bar):
+    """The state (B, n) at `end`, and the evaluations of slope(t, state) that it took."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be above 0: the tolerance of a solver's step")
+    count, at = 0, begin
+
+    def counted(t, state):
+        nonlocal count, at
+        at = t.item()
+        if not state.isfinite().all():
+            image = int((~state.isfinite()).any(1).nonzero()[0])
+            raise OdeStopped(f"the ODE has a state that is not finite at t={at:.4g}, image {image} of the batch")
+        if count >= max_evaluations:
+            raise OdeStopped(
+                f"the ODE from t={begin:g} to {end:g} has reached t={at:.4g} after max_evaluations={max_evaluations}; allow "
+                "more, or larger rtol and atol"
+            )
+        count += 1
+        bar.update()
+        bar.set_postfix_str(f"t={at:.3g}", refresh=False)
+        return slope(t, state)
+
+    def norm(error):  # of the image with the largest
+        parts = [error] if dimensions is None else [error[:, :dimensions], error[:, dimensions:]]
+        return torch.stack([part.square().mean(1).sqrt() for part in parts]).max()
+
+    times = torch.tensor([begin, end], dtype=torch.float64, device=state.device)
+    try:
+        # a step ends where the integral does, not beyond it
+        options = {"norm": norm, "step_t": times[1:]}
+        states = odeint(counted, state, times, rtol=rtol, atol=atol, method="dopri5", options=options)
+    except AssertionError as error:
+        raise OdeStopped(f"the ODE stopped at t={at:.4g} after {count} evaluations: {error}") from None
+    return states[-1], count
