@@ -116,6 +116,7 @@ def test_the_parameters_of_adms_classifiers():
         (dict(sample_size=9), "sample_size=9 must be a multiple of 2"),
         (dict(attention_head_dim=5), "attention_head_dim=5 must divide the last of block_out_channels, 16"),
         (dict(down_block_types=("UpBlock2D", "DownBlock2D")), "not supported by NoisyClassifier"),
+        (dict(down_block_types=("SkipDownBlock2D", "DownBlock2D")), "has Skip blocks, which are for DDPMUNet"),
         (dict(down_block_types=("DownBlock2D",)), "down_block_types has 1 entries and block_out_channels 2"),
         (dict(norm_num_groups=3), "norm_num_groups=3 must divide"),
     ],

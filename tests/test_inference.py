@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from scripts import script
-from test_unet import ATTENTION, BASE, LEARNED, PLAIN, levels
+from test_unet import ATTENTION, BASE, LEARNED, NCSNPP, PLAIN, levels
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, InferenceUNet, VariationalDDPMScheduler, bits_per_dim
 from ddpm_hf.inference import FoldedUpsample, FusedAttention
@@ -25,6 +25,7 @@ CONFIGS = {
     "scale_shift": BASE | {"resnet_time_scale_shift": "scale_shift"},
     "resampling blocks": BASE | ATTENTION | {"downsample_type": "resnet", "upsample_type": "resnet"},
     "fourier": BASE | {"time_embedding_type": "fourier"},
+    "ncsnpp": NCSNPP,
     "learned": BASE | LEARNED,
     "centered, scaled, no middle": BASE | {"center_input_sample": True, "mid_block_type": None},
     "middle scaled": BASE | {"mid_block_scale_factor": 2**0.5, "act_fn": "gelu", "dropout": 0.3},

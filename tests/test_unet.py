@@ -50,6 +50,31 @@ BASE = {
 }
 ATTENTION = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
 PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+# google/ncsnpp-church-256, and the same network of ncsnpp-celebahq-256, ncsnpp-bedroom-256 and ncsnpp-ffhq-256
+NCSNPP_256 = {
+    "sample_size": 256,
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "fourier",
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "block_out_channels": (128, 128, 256, 256, 256, 256, 256),
+    "down_block_types": ("SkipDownBlock2D",) * 4 + ("AttnSkipDownBlock2D",) + ("SkipDownBlock2D",) * 2,
+    "up_block_types": ("SkipUpBlock2D",) * 2 + ("AttnSkipUpBlock2D",) + ("SkipUpBlock2D",) * 4,
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1.41421356237,
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "norm_num_groups": None,
+    "norm_eps": 1e-6,
+}
+NCSNPP = NCSNPP_256 | {
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("SkipDownBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D"),
+    "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D", "SkipUpBlock2D"),
+}
 LEARNED = {"time_embedding_type": "learned", "num_train_timesteps": 50}
 
 
@@ -70,9 +95,9 @@ def random_config(rng):
         "time_embedding_dim": rng.choice((None, 23, 64)),
         "freq_shift": rng.choice((0, 1)),
         "flip_sin_to_cos": rng.random() < 0.5,
-        "down_block_types": tuple(rng.choice(("", "UNetRes")) + rng.choice(list(DOWN_BLOCKS)) for _ in range(n)),
+        "down_block_types": tuple(rng.choice(("", "UNetRes")) + rng.choice(list(DOWN_BLOCKS)[:3]) for _ in range(n)),
         "mid_block_type": rng.choice(("UNetMidBlock2D", "UNetMidBlock2D", None)),
-        "up_block_types": tuple(rng.choice(("", "UNetRes")) + rng.choice(list(UP_BLOCKS)) for _ in range(n)),
+        "up_block_types": tuple(rng.choice(("", "UNetRes")) + rng.choice(list(UP_BLOCKS)[:3]) for _ in range(n)),
         "block_out_channels": tuple(groups * rng.randint(-(-8 // groups), 30 // groups) for _ in range(n)),
         "layers_per_block": rng.randint(1, 3),
         "mid_block_scale_factor": rng.choice((1, 2**0.5)),
@@ -90,6 +115,25 @@ def random_config(rng):
         "class_embed_type": (class_embed_type := rng.choice(CHOICES["class_embed_type"])),
         "num_class_embeds": rng.choice((None, 7)) if class_embed_type is None else None,
         "num_train_timesteps": 50,
+    }
+
+
+def random_ncsnpp(rng):
+    """Skip blocks, with others within: at the last levels on the way down and the first on the way up."""
+    config = random_config(rng)
+    n = len(config["block_out_channels"])
+    first, last = rng.choice((1, n, n)), rng.choice((0, 0, rng.randint(0, n - 1)))
+    kinds = {way: (rng.choices((f"{way}Block2D", f"Attn{way}Block2D"), k=n)) for way in ("Down", "Up")}
+    skips = {way: [name.replace(way, f"Skip{way}") for name in names] for way, names in kinds.items()}
+    return config | {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": tuple(skips["Down"][:first] + kinds["Down"][first:]),
+        "up_block_types": tuple(kinds["Up"][:last] + skips["Up"][last:]),
+        "block_out_channels": tuple(32 * rng.randint(1, 2) for _ in range(n)),
+        "norm_num_groups": rng.choice((None, 8)) if (first, last) == (n, 0) else 8,
+        "attn_norm_num_groups": rng.choice((None, 4)),
+        "class_embed_type": None,  # in double precision diffusers takes none of the others
     }
 
 
@@ -114,6 +158,18 @@ CONFIGS = {
     },
 }
 CONFIGS |= {
+    "ncsnpp": NCSNPP,
+    "ncsnpp-scale-shift": NCSNPP | {"resnet_time_scale_shift": "scale_shift"},
+    "ncsnpp-groups": NCSNPP | {"norm_num_groups": 8, "attn_norm_num_groups": 4, "act_fn": "gelu", "dropout": 0.3},
+    "ncsnpp-heads": NCSNPP | {"attention_head_dim": 8, "center_input_sample": True, "norm_eps": 0.1},
+    "ncsnpp-uneven-groups": NCSNPP
+    | {"block_out_channels": (4, 12, 40, 32), "mid_block_type": None, "norm_num_groups": 2}
+    | {"down_block_types": ("SkipDownBlock2D",) * 4, "up_block_types": ("SkipUpBlock2D",) * 4},
+    "ncsnpp-outside": NCSNPP
+    | {"norm_num_groups": 4, "down_block_types": ("SkipDownBlock2D", "SkipDownBlock2D", "AttnDownBlock2D")}
+    | {"up_block_types": ("UpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"), "block_out_channels": (32, 32, 32)},
+    "ncsnpp-down-rgba-out": NCSNPP | {"norm_num_groups": 4, "out_channels": 4, "up_block_types": ("UpBlock2D",) * 3},
+    "ncsnpp-up-rgba-in": NCSNPP | {"norm_num_groups": 4, "in_channels": 4, "down_block_types": ("DownBlock2D",) * 3},
     "base": {},
     "one-level": levels((16,)),
     "three-levels": levels((16, 16, 32)),
@@ -266,6 +322,8 @@ def test_enough_varied_configs():
     configs = [DDPMUNet(**config).config for config in CONFIGS.values()]
     for key, choices in CHOICES.items():
         assert {config[key] for config in configs} >= set(choices), key
+    for key, blocks in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+        assert {name.removeprefix("UNetRes") for config in configs for name in config[key]} == set(blocks)
     assert {len(config.block_out_channels) for config in configs} == {1, 2, 3, 4, 5, 6}
     assert {config.layers_per_block for config in configs} == {1, 2, 3}
     assert {config.downsample_padding for config in configs} == {0, 1}
@@ -340,6 +398,41 @@ def test_six_levels_at_full_width():
     assert_close(output(ours, inputs), output(theirs, inputs), 1e-5)
 
 
+def test_ncsnpp_at_full_width():
+    with torch.device("meta"):
+        theirs, ours = (cls(**NCSNPP_256).state_dict() for cls in (UNet2DModel, DDPMUNet))
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    assert sum(value.numel() for value in ours.values()) == 65_574_549
+
+
+@pytest.mark.parametrize("config", ["ncsnpp", "ncsnpp-scale-shift", "ncsnpp-outside", *range(12)])
+def test_ncsnpp_in_double(config):
+    """To rounding, dropout too."""
+    config = random_ncsnpp(random.Random(config)) if isinstance(config, int) else CONFIGS[config]
+    theirs, ours = (net.to(torch.float64).train() for net in pair(config))
+    inputs = make_inputs(ours)
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    expected, found = output_and_gradients(theirs, inputs), output_and_gradients(ours, inputs)
+    assert_close(found[0], expected[0], 1e-12)
+    assert found[1].keys() == expected[1].keys()
+    for key, gradient in expected[1].items():
+        assert_close(found[1][key], gradient, 1e-10, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ncsnpp_under_autocast_and_in_channels_last(dtype):
+    net = randomise(DDPMUNet(**NCSNPP))
+    inputs = make_inputs(net)
+    expected, gradients = output_and_gradients(net, inputs)
+    net.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        result, others = output_and_gradients(net, inputs)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    assert (result - expected).abs().max() < tolerance * expected.abs().max()
+    for key in "sample", "down_blocks.0.skip_conv.weight", "up_blocks.0.skip_conv.weight":
+        assert (others[key] - gradients[key]).abs().max() < 4 * tolerance * gradients[key].abs().max(), key
+
+
 @pytest.mark.parametrize(
     "timestep",
     [0, 37, torch.tensor(37), torch.tensor([37]), torch.tensor([0, 999, 5]), torch.tensor([0, 999, 5]).int()]
@@ -369,7 +462,7 @@ def test_tuple_output():
     assert torch.equal(result[0], net(**inputs).sample)
 
 
-@pytest.mark.parametrize("name", ["dropout", "adm-like", "no-mid-block"])
+@pytest.mark.parametrize("name", ["dropout", "adm-like", "no-mid-block", "ncsnpp-groups"])
 def test_gradient_checkpointing(name):
     net = randomise(DDPMUNet(**CONFIGS[name])).train()
     inputs = make_inputs(net)
@@ -397,6 +490,8 @@ def test_gradient_checkpointing(name):
         LEARNED,
         {"time_embedding_type": "fourier"},
         {"resnet_time_scale_shift": "scale_shift"},
+        NCSNPP,
+        NCSNPP | {"time_embedding_type": "positional"},
     ],
     ids=str,
 )
@@ -419,7 +514,9 @@ def test_same_config_keys_and_defaults():
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-@pytest.mark.parametrize("name", ["cifar10", "celebahq-church", "fourier", "adm-like", "random-3", "random-5"])
+@pytest.mark.parametrize(
+    "name", ["cifar10", "celebahq-church", "fourier", "adm-like", "ncsnpp", "random-3", "random-5"]
+)
 @pytest.mark.parametrize("saver", [UNet2DModel, DDPMUNet])
 def test_each_opens_what_the_other_saved(saver, name, safe, tmp_path):
     net = randomise(saver(**CONFIGS[name]))
@@ -468,18 +565,19 @@ def test_opens_2022_attention_keys(tmp_path):
 # new weights
 
 
-def test_paper_weights_make_the_zero_function():
-    net = randomise(DDPMUNet(**CONFIGS["adm-like"]))
+@pytest.mark.parametrize("config", ["adm-like", "ncsnpp"])
+def test_paper_weights_make_the_zero_function(config):
+    net = randomise(DDPMUNet(**CONFIGS[config]))
     inputs = make_inputs(net)
     assert output(net, inputs).abs().max() > 0.1
     net.reset_parameters("paper")
     assert not output(net, inputs).any()
-    assert not output(DDPMUNet(**CONFIGS["adm-like"]), inputs).any()  # the default
+    assert not output(DDPMUNet(**CONFIGS[config]), inputs).any()  # the default
     last = {"conv2", "0", "conv_out"}  # "0" is attention's to_out.0
     for name, module in net.named_modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             assert not module.bias.any(), name
-            if name.split(".")[-1] in last:
+            if name.split(".")[-1] in last or name.startswith("up_blocks") and name.endswith("skip_conv"):
                 assert not module.weight.any(), name
             else:  # uniform, with variance 2 / (fan_in + fan_out)
                 positions = module.weight[0, 0].numel()
@@ -536,7 +634,7 @@ def test_unknown_scheme_of_weights():
 
 # overrides -> what the message names: the key, the value, what is supported
 WRONG_CONFIGS = [({key: "nonsense"}, (f"{key}='nonsense'", *map(str, choices))) for key, choices in CHOICES.items()] + [
-    ({"down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, ("down_block_types", "'SkipDownBlock2D'", *DOWN_BLOCKS)),
+    ({"down_block_types": ("DownBlock2D", "KDownBlock2D")}, ("down_block_types", "'KDownBlock2D'", *DOWN_BLOCKS)),
     ({"down_block_types": ("DownBlock2D", "AttnUpBlock2D")}, ("down_block_types", "'AttnUpBlock2D'", *DOWN_BLOCKS)),
     ({"up_block_types": ("KUpBlock2D", "UpBlock2D")}, ("up_block_types", "'KUpBlock2D'", *UP_BLOCKS)),
     ({"down_block_types": ("DownBlock2D",)}, ("down_block_types", "1 entries", "block_out_channels", "2")),
@@ -560,6 +658,26 @@ WRONG_CONFIGS = [({key: "nonsense"}, (f"{key}='nonsense'", *map(str, choices))) 
     ({"attention_head_dim": 33}, ("attention_head_dim=33", "1 to 32")),
     (PLAIN | {"attention_head_dim": 33}, ("attention_head_dim=33", "1 to 32")),
     (ATTENTION | {"attention_head_dim": 17}, ("attention_head_dim=17", "1 to 16")),
+]
+WRONG_CONFIGS += [
+    (NCSNPP | overrides, words)
+    for overrides, words in (
+        ({"in_channels": 1}, ("in_channels=1", "must be 3", "down_block_types")),
+        ({"out_channels": 6}, ("out_channels=6", "must be 3", "up_block_types")),
+        (
+            {"down_block_types": ("DownBlock2D", "SkipDownBlock2D", "DownBlock2D"), "norm_num_groups": 4},
+            ("down_block_types=('DownBlock2D',", "Skip blocks first"),
+        ),
+        (
+            {"up_block_types": ("SkipUpBlock2D", "SkipUpBlock2D", "UpBlock2D"), "norm_num_groups": 4},
+            ("up_block_types=('SkipUpBlock2D',", "Skip blocks last"),
+        ),
+        ({"up_block_types": ("UpBlock2D",) * 3}, ("norm_num_groups=None", "(16, 32, 32)")),
+        ({"norm_num_groups": 5}, ("norm_num_groups=5", "(16, 32)")),
+        ({"block_out_channels": (32, 32, 48)}, ("block_out_channels=(32, 32, 48)", "48 channels", "32 groups")),
+        ({"block_out_channels": (16, 3, 32)}, ("block_out_channels=(16, 3, 32)", "3 channels", "multiples of 32")),
+        ({"attention_head_dim": 33}, ("attention_head_dim=33", "1 to 32")),
+    )
 ]
 
 

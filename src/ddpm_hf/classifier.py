@@ -88,6 +88,10 @@ class NoisyClassifier(Encoder):
             raise ValueError(f"num_classes={num_classes!r} must be an integer, 2 or more")
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(POOLS)}")
+        if any("Skip" in name for name in down_block_types):
+            raise ValueError(
+                f"down_block_types={down_block_types} has Skip blocks, which are for DDPMUNet; take other blocks"
+            )
         defaults = {name: each.default for name, each in inspect.signature(DDPMUNet.__init__).parameters.items()}
         del defaults["up_block_types"]
         # attention in the middle is normalized too

@@ -17,8 +17,20 @@ from torch import nn
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 # block name -> has attention
-DOWN_BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True, "ResnetDownsampleBlock2D": False}
-UP_BLOCKS = {"UpBlock2D": False, "AttnUpBlock2D": True, "ResnetUpsampleBlock2D": False}
+DOWN_BLOCKS = {
+    "DownBlock2D": False,
+    "AttnDownBlock2D": True,
+    "ResnetDownsampleBlock2D": False,
+    "SkipDownBlock2D": False,
+    "AttnSkipDownBlock2D": True,
+}
+UP_BLOCKS = {
+    "UpBlock2D": False,
+    "AttnUpBlock2D": True,
+    "ResnetUpsampleBlock2D": False,
+    "SkipUpBlock2D": False,
+    "AttnSkipUpBlock2D": True,
+}
 CHOICES = {
     "time_embedding_type": ("positional", "fourier", "learned"),
     "mid_block_type": ("UNetMidBlock2D", None),
@@ -90,6 +102,21 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class FIR(nn.Module):
+    """Halves or doubles H and W with the kernel (1, 3, 3, 1) along each, as StyleGAN2 (Score-SDE, appendix H.1)."""
+
+    def __init__(self, up):
+        super().__init__()
+        self.up = up
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / (4 if up else 8)
+        self.register_buffer("kernel", torch.outer(taps, taps)[None, None], persistent=False)
+
+    def forward(self, x):
+        x = x.contiguous() if self.training else x  # as in diffusers, for dropout: see conv_shortcut
+        conv, channels = F.conv_transpose2d if self.up else F.conv2d, x.shape[1]
+        return conv(x, self.kernel.expand(channels, -1, -1, -1), stride=2, padding=1, groups=channels)
+
+
 class Dropout(nn.Dropout):
     """`nn.Dropout`, the same draws, with a mask of one byte an element to keep on the CPU too."""
 
@@ -141,7 +168,8 @@ class ActivatedNorm(nn.GroupNorm):
 class ResidualBlock(nn.Module):
     """norm, act, conv, + time, norm, act, dropout, conv, + input; `emb` comes in already activated.
 
-    `resample` is "down" (2x2 mean) or "up" (nearest) for the resampling blocks of ADM, which resample both branches.
+    Resampling blocks resample both branches: `resample` is "down" (2x2 mean) or "up" (nearest) in ADM's, a `FIR` in NCSN++'s,
+    whose shortcut is always a convolution. `groups` are those of the two norms.
     """
 
     def __init__(
@@ -161,16 +189,17 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.output_scale, self.resample = scale_shift, output_scale, resample
         self.act = ACTIVATIONS[act_fn]
-        self.norm1 = ActivatedNorm(groups, in_channels, eps, self.act)
+        self.norm1 = ActivatedNorm(groups[0], in_channels, eps, self.act)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1))
         if scale_shift:
-            self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+            self.norm2 = nn.GroupNorm(groups[1], out_channels, eps)
         else:
-            self.norm2 = ActivatedNorm(groups, out_channels, eps, self.act)
+            self.norm2 = ActivatedNorm(groups[1], out_channels, eps, self.act)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        shortcut = in_channels != out_channels or isinstance(resample, FIR)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if shortcut else None
 
     def forward(self, x, emb):
         h = self.norm1(x)
@@ -178,6 +207,8 @@ class ResidualBlock(nn.Module):
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":
             x, h = (F.interpolate(y, scale_factor=2.0, mode="nearest") for y in (x, h))
+        elif self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
         h = self.conv1(h)
         emb = self.time_emb_proj(emb)[:, :, None, None]
         if self.scale_shift:  # adaptive group norm, ADM section 3
@@ -219,7 +250,7 @@ class SelfAttention(nn.Module):
 
 
 class Level(nn.Module):
-    """What every level of the U-Net has: residual blocks, each followed by attention or by nothing."""
+    """What every level of the U-Net has: residual blocks, and attention after as many of the last ones as there is."""
 
     gradient_checkpointing = False
 
@@ -235,22 +266,42 @@ class Level(nn.Module):
 
     def layer(self, i, x, emb):
         x = self.checkpointed(self.resnets[i], x, emb)
-        return self.checkpointed(self.attentions[i], x) if len(self.attentions) else x
+        j = i + len(self.attentions) - len(self.resnets)
+        return self.checkpointed(self.attentions[j], x) if j >= 0 else x
 
 
 class DownLevel(Level):
+    """`image` passes by: it is for the levels of NCSN++."""
+
     def __init__(self, resnets, attentions, downsampler):
         super().__init__(resnets, attentions)
         self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
 
-    def forward(self, x, emb, skips):
+    def forward(self, x, emb, skips, image):
         for i in range(len(self.resnets)):
             x = self.layer(i, x, emb)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x, emb)
             skips.append(x)
-        return x
+        return x, image
+
+
+class SkipDownLevel(DownLevel):
+    """A level of NCSN++: the next one is also given the image, made smaller ("input skip")."""
+
+    def __init__(self, resnets, attentions, resnet_down):
+        super().__init__(resnets, attentions, None)
+        self.resnet_down = resnet_down
+        self.skip_conv = nn.Conv2d(3, resnet_down.norm1.num_channels, 1) if resnet_down else None
+
+    def forward(self, x, emb, skips, image):
+        x, image = super().forward(x, emb, skips, image)
+        if self.resnet_down is not None:
+            image = self.resnet_down.resample(image)
+            x = self.skip_conv(image) + self.checkpointed(self.resnet_down, x, emb)
+            skips.append(x)
+        return x, image
 
 
 class MidLevel(Level):
@@ -268,12 +319,35 @@ class UpLevel(Level):
         super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
-    def forward(self, x, emb, skips):
+    def forward(self, x, emb, skips, image):
         for i in range(len(self.resnets)):
             x = self.layer(i, torch.cat((x, skips.pop()), dim=1), emb)
         for upsample in self.upsamplers:
             x = upsample(x, emb)
-        return x
+        return x, image
+
+
+class SkipUpLevel(UpLevel):
+    """A level of NCSN++: its part of the resulting image is added to that of the levels before, made larger ("output skip")."""
+
+    def __init__(self, resnets, attentions, resnet_up):
+        super().__init__(resnets, attentions, None)
+        self.fir, self.resnet_up = FIR(up=True), resnet_up
+        self.skip_norm = self.skip_conv = None
+        if resnet_up is not None:
+            norm = resnet_up.norm1
+            self.skip_norm = ActivatedNorm(norm.num_groups, norm.num_channels, norm.eps, F.silu)
+            self.skip_conv = nn.Conv2d(norm.num_channels, 3, 3, padding=1)
+
+    def forward(self, x, emb, skips, image):
+        x, image = super().forward(x, emb, skips, image)
+        if image is not None:
+            image = self.fir(image)
+        if self.resnet_up is not None:
+            part = self.skip_conv(self.skip_norm(x))
+            image = part if image is None else image + part
+            x = self.checkpointed(self.resnet_up, x, emb)
+        return x, image
 
 
 class Encoder(ModelMixin, ConfigMixin):
@@ -288,8 +362,8 @@ class Encoder(ModelMixin, ConfigMixin):
         """Makes the modules by the keys of `DDPMUNet`.
 
         Returns:
-            resnet(c_in, c_out, output_scale=1, resample=None) and attention(c), which make blocks, and the channels of the
-            skip connections.
+            resnet(c_in, c_out, ...) and attention(c, ...), which make blocks, of NCSN++ where `ncsnpp` is true, and the
+            channels of the skip connections.
         """
         self._check_config(config)
         channels, down_types = tuple(config["block_out_channels"]), _names(config["down_block_types"])
@@ -297,17 +371,37 @@ class Encoder(ModelMixin, ConfigMixin):
         layers, padding = config["layers_per_block"], config["downsample_padding"]
         emb_dim = config["time_embedding_dim"] or channels[0] * 4
         shared = dict(
-            groups=norm,
             eps=config["norm_eps"],
             act_fn=config["act_fn"].lower(),
             dropout=config["dropout"],
             scale_shift=config["resnet_time_scale_shift"] == "scale_shift",
         )
 
-        def resnet(c_in, c_out, output_scale=1, resample=None):
-            return ResidualBlock(c_in, c_out, emb_dim, output_scale=output_scale, resample=resample, **shared)
+        def own_groups(c, groups=None):
+            groups = groups or min(c // 4, 32)
+            if groups < 1 or c % groups:
+                raise ValueError(
+                    f"block_out_channels={channels} gives a Skip block {c} channels, which its {groups} groups do not divide; "
+                    "take multiples of 32"
+                )
+            return groups
 
-        def attention(c, groups=norm, output_scale=1):
+        # of NCSN++: the groups are its own whatever norm_num_groups says, and all outputs are scaled
+        def resnet(c_in, c_out, ncsnpp=False, output_scale=1, resample=None, groups=None):
+            own = ncsnpp or norm is None
+            return ResidualBlock(
+                c_in,
+                c_out,
+                emb_dim,
+                groups=(own_groups(c_in, groups), own_groups(c_out)) if own else (norm, norm),
+                output_scale=2**0.5 if ncsnpp else output_scale,
+                resample=resample,
+                **shared,
+            )
+
+        def attention(c, ncsnpp=False, output_scale=1, groups=norm):
+            if ncsnpp:
+                output_scale, groups = 2**0.5, own_groups(c, 32)
             head_dim = config["attention_head_dim"] or c
             return SelfAttention(c, head_dim, groups=groups, eps=config["norm_eps"], output_scale=output_scale)
 
@@ -336,24 +430,28 @@ class Encoder(ModelMixin, ConfigMixin):
         skip_channels = [channels[0]]
         c_in = channels[0]
         for i, (name, c) in enumerate(zip(down_types, channels)):
-            resnets = [resnet(c_in if j == 0 else c, c) for j in range(layers)]
-            attentions = [attention(c) for _ in resnets] if DOWN_BLOCKS[name] else []
-            down = None
+            ncsnpp, down = "Skip" in name, None
+            resnets = [resnet(c_in if j == 0 else c, c, ncsnpp) for j in range(layers)]
+            attentions = [attention(c, ncsnpp) for _ in resnets] if DOWN_BLOCKS[name] else []
             if i < len(channels) - 1:
-                by_resnet = _by_resnet(name, DOWN_BLOCKS, config["downsample_type"])
-                down = resnet(c, c, resample="down") if by_resnet else Downsample(c, padding)
-            self.down_blocks.append(DownLevel(resnets, attentions, down))
+                if ncsnpp:
+                    down = resnet(c, c, ncsnpp, resample=FIR(up=False))
+                else:
+                    by_resnet = _by_resnet(name, DOWN_BLOCKS, config["downsample_type"])
+                    down = resnet(c, c, resample="down") if by_resnet else Downsample(c, padding)
+            self.down_blocks.append((SkipDownLevel if ncsnpp else DownLevel)(resnets, attentions, down))
             skip_channels += [c] * (layers + (down is not None))
             c_in = c
 
         # middle
         self.mid_block = None
         if config["mid_block_type"] is not None:
-            groups = config["attn_norm_num_groups"] or (None if shared["scale_shift"] else norm)
+            groups = norm or min(c_in // 4, 32)
+            groups = config["attn_norm_num_groups"] or (None if shared["scale_shift"] else groups)
             scale = config["mid_block_scale_factor"]
             self.mid_block = MidLevel(
                 [resnet(c_in, c_in, output_scale=scale) for _ in range(2)],
-                [attention(c_in, groups, scale)] if config["add_attention"] else [],
+                [attention(c_in, output_scale=scale, groups=groups)] if config["add_attention"] else [],
             )
         return resnet, attention, skip_channels
 
@@ -394,10 +492,27 @@ class Encoder(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"freq_shift={config['freq_shift']} must be below block_out_channels[0] // 2 = {channels[0] // 2}"
             )
+        for key, names, where, side in (
+            ("down_block_types", down_types[:-1], "first", "in_channels"),
+            ("up_block_types", up_types, "last", "out_channels"),
+        ):
+            ncsnpp = ["Skip" in name for name in names]
+            if ncsnpp != sorted(ncsnpp, reverse=where == "first"):
+                raise ValueError(
+                    f"{key}={config[key]} must have its Skip blocks {where}: others do not resample the image that they hand on"
+                )
+            if any(ncsnpp[: len(channels) - 1]) and config[side] != 3:
+                raise ValueError(
+                    f"{side}={config[side]} must be 3 with the Skip blocks of {key}; set 3 or take other blocks"
+                )
         groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
-        for c in channels:
+        normed = channels
+        if all("Skip" in name for name in (*down_types, *up_types)):  # which have groups of their own
+            normed = channels[:1] + channels[-1:] if config["mid_block_type"] is not None else channels[:1]
+            normed = () if groups is None else normed
+        for c in normed:
             if not isinstance(groups, int) or groups < 1 or c % groups:
-                raise ValueError(f"norm_num_groups={groups} must divide every entry of block_out_channels={channels}")
+                raise ValueError(f"norm_num_groups={groups} must divide each of {normed} of block_out_channels")
         mid_groups = config["attn_norm_num_groups"]
         if mid_groups is not None and (mid_groups < 1 or channels[-1] % mid_groups):
             raise ValueError(
@@ -417,7 +532,7 @@ class Encoder(ModelMixin, ConfigMixin):
 
         Args:
             scheme: "paper": Glorot-uniform weights, zero biases, and zeros in the last convolution of each residual block,
-                in attention's output projection and in the output layer, as in the paper's code (there 1e-10 in place of
+                in attention's output projection and in the output layers, as in the paper's code (there 1e-10 in place of
                 0), so that the network begins as the zero function. "torch": the default of each torch layer, as
                 diffusers' class.
 
@@ -432,6 +547,8 @@ class Encoder(ModelMixin, ConfigMixin):
                 zero.add(module.conv2)
             elif isinstance(module, SelfAttention):
                 zero.add(module.to_out[0])
+            elif isinstance(module, SkipUpLevel):
+                zero.add(module.skip_conv)
         for module in self.modules():
             if scheme == "torch" or isinstance(module, (nn.GroupNorm, nn.Embedding)):
                 if hasattr(module, "reset_parameters") and module is not self:
@@ -453,10 +570,10 @@ class Encoder(ModelMixin, ConfigMixin):
     def encode(self, sample: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(B, in_channels, H, W) and `embed`'s output -> the middle's output and the skip connections on the way."""
         x = 2 * sample - 1 if self.config.get("center_input_sample") else sample
-        x = self.conv_in(x)
+        image, x = x, self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, emb, skips)
+            x, image = block(x, emb, skips, image)
         if self.mid_block is not None:
             x = self.mid_block(x, emb)
         return x, skips
@@ -497,6 +614,10 @@ class DDPMUNet(Encoder):
     Supported: DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D (which resamples within a residual block, as ADM), the same
     with Up, UNetMidBlock2D or None; the values of the other choices are in `CHOICES`. `attention_head_dim=None` means one
     head over all channels, as in the paper.
+
+    Also SkipDownBlock2D, AttnSkipDownBlock2D and the same with Up: the levels of NCSN++ (Score-SDE, appendix H). Beside them
+    the image goes down, and the output up, as pyramids of 3 channels. Their groups are their own: `norm_num_groups` is that of
+    the other blocks, the middle and the output, and may be None where there are no other blocks.
 
     The weights of a new network are drawn as in the paper's code, see `reset_parameters`.
 
@@ -545,19 +666,25 @@ class DDPMUNet(Encoder):
         # up: each residual block takes one skip connection, last in first out
         self.up_blocks = nn.ModuleList()
         for i, (name, c) in enumerate(zip(_names(up_block_types), reversed(channels))):
-            resnets = []
+            ncsnpp, up, resnets = "Skip" in name, None, []
             for _ in range(layers_per_block + 1):
-                resnets.append(resnet(c_in + skip_channels.pop(), c))
+                c_skip = skip_channels.pop()
+                # not a quarter of the sum: those are the groups that checkpoints were trained with
+                groups = min(c_in + c_skip // 4, 32) if name == "AttnSkipUpBlock2D" else None
+                resnets.append(resnet(c_in + c_skip, c, ncsnpp, groups=groups))
                 c_in = c
-            attentions = [attention(c) for _ in resnets] if UP_BLOCKS[name] else []
-            up = None
+            attentions = [attention(c, ncsnpp) for _ in resnets[: 1 if ncsnpp else None]] if UP_BLOCKS[name] else []
             if i < len(channels) - 1:
-                by_resnet = _by_resnet(name, UP_BLOCKS, upsample_type)
-                up = resnet(c, c, resample="up") if by_resnet else Upsample(c)
-            self.up_blocks.append(UpLevel(resnets, attentions, up))
+                if ncsnpp:
+                    up = resnet(c, c, ncsnpp, resample=FIR(up=True))
+                else:
+                    by_resnet = _by_resnet(name, UP_BLOCKS, upsample_type)
+                    up = resnet(c, c, resample="up") if by_resnet else Upsample(c)
+            self.up_blocks.append((SkipUpLevel if ncsnpp else UpLevel)(resnets, attentions, up))
 
         # out; the activation here is SiLU whatever `act_fn` says, as in diffusers
-        self.conv_norm_out = ActivatedNorm(norm_num_groups, channels[0], norm_eps, F.silu)
+        groups = norm_num_groups or min(channels[0] // 4, 32)
+        self.conv_norm_out = ActivatedNorm(groups, channels[0], norm_eps, F.silu)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self.reset_parameters()
 
@@ -613,9 +740,11 @@ class DDPMUNet(Encoder):
     def denoise(self, sample: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """The network after its embedding: (B, in_channels, H, W) and `embed`'s output -> (B, out_channels, H, W)."""
         x, skips = self.encode(sample, emb)
+        image = None
         for block in self.up_blocks:
-            x = block(x, emb, skips)
-        return self.conv_out(self.conv_norm_out(x))
+            x, image = block(x, emb, skips, image)
+        x = self.conv_out(self.conv_norm_out(x))
+        return x if image is None else x + image
 
     def unscaled(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """`denoise`'s output, divided by the noise level t (), (1,) or (B,) where that is what the network is told."""
