@@ -8,7 +8,7 @@ from elsewhere import ROUNDING, open_elsewhere
 from golden_data import assert_fingerprint, golden_cases, randn
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
-from ddpm_hf.sde import VESDE, VPSDE, SubVPSDE, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from ddpm_hf.sde import VESDE, VPSDE, ChainSDE, SubVPSDE, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 
 GOLDEN = golden_cases("sde", "sde")
 PROCESSES = {"VP": VPSDE, "subVP": SubVPSDE, "VE": VESDE}
@@ -67,10 +67,9 @@ def test_vp_is_the_limit_of_the_ddpm_chain():
     for T in (100, 1000, 10000):
         ddpm = VariationalDDPMScheduler(num_train_timesteps=T, beta_schedule="linear_scaled_by_T")
         sde = VPSDE(N=T)
-        np.testing.assert_allclose(sde.betas().numpy(), ddpm.betas.numpy(), rtol=1e-12)
         t = torch.arange(T, dtype=torch.float64)
-        k = t.long()
-        torch.testing.assert_close(sde.index(sde.times(t) + 1e-9), k)
+        torch.testing.assert_close(sde.index(sde.times(t) + 1e-9), t.long())
+        torch.testing.assert_close(sde.step_beta(sde.times(t) + 1e-9), ddpm.betas, rtol=1e-12, atol=0)
         middle = t >= T // 20  # where both are far from 0
         gap = sde.std((t + 1) / T) ** 2 / (1 - ddpm.alphas_cumprod) - 1
         errors.append(gap[middle].abs().max().item())
@@ -196,10 +195,10 @@ def test_langevin_steps_have_the_signal_to_noise_ratio():
     scheduler.set_timesteps(100)
     x, score, noise = torch.randn(3, 4, 3, 8, 8, dtype=torch.float64)
     t = scheduler.timesteps[40]
-    i, sde = 40, scheduler._process(100)
+    sde = scheduler._process(100)
     output = -score * sde.std(sde.times(t))
     found = scheduler.step_correct(output, t, x, variance_noise=noise)
-    alpha = 1 - sde.betas()[99 - i]
+    alpha = 1 - sde.step_beta(sde.times(t.double()))
     for image in range(4):  # Algorithm 5
         epsilon = 2 * alpha * (0.3 * noise[image].norm() / score[image].norm()) ** 2
         expected = x[image] + epsilon * score[image] + (2 * epsilon).sqrt() * noise[image]
@@ -238,13 +237,45 @@ def test_configs_of_other_schedulers():
     assert (found.config.beta_min, found.config.beta_max) == (pytest.approx(0.1), pytest.approx(20.0))
     assert found.config.prediction_type == "sample"
     for kind, other in (
-        (VPSDEScheduler, VariationalDDPMScheduler(beta_schedule="cosine")),
-        (VPSDEScheduler, DDPMScheduler(beta_schedule="squaredcos_cap_v2")),
-        (VPSDEScheduler, DDPMScheduler(trained_betas=[0.1, 0.2])),
+        (SubVPSDEScheduler, VariationalDDPMScheduler(beta_schedule="cosine")),
+        (SubVPSDEScheduler, DDPMScheduler(trained_betas=[0.1, 0.2])),
         (VESDEScheduler, DDPMScheduler()),
     ):
         with pytest.raises(ValueError, match=f"^{kind.__name__} has no process for beta_schedule="):
             kind.from_config(other.config)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        VariationalDDPMScheduler(beta_schedule="cosine", num_train_timesteps=100),
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=100),
+        DDPMScheduler(trained_betas=np.linspace(0.001, 0.2, 100)),
+    ],
+    ids=lambda other: str(other.config.beta_schedule),
+)
+def test_the_steps_of_a_chain_by_the_sde(other, tmp_path):
+    """At T steps the discretisation is the chain itself, and so are its ancestral steps; with fewer, the respaced chain's."""
+    sde = VPSDEScheduler.from_config(other.config, predictor="ancestral")
+    sde.save_pretrained(tmp_path)
+    sde = VPSDEScheduler.from_pretrained(tmp_path)
+    sde.set_timesteps(100)
+    chain = VariationalDDPMScheduler.from_config(other.config, clip_sample=False, variance_type="fixed_large")
+    x, output, noise = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(sde.timesteps, torch.arange(99.0, -1, -1), rtol=0, atol=1e-4)
+    for t in (98, 50, 1):
+        expected = chain.step(output, t, x, variance_noise=noise).prev_sample
+        found = sde.step(output, sde.timesteps[99 - t], x, variance_noise=noise).prev_sample
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_chain_in_fewer_steps_is_the_respaced_chain():
+    chain = VariationalDDPMScheduler(beta_schedule="cosine", num_train_timesteps=100)
+    chain.set_timesteps(timesteps=list(range(99, -1, -5)))
+    sde = ChainSDE(chain.alphas_cumprod, N=20)
+    t = torch.arange(1, 21, dtype=torch.float64) / 20
+    beta = -torch.expm1(torch.diff(chain.alphas_cumprod[4::5].log(), prepend=torch.zeros(1)))
+    torch.testing.assert_close(sde.step_beta(t), beta)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from .classifier import NoisyClassifier
 from .flow import (
-    ChainSDE,
     Encoding,
     OdeBitsPerDim,
     OdeLikelihood,
@@ -30,7 +29,7 @@ from .scheduler import (
     discretized_gaussian_log_likelihood,
     space_timesteps,
 )
-from .sde import VESDE, VPSDE, SubVPSDE, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from .sde import VESDE, VPSDE, ChainSDE, SubVPSDE, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .super_resolution import CascadePipeline, DDPMSuperResolutionPipeline
 from .unet import DDPMUNet
 

@@ -14,13 +14,11 @@ from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from scipy.interpolate import PchipInterpolator
 from torchdiffeq import odeint
 from tqdm.auto import tqdm
 
 from .likelihood import check_images, check_scheduler, standard_error
-from .scheduler import VariationalDDPMScheduler
-from .sde import SDE, VPSDE
+from .sde import SDE, ChainSDE
 
 TRACES = ("rademacher", "gaussian", "exact")
 DEQUANTIZATIONS = ("uniform", "decoder")
@@ -28,56 +26,6 @@ DEQUANTIZATIONS = ("uniform", "decoder")
 
 class OdeStopped(RuntimeError):
     """The solver could not reach the end: too many evaluations, or a state that is not finite."""
-
-
-class ChainSDE(VPSDE):
-    """The process in continuous time through a discrete chain's levels of noise: its alphas_cumprod at t = (k + 1) / T.
-
-    Between them, and to 1 at t = 0, log(alphas_cumprod) is a monotone cubic. The network is told t T - 1, which its
-    sinusoidal embedding takes between two timesteps as well. Data are at t = 1 / T, the chain's k = 0, at the least.
-
-    Args:
-        scheduler: all of its T timesteps count, whatever chain was set.
-
-    Raises:
-        ValueError: "previous" prediction, which has no score between timesteps; an alphas_cumprod of 0.
-    """
-
-    def __init__(self, scheduler: VariationalDDPMScheduler):
-        check_scheduler(scheduler)
-        if scheduler.prediction_type == "previous":
-            raise ValueError("prediction_type='previous' is of one step of the chain; the ODE takes the other three")
-        abar, T = scheduler.alphas_cumprod.double().cpu(), len(scheduler.alphas_cumprod)
-        SDE.__init__(self, T, scheduler.prediction_type)
-        if not abar.min() > 0:
-            raise ValueError(
-                "alphas_cumprod reaches 0 (rescale_betas_zero_snr): the ODE starts from noise with a rest of x_0"
-            )
-        self.scheduler, self.trained_steps = scheduler, T
-        knots = torch.arange(T + 1, dtype=torch.float64) / T
-        values = torch.cat((torch.zeros(1, dtype=torch.float64), 0.5 * abar.log()))
-        self.curve = PchipInterpolator(knots.numpy(), values.numpy())
-        self.slope = self.curve.derivative()
-
-    def log_scale(self, t):
-        return _by(self.curve, t)
-
-    def beta(self, t):
-        return -2 * _by(self.slope, t)
-
-    def betas(self):
-        return self.scheduler.betas.double()
-
-    def labels(self, t):
-        return torch.as_tensor(t).double() * self.N - 1
-
-    def times(self, labels):
-        return (torch.as_tensor(labels).double() + 1) / self.N
-
-
-def _by(curve, t):
-    t = torch.as_tensor(t)
-    return torch.as_tensor(curve(t.detach().double().cpu().numpy()), dtype=torch.float64, device=t.device)
 
 
 class OdeLikelihood(NamedTuple):
@@ -157,7 +105,8 @@ def ode_log_likelihood(
         ValueError: an argument that cannot be used; a process that is not the network's; a network without gradients.
         OdeStopped: too many evaluations, or a state that is not finite, with the time it had reached.
     """
-    sde, eps = _process(process, eps)
+    sde = process_of(process)
+    eps = _begin(sde, eps)
     if trace not in TRACES:
         raise ValueError(f"trace={trace!r} is not known; choose one of {', '.join(TRACES)}")
     if not (isinstance(probes, Integral) and probes >= 1):
@@ -345,7 +294,7 @@ def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: list[float]) 
 def _carry(x, up, steps, unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar):
     if steps is not None:
         check_scheduler(process)
-        name, sde, scheduler = "DDIM", ChainSDE(process), copy.copy(process)
+        name, sde, scheduler = "DDIM", process_of(process), copy.copy(process)
         clipping = {"clip_sample": False, "thresholding": False}  # of the copy: what is clipped does not come back
         scheduler._internal_dict = FrozenDict({**process.config, **clipping})
         scheduler.set_timesteps(steps)
@@ -359,7 +308,8 @@ def _carry(x, up, steps, unet, process, class_labels, eps, rtol, atol, batch_siz
                 bar.update()
             return part, len(chain)
     else:
-        sde, eps = _process(process, eps)
+        sde = process_of(process)
+        eps = _begin(sde, eps)
         name, ends = ("encoding", (eps, 1.0)) if up else ("decoding", (1.0, eps))
 
         @torch.no_grad()
@@ -379,22 +329,31 @@ def _carry(x, up, steps, unet, process, class_labels, eps, rtol, atol, batch_siz
     return Encoding(torch.cat(parts), torch.cat(counts))
 
 
-def _process(process, eps):
-    """An SDE and the time to begin at."""
+def process_of(process) -> SDE:
+    """The SDE of an `SDE`, of one of its schedulers, or of a `VariationalDDPMScheduler`: `ChainSDE` through all T timesteps.
+
+    Raises:
+        ValueError: another scheduler; "previous" prediction; zero terminal SNR.
+    """
     if hasattr(process, "alphas_cumprod"):
-        sde = ChainSDE(process)
-        least = 1 / sde.N
-    else:
-        sde, least = getattr(process, "sde", process), 1e-5
-        if not hasattr(sde, "score_weights"):
-            raise ValueError(
-                f"process is a {type(process).__name__}; give VPSDE, SubVPSDE, VESDE, one of their schedulers, or a "
-                "VariationalDDPMScheduler"
-            )
-    eps = least if eps is None else eps
+        check_scheduler(process)
+        if process.prediction_type == "previous":
+            raise ValueError("prediction_type='previous' is of one step of the chain; the ODE takes the other three")
+        return ChainSDE(process.alphas_cumprod, process.prediction_type)
+    sde = getattr(process, "sde", process)
+    if not hasattr(sde, "score_weights"):
+        raise ValueError(
+            f"process is of {type(process)}; give VPSDE, SubVPSDE, VESDE, one of their schedulers, or a "
+            "VariationalDDPMScheduler"
+        )
+    return sde
+
+
+def _begin(sde, eps):
+    eps = sde.least if eps is None else eps
     if not 0 < eps < 1:
         raise ValueError(f"eps={eps} must be above 0 and below 1: the time that stands for data")
-    return sde, eps
+    return eps
 
 
 class _Network:

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -29,9 +29,11 @@ class SDE:
 
     Attributes:
         prior_std: of the normal distribution at t = 1, with mean 0.
+        least: the time that stands for data.
     """
 
     prior_std = 1.0
+    least = 1e-5
 
     def __init__(self, N: int, prediction_type: str):
         if not isinstance(N, Integral) or N < 1:
@@ -171,12 +173,13 @@ class VPSDE(SDE):
     def diffusion(self, t):
         return torch.sqrt(self.beta(t))
 
-    def betas(self) -> torch.Tensor:
-        """(N,), of the discretisation."""
-        return torch.linspace(self.beta_min / self.N, self.beta_max / self.N, self.N, dtype=torch.float64)
+    def step_beta(self, t: torch.Tensor | float) -> torch.Tensor:
+        """The beta of the discretisation's step at t."""
+        betas = torch.linspace(self.beta_min / self.N, self.beta_max / self.N, self.N, dtype=torch.float64)
+        return betas[self.index(t)]
 
     def discrete(self, t):
-        beta = self.betas()[self.index(t)]
+        beta = self.step_beta(t)
         return torch.expm1(0.5 * torch.log1p(-beta)), torch.sqrt(beta)
 
     def labels(self, t):
@@ -184,6 +187,61 @@ class VPSDE(SDE):
 
     def times(self, labels):
         return _double(labels) / max(self.trained_steps - 1, 1)
+
+
+class ChainSDE(VPSDE):
+    """The VP process through a discrete chain's levels of noise: its alphas_cumprod at t = (k + 1) / T, k = 0 .. T - 1.
+
+    Between them, and to 1 at t = 0, log(alphas_cumprod) is a monotone cubic (Fritsch & Carlson 1980). Networks are told
+    t T - 1, which their sinusoidal embedding takes between two timesteps as well. Data are at t = 1 / T at the least.
+
+    Args:
+        alphas_cumprod: (T,), float64 for its full use.
+        prediction_type: as of the chain; "previous" has no score between timesteps.
+        N: steps of the discretisation; None for T, whose betas are the chain's own.
+
+    Raises:
+        ValueError: an alphas_cumprod that does not fall, or reaches 0.
+    """
+
+    def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon", N: int | None = None):
+        abar = torch.as_tensor(alphas_cumprod).detach().double().cpu()
+        self.trained_steps, self.least = len(abar), 1 / len(abar)
+        SDE.__init__(self, N or len(abar), prediction_type)
+        if not (abar.min() > 0 and (torch.diff(abar, prepend=torch.ones(1)) < 0).all()):
+            raise ValueError("alphas_cumprod must fall and stay above 0: of zero SNR there is no way back")
+        self.knots = torch.cat((torch.zeros(1, dtype=torch.float64), 0.5 * abar.log()))
+        step = torch.diff(self.knots)
+        slope = 2 * step[1:] * step[:-1] / (step[1:] + step[:-1])  # the harmonic mean overshoots nowhere
+        self.slopes = torch.cat((step[:1], slope, step[-1:]))
+
+    def _piece(self, t):
+        """Where t is in its interval, 0 to 1, and the cubic's coefficients there: value, slope, and the next two."""
+        at = _double(t) * self.trained_steps
+        k = at.long().clamp(0, self.trained_steps - 1)
+        i = k.to(self.knots.device)
+        rise = self.knots[i + 1] - self.knots[i]
+        first, last = self.slopes[i], self.slopes[i + 1]
+        coefficients = (self.knots[i], first, 3 * rise - 2 * first - last, first + last - 2 * rise)
+        return at - k, *(each.to(at) for each in coefficients)
+
+    def log_scale(self, t):
+        u, a, b, c, d = self._piece(t)
+        return a + u * (b + u * (c + u * d))
+
+    def beta(self, t):
+        u, _, b, c, d = self._piece(t)
+        return -2 * (b + u * (2 * c + u * 3 * d)) * self.trained_steps
+
+    def step_beta(self, t):
+        before = (_double(t) - 1 / self.N).clamp(min=0.0)
+        return -torch.expm1(2 * (self.log_scale(t) - self.log_scale(before)))
+
+    def labels(self, t):
+        return _double(t) * self.trained_steps - 1
+
+    def times(self, labels):
+        return (_double(labels) + 1) / self.trained_steps
 
 
 class SubVPSDE(VPSDE):
@@ -265,8 +323,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         snr: signal-to-noise ratio r of a corrector step.
         prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
 
-    `from_config` takes the configs of diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, and for VP and sub-VP that of a
-    DDPM with the linear schedule (T = N, beta_min = T beta_start, beta_max = T beta_end).
+    `from_config` takes the configs of diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, and of a DDPM: the linear
+    schedule becomes beta_min = T beta_start, beta_max = T beta_end; any other is for VP alone, as `ChainSDE` through its betas.
 
     Raises:
         ValueError: a value that is not supported, named.
@@ -306,7 +364,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer, 2 or more")
         n, config = int(num_inference_steps), self.config
         sde = self._process(n)
-        t = torch.linspace(1.0, config.sampling_eps, n, dtype=torch.float64)
+        t = torch.linspace(1.0, max(config.sampling_eps, sde.least), n, dtype=torch.float64)
         F, G = sde.discrete(t)
         if not (F.isfinite() & G.isfinite()).all() and config.predictor not in ("ddim", "none"):
             raise ValueError(
@@ -330,9 +388,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         else:
             of_x_t, of_score, of_noise = one, zero, zero
         from_x_t, from_output = sde.score_weights(t)
-        alpha = (
-            1 - sde.betas()[sde.index(t)] if isinstance(sde, VPSDE) else one
-        )  # of the corrector's steps, as in the paper's code
+        alpha = 1 - sde.step_beta(t) if isinstance(sde, VPSDE) else one  # of correctors, as in the paper's code
         columns = {
             "step": (of_x_t + of_score * from_x_t, of_score * from_output, of_noise, of_score),
             "x_start": ((1 + sde.std(t) ** 2 * from_x_t) / sde.scale(t), sde.std(t) ** 2 * from_output / sde.scale(t)),
@@ -436,23 +492,22 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         config_dict = dict(config_dict)
         if config_dict.get("_class_name") == "ScoreSdeVeScheduler":
             config_dict.setdefault("centered", False)
-        if "beta_start" in config_dict and "beta_min" not in config_dict:
-            own = config_dict.get("_ddpm_hf", {})
+        if "beta_start" in config_dict and not {"beta_min", "sigma_min"} & set(config_dict):
             schedule, T = config_dict.get("beta_schedule", "linear"), config_dict["num_train_timesteps"]
-            trained = own.get("trained_betas", config_dict.get("trained_betas"))
-            if (
-                issubclass(cls, VESDEScheduler)
-                or schedule not in ("linear", "linear_scaled_by_T")
-                or trained is not None
-            ):
+            # the betas of a schedule by name are there for classes that do not know it
+            by_name = schedule == "linear_scaled_by_T" and "trained_betas" in config_dict.get("_ddpm_hf", {})
+            if by_name or (schedule == "linear" and config_dict.get("trained_betas") is None):
+                factor = 1000 if by_name else T
+                ends = {"beta_min": config_dict["beta_start"] * factor, "beta_max": config_dict["beta_end"] * factor}
+                config_dict |= {**ends, "trained_betas": None}
+            elif cls.__name__ == "VPSDEScheduler":
+                config_dict["trained_betas"] = DDPMScheduler.from_config(config_dict).betas.tolist()
+                defaults = config_dict.get("_use_default_values", [])
+                config_dict["_use_default_values"] = [key for key in defaults if key != "trained_betas"]
+            if cls.__name__ != "VPSDEScheduler" and (cls.__name__ == "VESDEScheduler" or "beta_min" not in config_dict):
                 raise ValueError(
-                    f"{cls.__name__} has no process for beta_schedule={schedule!r}; VP and sub-VP take 'linear' alone"
+                    f"{cls.__name__} has no process for beta_schedule={schedule!r}; VP has for every one, sub-VP for 'linear'"
                 )
-            factor = T if schedule == "linear" else 1000
-            config_dict |= {
-                "beta_min": factor * config_dict["beta_start"],
-                "beta_max": factor * config_dict["beta_end"],
-            }
         return super().extract_init_dict(config_dict, **kwargs)
 
     def __len__(self) -> int:
@@ -460,7 +515,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
 
 class VPSDEScheduler(SDEScheduler):
-    """Samplers of `VPSDE`; see `SDEScheduler`."""
+    """Samplers of `VPSDE`, or with `trained_betas`, those of a discrete chain, of `ChainSDE`; see `SDEScheduler`."""
 
     @register_to_config
     def __init__(
@@ -474,13 +529,20 @@ class VPSDEScheduler(SDEScheduler):
         correct_steps: int = 0,
         snr: float = 0.16,
         prediction_type: str = "epsilon",
+        trained_betas: list[float] | None = None,
     ):
+        if trained_betas is not None:
+            num_train_timesteps = len(trained_betas)
+            self.register_to_config(num_train_timesteps=num_train_timesteps, trained_betas=list(trained_betas))
+            self._alphas_cumprod = torch.cumprod(1 - torch.tensor(trained_betas, dtype=torch.float64), dim=0)
         self._build(self._process(num_train_timesteps))
 
     _sde = VPSDE
 
     def _process(self, N):
         config = self.config
+        if config.trained_betas is not None:
+            return ChainSDE(self._alphas_cumprod, config.prediction_type, N)
         sde = self._sde(config.beta_min, config.beta_max, N, config.prediction_type)
         sde.trained_steps = config.num_train_timesteps
         return sde
@@ -490,6 +552,11 @@ class SubVPSDEScheduler(VPSDEScheduler):
     """Samplers of `SubVPSDE`; see `SDEScheduler`."""
 
     _sde = SubVPSDE
+
+    def _process(self, N):
+        if self.config.trained_betas is not None:
+            raise ValueError("trained_betas are of VP; sub-VP takes beta_min and beta_max")
+        return super()._process(N)
 
 
 class VESDEScheduler(SDEScheduler):
@@ -522,12 +589,12 @@ class VESDEScheduler(SDEScheduler):
 
 def _ancestral(sde, t):
     """What x_t, the score and the noise count in ancestral sampling of DDPM and of NCSN (eq. 4 and 47)."""
-    k = sde.index(t)
     if isinstance(sde, VESDE):
+        k = sde.index(t)
         variance = sde.sigmas()[k] ** 2
         before = torch.where(k > 0, sde.sigmas()[(k - 1).clamp(min=0)] ** 2, 0.0)
         return torch.ones_like(variance), variance - before, torch.sqrt(before * (variance - before) / variance)
-    beta = sde.betas()[k]
+    beta = sde.step_beta(t)
     root = torch.sqrt(1 - beta)
     return 1 / root, beta / root, torch.sqrt(beta)
 
