@@ -6,7 +6,15 @@ import pytest
 import torch
 from golden_data import case_id, case_scheduler, golden_cases, images, network, randn
 
-from ddpm_hf import DiffusionObjective, LossSecondMomentTimesteps, VariationalDDPMScheduler
+from ddpm_hf import (
+    ContinuousTimes,
+    DiffusionObjective,
+    LossSecondMomentTimesteps,
+    ScoreObjective,
+    VariationalDDPMScheduler,
+)
+from ddpm_hf.flow import process_of
+from ddpm_hf.sde import VESDE, VPSDE, SubVPSDE
 
 F64 = torch.float64
 SEED_TRAIN = 3
@@ -244,3 +252,72 @@ def test_wrong_arguments():
     for arguments in {"history_per_timestep": 0}, {"uniform_probability": 0.0}, {"uniform_probability": 1.1}:
         with pytest.raises(ValueError, match=next(iter(arguments))):
             LossSecondMomentTimesteps(VariationalDDPMScheduler(), **arguments)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "score", "sample", "v_prediction"])
+@pytest.mark.parametrize("kind", [VPSDE, SubVPSDE, VESDE])
+def test_score_matching_of_normal_data_in_closed_form(kind, prediction_type):
+    """Of the exact network of N(0.3, 0.5^2) the expected loss at t is 1 - std^2 / (scale^2 0.25 + std^2)."""
+    sde = kind(prediction_type=prediction_type)
+    generator = torch.Generator().manual_seed(0)
+    x_start = 0.3 + 0.5 * torch.randn(20000, 1, 2, 2, generator=generator, dtype=torch.float64)
+    noise = torch.randn(x_start.shape, generator=generator, dtype=torch.float64)
+
+    def network(x, labels, class_labels=None, return_dict=False):
+        t = sde.times(labels)
+        scale, std = (v.view(-1, 1, 1, 1) for v in (sde.scale(t), sde.std(t)))
+        score = -(x - scale * 0.3) / (scale**2 * 0.25 + std**2)
+        x_0 = (x + std**2 * score) / scale
+        outputs = {
+            "score": score,
+            "epsilon": -std * score,
+            "sample": x_0,
+            "v_prediction": -scale * std * score - std * x_0,
+        }
+        return (outputs[prediction_type],)
+
+    for at in (0.05, 0.3, 0.9):
+        t = torch.full((len(x_start),), at, dtype=torch.float64)
+        scale, std, g = sde.scale(at), sde.std(at), sde.diffusion(at)
+        expected = 1 - std**2 / (scale**2 * 0.25 + std**2)
+        found = ScoreObjective(sde)(network, x_start, t=t, noise=noise)
+        assert found.shape == (20000,)
+        torch.testing.assert_close(found.mean(), expected, rtol=0.03, atol=1e-9)
+        weighted = ScoreObjective(sde, "likelihood")(network, x_start, t=t, noise=noise)
+        torch.testing.assert_close(weighted, found * (g / std) ** 2)
+    with pytest.raises(ValueError, match="^weighting='p2' is not known; choose one of variance, likelihood"):
+        ScoreObjective(sde, "p2")
+
+
+def test_an_epsilon_networks_score_matching_is_the_simple_loss():
+    scheduler, sde = VariationalDDPMScheduler(), process_of(VariationalDDPMScheduler())
+    x_start, noise, output = torch.randn(3, 5, 1, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0, 10, 500, 800, 999])
+
+    def network(x, label, class_labels=None, return_dict=False):
+        torch.testing.assert_close(label.double(), t.double(), rtol=0, atol=1e-9)
+        return (output + x,)
+
+    found = ScoreObjective(sde)(network, x_start, t=sde.times(t), noise=noise)
+    torch.testing.assert_close(found, DiffusionObjective(scheduler)(network, x_start, t=t, noise=noise))
+
+
+@pytest.mark.parametrize(
+    "sde", [VPSDE(), SubVPSDE(), VESDE(), process_of(VariationalDDPMScheduler(beta_schedule="cosine"))]
+)
+def test_times_by_importance_keep_the_mean_and_lessen_the_spread(sde):
+    def weighted(t):  # of a network with an error of the same size everywhere
+        return (sde.diffusion(t) / sde.std(t)) ** 2
+
+    generator = torch.Generator().manual_seed(0)
+    t, weights = ContinuousTimes(sde, importance=True).sample(200000, generator=generator)
+    assert t.min() >= sde.least and t.max() <= 1 and weights.dtype == torch.float32
+    terms = weights * weighted(t)
+    grid = torch.linspace(math.log(sde.least), 0, 200001, dtype=torch.float64).exp()
+    exact = torch.trapezoid(weighted(grid), grid) / (1 - sde.least)
+    assert terms.mean().item() == pytest.approx(exact.item(), rel=0.01)
+    assert terms.std() < 0.2 * exact  # even times: many times the mean
+    even, ones = ContinuousTimes(sde).sample(200000, generator=generator)
+    assert (ones == 1).all() and even.mean().item() == pytest.approx(0.5, abs=0.005) and even.min() >= sde.least
+    # of any other function too
+    assert (weights * t**2).mean().item() == pytest.approx(1 / 3, rel=0.05)

@@ -21,7 +21,7 @@ from .likelihood import (
     progressive_coding,
     rate_distortion,
 )
-from .objectives import DiffusionObjective, LossSecondMomentTimesteps, UniformTimesteps
+from .objectives import ContinuousTimes, DiffusionObjective, LossSecondMomentTimesteps, ScoreObjective, UniformTimesteps
 from .pipeline import DDPMImagePipeline
 from .scheduler import (
     Gaussian,
@@ -39,6 +39,7 @@ __all__ = [
     "BitsPerDimEstimate",
     "CascadePipeline",
     "ChainSDE",
+    "ContinuousTimes",
     "DDPMImagePipeline",
     "DDPMSuperResolutionPipeline",
     "DDPMUNet",
@@ -51,6 +52,7 @@ __all__ = [
     "OdeBitsPerDim",
     "OdeLikelihood",
     "OdeStopped",
+    "ScoreObjective",
     "SubVPSDE",
     "SubVPSDEScheduler",
     "UniformTimesteps",

@@ -1,13 +1,16 @@
 """Training losses of denoising diffusion models, and the timesteps they are trained at."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from .scheduler import VariationalDDPMScheduler
+from .sde import SDE
 
 LOSSES = ("simple", "vlb", "hybrid")
+SCORE_WEIGHTINGS = ("variance", "likelihood")
 # Name -> what an error of x_0 counts, as a function of SNR = abar / (1 - abar). Plain "simple" with epsilon prediction is SNR.
 WEIGHTINGS = {
     "min_snr": lambda snr: np.minimum(snr, 5.0),  # Hang et al. 2023, gamma = 5
@@ -92,6 +95,54 @@ class DiffusionObjective:
         frozen = torch.cat((prediction.detach(), output[:, x_start.shape[1] :]), dim=1)
         vlb = steps * scheduler.vlb_term(frozen, x_start, x_t, t, clip_sample=False)
         return mse + self.vlb_weight * vlb
+
+
+class ScoreObjective:
+    """Denoising score matching in continuous time (Score-SDE eq. 7), one number for each image.
+
+    Args:
+        sde: the process.
+        weighting: "variance": lambda = std^2, the mean squared error of the predicted noise, `DiffusionObjective`'s "simple".
+            "likelihood": lambda = g^2, by which the loss bounds the negative log-likelihood (Song et al. 2021, "ScoreFlow",
+            theorem 1): half its mean over t in [0, 1] times the dimensions, in nats, but for terms without the network.
+
+    Raises:
+        ValueError: unknown weighting.
+    """
+
+    def __init__(self, sde: SDE, weighting: str = "variance"):
+        if weighting not in SCORE_WEIGHTINGS:
+            raise ValueError(f"weighting={weighting!r} is not known; choose one of {', '.join(SCORE_WEIGHTINGS)}")
+        self.sde, self.weighting = sde, weighting
+
+    def __call__(
+        self,
+        unet: Callable,
+        x_start: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            unet, x_start, class_labels, noise: as in `DiffusionObjective`.
+            t: (B,) in (0, 1]; None to draw them evenly from the process's `least` on.
+
+        Returns:
+            (B,) losses, float32 at least.
+        """
+        sde = self.sde
+        if t is None:
+            t, _ = ContinuousTimes(sde).sample(len(x_start), x_start.device)
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        x_t = sde.sample(x_start, t, noise)
+        output = unet(x_t, sde.labels(t).to(x_start.dtype), class_labels=class_labels, return_dict=False)[0]
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        # std * score, which is the noise's negative where the network is right
+        of_x_t, of_output = ((sde.std(t) * weight).to(output).view(-1, 1, 1, 1) for weight in sde.score_weights(t))
+        loss = (of_x_t * x_t + of_output * output + noise).square().flatten(1).mean(1)
+        return loss * (sde.diffusion(t) / sde.std(t)).square().to(loss) if self.weighting == "likelihood" else loss
 
 
 def drop_labels(class_labels: torch.Tensor, null_class: int, probability: float) -> torch.Tensor:
@@ -239,6 +290,53 @@ class LossSecondMomentTimesteps:
                     f"{tuple(getattr(self, name).shape)}"
                 )
             setattr(self, name, state[name].clone().to(getattr(self, name).device))
+
+
+class ContinuousTimes:
+    """Times in [least, 1] of a process: evenly, or by importance, as g^2 / std^2 (ScoreFlow, section 4.1).
+
+    The weights that come with them keep the mean loss over even times. Nothing is learned from the losses.
+
+    Args:
+        sde: the process.
+        importance: whether by importance: for the likelihood's weights, which are large near t = 0.
+    """
+
+    def __init__(self, sde: SDE, importance: bool = False):
+        self.least, self.importance = sde.least, importance
+        # cells in which the density is constant: fine near 0, where it falls as 1 / t, and near 1, where betas may grow
+        logarithmic = torch.linspace(math.log(sde.least), 0.0, 2001, dtype=torch.float64).exp()
+        even = torch.linspace(sde.least, 1.0, 5001, dtype=torch.float64)
+        edges = torch.cat((logarithmic, even)).clamp(sde.least, 1.0).unique()
+        self.first, self.width = edges[:-1], edges.diff()
+        middle = (edges[1:] + edges[:-1]) / 2
+        self.density = (sde.diffusion(middle) / sde.std(middle)) ** 2
+        self.density /= (self.density * self.width).sum()
+
+    def sample(
+        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch_size,) times, float64 where the device has it, and float32 weights of their losses.
+
+        The generator, where one is given, must be of `device`.
+        """
+        dtype = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
+        u = torch.rand(batch_size, generator=generator, device=device, dtype=dtype)
+        if not self.importance:
+            return self.least + (1 - self.least) * u, torch.ones(batch_size, device=device)
+        for name in ("first", "width", "density"):  # moved once
+            setattr(self, name, getattr(self, name).to(device, dtype))
+        cell = torch.multinomial(self.density * self.width, batch_size, replacement=True, generator=generator)
+        return self.first[cell] + u * self.width[cell], (1 / (self.density[cell] * (1 - self.least))).float()
+
+    def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Nothing is learned from the losses."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
 
 
 TIMESTEPS = {"uniform": UniformTimesteps, "loss_second_moment": LossSecondMomentTimesteps}

@@ -322,6 +322,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         correct_steps: corrector steps at each time.
         snr: signal-to-noise ratio r of a corrector step.
         prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
+        levels: grey levels of the data, 256 for 8 bits.
 
     `from_config` takes the configs of diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, and of a DDPM: the linear
     schedule becomes beta_min = T beta_start, beta_max = T beta_end; any other is for VP alone, as `ChainSDE` through its betas.
@@ -350,7 +351,9 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"correct_steps={config.correct_steps!r} must be an integer, 0 or more")
         if not (isinstance(config.snr, Real) and 0 < config.snr < math.inf):
             raise ValueError(f"snr={config.snr!r} must be above 0")
-        self.sde, self.init_noise_sigma = sde, sde.prior_std
+        if not (isinstance(config.levels, Integral) and config.levels >= 2):
+            raise ValueError(f"levels={config.levels!r}: give the number of grey levels of the data, 2 or more")
+        self.sde, self.init_noise_sigma, self.levels = sde, sde.prior_std, config.levels
         self.timesteps, self.num_inference_steps = None, None
         self._position, self._tables = {}, {}
 
@@ -490,6 +493,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     def extract_init_dict(cls, config_dict, **kwargs):
         """diffusers' hook of `from_config`: a DDPM's linear schedule in terms of the process."""
         config_dict = dict(config_dict)
+        if "levels" in config_dict.get("_ddpm_hf", {}):
+            config_dict.setdefault("levels", config_dict["_ddpm_hf"]["levels"])
         if config_dict.get("_class_name") == "ScoreSdeVeScheduler":
             config_dict.setdefault("centered", False)
         if "beta_start" in config_dict and not {"beta_min", "sigma_min"} & set(config_dict):
@@ -530,6 +535,7 @@ class VPSDEScheduler(SDEScheduler):
         snr: float = 0.16,
         prediction_type: str = "epsilon",
         trained_betas: list[float] | None = None,
+        levels: int = 256,
     ):
         if trained_betas is not None:
             num_train_timesteps = len(trained_betas)
@@ -579,6 +585,7 @@ class VESDEScheduler(SDEScheduler):
         snr: float = 0.16,
         prediction_type: str = "score",
         centered: bool = True,
+        levels: int = 256,
     ):
         self._build(self._process(num_train_timesteps))
 
