@@ -2,22 +2,23 @@
 
     python benchmarks/continuous.py digits
     python benchmarks/continuous.py mnist
+    python benchmarks/continuous.py digits --only processes      # networks trained in continuous time, VP beside sub-VP
 
 The network is the unconditional one of benchmarks/guidance.py, trained if it is not there, the judge is also of there: a sample
 is recognised if the judge gives some class 0.9 of the probability or more; Fréchet distance is of its last features. Another
 network of the same data and another seed is trained for the comparison of latents. Writes to benchmarks/results:
-continuous_<data>.json and .md (samplers), continuous_likelihood.json and .md, continuous_encodings.json and .md, the curves
-continuous_<data>.png, the pictures continuous_<data>_encodings.png, continuous_<data>_trajectories.png.
+continuous_<data>.json and .md (samplers), continuous_likelihood.json and .md, continuous_encodings.json and .md,
+continuous_processes.json and .md, the curves continuous_<data>.png, the pictures continuous_<data>_encodings.png,
+continuous_<data>_trajectories.png, continuous_<data>_ways.png.
 """
 
 import argparse
 import math
-import subprocess
 import sys
 import time
 
 import torch
-from guidance import LEVELS, ROOT, RUNS, judge_of
+from guidance import LEVELS, ROOT, RUNS, judge_of, run
 from measure import RESULTS, record
 from tqdm.auto import tqdm
 
@@ -27,7 +28,6 @@ from digits import pixels  # noqa: E402
 from sheets import as_images, as_sheet, save_figure, save_picture  # noqa: E402
 
 from ddpm_hf import (  # noqa: E402
-    DDPMImagePipeline,
     InferenceUNet,
     VariationalDDPMScheduler,
     VPSDEScheduler,
@@ -50,6 +50,14 @@ SAMPLERS = {
     "ODE, Euler": {"predictor": "probability_flow"},
     "ODE, DDIM": {"predictor": "ddim"},
 }
+# in continuous time, by preset digits-vp: process, weighting of the loss, times
+LIKELIHOOD = ["--weighting", "likelihood", "--timesteps", "importance"]
+PROCESSES = {
+    ("vp", "variance"): [],
+    ("vp", "likelihood"): LIKELIHOOD,
+    ("subvp", "variance"): ["--process", "subvp"],
+    ("subvp", "likelihood"): ["--process", "subvp", *LIKELIHOOD],
+}
 CALLS = (10, 20, 50, 100, 200)
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-5)
 AT_ONCE = 250
@@ -57,16 +65,22 @@ AT_ONCE = 250
 
 def networks(data):
     """The unconditional pipeline of guidance.py, and one of another seed."""
-    found = []
-    for name, seed in (("unconditional", 0), ("unconditional-1", 1)):
-        folder = ROOT / "runs/guidance" / data / name
-        if not (folder / "pipeline").exists():
-            command = [sys.executable, ROOT / "training/train.py", *RUNS[data]["unconditional"], "--seed", seed]
-            subprocess.run([str(word) for word in (*command, "--output_dir", folder)], check=True)
-        pipe = DDPMImagePipeline.from_pretrained(folder / "pipeline")
-        pipe.set_progress_bar_config(disable=True)
-        found.append(pipe)
-    return found
+    return [
+        run([*RUNS[data]["unconditional"], "--seed", seed], ROOT / "runs/guidance" / data / name)
+        for name, seed in (("unconditional", 0), ("unconditional-1", 1))
+    ]
+
+
+def quality(judge, real, x_start):
+    """Fréchet distance of samples from real features, and the share of them that the judge is sure of."""
+    with torch.no_grad():
+        features = judge.features(x_start.clamp(-1, 1).float())
+        sure = judge.logits(features).softmax(1).max(1).values
+    return {
+        "Fréchet distance": frechet_distance(real, features) if features.isfinite().all() else math.nan,
+        "recognised": (sure >= 0.9).double().mean().item(),
+        "samples": len(x_start),
+    }
 
 
 def samplers(data, pipe, judge, real, count):
@@ -76,16 +90,7 @@ def samplers(data, pipe, judge, real, count):
     pipe.optimize()
 
     def tell(name, calls, x_start):
-        with torch.no_grad():
-            features = judge.features(x_start.clamp(-1, 1).float())
-            sure = judge.logits(features).softmax(1).max(1).values
-        row = {
-            "sampler": name,
-            "network calls": calls,
-            "Fréchet distance": frechet_distance(real, features) if features.isfinite().all() else math.nan,
-            "recognised": (sure >= 0.9).double().mean().item(),
-            "samples": count,
-        }
+        row = {"sampler": name, "network calls": calls, **quality(judge, real, x_start)}
         record(f"continuous_{data}", f"Samplers on {data}", row, keys=("sampler", "network calls"))
         return row
 
@@ -94,6 +99,11 @@ def samplers(data, pipe, judge, real, count):
         for calls in CALLS:
             steps = calls // 2 if settings and settings.get("correct_steps") else calls
             pipe.scheduler = chain if settings is None else VPSDEScheduler.from_config(chain.config, **settings)
+            try:
+                pipe.scheduler.set_timesteps(steps)
+            except ValueError as error:  # too few for the betas
+                print(f"{name}: {error}")
+                continue
             how = {"eta": 0.0} if name == "chain, DDIM" else {}
             generator, found = torch.Generator().manual_seed(1), []
             for part in noise.split(AT_ONCE):
@@ -132,6 +142,28 @@ def likelihood(data, pipe, x_start):
             "ODE s": end - between,
         }
         record("continuous_likelihood", "bits/dim of one checkpoint", row, keys=("data", "images", "chain from t"))
+
+
+def processes(data, judge, real, x_start, count):
+    """Networks trained in continuous time: the ODE's bits/dim of uniformly dequantized images, and samples of 200 steps."""
+    for (process, weighting), arguments in PROCESSES.items():
+        folder = ROOT / "runs/continuous" / f"{process}-{weighting}"
+        pipe = run(["--config", "digits-vp", *arguments], folder)
+        generator = torch.Generator().manual_seed(0)
+        ode = ode_bits_per_dim(pipe.unet, pipe.scheduler, x_start, generator=generator, probes=4, batch_size=120)
+        found = [pipe(min(AT_ONCE, count - i), generator, 200, "latent").images for i in range(0, count, AT_ONCE)]
+        row = {
+            "data": data,
+            "process": process,
+            "weighting": weighting,
+            "images": len(x_start),
+            "ODE": ode.mean,
+            "error": ode.standard_error,
+            "of the probes": (ode.probe_error.square().sum().sqrt() / len(x_start)).item(),
+            "network calls": round(ode.evaluations.double().mean().item()),
+            **quality(judge, real, torch.cat(found)),
+        }
+        record("continuous_processes", "Trained in continuous time", row, keys=("data", "process", "weighting"))
 
 
 def encodings(data, pipe, other, x_start):
@@ -227,9 +259,11 @@ def main():
     parser.add_argument("data", choices=list(RUNS))
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--images", type=int, default=64, help="of the likelihood")
-    parser.add_argument("--only", choices=["samplers", "likelihood", "encodings"])
+    parser.add_argument("--only", choices=["samplers", "likelihood", "encodings", "processes"])
     arguments = parser.parse_args()
-    data, (pipe, other) = arguments.data, networks(arguments.data)
+    data = arguments.data
+    if arguments.only == "processes" and data != "digits":
+        parser.error("--only processes is of the digits")
 
     def tensors(split):
         images, labels = pixels(split, data)
@@ -237,12 +271,16 @@ def main():
 
     (x_train, y_train), (x_test, _) = tensors("train"), tensors("test")
     parts = [arguments.only] if arguments.only else ["encodings", "likelihood", "samplers"]
+    pipe, other = networks(data) if parts != ["processes"] else (None, None)
     for part in tqdm(parts):
-        if part == "samplers":
+        if part in ("samplers", "processes"):
             judge = judge_of(x_train, y_train)
             with torch.no_grad():
                 order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(0))
                 real = judge.features(x_train[order[: arguments.samples]])
+        if part == "processes":
+            processes(data, judge, real, x_test, arguments.samples)
+        elif part == "samplers":
             rows = samplers(data, pipe, judge, real, arguments.samples)
             plot(rows, RESULTS / f"continuous_{data}.png")
         elif part == "likelihood":

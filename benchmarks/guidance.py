@@ -57,17 +57,23 @@ SHOWN = (0.0, 1.0, 8.0)  # scales of the sheet
 CLASSES, IN_A_ROW, AT_ONCE = 10, 8, 250
 
 
+def run(arguments, folder, program="train.py"):
+    """The pipeline of a run into `folder`; what is there already is not trained again."""
+    if not (folder / "pipeline").exists():
+        command = [sys.executable, ROOT / "training" / program, *arguments, "--output_dir", folder]
+        subprocess.run([str(word) for word in command], check=True)
+    pipeline = DDPMImagePipeline.from_pretrained(folder / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def trained(data, folder):
-    """The pipelines "conditional" and "unconditional", with the classifier; what is there already is not trained again."""
-    for name, arguments in RUNS[data].items():
-        program, output = "train.py", folder / name
-        if name == "classifier":
-            program, arguments = "train_classifier.py", [*arguments, "--pipeline", folder / "conditional/pipeline"]
-        if not (output / "pipeline").exists():
-            command = [sys.executable, ROOT / "training" / program, *arguments, "--output_dir", output]
-            subprocess.run([str(word) for word in command], check=True)
-    guided = DDPMImagePipeline.from_pretrained(folder / "classifier/pipeline")
-    unconditional = DDPMImagePipeline.from_pretrained(folder / "unconditional/pipeline")
+    """The pipelines "conditional" and "unconditional", with the classifier."""
+    arguments = RUNS[data]
+    run(arguments["conditional"], folder / "conditional")
+    unconditional = run(arguments["unconditional"], folder / "unconditional")
+    base = ["--pipeline", folder / "conditional/pipeline"]
+    guided = run([*arguments["classifier"], *base], folder / "classifier", "train_classifier.py")
     unconditional.register_modules(classifier=guided.classifier)
     return {"conditional": guided, "unconditional": unconditional}
 
@@ -191,7 +197,6 @@ def main():
     data, name = arguments.data, f"guidance_{arguments.data}"
     pipelines = trained(data, ROOT / "runs/guidance" / data)
     for pipeline in pipelines.values():
-        pipeline.set_progress_bar_config(disable=True)
         pipeline.optimize()
     if arguments.only != "samples":
         cost(data, pipelines)

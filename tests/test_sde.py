@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from analytic import Mixture
 from diffusers import DDPMScheduler, ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
 from elsewhere import ROUNDING, open_elsewhere
 from golden_data import assert_fingerprint, golden_cases, randn
@@ -137,6 +138,22 @@ def test_samplers_reach_the_moments_of_gaussian_data(kind, predictor, correct_st
     x, _ = run(scheduler, gaussian_network(scheduler.sde, 0.3, 0.5), steps)
     assert x.mean().item() == pytest.approx(0.3, abs=4 * 0.5 / 10000**0.5 + 0.01)
     assert x.std().item() == pytest.approx(0.5, rel=0.035)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral", "euler_maruyama", "probability_flow", "ddim"])
+def test_samplers_reach_a_mixture(kind, predictor):
+    """Mean, spread, and the share of each mode."""
+    if kind is SubVPSDEScheduler and predictor == "ancestral":
+        pytest.skip("refused, as tested above")
+    scheduler = kind(predictor=predictor, correct_steps=0, **({"sigma_max": 20.0} if kind is VESDEScheduler else {}))
+    data = Mixture(scheduler.sde)
+    x, _ = run(scheduler, lambda x, t: data(x, t)[0], 1000)
+    mean = (data.weights * data.means).sum()
+    std = ((data.weights * (data.stds**2 + data.means**2)).sum() - mean**2).sqrt()
+    assert x.mean().item() == pytest.approx(mean.item(), abs=4 * std.item() / 10000**0.5 + 0.005)
+    assert x.std().item() == pytest.approx(std.item(), rel=0.03)
+    assert (x < -0.2).double().mean().item() == pytest.approx(0.3, abs=0.025)
 
 
 def test_the_last_step_predicts_x_start_and_adds_no_noise():

@@ -96,14 +96,20 @@ class TrainConfig(RunConfig):
     init: str = "paper"  # first weights: paper (zeros where its code has them) or torch (as diffusers' class)
     loss: str = "simple"  # simple, vlb, hybrid
     vlb_weight: float = 0.001  # of the bound in hybrid
-    weighting: str | None = None  # of the mean squared error by t: min_snr, truncated_snr, p2
+    weighting: str | None = (
+        None  # of the mean squared error by t: min_snr, truncated_snr, p2; in continuous time likelihood
+    )
+    # ddpm; or in continuous time (Score-SDE) vp, subvp, ve: `scheduler` then has the keys of their schedulers
+    process: str = "ddpm"
+    dequantize: bool = False  # noise of one grey level's width on the images: for bits/dim by the ODE
     # (height, width) or side of the images that the network makes larger; None: it begins with noise alone
     low_resolution: int | list[int] | None = None
     conditioning_noise: float = 0.0  # highest level of noise on those images in training, below 1
     label_dropout: float = (
         0.0  # share of labels trained as "no class", for guidance_scale; num_class_embeds leaves it out
     )
-    timesteps: str = "uniform"  # uniform, or loss_second_moment (importance sampling, IDDPM section 3.3)
+    # uniform; loss_second_moment (importance sampling, IDDPM section 3.3); importance (of the likelihood, continuous time)
+    timesteps: str = "uniform"
     ema_decay: float = 0.9999
     sample_every: int = 1000  # a sheet of EMA samples; 0 for none
     sample_raw: int = 5  # so many first sheets have one of the weights that are not averaged beside them
@@ -383,10 +389,34 @@ def _check_training(config):
         )
     if config.low_resolution and config.eval_every:
         raise ConfigError("eval_every measures networks that begin with noise alone; leave it out with low_resolution")
+    if config.process != "ddpm":
+        _check_continuous(config)
     if config.label_dropout and config.label_column is None:
         raise ConfigError(f"label_dropout={config.label_dropout} needs labels; name their label_column")
     if config.init_from is None:
         _check_network(config, image_size(config))
+
+
+def _check_continuous(config):
+    processes = ("ddpm", "vp", "subvp", "ve")
+    if config.process not in processes:
+        raise ConfigError(f"process={config.process!r} is not known{nearest(config.process, processes)}")
+    for key, known in (
+        ("loss", ("simple",)),
+        ("weighting", (None, "likelihood")),
+        ("timesteps", ("uniform", "importance")),
+    ):
+        if getattr(config, key) not in known:
+            listed = ", ".join("null" if each is None else each for each in known)
+            raise ConfigError(
+                f"{key}={getattr(config, key)!r} is of discrete timesteps; with process={config.process} take {listed}"
+            )
+    if config.low_resolution:
+        raise ConfigError(f"low_resolution is of process=ddpm, not of {config.process}")
+    if not config.scheduler.get("centered", True):
+        raise ConfigError(
+            "scheduler.centered=false: images are trained in [-1, 1]; leave it out, and double sigma_min and sigma_max"
+        )
 
 
 def _check_classifier(config):

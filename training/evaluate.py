@@ -1,11 +1,12 @@
-"""A saved pipeline and a data set -> bits/dim: the variational bound of Ho, Jain, Abbeel 2020, term by term.
+"""A saved pipeline and a data set -> bits/dim: the variational bound of Ho, Jain, Abbeel 2020, term by term, or the ODE's.
 
     python training/evaluate.py runs/digits/pipeline --data digits --split test
     python training/evaluate.py google/ddpm-cifar10-32 --data cifar10 --split test --estimate 50
+    python training/evaluate.py runs/digits-vp/pipeline --data digits --ode      # Score-SDE, section 4.3
 
-Takes any DDPM folder or Hub id, diffusers' own included. Prints a table; writes evaluation.json and, where every term was
-computed, each of them as evaluation.csv and the plot evaluation.png (into the folder, where there is one; its model card is
-brought up to date unless it was changed by hand).
+Takes any DDPM folder or Hub id, diffusers' own included; networks of continuous time have --ode alone. Prints a table; writes
+evaluation.json and, where every term was computed, each of them as evaluation.csv and the plot evaluation.png (into the folder,
+where there is one; its model card is brought up to date unless it was changed by hand).
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from sheets import save_figure
 
-from ddpm_hf import DDPMImagePipeline, InferenceUNet, bits_per_dim, estimate_bits_per_dim
+from ddpm_hf import DDPMImagePipeline, InferenceUNet, OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
 from ddpm_hf.data import check_levels, image_to_pixels, load_images, pixels_to_tensor, tensor_to_pixels, training_set
 from ddpm_hf.hub import has_our_card, write_model_card, write_whole
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
@@ -130,6 +131,11 @@ def main():
         "--first", type=int, default=0, metavar="T0", help="leave out the timesteps below: see bits_per_dim"
     )
     parser.add_argument("--estimate", type=int, metavar="N", help="estimate from N network evaluations an image")
+    parser.add_argument(
+        "--ode", action="store_true", help="by the probability-flow ODE in place of the bound: see ode_bits_per_dim"
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="of the ODE's solver, absolute and relative")
+    parser.add_argument("--probes", type=int, default=1, help="of the ODE's trace, for each image")
     parser.add_argument("--optimize", action="store_true", help="compile the network first, worth it for many images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--histogram", metavar="SPLIT", help="also fit a per-pixel histogram on this split")
@@ -140,19 +146,18 @@ def main():
         parser.error(f"--images {arguments.images} must be 1 or more")
     if arguments.first < 0:
         parser.error(f"--first {arguments.first} must be 0 or more")
+    if arguments.ode and (arguments.estimate is not None or arguments.steps is not None or arguments.optimize):
+        parser.error("--estimate, --steps and --optimize are of the bound; leave them out with --ode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
     unet, scheduler = pipeline.unet, pipeline.scheduler
-    check_scheduler(scheduler)
-    if arguments.steps is not None:
-        scheduler.set_timesteps(arguments.steps)
-    if arguments.first > 0:
-        timesteps = [t for t in reversed(scheduler.chain) if t >= arguments.first]
-        if not timesteps:
-            raise ValueError(
-                f"--first {arguments.first} leaves no timestep of a chain that ends at {scheduler.chain[-1]}"
-            )
-        scheduler.set_timesteps(timesteps=timesteps)
+    if not arguments.ode and hasattr(scheduler, "sde"):
+        parser.error(f"{type(scheduler).__name__} is in continuous time, where there is no bound; give --ode")
+    if not arguments.ode or not hasattr(scheduler, "sde"):
+        check_scheduler(scheduler)
+        set_chain(scheduler, arguments.steps, arguments.first)
+    elif arguments.first:
+        parser.error(f"--first {arguments.first} is of a chain; {type(scheduler).__name__} has none")
     levels = scheduler.levels if arguments.levels is None else arguments.levels
     folder = Path(arguments.out or (arguments.pipeline if os.path.isdir(arguments.pipeline) else "."))
     own = folder.resolve() == Path(arguments.pipeline).resolve()  # not the folder one happens to be in
@@ -166,38 +171,32 @@ def main():
     if arguments.optimize:
         unet = InferenceUNet(unet)
         print(unet.report)
-    measure = bits_per_dim
-    if arguments.estimate is not None:
-        measure = functools.partial(estimate_bits_per_dim, num_evaluations=arguments.estimate)
-    result = measure(
-        unet,
-        scheduler,
-        x_start.to(device),
+    how = dict(
         class_labels=None if labels is None else labels.to(device),
         generator=torch.Generator(device).manual_seed(arguments.seed),
         batch_size=arguments.batch_size,
         levels=levels,
         progress_bar=True,
     )
-    parts = {"total": result.total, "prior": result.prior, "kl": result.kl, "decoder": result.decoder}
-    errors = {name: standard_error(part) for name, part in parts.items()}
+    measure = by_ode if arguments.ode else by_bound
+    result, measured, lines = measure(unet, scheduler, x_start.to(device), how, arguments)
+    error = standard_error(result.total)
     report = {
-        **{name: part.double().mean().item() for name, part in parts.items()},
-        "standard_error": None if math.isnan(errors["total"]) else errors["total"],
-        "standard_errors": None if math.isnan(errors["total"]) else errors,
+        **measured,
+        "standard_error": None if math.isnan(error) else error,
         "images": len(x_start),
         "data": Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data,
         "split": arguments.split,
-        "steps": len(scheduler.chain),
-        "first_timestep": scheduler.chain[0],
-        "evaluations_per_image": arguments.estimate or len(scheduler.chain),
-        "sampling_error": result.sampling_error if arguments.estimate else None,
         "levels": levels,
         "seed": arguments.seed,
     }
-    options = ("split", "images", "steps", "first", "estimate", "levels", "seed")
-    told = [f"--{name} {value}" for name in options if (value := getattr(arguments, name))]
-    report["command"] = f"python training/evaluate.py pipeline --data {report['data']} {' '.join(told)}"
+    options = {"split": None, "images": None, "steps": None, "first": 0, "estimate": None, "levels": None}
+    options |= {"ode": False, "tolerance": 1e-5, "probes": 1, "seed": 0}
+    given = [
+        (name, getattr(arguments, name)) for name, default in options.items() if getattr(arguments, name) != default
+    ]
+    told = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given)
+    report["command"] = f"python training/evaluate.py pipeline --data {report['data']} {told}"
     if arguments.histogram:
         train, _ = load_tensor(
             arguments.data, arguments.histogram, *data, None, columns[0], None, training, arguments.max_broken
@@ -206,43 +205,95 @@ def main():
         histogram = histogram_bits_per_dim(*pixels, levels)
         above = histogram - result.total.double().cpu()  # of the same images, so its error is smaller than theirs
         report["per_pixel_histogram"] = histogram.mean().item()
+        beside = f"{above.mean():+.4f} +- {standard_error(above):.4f} from the total"
+        lines.append(f"  an independent per-pixel histogram of {arguments.histogram}: {histogram.mean():.4f}, {beside}")
 
-    said = f"{report['steps']} terms from t={report['first_timestep']} up"
-    print(f"bits/dim over {report['images']} images ({arguments.data}, {arguments.split}), {said}:")
+    print(f"bits/dim over {report['images']} images ({arguments.data}, {arguments.split}), {lines[0]}:")
+    print("\n".join(lines[1:]))
+
+    if own:
+        report["weights"] = weights_digest(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    every_term = hasattr(result, "terms")
+    if every_term:
+        write_whole(folder / "evaluation.csv", terms_table(result, scheduler.chain))
+        plot(result, scheduler.chain, folder / "evaluation.png")
+    else:  # what an earlier evaluation left is not of this one
+        (folder / "evaluation.csv").unlink(missing_ok=True)
+        (folder / "evaluation.png").unlink(missing_ok=True)
+    if our_card:
+        write_model_card(folder)
+    elif own and (folder / "README.md").is_file():
+        print(f"{folder}/README.md is not as this package writes it, and stays as it is")
+    print(f"wrote {folder}/evaluation.json" + (", .csv and .png" if every_term else ""))
+
+
+def set_chain(scheduler, steps, first):
+    """The chain of `steps` timesteps, all if None, without those below `first`."""
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    if first > 0:
+        timesteps = [t for t in reversed(scheduler.chain) if t >= first]
+        if not timesteps:
+            raise ValueError(f"--first {first} leaves no timestep of a chain that ends at {scheduler.chain[-1]}")
+        scheduler.set_timesteps(timesteps=timesteps)
+
+
+def by_bound(unet, scheduler, x_start, how, arguments):
+    """The bound's result, what the report has of it, and lines to print: the first of them ends a heading."""
+    measure = bits_per_dim
+    if arguments.estimate is not None:
+        measure = functools.partial(estimate_bits_per_dim, num_evaluations=arguments.estimate)
+    result = measure(unet, scheduler, x_start, **how)
+    parts = {"total": result.total, "prior": result.prior, "kl": result.kl, "decoder": result.decoder}
+    errors = {name: standard_error(part) for name, part in parts.items()}
+    report = {
+        **{name: part.double().mean().item() for name, part in parts.items()},
+        "standard_errors": None if math.isnan(errors["total"]) else errors,
+        "steps": len(scheduler.chain),
+        "first_timestep": scheduler.chain[0],
+        "evaluations_per_image": arguments.estimate or len(scheduler.chain),
+        "sampling_error": result.sampling_error if arguments.estimate else None,
+    }
+    lines = [f"{report['steps']} terms from t={report['first_timestep']} up"]
     for name, told in (
         ("total", "upper bound on the NLL"),
         ("prior", "L_T"),
         ("kl", "L_1 .. L_T-1"),
         ("decoder", "L_0"),
     ):
-        print(f"  {name:8} {report[name]:.4f} +- {errors[name]:.4f}   {told}")
-    print("  (+- is the standard error over images)")
+        lines.append(f"  {name:8} {report[name]:.4f} +- {errors[name]:.4f}   {told}")
+    lines.append("  (+- is the standard error over images)")
     if arguments.estimate:
         told = f"{arguments.estimate} evaluations an image in place of {report['steps']}"
-        print(f"  estimated from {told}: +- {result.sampling_error:.4f} by that alone")
-    if arguments.histogram:
-        beside = f"{above.mean():+.4f} +- {standard_error(above):.4f} from the total"
-        print(f"  an independent per-pixel histogram of {arguments.histogram}: {histogram.mean():.4f}, {beside}")
+        lines.append(f"  estimated from {told}: +- {result.sampling_error:.4f} by that alone")
+    return result, report, lines
 
-    if own:
-        report["weights"] = weights_digest(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
-    if arguments.estimate:  # what an earlier evaluation left is not of this one
-        (folder / "evaluation.csv").unlink(missing_ok=True)
-        (folder / "evaluation.png").unlink(missing_ok=True)
-    else:
-        write_whole(folder / "evaluation.csv", terms_table(result, scheduler.chain))
-        plot(result, scheduler.chain, folder / "evaluation.png")
-    if our_card:
-        write_model_card(folder)
-    elif own and (folder / "README.md").is_file():
-        print(f"{folder}/README.md is not as this package writes it, and stays as it is")
-    print(f"wrote {folder}/evaluation.json" + ("" if arguments.estimate else ", .csv and .png"))
+
+def by_ode(unet, scheduler, x_start, how, arguments):
+    """The same of the ODE."""
+    tolerance = arguments.tolerance
+    result = ode_bits_per_dim(unet, scheduler, x_start, rtol=tolerance, atol=tolerance, probes=arguments.probes, **how)
+    told = result.probe_error.square().sum().sqrt().item() / len(x_start)
+    report = {
+        "total": result.mean,
+        "dequantization": "uniform" if hasattr(scheduler, "sde") else "decoder",
+        "tolerance": tolerance,
+        "probes": arguments.probes,
+        "sampling_error": None if math.isnan(told) else told,
+        "evaluations_per_image": result.evaluations.double().mean().item(),
+    }
+    total = f"{result.mean:.4f} +- {result.standard_error:.4f}"
+    lines = ["by the probability-flow ODE", f"  total    {total}   with {report['dequantization']} dequantization"]
+    lines.append("  (+- is the standard error over images, dequantization and probes together)")
+    calls = f"{report['evaluations_per_image']:.0f} network calls an image, tolerance {tolerance:g}"
+    lines.append(f"  {calls}" + ("" if math.isnan(told) else f"; +- {told:.4f} by the probes alone"))
+    return result, report, lines
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, tarfile.TarError) as error:
+    except (ValueError, OSError, OdeStopped, tarfile.TarError) as error:
         sys.exit(f"evaluate.py: {' '.join(str(error).split())}")

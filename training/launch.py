@@ -23,12 +23,15 @@ from stops import Stopped, tell
 from watch import environment
 
 from config import ConfigError, RunConfig, as_yaml, nearest
-from ddpm_hf import VariationalDDPMScheduler
+from ddpm_hf import SubVPSDEScheduler, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler
 from ddpm_hf.hub import write_whole
 from ddpm_hf.memory import keep_freed_memory
 from ddpm_hf.push import HubError
 from ddpm_hf.scheduler import VARIANCE_TYPES
+from ddpm_hf.sde import SDEScheduler
 from ddpm_hf.winograd import by_tiles
+
+PROCESSES = {"ddpm": VariationalDDPMScheduler, "vp": VPSDEScheduler, "subvp": SubVPSDEScheduler, "ve": VESDEScheduler}
 
 
 def open_accelerator(config: RunConfig) -> Accelerator:
@@ -100,19 +103,20 @@ def check_keys(config: RunConfig, part: str, cls: type) -> None:
             raise ConfigError(f"unknown key '{part}.{key}'{nearest(key, known)}")
 
 
-def open_scheduler(config: RunConfig) -> VariationalDDPMScheduler:
+def open_scheduler(config: RunConfig) -> VariationalDDPMScheduler | SDEScheduler:
     """The process of a run.
 
     Raises:
         ValueError: a key or value that it does not take.
     """
-    check_keys(config, "scheduler", VariationalDDPMScheduler)
+    kind = PROCESSES[getattr(config, "process", "ddpm")]
+    check_keys(config, "scheduler", kind)
     variance_type = config.scheduler.get("variance_type", "fixed_small")
     if variance_type not in VARIANCE_TYPES:  # the scheduler itself only warns, as diffusers' does
         raise ConfigError(
             f"scheduler.variance_type={variance_type!r} is not known{nearest(variance_type, VARIANCE_TYPES)}"
         )
-    return VariationalDDPMScheduler(**config.scheduler)
+    return kind(**config.scheduler)
 
 
 def check_schedule(config: RunConfig) -> None:

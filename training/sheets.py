@@ -15,7 +15,6 @@ from stages import first_items, pipeline_of
 from stops import going_on
 
 from config import sides
-from ddpm_hf import VariationalDDPMScheduler
 from ddpm_hf.conditioning import shrunk
 from ddpm_hf.data import PixelTensors, pixels_to_batch
 
@@ -71,7 +70,7 @@ class Sheets:
     def _sample(self, told):
         """Samples (N, C, H, W), each process's share computed there; the way to the first (R, K, C, H, W); None but in main."""
         config, index, processes = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        scheduler = VariationalDDPMScheduler.from_config(self.scheduler.config)  # the training's own chain shall stay
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)  # the training's own chain shall stay
         pipeline = pipeline_of(config, self.unet, scheduler)
         pipeline.set_progress_bar_config(desc=told, leave=False, disable=None if index == 0 else True)
         count, labels = config.sample_count, cycled_labels(self.unet, config.sample_count)

@@ -58,8 +58,9 @@ from stages import conditioned, in_channels, pipeline_class, pipeline_of
 from stops import FiniteSteps, Signals, Stopped, going_on
 from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
 
-from ddpm_hf import DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
+from ddpm_hf import ContinuousTimes, DDPMUNet, DiffusionObjective, ScoreObjective
 from ddpm_hf.data import BUILT_IN, pixels_to_batch
+from ddpm_hf.flow import check_network, dequantized
 from ddpm_hf.hub import write_model_card
 from ddpm_hf.objectives import TIMESTEPS, drop_labels
 from ddpm_hf.push import weights_digest
@@ -75,11 +76,13 @@ def build(config: TrainConfig) -> tuple:
         config.unet = network_of(config)
     check_keys(config, "unet", DDPMUNet)
     check_schedule(config)
-    scheduler = open_scheduler(config)
-    if config.sample_steps is not None:
-        VariationalDDPMScheduler.from_config(scheduler.config).set_timesteps(config.sample_steps)
+    with torch.device("cpu"):  # where main() checks a config, the network alone is on the meta device
+        scheduler = open_scheduler(config)
+        if config.sample_steps is not None:
+            type(scheduler).from_config(scheduler.config).set_timesteps(config.sample_steps)
     check_trackers(config.trackers)
-    learned = scheduler.variance_type.startswith("learned")
+    sde = getattr(scheduler, "sde", None)  # in continuous time
+    learned = sde is None and scheduler.variance_type.startswith("learned")
     unet = DDPMUNet(
         sample_size=image_size(config),
         in_channels=in_channels(config),
@@ -89,6 +92,11 @@ def build(config: TrainConfig) -> tuple:
     unet.reset_parameters(config.init)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if sde is not None:
+        check_network(unet, sde, config.channels)
+        with torch.device("cpu"):
+            times = ContinuousTimes(sde, config.timesteps == "importance")
+        return unet, scheduler, ScoreObjective(sde, config.weighting or "variance"), times
     if config.timesteps not in TIMESTEPS:
         raise ConfigError(f"timesteps={config.timesteps!r} is not known{nearest(config.timesteps, TIMESTEPS)}")
     objective = DiffusionObjective(scheduler, config.loss, config.vlb_weight, config.weighting)
@@ -161,7 +169,7 @@ def train(config: TrainConfig) -> Path:
         (output / "samples").mkdir(exist_ok=True)
     if config.trackers:
         accelerator.init_trackers("ddpm-hf", {key: str(value) for key, value in dataclasses.asdict(config).items()})
-    log, at = Log(config, output, accelerator, scheduler.config.num_train_timesteps), Position()
+    log, at = Log(config, output, accelerator, objective.end), Position()
     finite, average = FiniteSteps(accelerator.device, config.max_steps_skipped), Evaluation(network, ema)
     parts = dict(ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, finite=finite)
     checkpoints = Checkpoints(config, accelerator, own=dict(at=at, log=log), **parts)
@@ -176,6 +184,8 @@ def train(config: TrainConfig) -> Path:
             batch = next(stream)
             with accelerator.accumulate(unet):
                 x_start = pixels_to_batch(batch["pixels"], scheduler.levels, config.random_flip)
+                if config.dequantize:
+                    x_start = dequantized(x_start, scheduler.levels)
                 t, weights = timesteps.sample(len(x_start), accelerator.device)
                 labels = batch.get("class_labels")
                 if config.label_dropout:

@@ -80,7 +80,10 @@ def fit_to_pipeline(config: ClassifierConfig) -> None:
         ConfigError: there is none, or its network has other classes.
     """
     with opening(f"pipeline={config.pipeline!r}"), torch.device("meta"):
-        process = VariationalDDPMScheduler.from_pretrained(config.pipeline, subfolder="scheduler")
+        saved = VariationalDDPMScheduler.load_config(config.pipeline, subfolder="scheduler")
+        if str(saved.get("_class_name")).endswith("SDEScheduler"):
+            raise ValueError(f"its {saved['_class_name']} is in continuous time; classifiers are of discrete timesteps")
+        process = VariationalDDPMScheduler.from_config(saved)
         unet = DDPMUNet.from_config(DDPMUNet.load_config(config.pipeline, subfolder="unet"))
     known = inspect.signature(VariationalDDPMScheduler).parameters
     told = {**process.config, **process.config.get("_ddpm_hf", {})}

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 import ddpm_hf
 from config import ConfigError, nearest
-from ddpm_hf import VariationalDDPMScheduler, bits_per_dim, estimate_bits_per_dim
+from ddpm_hf import bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
 from ddpm_hf.hub import write_whole
 from ddpm_hf.likelihood import standard_error
 
@@ -67,14 +67,17 @@ def environment(accelerator) -> dict:
     }
 
 
+ODE_TOLERANCE = 1e-3  # of held-out bits/dim in continuous time
+
+
 class Log:
     """The progress bar, metrics.jsonl, curves.png, and the trackers; the device is waited for every `log_every` steps only."""
 
     SUMS = ("sums", "counts", "colours")
 
-    def __init__(self, config, output: Path, accelerator, num_timesteps: int, also: tuple[str, ...] = ()):
+    def __init__(self, config, output: Path, accelerator, end: int, also: tuple[str, ...] = ()):
         self.config, self.output, self.accelerator = config, output, accelerator
-        self.main, self.num_timesteps = accelerator.is_main_process, num_timesteps
+        self.main, self.end = accelerator.is_main_process, end  # T, or 1 of continuous time
         self.images = config.batch_size * accelerator.num_processes
         self.bar = tqdm(total=config.steps, desc="train", disable=None if self.main else True, dynamic_ncols=True)
         self.rows = []
@@ -109,7 +112,7 @@ class Log:
         Losses that are not finite are left out.
         """
         good = losses.isfinite()
-        quarter = torch.where(good, 1 + t * 4 // self.num_timesteps, 0)
+        quarter = torch.where(good, 1 + (t * 4 // self.end).long().clamp(max=3), 0)
         finite = torch.where(good, torch.stack([value.float() for value in (losses, *also)]), 0)
         self.sums.index_add_(1, quarter, finite)
         self.sums[:, 0] += (finite * weights).sum(1)
@@ -267,7 +270,7 @@ def held_out_bits_per_dim(config, accelerator, unet, scheduler, x_start, labels)
     From `eval_evaluations` network calls an image, each process's share of the images computed there; all terms of a chain
     that is no longer.
     """
-    process, rank = VariationalDDPMScheduler.from_config(scheduler.config), accelerator.process_index
+    process, rank = type(scheduler).from_config(scheduler.config), accelerator.process_index
     mine = slice(rank, None, accelerator.num_processes)
     part = x_start[mine].to(accelerator.device)
     if len(part):
@@ -276,7 +279,10 @@ def held_out_bits_per_dim(config, accelerator, unet, scheduler, x_start, labels)
             generator=torch.Generator(accelerator.device).manual_seed(config.seed + rank),
             batch_size=config.batch_size,
         )
-        if config.eval_evaluations < len(process.chain):
+        if hasattr(process, "sde"):
+            result = ode_bits_per_dim(unet, process, part, rtol=ODE_TOLERANCE, atol=ODE_TOLERANCE, **how)
+            error = result.probe_error.nan_to_num().square().sum().sqrt().item() / len(part)
+        elif config.eval_evaluations < len(process.chain):
             result = estimate_bits_per_dim(unet, process, part, num_evaluations=config.eval_evaluations, **how)
             error = result.sampling_error
         else:
@@ -299,7 +305,7 @@ def held_out_loss(config, accelerator, unet, objective, held_out, seen) -> dict[
     Where the first stays and the second falls, the network learns its images by heart. `held_out`, `seen`: x_start (N, C, H, W)
     and labels (N,) or None. Each image stands at `ROUNDS` timesteps; those of all are spread evenly over the chain.
     """
-    count, chain, device = min(len(held_out[0]), len(seen[0])), objective.scheduler.chain, accelerator.device
+    count, chain, device = min(len(held_out[0]), len(seen[0])), objective.times, accelerator.device
     mine = torch.arange(accelerator.process_index, count, accelerator.num_processes)
     losses = torch.zeros(2, len(mine), device=device)
     for i, part in enumerate(mine.split(config.batch_size) if len(mine) else ()):
@@ -310,7 +316,7 @@ def held_out_loss(config, accelerator, unet, objective, held_out, seen) -> dict[
             noise = [
                 torch.randn(held_out[0].shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
             ]
-            t = torch.tensor(chain)[places * len(chain) // (count * ROUNDS)]
+            t = chain[places * len(chain) // (count * ROUNDS)]
             given = dict(t=t.to(device), noise=torch.stack(noise).to(device))
             for row, (x_start, labels) in enumerate((held_out, seen)):
                 labels = None if labels is None else labels[part].to(device)

@@ -206,8 +206,7 @@ def ode_bits_per_dim(
     check_images(x_start, levels)
     device, dimensions = "cpu" if generator is None else generator.device, x_start[0].numel()
     if dequantization == "uniform":
-        u = torch.rand(x_start.shape, generator=generator, device=device, dtype=x_start.dtype).to(x_start.device)
-        x = x_start + (2 * u - 1) / (levels - 1)
+        x = dequantized(x_start, levels, generator)
         found = ode_log_likelihood(unet, process, x, eps=eps, generator=generator, **how)
         nats = -found.log_likelihood - dimensions * math.log(2 / (levels - 1))
     else:
@@ -227,6 +226,13 @@ def ode_bits_per_dim(
         nats = -found.log_likelihood + log_q + decoder.double() * dimensions * math.log(2)
     scale = dimensions * math.log(2)
     return OdeBitsPerDim(nats / scale, found.probe_error / scale, found.latents, found.evaluations)
+
+
+def dequantized(x_start: torch.Tensor, levels: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Images (B, C, H, W) on a grid of `levels` grey levels in [-1, 1], with uniform noise of one level's width."""
+    device = x_start.device if generator is None else generator.device
+    u = torch.rand(x_start.shape, generator=generator, device=device, dtype=x_start.dtype).to(x_start.device)
+    return x_start + (2 * u - 1) / (levels - 1)
 
 
 def encode(

@@ -32,6 +32,12 @@ CITATIONS = {
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2021}
 }""",
+    "score-sde": """@inproceedings{song2021scorebased,
+  title = {Score-Based Generative Modeling through Stochastic Differential Equations},
+  author = {Yang Song and Jascha Sohl-Dickstein and Diederik P. Kingma and Abhishek Kumar and Stefano Ermon and Ben Poole},
+  booktitle = {International Conference on Learning Representations},
+  year = {2021}
+}""",
     "cfg": """@inproceedings{ho2021classifier,
   title = {Classifier-Free Diffusion Guidance},
   author = {Jonathan Ho and Tim Salimans},
@@ -133,9 +139,12 @@ def model_card(
     with torch.device("meta"):
         network = DDPMUNet.from_config(unet)
     variance = str(scheduler.get("variance_type") or "")
+    process = _continuous_process(scheduler)
     reason = None
     if low:
         reason = "a network that makes images larger"
+    elif process:
+        reason = "a network of continuous time"
     elif stock_prediction == "previous":
         reason = "a network that predicts the previous image"
     elif variance.startswith("learned"):
@@ -144,7 +153,7 @@ def model_card(
         reason = "a class-conditional network"
     elif size is None:
         reason = "a network of no fixed size"
-    cited = ["ddpm"]
+    cited = ["ddpm"] + (["score-sde"] if process else [])
     if reason == "with learned variances" or scheduler.get("beta_schedule") == "cosine":
         cited.append("iddpm")
     classifier = read_json(folder / "classifier/config.json") if "classifier" in index else None
@@ -165,6 +174,7 @@ def model_card(
         repo_id=repo_id,
         images=images,
         parameters=f"{network.num_parameters():,}",
+        process=process,
         steps=scheduler.get("num_train_timesteps"),
         beta_schedule=scheduler.get("beta_schedule"),
         prediction_type=scheduler.get("prediction_type", "epsilon"),
@@ -184,6 +194,17 @@ def model_card(
         evaluation=evaluation,
         citations="\n\n".join(CITATIONS[name] for name in cited),
     )
+
+
+def _continuous_process(scheduler):
+    """What the card says of a scheduler's config in continuous time; None of another."""
+    kind = {"VPSDEScheduler": "VP", "SubVPSDEScheduler": "sub-VP", "VESDEScheduler": "VE"}.get(
+        scheduler.get("_class_name")
+    )
+    if kind is None or scheduler.get("trained_betas"):
+        return kind and f"{kind} SDE through the betas of a chain"
+    name = "sigma" if kind == "VE" else "beta"
+    return f"{kind} SDE, {name} {scheduler[f'{name}_min']} to {scheduler[f'{name}_max']}"
 
 
 def _card_of_two_stages(folder, repo_id, license):
@@ -244,7 +265,7 @@ def _result(evaluation):
         dataset_split=evaluation["split"],
         dataset_args={"images": evaluation["images"]},
         metric_type="bits_per_dim",
-        metric_name="bits/dim, variational bound",
+        metric_name="bits/dim, " + ("probability-flow ODE" if "dequantization" in evaluation else "variational bound"),
         metric_value=round(evaluation["total"], 4),
         metric_args={"command": evaluation["command"]} if evaluation.get("command") else None,
     )

@@ -55,6 +55,12 @@ class DiffusionObjective:
             raise ValueError(f"weighting={weighting!r} is of the mean squared error; loss='vlb' has the bound's own")
         self.scheduler, self.loss, self.vlb_weight, self.weighting = scheduler, loss, vlb_weight, weighting
         self.weights = None if weighting is None else torch.from_numpy(_mse_weights(scheduler, weighting)).float()
+        self.end = len(scheduler.alphas_cumprod)  # T
+
+    @property
+    def times(self) -> torch.Tensor:
+        """int64 (N,): the timesteps of the chain."""
+        return torch.tensor(self.scheduler.chain)
 
     def __call__(
         self,
@@ -114,6 +120,14 @@ class ScoreObjective:
         if weighting not in SCORE_WEIGHTINGS:
             raise ValueError(f"weighting={weighting!r} is not known; choose one of {', '.join(SCORE_WEIGHTINGS)}")
         self.sde, self.weighting = sde, weighting
+
+    end = 1.0  # t of noise alone
+
+    @property
+    def times(self) -> torch.Tensor:
+        """(N,) float64 times, spread evenly, at which to compare losses."""
+        least = self.sde.least
+        return least + (1 - least) * (torch.arange(self.sde.N, dtype=torch.float64) + 0.5) / self.sde.N
 
     def __call__(
         self,
