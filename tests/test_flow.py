@@ -7,7 +7,7 @@ import torch
 from analytic import Mixture
 from golden_data import PROBED, golden_cases
 
-from ddpm_hf import DDPMUNet, InferenceUNet, VariationalDDPMScheduler, VPSDEScheduler, bits_per_dim
+from ddpm_hf import DDPMUNet, InferenceUNet, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler, bits_per_dim
 from ddpm_hf.flow import (
     OdeStopped,
     decode,
@@ -166,6 +166,20 @@ def test_encodings_of_normal_data_in_closed_form(kind):
     assert (found.evaluations > 6).all() and found.evaluations.shape == (5,)
 
 
+def test_encodings_by_ddim_of_a_network_that_errs():
+    """Where a cosine chain ends its error is multiplied by thousands, but for clipping."""
+    scheduler = VariationalDDPMScheduler(beta_schedule="cosine", timestep_spacing="iddpm")
+    exact = Mixture(process_of(scheduler))
+
+    def net(x, t, class_labels=None, return_dict=False):
+        return (exact(x, t)[0] + 0.01 * torch.sin(3 * x),)
+
+    x = exact.sample(4, 1, 4, 4).clamp(-1, 1)
+    latents = encode(net, scheduler, x, num_inference_steps=250).sample
+    back = decode(net, scheduler, latents, num_inference_steps=250).sample
+    assert (back - x).abs().max() < 0.1
+
+
 def test_encodings_by_ddim():
     scheduler = VariationalDDPMScheduler(beta_schedule="cosine", clip_sample=True, timestep_spacing="iddpm")
     net = Mixture(process_of(scheduler))
@@ -239,6 +253,7 @@ def test_a_network_with_classes(unet):
         ({"rtol": 0.0}, "rtol=0.0 must be above 0"),
         ({"atol": -1.0}, "atol=-1.0 must be above 0"),
         ({"atol": math.nan}, "atol=nan must be above 0"),
+        ({"eps": 1.0}, "eps=1.0 must be above 0 and below 1"),
         ({"eps": 0.0}, "eps=0.0 must be above 0 and below 1"),
         ({"trace": "hutchinson"}, "trace='hutchinson' is not known; choose one of rademacher,"),
         ({"probes": 0}, "probes=0 must be an integer"),
@@ -266,8 +281,33 @@ def test_a_process_that_does_not_fit_the_network(unet):
         encode(unet, VariationalDDPMScheduler(rescale_betas_zero_snr=True), x)
     with pytest.raises(ValueError, match="^dequantization='decoder' needs the L_0"):
         ode_bits_per_dim(unet, VPSDE(), x, levels=2, dequantization="decoder")
+    with pytest.raises(
+        ValueError, match="^eps=1e-05 must be above 0 and below 1: .*, of a chain 1 / T = 0.001 at the least"
+    ):
+        encode(unet, VariationalDDPMScheduler(), x, eps=1e-5)
+    with pytest.raises(ValueError, match="^eps=0.1 is of the adaptive solver"):
+        encode(unet, VariationalDDPMScheduler(), x, eps=0.1, num_inference_steps=10)
     with pytest.raises(ValueError, match="grey level off the grid of levels=3"):
         ode_bits_per_dim(unet, VPSDEScheduler(), x + 0.3, levels=3)
+
+
+def test_a_process_of_images_from_0_to_1():
+    """NCSN's: the same bits and images as of the process of twice the sigmas, in [-1, 1]."""
+    how = dict(prediction_type="score", num_train_timesteps=100)
+    ours = VESDEScheduler(sigma_min=0.02, sigma_max=100.0, **how)
+    theirs = VESDEScheduler(sigma_min=0.01, sigma_max=50.0, centered=False, **how)
+    nets = Mixture(ours.sde), Mixture(theirs.sde, (0.25, 0.7), (0.05, 0.1))
+    x = torch.randint(0, 8, (3, 1, 4, 4), generator=torch.Generator().manual_seed(0)) / 3.5 - 1.0
+    found = [
+        ode_bits_per_dim(net, process, x.double(), levels=8, generator=torch.Generator().manual_seed(0))
+        for net, process in zip(nets, (ours, theirs))
+    ]
+    # half a level of grey lies between their priors: 0.5 / 50 nats for a latent of one standard deviation
+    torch.testing.assert_close(found[0].total, found[1].total, rtol=0, atol=0.02)
+    for net, process in zip(nets, (ours, theirs)):
+        latents = encode(net, process, x.double()).sample
+        assert latents.std() > 10
+        torch.testing.assert_close(decode(net, process, latents).sample, x.double(), rtol=0, atol=2e-2)
 
 
 def test_a_solver_that_is_stopped_says_how_far_it_came():

@@ -8,13 +8,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from elsewhere import ROUNDING, open_elsewhere, run_elsewhere
 from huggingface_hub import ModelCard, constants
 
-from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler
+from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler
 from ddpm_hf.data import digits, load_images
-from ddpm_hf.hub import write_model_card
+from ddpm_hf.hub import model_card, write_model_card
 from ddpm_hf.push import HubError, push_folder, weights_digest
 
 
@@ -446,6 +452,33 @@ def test_pipelines_with_schedulers_of_their_own(hub, make_pipeline, scheduler):
     make_pipeline(scheduler=scheduler()).push_to_hub(f"user/own-{scheduler.__name__}")
     card = hub.files(f"user/own-{scheduler.__name__}")["README.md"].decode()
     assert "trained with" not in card and "grey levels of the data" not in card and "Not recorded" in card
+
+
+def test_pipelines_of_continuous_time(hub, make_pipeline, tmp_path):
+    """Under our class's name: no stock class draws from them. Trusted code has all it needs; a chain then takes its place."""
+    chain = VariationalDDPMScheduler(beta_schedule="cosine")
+    pipe = make_pipeline(scheduler=VPSDEScheduler.from_config(chain.config, predictor="ddim"))
+    pipe.push_to_hub("user/continuous")
+    here = images_of(pipe)
+    for extra in ({}, {"custom_pipeline": "user/continuous"}, {"revision": "remote-code"}):
+        opened = DiffusionPipeline.from_pretrained("user/continuous", trust_remote_code=True, **extra)
+        opened.set_progress_bar_config(disable=True)
+        assert [type(part).__name__ for part in (opened, opened.scheduler)] == ["DDPMImagePipeline", "VPSDEScheduler"]
+        np.testing.assert_allclose(images_of(opened), here, atol=ROUNDING)
+    assert type(DDPMImagePipeline.from_pretrained("user/continuous").scheduler) is VPSDEScheduler
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained("user/continuous")
+    card = str(model_card_of(pipe, tmp_path / "vp"))
+    assert "VP SDE through the betas of a chain" in card and "a network of continuous time" in card
+    pipe.scheduler = chain
+    pipe.push_to_hub("user/continuous")
+    assert type(DiffusionPipeline.from_pretrained("user/continuous")).__name__ == "DDPMPipeline"
+    assert "scheduler/sde_scheduler.py" not in hub.files("user/continuous")
+
+
+def model_card_of(pipe, folder):
+    pipe.save_pretrained(folder)
+    return model_card(folder)
 
 
 def test_the_card_shows_calls_that_run(hub, saved, make_pipeline):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from analytic import Mixture
-from diffusers import DDPMScheduler, ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
 from elsewhere import ROUNDING, open_elsewhere
 from golden_data import assert_fingerprint, golden_cases, randn
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
-from ddpm_hf.sde import VESDE, VPSDE, ChainSDE, SubVPSDE, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from ddpm_hf.sde import VESDE, VPSDE, SubVPSDE, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 
 GOLDEN = golden_cases("sde", "sde")
 PROCESSES = {"VP": VPSDE, "subVP": SubVPSDE, "VE": VESDE}
@@ -185,9 +185,11 @@ def test_ddim_in_continuous_time_is_the_schedulers_ddim():
 
 def test_the_steps_of_diffusers_score_sde_ve_scheduler():
     theirs = ScoreSdeVeScheduler(num_train_timesteps=2000, snr=0.15, sigma_max=1348.0)
-    ours = VESDEScheduler.from_config({**theirs.config, "_class_name": "ScoreSdeVeScheduler"})
+    ours = VESDEScheduler.from_config(theirs.config)
     assert not ours.config.centered
     assert (ours.config.snr, ours.config.sigma_max, ours.config.correct_steps) == (0.15, 1348.0, 1)
+    defaults = VESDEScheduler.from_config(ScoreSdeVeScheduler().config).config  # theirs, not ours
+    assert (defaults.num_train_timesteps, defaults.snr, defaults.sigma_max) == (2000, 0.15, 1348.0)
     n = 7
     ours.set_timesteps(n)
     theirs.set_timesteps(n)
@@ -212,18 +214,20 @@ def test_langevin_steps_have_the_signal_to_noise_ratio():
     scheduler.set_timesteps(100)
     x, score, noise = torch.randn(3, 4, 3, 8, 8, dtype=torch.float64)
     t = scheduler.timesteps[40]
-    sde = scheduler._process(100)
+    sde = scheduler.sde
     output = -score * sde.std(sde.times(t))
     found = scheduler.step_correct(output, t, x, variance_noise=noise)
-    alpha = 1 - sde.step_beta(sde.times(t.double()))
+    alpha = 1 - sde.step_beta(sde.times(t.double()))  # of the trained process, however many steps are taken
     for image in range(4):  # Algorithm 5
         epsilon = 2 * alpha * (0.3 * noise[image].norm() / score[image].norm()) ** 2
         expected = x[image] + epsilon * score[image] + (2 * epsilon).sqrt() * noise[image]
-        torch.testing.assert_close(found[image], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[image], expected, rtol=1e-4, atol=1e-4)
+    zero = torch.zeros_like(x)
+    assert torch.equal(scheduler.step_correct(zero, t, x), x)  # no score, no step
 
 
 def test_annealed_langevin_dynamics_alone():
-    """NCSN: ten levels of noise, many steps at each, and a last denoising mean."""
+    """NCSN: ten levels of noise, many steps at each."""
     scheduler = VESDEScheduler(
         sigma_max=10.0, sigma_min=0.05, predictor="none", corrector="annealed_langevin", correct_steps=200, snr=0.2
     )
@@ -260,6 +264,16 @@ def test_configs_of_other_schedulers():
     ):
         with pytest.raises(ValueError, match=f"^{kind.__name__} has no process for beta_schedule="):
             kind.from_config(other.config)
+    with pytest.raises(ValueError, match="^VPSDEScheduler has no process of a config with sigma_min"):
+        VPSDEScheduler.from_config(VESDEScheduler().config)
+    with pytest.raises(ValueError, match="^VESDEScheduler has no process of a config with beta_min"):
+        VESDEScheduler.from_config(VPSDEScheduler().config)
+    with pytest.raises(ValueError, match="^alphas_cumprod must fall and stay above 0"):
+        VPSDEScheduler.from_config(DDPMScheduler(rescale_betas_zero_snr=True).config)
+    found = VPSDEScheduler.from_config({"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02})
+    assert (found.config.beta_min, found.config.beta_max) == (pytest.approx(0.1), pytest.approx(20.0))
+    found = VPSDEScheduler.from_config({"beta_schedule": "squaredcos_cap_v2"})
+    assert found.config.trained_betas[-1] == pytest.approx(0.999)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +286,7 @@ def test_configs_of_other_schedulers():
     ids=lambda other: str(other.config.beta_schedule),
 )
 def test_the_steps_of_a_chain_by_the_sde(other, tmp_path):
-    """At T steps the discretisation is the chain itself, and so are its ancestral steps; with fewer, the respaced chain's."""
+    """At T steps the discretisation is the chain itself, and so are its ancestral steps."""
     sde = VPSDEScheduler.from_config(other.config, predictor="ancestral")
     sde.save_pretrained(tmp_path)
     sde = VPSDEScheduler.from_pretrained(tmp_path)
@@ -287,12 +301,35 @@ def test_the_steps_of_a_chain_by_the_sde(other, tmp_path):
 
 
 def test_a_chain_in_fewer_steps_is_the_respaced_chain():
-    chain = VariationalDDPMScheduler(beta_schedule="cosine", num_train_timesteps=100)
-    chain.set_timesteps(timesteps=list(range(99, -1, -5)))
-    sde = ChainSDE(chain.alphas_cumprod, N=20)
-    t = torch.arange(1, 21, dtype=torch.float64) / 20
-    beta = -torch.expm1(torch.diff(chain.alphas_cumprod[4::5].log(), prepend=torch.zeros(1)))
-    torch.testing.assert_close(sde.step_beta(t), beta)
+    """Its ancestral steps are those of the chain of the same timesteps."""
+    chain = VariationalDDPMScheduler(
+        beta_schedule="cosine", num_train_timesteps=96, clip_sample=False, variance_type="fixed_large"
+    )
+    sde = VPSDEScheduler.from_config(chain.config, predictor="ancestral")
+    chain.set_timesteps(timesteps=list(range(95, -1, -5)))
+    sde.set_timesteps(20)
+    torch.testing.assert_close(sde.timesteps, torch.arange(95.0, -1, -5), rtol=0, atol=1e-4)
+    x, output, noise = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    for t in (90, 50, 5):
+        expected = chain.step(output, t, x, variance_noise=noise).prev_sample
+        found = sde.step(output, sde.timesteps[(95 - t) // 5], x, variance_noise=noise).prev_sample
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [20, 250])
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral", "ddim"])
+def test_samplers_of_a_chain_reach_its_data(predictor, steps):
+    scheduler = VPSDEScheduler.from_config(VariationalDDPMScheduler(beta_schedule="cosine").config, predictor=predictor)
+    x, _ = run(scheduler, gaussian_network(scheduler.sde, 0.3, 0.5), steps)
+    assert x.mean().item() == pytest.approx(0.3, abs=0.03)
+    assert x.std().item() == pytest.approx(0.5, rel=0.1 if steps == 20 else 0.035)
+
+
+def test_sampling_may_end_anywhere():
+    """The last step goes to data from there, in one."""
+    scheduler = VPSDEScheduler(predictor="ddim", sampling_eps=0.3)
+    x, _ = run(scheduler, gaussian_network(scheduler.sde, 0.3, 0.0), 200)
+    torch.testing.assert_close(x, torch.full_like(x, 0.3), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +343,13 @@ def test_a_chain_in_fewer_steps_is_the_respaced_chain():
         (VESDEScheduler, {"snr": 0.0}, "snr=0.0 must be above 0"),
         (VESDEScheduler, {"snr": float("nan")}, "snr=nan must be above 0"),
         (VPSDEScheduler, {"sampling_eps": 0.0}, "sampling_eps=0.0 must be above 0 and below 1"),
+        (
+            VESDEScheduler,
+            {"predictor": "none", "correct_steps": 0},
+            "predictor='none' with correct_steps=0 does nothing",
+        ),
+        (VPSDEScheduler, {"trained_betas": []}, "trained_betas=[]: give betas to VPSDEScheduler alone, one at least"),
+        (SubVPSDEScheduler, {"trained_betas": [0.1]}, "trained_betas=[0.1]: give betas to VPSDEScheduler alone"),
         (VPSDEScheduler, {"num_train_timesteps": 0}, "N=0 must be an integer, 1 or more"),
         (VPSDEScheduler, {"prediction_type": "previous"}, "prediction_type='previous' is not known"),
     ],
@@ -319,8 +363,14 @@ def test_bad_calls():
     scheduler, x = VPSDEScheduler(), torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="^set_timesteps"):
         scheduler.step(x, 0.5, x)
-    with pytest.raises(ValueError, match="^num_inference_steps=10 is too few for beta_max=20.0"):
-        scheduler.set_timesteps(10)
+    for predictor in ("euler_maruyama", "probability_flow"):
+        with pytest.raises(ValueError, match=r"^num_inference_steps=5 has a beta of 0.98\d, and predictor='(eul|prob)"):
+            VPSDEScheduler(predictor=predictor).set_timesteps(5)
+    cosine = VariationalDDPMScheduler(beta_schedule="cosine").config
+    with pytest.raises(ValueError, match="^num_inference_steps=1000 has a beta of 0.999, and predictor='prob.* choose"):
+        VPSDEScheduler.from_config(cosine, predictor="probability_flow").set_timesteps(1000)
+    with pytest.raises(ValueError, match="^num_inference_steps=3: some have one timestep of 1"):
+        VPSDEScheduler(num_train_timesteps=1).set_timesteps(3)
     with pytest.raises(ValueError, match="^num_inference_steps=1 must be"):
         scheduler.set_timesteps(1)
     scheduler.set_timesteps(100)
@@ -404,12 +454,12 @@ def test_the_folders_of_diffusers_score_sde_ve_pipeline(tmp_path):
     torch.manual_seed(0)
     net = UNet2DModel(
         sample_size=8,
-        block_out_channels=(8, 8),
+        block_out_channels=(32, 32),
         layers_per_block=1,
-        norm_num_groups=4,
+        norm_num_groups=None,
         time_embedding_type="fourier",
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
     ).eval()
     theirs = ScoreSdeVePipeline(net, ScoreSdeVeScheduler(sigma_max=2.0, correct_steps=1))
     theirs.save_pretrained(tmp_path)
@@ -421,3 +471,34 @@ def test_the_folders_of_diffusers_score_sde_ve_pipeline(tmp_path):
     expected = theirs(1, 20, generator=torch.Generator().manual_seed(0), output_type="np").images
     found = ours(1, torch.Generator().manual_seed(0), 20, "np").images
     np.testing.assert_allclose(found, expected, atol=1e-4)
+    ours.save_pretrained(tmp_path / "ours")
+    for again in (DDPMImagePipeline(net, theirs.scheduler), DDPMImagePipeline.from_pretrained(tmp_path / "ours")):
+        again.set_progress_bar_config(disable=True)
+        again.to("cpu").optimize(compile=False)
+        found = again(1, torch.Generator().manual_seed(0), 20, "np").images
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    swapped = DDPMImagePipeline.from_pretrained(tmp_path / "ours", scheduler=VESDEScheduler(predictor="ddim"))
+    assert swapped.scheduler.config.predictor == "ddim"
+    with pytest.raises(ValueError, match="trust_remote_code"):  # stock classes would draw from noise of another size
+        DiffusionPipeline.from_pretrained(tmp_path / "ours")
+
+
+def test_progress_and_interpolation(unet):
+    """What the network is told, as it is."""
+    net = DDPMUNet.from_config(unet.config, time_embedding_type="fourier").eval()
+    pipe = DDPMImagePipeline(net, VESDEScheduler(sigma_max=4.0, num_train_timesteps=3))
+    pipe.set_progress_bar_config(disable=True)
+    told = [t for t, _, _ in pipe.progressive(1, num_inference_steps=5)]
+    assert told == pipe_timesteps(pipe, 5) and 0 < told[-1] < 0.02
+    images = torch.rand(2, 2, 1, 8, 8) * 2 - 1
+    assert len(pipe.interpolate(*images, [0.5], 3.5, num_inference_steps=5, output_type="pt").images) == 2
+    with pytest.raises(ValueError, match="^timestep=5 is beyond the process; choose one from 0 to (3.99|4)"):
+        pipe.interpolate(*images, [0.5], 5, num_inference_steps=5)
+    pipe.scheduler = VESDEScheduler(sigma_max=4.0, centered=False)
+    back = pipe.interpolate(*images, [0.0], 0.0101, num_inference_steps=5, output_type="pt").images
+    torch.testing.assert_close(back, images[0] / 2 + 0.5, rtol=0, atol=0.3)
+
+
+def pipe_timesteps(pipe, steps):
+    pipe.scheduler.set_timesteps(steps)
+    return pipe.scheduler.timesteps.tolist()

@@ -115,7 +115,7 @@ class TrainConfig(RunConfig):
     sample_raw: int = 5  # so many first sheets have one of the weights that are not averaged beside them
     sample_count: int = 64
     sample_steps: int | None = None  # network calls an image; None for all timesteps
-    eval_evaluations: int = 50  # network calls for each held-out image, see estimate_bits_per_dim
+    eval_evaluations: int = 50  # network calls for each held-out image, see estimate_bits_per_dim; of process ddpm
     # where it is published, at checkpoints and at the end
     push_to_hub: str | None = None  # user/name of a repository on the Hub; None for nowhere
     hub_private: bool = False  # where the repository is made: for its owner only
@@ -413,6 +413,11 @@ def _check_continuous(config):
             )
     if config.low_resolution:
         raise ConfigError(f"low_resolution is of process=ddpm, not of {config.process}")
+    prediction = config.scheduler.get("prediction_type", "score")
+    if config.process == "ve" and prediction != "score":
+        raise ConfigError(
+            f"scheduler.prediction_type={prediction!r}: networks that are told sigma divide by it, as scores want; leave it out"
+        )
     if not config.scheduler.get("centered", True):
         raise ConfigError(
             "scheduler.centered=false: images are trained in [-1, 1]; leave it out, and double sigma_min and sigma_max"

@@ -23,6 +23,7 @@ from sheets import save_figure
 
 from ddpm_hf import DDPMImagePipeline, InferenceUNet, OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
 from ddpm_hf.data import check_levels, image_to_pixels, load_images, pixels_to_tensor, tensor_to_pixels, training_set
+from ddpm_hf.flow import DEQUANTIZATIONS
 from ddpm_hf.hub import has_our_card, write_model_card, write_whole
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
 from ddpm_hf.push import told_of, weights_digest
@@ -134,6 +135,9 @@ def main():
     parser.add_argument(
         "--ode", action="store_true", help="by the probability-flow ODE in place of the bound: see ode_bits_per_dim"
     )
+    parser.add_argument(
+        "--dequantization", choices=DEQUANTIZATIONS, help="of --ode; decoder for a chain, uniform in continuous time"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of the ODE's solver, absolute and relative")
     parser.add_argument("--probes", type=int, default=1, help="of the ODE's trace, for each image")
     parser.add_argument("--optimize", action="store_true", help="compile the network first, worth it for many images")
@@ -191,7 +195,7 @@ def main():
         "seed": arguments.seed,
     }
     options = {"split": None, "images": None, "steps": None, "first": 0, "estimate": None, "levels": None}
-    options |= {"ode": False, "tolerance": 1e-5, "probes": 1, "seed": 0}
+    options |= {"ode": False, "dequantization": None, "tolerance": 1e-5, "probes": 1, "seed": 0}
     given = [
         (name, getattr(arguments, name)) for name, default in options.items() if getattr(arguments, name) != default
     ]
@@ -274,18 +278,22 @@ def by_bound(unet, scheduler, x_start, how, arguments):
 def by_ode(unet, scheduler, x_start, how, arguments):
     """The same of the ODE."""
     tolerance = arguments.tolerance
-    result = ode_bits_per_dim(unet, scheduler, x_start, rtol=tolerance, atol=tolerance, probes=arguments.probes, **how)
+    dequantization = arguments.dequantization or ("uniform" if hasattr(scheduler, "sde") else "decoder")
+    if dequantization == "uniform" and arguments.first:
+        raise ValueError(f"--first {arguments.first} is of --dequantization decoder; leave it out")
+    how |= dict(rtol=tolerance, atol=tolerance, probes=arguments.probes, dequantization=dequantization)
+    result = ode_bits_per_dim(unet, scheduler, x_start, **how)
     told = result.probe_error.square().sum().sqrt().item() / len(x_start)
     report = {
         "total": result.mean,
-        "dequantization": "uniform" if hasattr(scheduler, "sde") else "decoder",
+        "dequantization": dequantization,
         "tolerance": tolerance,
         "probes": arguments.probes,
         "sampling_error": None if math.isnan(told) else told,
         "evaluations_per_image": result.evaluations.double().mean().item(),
     }
     total = f"{result.mean:.4f} +- {result.standard_error:.4f}"
-    lines = ["by the probability-flow ODE", f"  total    {total}   with {report['dequantization']} dequantization"]
+    lines = ["by the probability-flow ODE", f"  total    {total}   with {dequantization} dequantization"]
     lines.append("  (+- is the standard error over images, dequantization and probes together)")
     calls = f"{report['evaluations_per_image']:.0f} network calls an image, tolerance {tolerance:g}"
     lines.append(f"  {calls}" + ("" if math.isnan(told) else f"; +- {told:.4f} by the probes alone"))

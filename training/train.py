@@ -78,8 +78,9 @@ def build(config: TrainConfig) -> tuple:
     check_schedule(config)
     with torch.device("cpu"):  # where main() checks a config, the network alone is on the meta device
         scheduler = open_scheduler(config)
-        if config.sample_steps is not None:
-            type(scheduler).from_config(scheduler.config).set_timesteps(config.sample_steps)
+        steps = config.sample_steps or scheduler.config.num_train_timesteps
+        if config.sample_steps is not None or config.sample_every:
+            type(scheduler).from_config(scheduler.config).set_timesteps(steps)
     check_trackers(config.trackers)
     sde = getattr(scheduler, "sde", None)  # in continuous time
     learned = sde is None and scheduler.variance_type.startswith("learned")

@@ -13,7 +13,6 @@ from numbers import Integral
 from typing import NamedTuple
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from torchdiffeq import odeint
 from tqdm.auto import tqdm
 
@@ -85,7 +84,7 @@ def ode_log_likelihood(
         unet: a network, or anything called as `unet(x_t, label, class_labels=..., return_dict=False)` through which gradients
             go; an `InferenceUNet` has none. Dropout is off while this runs.
         process: an `SDE`, one of its schedulers, or a `VariationalDDPMScheduler` (see `ChainSDE`).
-        x: (B, C, H, W), taken for x at t = eps.
+        x: (B, C, H, W), taken for x at t = eps; in [0, 1] if the process is a `VESDEScheduler` that is not centered.
         class_labels: (B,), for a class-conditional network.
         eps: the time to begin at; None for 1e-5, or 1 / T for a chain.
         rtol, atol: tolerances of a solver's step, for each image: of the root mean square over its dimensions, and of its log
@@ -206,9 +205,10 @@ def ode_bits_per_dim(
     check_images(x_start, levels)
     device, dimensions = "cpu" if generator is None else generator.device, x_start[0].numel()
     if dequantization == "uniform":
-        x = dequantized(x_start, levels, generator)
+        x = _of_process(process, dequantized(x_start, levels, generator))
         found = ode_log_likelihood(unet, process, x, eps=eps, generator=generator, **how)
-        nats = -found.log_likelihood - dimensions * math.log(2 / (levels - 1))
+        width = 2 / (levels - 1) if _centered(process) else 1 / (levels - 1)
+        nats = -found.log_likelihood - dimensions * math.log(width)
     else:
         first = chain.chain[0]
         noise = torch.randn(x_start.shape, generator=generator, device=device, dtype=x_start.dtype).to(x_start.device)
@@ -235,6 +235,16 @@ def dequantized(x_start: torch.Tensor, levels: int, generator: torch.Generator |
     return x_start + (2 * u - 1) / (levels - 1)
 
 
+def _centered(process):
+    """Whether the images of a process are in [-1, 1], and not in [0, 1] as NCSN's."""
+    return getattr(process, "config", {}).get("centered", True)
+
+
+def _of_process(process, x):
+    """Images in [-1, 1] in the range of a process."""
+    return x if _centered(process) else x / 2 + 0.5
+
+
 def encode(
     unet: Callable,
     process,
@@ -256,7 +266,8 @@ def encode(
             the network needs no gradients, an `InferenceUNet` does too.
         x_start: (B, C, H, W).
         num_inference_steps: None for the adaptive solver; a number for as many steps of DDIM (eq. 13 there) up the chain of a
-            `VariationalDDPMScheduler`, unclipped: fewer calls, and `decode` does not come back exactly.
+            `VariationalDDPMScheduler`: fewer calls, and `decode` does not come back exactly. x_0 is clipped where the
+            scheduler's config says so: at the noisy end of a cosine chain its error is otherwise multiplied by thousands.
 
     Returns:
         `Encoding` with `.sample` (B, C, H, W), x at t = 1: of standard deviation `prior_std` of the process.
@@ -265,7 +276,7 @@ def encode(
         As `ode_log_likelihood`.
     """
     how = unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar
-    return _carry(x_start, True, num_inference_steps, *how)
+    return _carry(_of_process(process, x_start), True, num_inference_steps, *how)
 
 
 def decode(
@@ -284,7 +295,8 @@ def decode(
 ) -> Encoding:
     """Latents of `encode`, or noise, to images; arguments as there. `.sample` is x at t = eps, [-1, 1] but for stray values."""
     how = unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar
-    return _carry(latents, False, num_inference_steps, *how)
+    found = _carry(latents, False, num_inference_steps, *how)
+    return found if _centered(process) else found._replace(sample=2 * found.sample - 1)
 
 
 def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: list[float]) -> torch.Tensor:
@@ -300,9 +312,9 @@ def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: list[float]) 
 def _carry(x, up, steps, unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar):
     if steps is not None:
         check_scheduler(process)
+        if eps is not None:
+            raise ValueError(f"eps={eps} is of the adaptive solver; leave it out with num_inference_steps")
         name, sde, scheduler = "DDIM", process_of(process), copy.copy(process)
-        clipping = {"clip_sample": False, "thresholding": False}  # of the copy: what is clipped does not come back
-        scheduler._internal_dict = FrozenDict({**process.config, **clipping})
         scheduler.set_timesteps(steps)
         chain = scheduler.chain if up else scheduler.chain[::-1]
         step = scheduler.reverse_step if up else partial(scheduler.step, eta=0.0)
@@ -357,8 +369,10 @@ def process_of(process) -> SDE:
 
 def _begin(sde, eps):
     eps = sde.least if eps is None else eps
-    if not 0 < eps < 1:
-        raise ValueError(f"eps={eps} must be above 0 and below 1: the time that stands for data")
+    least = sde.least if isinstance(sde, ChainSDE) else 0.0
+    if not (0 < eps < 1 and eps >= least):
+        beside = f", of a chain 1 / T = {least:g} at the least" if least else ""
+        raise ValueError(f"eps={eps} must be above 0 and below 1: the time that stands for data{beside}")
     return eps
 
 
@@ -405,8 +419,8 @@ def check_network(unet: Callable, sde: SDE, channels: int) -> None:
             "another kind"
         )
     steps = getattr(config, "num_train_timesteps", None)
-    if steps is not None and kind == "positional" and steps != sde.trained_steps:
-        raise ValueError(f"the network was made for T={steps}, the process has N={sde.trained_steps}")
+    if steps is not None and kind == "positional" and steps != sde.N:
+        raise ValueError(f"the network was made for T={steps}, the process has N={sde.N}")
     has = getattr(config, "in_channels", channels)
     if has != channels:
         raise ValueError(f"the network has in_channels={has}; the images have {channels} channels")

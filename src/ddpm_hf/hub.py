@@ -125,6 +125,7 @@ def model_card(
         return _card_of_two_stages(folder, repo_id or folder.name, license)
     unet, scheduler = read_json(folder / "unet/config.json"), read_json(folder / "scheduler/scheduler_config.json")
     stock_prediction = scheduler.get("prediction_type", "epsilon")
+    process = _continuous_process(scheduler)
     scheduler = {**scheduler, **scheduler.get("_ddpm_hf", {})}
     told = told_of(folder)
     training, evaluation = told.get("training"), told.get("evaluation")
@@ -139,7 +140,6 @@ def model_card(
     with torch.device("meta"):
         network = DDPMUNet.from_config(unet)
     variance = str(scheduler.get("variance_type") or "")
-    process = _continuous_process(scheduler)
     reason = None
     if low:
         reason = "a network that makes images larger"

@@ -152,7 +152,7 @@ class ScoreObjective:
             noise = torch.randn_like(x_start)
         x_t = sde.sample(x_start, t, noise)
         output = unet(x_t, sde.labels(t).to(x_start.dtype), class_labels=class_labels, return_dict=False)[0]
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        output = output[:, : x_start.shape[1]].to(torch.promote_types(output.dtype, torch.float32))
         # std * score, which is the noise's negative where the network is right
         of_x_t, of_output = ((sde.std(t) * weight).to(output).view(-1, 1, 1, 1) for weight in sde.score_weights(t))
         loss = (of_x_t * x_t + of_output * output + noise).square().flatten(1).mean(1)

@@ -13,6 +13,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 
 from .classifier import NoisyClassifier
 from .conditioning import Conditioned
@@ -23,6 +24,8 @@ from .scheduler import VariationalDDPMScheduler
 from .sde import SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .unet import DDPMUNet, sides
 
+# of a repository: no pickled weights
+FILES = ("*.json", "*.safetensors", "*.py")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Class names as they are saved. Classes are compared by name: a published pipeline.py is executed anew at every load.
 STOCK_CLASSES = {"DDPMUNet": "UNet2DModel", "VariationalDDPMScheduler": "DDPMScheduler"}
@@ -68,12 +71,15 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
                 ours = DDPMUNet.from_config(unet.config)
             ours.load_state_dict(unet.state_dict(), assign=True)
             unet = ours.train(unet.training)
-        if type(scheduler).__name__ == "DDPMScheduler":
-            scheduler = VariationalDDPMScheduler.from_config(scheduler.config)
-        elif type(scheduler).__name__ in SCORE_SDE:
-            name, config = type(scheduler).__name__, scheduler.config
-            scheduler = SCORE_SDE[name].from_config({**config, "_class_name": name})
-        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
+        self.register_modules(unet=unet, scheduler=our_scheduler(scheduler), classifier=classifier)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        config = super().load_config(*args, **kwargs)
+        index = config[0] if isinstance(config, tuple) else config
+        if isinstance(index.get("_class_name"), (list, tuple)):  # a module of the folder and its class: this one
+            index["_class_name"] = index["_class_name"][-1]
+        return config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMImagePipeline":
@@ -97,15 +103,20 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
                 f"{path} holds a {index.get('_class_name')} of {', '.join(sorted(components))}; this class opens pipelines of "
                 "a UNet2DModel and a scheduler"
             )
-        saved = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
+        saved = index["_class_name"]
         own = [base.__name__ for base in cls.__mro__ if base.__name__ in OTHER_CLASSES]
         if ({saved} & {*OTHER_CLASSES}) != {*own}:
             raise ValueError(f"{path} holds a {saved}; open it with that class, not with {cls.__name__}")
+        if own or saved == "DDPMImagePipeline":  # of a repository diffusers would run the code
+            path = local_folder(path, kwargs)
         try:
             kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
             opened = {}
             for part, name in own_parts.items():  # by this package's classes: no code of the folder is run
-                if part not in kwargs:
+                if part in kwargs:
+                    given = kwargs.pop(part)
+                    opened[part] = our_scheduler(given) if part == "scheduler" else given
+                else:
                     how = {key: kwargs[key] for key in where if key in kwargs}
                     if name == "NoisyClassifier":
                         how |= {key: kwargs[key] for key in ("variant", "use_safetensors") if key in kwargs}
@@ -263,8 +274,9 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             Others: as in `__call__`; the images are those of the same call.
 
         Yields:
-            (t, x_t, predicted x_0): t the 0-based timestep, x_t (B, C, H, W) before the step, the prediction at it (B, C, H,
-            W), [-1, 1] where the scheduler clips. The last prediction is the image, but for the shift of classifier guidance.
+            (t, x_t, predicted x_0): t the 0-based timestep, in continuous time what the network is told, a float; x_t (B, C,
+            H, W) before the step, the prediction at it (B, C, H, W), [-1, 1] where the scheduler clips. The last prediction is
+            the image, but for the shift of classifier guidance.
 
         Raises:
             ValueError: as `__call__`; every below 1; a scheduler whose steps predict no x_0.
@@ -290,7 +302,7 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
                     f"the steps of {type(self.scheduler).__name__} predict no x_0; use a DDPM or DDIM scheduler"
                 )
             if i % every == 0 or i == len(timesteps) - 1:
-                yield int(t), x_t, x_start
+                yield t.item(), x_t, x_start
         self.maybe_free_model_hooks()
 
     @torch.no_grad()
@@ -335,9 +347,10 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             )
         if len(weights) == 0 or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights={list(weights)} must be numbers in [0, 1], one at least")
-        steps = self.scheduler.config.num_train_timesteps
-        if not timestep < steps:
-            raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {steps - 1}")
+        sde = getattr(self.scheduler, "sde", None)  # in continuous time
+        most = self.scheduler.config.num_train_timesteps - 1 if sde is None else sde.labels(1.0).item()
+        if not timestep <= most:
+            raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {most}")
         self._check_output(output_type, ())
         pairs, count = len(images_a), len(weights)
         class_labels, *guidance = (
@@ -358,6 +371,8 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         at = timesteps[:1].expand(pairs * count)
         weight = torch.tensor(weights, dtype=latents.dtype, device=latents.device).repeat(pairs).view(-1, 1, 1, 1)
         a, b = (images.to(latents).repeat_interleave(count, dim=0) for images in (images_a, images_b))
+        if not self._centered:
+            a, b = a / 2 + 0.5, b / 2 + 0.5
         sample = self.scheduler.add_noise((1 - weight) * a + weight * b, latents, at)  # linear, as the mixture of both
         for t in self.progress_bar(timesteps):
             _, sample, _ = step(t, sample)
@@ -533,11 +548,15 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             raise ValueError(f"class_labels has {labels.shape[0]} entries for batch_size={batch_size}")
         return labels
 
+    @property
+    def _centered(self):
+        """Whether samples are in [-1, 1], and not in [0, 1] as NCSN's."""
+        return self.scheduler.config.get("centered", True)
+
     def _to_output(self, sample, output_type):
         if output_type == "latent":
             return sample
-        centered = self.scheduler.config.get("centered", True)  # in [-1, 1]
-        images = (sample.float() / 2 + 0.5 if centered else sample.float()).clamp(0, 1)
+        images = (sample.float() / 2 + 0.5 if self._centered else sample.float()).clamp(0, 1)
         if output_type == "pt":
             return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -554,7 +573,10 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
                 index[name] = [OWN_PARTS[entry[-1]], entry[-1]]
         if self.classifier is None:
             index.pop("classifier", None)  # stock classes have none
-        return json.dumps({**index, "_class_name": "DDPMPipeline"}, indent=2, sort_keys=True) + "\n"
+        # stock classes would draw from a process of continuous time, and wrongly
+        own = type(self.scheduler).__name__ in OWN_PARTS
+        name = ["pipeline", "DDPMImagePipeline"] if own else "DDPMPipeline"
+        return json.dumps({**index, "_class_name": name}, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json`, and `pipeline.py` with this class and its parts in one self-contained file; the
@@ -566,6 +588,24 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             if type(part).__name__ in OWN_PARTS:
                 source = OWN_PARTS[type(part).__name__]
                 write_source(type(part).__module__, os.path.join(save_directory, name), source)
+
+
+def local_folder(path: str | os.PathLike, kwargs: dict) -> str | os.PathLike:
+    """The folder itself, or that to which a repository of this name was downloaded; takes from kwargs what says how."""
+    where = {name: kwargs.pop(name) for name in ("cache_dir", "force_download", "token", "revision") if name in kwargs}
+    if os.path.isdir(path):
+        return path
+    return snapshot_download(
+        str(path), allow_patterns=FILES, local_files_only=kwargs.get("local_files_only", False), **where
+    )
+
+
+def our_scheduler(scheduler):
+    """Of diffusers' schedulers that this package has a class for, one of that; others as they are."""
+    name = type(scheduler).__name__
+    if name == "DDPMScheduler":
+        return VariationalDDPMScheduler.from_config(scheduler.config)
+    return SCORE_SDE[name].from_config(scheduler.config) if name in SCORE_SDE else scheduler
 
 
 def _for_each_image(values, count):

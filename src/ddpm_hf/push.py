@@ -36,12 +36,15 @@ NEEDED = {
     ),
 }
 NEEDED_OF_ODE = ("data", "split", "dequantization"), ("total", "tolerance", "evaluations_per_image", "images", "seed")
+SDE_MODULE = "sde_scheduler"  # the source of a scheduler in continuous time, beside its config
 # a branch whose index names the class in pipeline.py, for from_pretrained(x, revision="remote-code", trust_remote_code=True)
 REMOTE_CODE = "remote-code"
 STOCK_CLASS, OUR_CLASS = "DDPMPipeline", ["pipeline", "DDPMImagePipeline"]
 # saved under their own names, for no stock class stands for them: of main too, and without a branch for trusted code
 UPSAMPLER, CASCADE = ["pipeline", "DDPMSuperResolutionPipeline"], ["pipeline", "CascadePipeline"]
 KINDS = {STOCK_CLASS: (STOCK_CLASS, OUR_CLASS), UPSAMPLER[1]: (UPSAMPLER,), CASCADE[1]: (CASCADE,)}
+CONTINUOUS = OUR_CLASS[1]  # of a scheduler that no stock class stands for
+KINDS[CONTINUOUS] = (OUR_CLASS, STOCK_CLASS)
 
 
 class HubError(RuntimeError):
@@ -190,7 +193,7 @@ def push_folder(
         info = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
-        if to_main and kind == STOCK_CLASS:
+        if to_main and kind in (STOCK_CLASS, CONTINUOUS):
             _keep_remote_code(api, repo_id, info.oid, files["model_index.json"], commit_message)
     return info
 
@@ -227,6 +230,8 @@ def _tree(api, repo_id, revision):
 def _kind(index):
     """By a saved pipeline's index the key of `KINDS`; for others what the index says."""
     name = index["_class_name"]
+    if index.get("scheduler", [None])[0] == SDE_MODULE:
+        return CONTINUOUS
     return next((kind for kind, names in KINDS.items() if name in names), str(name))
 
 
@@ -247,8 +252,9 @@ def _left_behind(files, there):
     sent, others = {_variant(name) for name in weights}, {name for name in there if _variant(name)} - weights.keys()
     beside = "diffusion_pytorch_model" not in sent and any(_variant(name) not in sent for name in others)
     gone = {name for name in others if _variant(name) in sent or not (same or beside)}
-    if not beside:  # a classifier that is no more
+    if not beside:  # a classifier, or a scheduler's source, that is no more
         gone |= {name for name in there if "classifier" in name.split("/")[:-1]} - files.keys()
+        gone |= {f"scheduler/{SDE_MODULE}.py"} & there.keys() - files.keys()
     if not beside and (not same or "README.md" in files):
         gone |= {name for name in there if TOLD.fullmatch(name)} - files.keys()
     return gone, not (same or beside)
@@ -330,6 +336,8 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     ).encode()
     networks = {"unet": DDPMUNet}
     parts = [("unet", "config.json"), ("scheduler", "scheduler_config.json")]
+    if index["scheduler"][0] == SDE_MODULE:
+        parts.append(("scheduler", f"{SDE_MODULE}.py"))
     if "classifier" in index:
         networks["classifier"] = NoisyClassifier
         parts += [("classifier", "config.json"), ("classifier", f"{index['classifier'][0]}.py")]

@@ -24,7 +24,7 @@ class SDE:
     Times t are floats or float tensors (), (B,) in [0, 1]; coefficients float64 tensors of the shape of t; images (B, C, H, W).
 
     Args:
-        N: steps of the discretisation.
+        N: steps of the discretisation of `discretize`; of VP also what its labels are counted in.
         prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
 
     Attributes:
@@ -154,7 +154,6 @@ class VPSDE(SDE):
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: must be 0 < beta_min <= beta_max")
         self.beta_min, self.beta_max = beta_min, beta_max
-        self.trained_steps = N  # of the labels, whatever N a sampler sets
 
     def beta(self, t):
         """beta(t), per unit of t."""
@@ -174,19 +173,19 @@ class VPSDE(SDE):
         return torch.sqrt(self.beta(t))
 
     def step_beta(self, t: torch.Tensor | float) -> torch.Tensor:
-        """The beta of the discretisation's step at t."""
-        betas = torch.linspace(self.beta_min / self.N, self.beta_max / self.N, self.N, dtype=torch.float64)
-        return betas[self.index(t)]
+        """The beta of the discretisation's step at t: of N from beta_min / N to beta_max / N."""
+        share = _double(self.index(t)) / max(self.N - 1, 1)
+        return (self.beta_min + share * (self.beta_max - self.beta_min)) / self.N
 
     def discrete(self, t):
         beta = self.step_beta(t)
         return torch.expm1(0.5 * torch.log1p(-beta)), torch.sqrt(beta)
 
     def labels(self, t):
-        return _double(t) * (self.trained_steps - 1)
+        return _double(t) * (self.N - 1)
 
     def times(self, labels):
-        return _double(labels) / max(self.trained_steps - 1, 1)
+        return _double(labels) / max(self.N - 1, 1)
 
 
 class ChainSDE(VPSDE):
@@ -198,16 +197,15 @@ class ChainSDE(VPSDE):
     Args:
         alphas_cumprod: (T,), float64 for its full use.
         prediction_type: as of the chain; "previous" has no score between timesteps.
-        N: steps of the discretisation; None for T, whose betas are the chain's own.
 
     Raises:
         ValueError: an alphas_cumprod that does not fall, or reaches 0.
     """
 
-    def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon", N: int | None = None):
+    def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon"):
         abar = torch.as_tensor(alphas_cumprod).detach().double().cpu()
-        self.trained_steps, self.least = len(abar), 1 / len(abar)
-        SDE.__init__(self, N or len(abar), prediction_type)
+        SDE.__init__(self, len(abar), prediction_type)
+        self.least = 1 / self.N
         if not (abar.min() > 0 and (torch.diff(abar, prepend=torch.ones(1)) < 0).all()):
             raise ValueError("alphas_cumprod must fall and stay above 0: of zero SNR there is no way back")
         self.knots = torch.cat((torch.zeros(1, dtype=torch.float64), 0.5 * abar.log()))
@@ -217,8 +215,8 @@ class ChainSDE(VPSDE):
 
     def _piece(self, t):
         """Where t is in its interval, 0 to 1, and the cubic's coefficients there: value, slope, and the next two."""
-        at = _double(t) * self.trained_steps
-        k = at.long().clamp(0, self.trained_steps - 1)
+        at = _double(t) * self.N
+        k = at.long().clamp(0, self.N - 1)
         i = k.to(self.knots.device)
         rise = self.knots[i + 1] - self.knots[i]
         first, last = self.slopes[i], self.slopes[i + 1]
@@ -231,17 +229,17 @@ class ChainSDE(VPSDE):
 
     def beta(self, t):
         u, _, b, c, d = self._piece(t)
-        return -2 * (b + u * (2 * c + u * 3 * d)) * self.trained_steps
+        return -2 * (b + u * (2 * c + u * 3 * d)) * self.N
 
     def step_beta(self, t):
         before = (_double(t) - 1 / self.N).clamp(min=0.0)
         return -torch.expm1(2 * (self.log_scale(t) - self.log_scale(before)))
 
     def labels(self, t):
-        return _double(t) * self.trained_steps - 1
+        return _double(t) * self.N - 1
 
     def times(self, labels):
-        return (_double(labels) + 1) / self.trained_steps
+        return (_double(labels) + 1) / self.N
 
 
 class SubVPSDE(VPSDE):
@@ -285,14 +283,13 @@ class VESDE(SDE):
     def diffusion(self, t):
         return self.std(t) * math.sqrt(2 * self.log_ratio)
 
-    def sigmas(self) -> torch.Tensor:
-        """(N,), of the discretisation, geometric from sigma_min to sigma_max."""
-        ends = math.log(self.sigma_min), math.log(self.sigma_max)
-        return torch.linspace(*ends, self.N, dtype=torch.float64).exp()
-
     def discrete(self, t):
-        variance = self.sigmas() ** 2
-        G = torch.sqrt(torch.diff(variance, prepend=variance.new_zeros(1)))[self.index(t)]
+        k, ratio = (
+            _double(self.index(t)),
+            math.exp(2 * self.log_ratio / max(self.N - 1, 1)),
+        )  # of two variances in a row
+        variance = self.std(k / max(self.N - 1, 1)) ** 2
+        G = torch.sqrt(torch.where(k > 0, variance * (1 - 1 / ratio), variance))
         return torch.zeros_like(G), G
 
     def labels(self, t):
@@ -306,9 +303,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     """The reverse of an SDE as a diffusers scheduler: a predictor from each time to the next, correctors before it.
 
     `timesteps` are what the network is told, so that pipelines need to know nothing of the process: t (N - 1) for VP and
-    sub-VP, sigma for VE. Times run from 1 down to `sampling_eps` in equal steps; the last step returns the mean, without
-    noise. `step` makes one network output one predictor step; `DDPMImagePipeline` calls the network anew for each of the
-    `correct_steps` corrector steps before it (Algorithms 2 and 3), which other pipelines leave out.
+    sub-VP, sigma for VE. Times run from 1 down to `sampling_eps` evenly; each step goes to the next one by the process's own
+    transition between the two, the last to data: it returns the mean, without noise. `step` makes one network output one
+    predictor step; `DDPMImagePipeline` calls the network anew for each of the `correct_steps` corrector steps before it
+    (Algorithms 2 and 3), which other pipelines leave out.
 
     Args, of `VPSDEScheduler`, `SubVPSDEScheduler` and `VESDEScheduler`:
         num_train_timesteps: N of the process: the range of timesteps that the network knows.
@@ -316,7 +314,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         sampling_eps: the time at which sampling ends, above 0.
         predictor: "reverse_diffusion" (eq. 46), "ancestral" (appendix F; DDPM's own steps, and NCSN's; not of sub-VP),
             "euler_maruyama", "probability_flow" (the ODE by the steps of reverse diffusion, without noise), "ddim" (the ODE in
-            DDIM's form, eq. 13 there, exact where the predicted noise does not change), "none".
+            DDIM's form, eq. 13 there, exact where the predicted noise does not change), "none". The two that take steps of
+            Euler are refused where a step's beta is 0.9 or more: in few steps, and at the noisy end of cosine chains.
         corrector: "langevin" (Algorithms 4 and 5, each image with norms of its own), "annealed_langevin" (NCSN: steps of
             (snr * std)^2; with predictor "none" its whole sampler).
         correct_steps: corrector steps at each time.
@@ -349,6 +348,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"sampling_eps={config.sampling_eps!r} must be above 0 and below 1: the time to end at")
         if not (isinstance(config.correct_steps, Integral) and config.correct_steps >= 0):
             raise ValueError(f"correct_steps={config.correct_steps!r} must be an integer, 0 or more")
+        if config.predictor == "none" and config.correct_steps == 0:
+            raise ValueError("predictor='none' with correct_steps=0 does nothing; give correct_steps")
         if not (isinstance(config.snr, Real) and 0 < config.snr < math.inf):
             raise ValueError(f"snr={config.snr!r} must be above 0")
         if not (isinstance(config.levels, Integral) and config.levels >= 2):
@@ -365,43 +366,56 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         """
         if not (isinstance(num_inference_steps, Integral) and num_inference_steps >= 2):
             raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer, 2 or more")
-        n, config = int(num_inference_steps), self.config
-        sde = self._process(n)
+        n, config, sde = int(num_inference_steps), self.config, self.sde
         t = torch.linspace(1.0, max(config.sampling_eps, sde.least), n, dtype=torch.float64)
-        F, G = sde.discrete(t)
-        if not (F.isfinite() & G.isfinite()).all() and config.predictor not in ("ddim", "none"):
-            raise ValueError(
-                f"num_inference_steps={n} is too few for beta_max={sde.beta_max} and predictor={config.predictor!r}: a beta "
-                f"would be above 1; give more than {math.ceil(sde.beta_max)}, or choose predictor='ddim'"
-            )
         one, zero = torch.ones_like(t), torch.zeros_like(t)
+        # each step goes to the next time, the last one to data; x_t given x at the next time is N(ratio x, G^2)
+        at = t
+        if (
+            isinstance(sde, VESDE) and config.sampling_eps <= 1e-5
+        ):  # NCSN's sigmas go to t = 0, what it tells the network to eps
+            at = torch.linspace(1.0, 0.0, n, dtype=torch.float64)
+        scale, std = torch.cat((sde.scale(at), one[:1])), torch.cat((sde.std(at), zero[:1]))
+        scale, std, next_scale, next_std = scale[:-1], std[:-1], scale[1:], std[1:]
+        ratio = scale / next_scale
+        G2 = std**2 - (ratio * next_std) ** 2
+        if config.predictor in ("euler_maruyama", "probability_flow") and ratio.square().min() < 0.1:
+            raise ValueError(
+                f"num_inference_steps={n} has a beta of {1 - ratio.square().min():.3f}, and predictor={config.predictor!r} "
+                "takes steps of Euler, for betas below 0.9; give more steps, or choose predictor='ddim'"
+            )
         if config.predictor == "reverse_diffusion":
-            of_x_t, of_score, of_noise = 1 - F, G**2, G
+            of_x_t, of_score, of_noise = 2 - ratio, G2, G2.sqrt()
         elif config.predictor == "probability_flow":
-            of_x_t, of_score, of_noise = 1 - F, 0.5 * G**2, zero
+            of_x_t, of_score, of_noise = 2 - ratio, 0.5 * G2, zero
         elif config.predictor == "euler_maruyama":
-            g = sde.diffusion(t)
-            of_x_t, of_score, of_noise = 1 - sde.rate(t) / n, g**2 / n, g / n**0.5
-        elif config.predictor == "ancestral":
-            of_x_t, of_score, of_noise = _ancestral(sde, t)
+            step = -torch.diff(t, append=zero[:1])
+            g2 = sde.diffusion(t) ** 2 * step
+            of_x_t, of_score, of_noise = 1 - sde.rate(t) * step, g2, g2.sqrt()
+        elif config.predictor == "ancestral":  # of NCSN with the posterior's variance, of DDPM with beta
+            variance = G2 * (next_std / std) ** 2 if isinstance(sde, VESDE) else G2
+            of_x_t, of_score, of_noise = 1 / ratio, G2 / ratio, variance.sqrt()
         elif config.predictor == "ddim":  # x_0 and epsilon stay, t goes on; after the last step x_0
-            scale, std = torch.cat((sde.scale(t), one[:1])), torch.cat((sde.std(t), zero[:1]))
-            of_x_t = scale[1:] / scale[:-1]
-            of_score, of_noise = of_x_t * std[:-1] ** 2 - std[1:] * std[:-1], zero
+            of_x_t = 1 / ratio
+            of_score, of_noise = std**2 / ratio - next_std * std, zero
         else:
             of_x_t, of_score, of_noise = one, zero, zero
         from_x_t, from_output = sde.score_weights(t)
-        alpha = 1 - sde.step_beta(t) if isinstance(sde, VPSDE) else one  # of correctors, as in the paper's code
+        alpha = (
+            2 * (sde.log_scale(t) - sde.log_scale((t - 1 / sde.N).clamp(min=0.0)))
+        ).exp()  # of correctors, Algorithm 5
         columns = {
-            "step": (of_x_t + of_score * from_x_t, of_score * from_output, of_noise, of_score),
-            "x_start": ((1 + sde.std(t) ** 2 * from_x_t) / sde.scale(t), sde.std(t) ** 2 * from_output / sde.scale(t)),
+            "step": (of_x_t + of_score * from_x_t, of_score * from_output, of_noise),
+            "x_start": ((1 + std**2 * from_x_t) / scale, std**2 * from_output / scale),
             "score": (from_x_t, from_output),
-            "correct": (alpha, sde.std(t)),
+            "correct": (alpha, std),
         }
         self._tables = {name: list(zip(*(column.tolist() for column in each))) for name, each in columns.items()}
         labels = sde.labels(t).float()
         self.timesteps, self.num_inference_steps = labels.to(device), n
         self._position = {label: i for i, label in enumerate(labels.tolist())}
+        if len(self._position) < n:
+            raise ValueError(f"num_inference_steps={n}: some have one timestep of {sde.N}; give fewer")
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """The network's input is the sample as it is."""
@@ -416,7 +430,6 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         *,
         variance_noise: torch.Tensor | None = None,
-        gradient: torch.Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """A predictor step to the next time.
 
@@ -427,7 +440,6 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             generator: one, or a list with one for each image.
             return_dict: False for a tuple (prev_sample, pred_original_sample).
             variance_noise: standard normal noise to use in place of drawing it.
-            gradient: of scale * log p(y | x_t) by x_t, added to the score (eq. 14).
 
         Returns:
             `DDPMSchedulerOutput`, of the dtype of sample; `.pred_original_sample` is E[x_0 | x_t] by the network (Tweedie).
@@ -437,10 +449,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         """
         i = self._index(timestep)
         x, output = _in_float32(sample, model_output)
-        of_x_t, of_output, of_noise, of_score = self._tables["step"][i]
+        of_x_t, of_output, of_noise = self._tables["step"][i]
         prev_sample = (x * of_x_t).add_(output, alpha=of_output)
-        if gradient is not None:
-            prev_sample.add_(gradient.to(x.dtype), alpha=of_score)
         if of_noise != 0 and i + 1 < self.num_inference_steps:
             noise = _noise(x, generator) if variance_noise is None else variance_noise.to(x.dtype)
             prev_sample.add_(noise, alpha=of_noise)
@@ -457,19 +467,17 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         *,
         variance_noise: torch.Tensor | None = None,
-        gradient: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A step of Langevin dynamics at the same time; arguments as of `step`. Returns the sample, (B, C, H, W)."""
         i = self._index(timestep)
         x, output = _in_float32(sample, model_output)
         of_x_t, of_output = self._tables["score"][i]
         score = (x * of_x_t).add_(output, alpha=of_output)
-        if gradient is not None:
-            score.add_(gradient.to(x.dtype))
         noise = _noise(x, generator) if variance_noise is None else variance_noise.to(x.dtype)
         alpha, std = self._tables["correct"][i]
         if self.config.corrector == "langevin":
-            ratio = noise.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)
+            norm = score.flatten(1).norm(dim=1)
+            ratio = torch.where(norm > 0, noise.flatten(1).norm(dim=1) / norm, 0.0)  # no score, no step
             size = 2 * alpha * (self.config.snr * ratio).square().view(-1, *[1] * (x.dim() - 1))
         else:
             size = torch.full_like(x[:1, :1, :1, :1], 2 * alpha * (self.config.snr * std) ** 2)
@@ -495,21 +503,26 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         config_dict = dict(config_dict)
         if "levels" in config_dict.get("_ddpm_hf", {}):
             config_dict.setdefault("levels", config_dict["_ddpm_hf"]["levels"])
-        if config_dict.get("_class_name") == "ScoreSdeVeScheduler":
-            config_dict.setdefault("centered", False)
-        if "beta_start" in config_dict and not {"beta_min", "sigma_min"} & set(config_dict):
-            schedule, T = config_dict.get("beta_schedule", "linear"), config_dict["num_train_timesteps"]
+        variance_exploding = cls.__name__ == "VESDEScheduler"
+        if "predictor" not in config_dict:  # of another class, whose defaults are not ours
+            config_dict["_use_default_values"] = []
+            if variance_exploding and "sigma_min" in config_dict:  # ScoreSdeVeScheduler's
+                config_dict.setdefault("centered", False)
+        own = {"beta_min", "sigma_min"} & set(config_dict)
+        if own == {"beta_min" if variance_exploding else "sigma_min"}:
+            raise ValueError(f"{cls.__name__} has no process of a config with {own.pop()}")
+        if {"beta_start", "beta_schedule"} & set(config_dict) and not own:
+            schedule, T = config_dict.get("beta_schedule", "linear"), config_dict.get("num_train_timesteps", 1000)
             # the betas of a schedule by name are there for classes that do not know it
             by_name = schedule == "linear_scaled_by_T" and "trained_betas" in config_dict.get("_ddpm_hf", {})
-            if by_name or (schedule == "linear" and config_dict.get("trained_betas") is None):
+            linear = schedule == "linear" and config_dict.get("trained_betas") is None
+            if (by_name or linear) and not config_dict.get("rescale_betas_zero_snr"):
                 factor = 1000 if by_name else T
-                ends = {"beta_min": config_dict["beta_start"] * factor, "beta_max": config_dict["beta_end"] * factor}
-                config_dict |= {**ends, "trained_betas": None}
+                first, last = config_dict.get("beta_start", 1e-4), config_dict.get("beta_end", 0.02)  # diffusers' own
+                config_dict |= {"beta_min": first * factor, "beta_max": last * factor, "trained_betas": None}
             elif cls.__name__ == "VPSDEScheduler":
                 config_dict["trained_betas"] = DDPMScheduler.from_config(config_dict).betas.tolist()
-                defaults = config_dict.get("_use_default_values", [])
-                config_dict["_use_default_values"] = [key for key in defaults if key != "trained_betas"]
-            if cls.__name__ != "VPSDEScheduler" and (cls.__name__ == "VESDEScheduler" or "beta_min" not in config_dict):
+            if variance_exploding or (cls.__name__ != "VPSDEScheduler" and "beta_min" not in config_dict):
                 raise ValueError(
                     f"{cls.__name__} has no process for beta_schedule={schedule!r}; VP has for every one, sub-VP for 'linear'"
                 )
@@ -538,31 +551,23 @@ class VPSDEScheduler(SDEScheduler):
         levels: int = 256,
     ):
         if trained_betas is not None:
+            if self._sde is not VPSDE or len(trained_betas) == 0:
+                raise ValueError(f"trained_betas={trained_betas}: give betas to VPSDEScheduler alone, one at least")
             num_train_timesteps = len(trained_betas)
             self.register_to_config(num_train_timesteps=num_train_timesteps, trained_betas=list(trained_betas))
-            self._alphas_cumprod = torch.cumprod(1 - torch.tensor(trained_betas, dtype=torch.float64), dim=0)
-        self._build(self._process(num_train_timesteps))
+            alphas_cumprod = torch.cumprod(1 - torch.tensor(trained_betas, dtype=torch.float64), dim=0)
+            sde = ChainSDE(alphas_cumprod, prediction_type)
+        else:
+            sde = self._sde(beta_min, beta_max, num_train_timesteps, prediction_type)
+        self._build(sde)
 
     _sde = VPSDE
-
-    def _process(self, N):
-        config = self.config
-        if config.trained_betas is not None:
-            return ChainSDE(self._alphas_cumprod, config.prediction_type, N)
-        sde = self._sde(config.beta_min, config.beta_max, N, config.prediction_type)
-        sde.trained_steps = config.num_train_timesteps
-        return sde
 
 
 class SubVPSDEScheduler(VPSDEScheduler):
     """Samplers of `SubVPSDE`; see `SDEScheduler`."""
 
     _sde = SubVPSDE
-
-    def _process(self, N):
-        if self.config.trained_betas is not None:
-            raise ValueError("trained_betas are of VP; sub-VP takes beta_min and beta_max")
-        return super()._process(N)
 
 
 class VESDEScheduler(SDEScheduler):
@@ -587,23 +592,7 @@ class VESDEScheduler(SDEScheduler):
         centered: bool = True,
         levels: int = 256,
     ):
-        self._build(self._process(num_train_timesteps))
-
-    def _process(self, N):
-        config = self.config
-        return VESDE(config.sigma_min, config.sigma_max, N, config.prediction_type)
-
-
-def _ancestral(sde, t):
-    """What x_t, the score and the noise count in ancestral sampling of DDPM and of NCSN (eq. 4 and 47)."""
-    if isinstance(sde, VESDE):
-        k = sde.index(t)
-        variance = sde.sigmas()[k] ** 2
-        before = torch.where(k > 0, sde.sigmas()[(k - 1).clamp(min=0)] ** 2, 0.0)
-        return torch.ones_like(variance), variance - before, torch.sqrt(before * (variance - before) / variance)
-    beta = sde.step_beta(t)
-    root = torch.sqrt(1 - beta)
-    return 1 / root, beta / root, torch.sqrt(beta)
+        self._build(VESDE(sigma_min, sigma_max, num_train_timesteps, prediction_type))
 
 
 def _double(t):

@@ -10,27 +10,13 @@ import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from huggingface_hub import snapshot_download
 from PIL import Image
 
 from .classifier import NoisyClassifier
 from .conditioning import condition_planes
-from .pipeline import DDPMImagePipeline, write_source
+from .pipeline import DDPMImagePipeline, local_folder, write_source
 from .push import Published
 from .unet import sides
-
-# of a repository: no pickled weights
-FILES = ("*.json", "*.safetensors", "*.py")
-
-
-def local_folder(path: str | os.PathLike, kwargs: dict) -> str | os.PathLike:
-    """The folder itself, or that to which a repository of this name was downloaded; takes from kwargs what says how."""
-    where = {name: kwargs.pop(name) for name in ("cache_dir", "force_download", "token", "revision") if name in kwargs}
-    if os.path.isdir(path):
-        return path
-    return snapshot_download(
-        str(path), allow_patterns=FILES, local_files_only=kwargs.get("local_files_only", False), **where
-    )
 
 
 class DDPMSuperResolutionPipeline(DDPMImagePipeline):
@@ -84,21 +70,6 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
     def channels(self) -> int:
         """Of the images: half of what the network takes, but for the noise level."""
         return self.unet.config.in_channels // 2
-
-    @classmethod
-    def load_config(cls, *args, **kwargs):
-        config = super().load_config(*args, **kwargs)
-        index = config[0] if isinstance(config, tuple) else config
-        if isinstance(index.get("_class_name"), (list, tuple)):  # a module of the folder and its class: this one
-            index["_class_name"] = index["_class_name"][-1]
-        return config
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
-    ) -> "DDPMSuperResolutionPipeline":
-        """As diffusers' method; arguments and errors are those of `DDPMImagePipeline.from_pretrained`."""
-        return super().from_pretrained(local_folder(pretrained_model_name_or_path, kwargs), **kwargs)
 
     @torch.no_grad()
     def __call__(

@@ -1,15 +1,18 @@
 """Training in continuous time, as a user runs it: process vp, subvp, ve."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 from scripts import script
+from watch import held_out_bits_per_dim
 
-from config import load_config
+from config import TrainConfig, load_config
 from ddpm_hf import (
     DDPMImagePipeline,
     SubVPSDEScheduler,
@@ -28,12 +31,17 @@ SMALL = [
     "--unet.block_out_channels", "[8, 16]", "--unet.norm_num_groups", "4", "--unet.attention_head_dim", "8",
 ]  # fmt: skip
 VE = ["--process", "ve", "--unet.time_embedding_type", "fourier", "--scheduler.sigma_max", "20"]
+NCSNPP = [
+    "--channels", "3", "--unet.block_out_channels", "[32, 32]",
+    "--unet.down_block_types", "[SkipDownBlock2D, AttnSkipDownBlock2D]",
+    "--unet.up_block_types", "[AttnSkipUpBlock2D, SkipUpBlock2D]",
+]  # fmt: skip
 EVALUATED = ["--eval_every", "6", "--eval_images", "4"]
 BY_IMPORTANCE = ["--process", "subvp", "--weighting", "likelihood", "--timesteps", "importance"]
 RUNS = {
     "vp": (EVALUATED, VPSDEScheduler),
     "subvp": (BY_IMPORTANCE, SubVPSDEScheduler),
-    "ve": ([*VE, *EVALUATED], VESDEScheduler),
+    "ve": ([*VE, *NCSNPP, *EVALUATED], VESDEScheduler),
 }
 
 
@@ -59,8 +67,9 @@ def test_a_run(run):
     if "--eval_every" in extra:
         (measured,) = [row for row in rows if "bits_per_dim" in row and row["step"] == 6]
         assert measured["bits_per_dim"] > 0 and measured["loss_held_out"] > 0
+        assert measured["bits_per_dim_sampling_error"] is None  # one probe does not know it
         held_out = load_images("digits", "test")[:4]["image"]
-        x_start = torch.stack([image_transform((8, 8), channels=1, levels=17)(image) for image in held_out])
+        x_start = torch.stack([image_transform((8, 8), pipe.channels, levels=17)(image) for image in held_out])
         expected = ode_bits_per_dim(pipe.unet, pipe.scheduler, x_start, rtol=1e-3, atol=1e-3, probes=8).mean
         assert measured["bits_per_dim"] == pytest.approx(expected, abs=0.5)  # other noise and probes
 
@@ -100,12 +109,13 @@ def test_evaluation_and_samples(run, tmp_path):
 
 def test_without_the_package_by_trusted_code_alone(run):
     folder = run[0] / "run/pipeline"
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
     ours = DDPMImagePipeline.from_pretrained(folder)
-    for each in (pipe, ours):
-        each.set_progress_bar_config(disable=True)
-    images = [each(2, torch.Generator().manual_seed(0), 4, "np").images for each in (pipe, ours)]
-    np.testing.assert_allclose(*images, atol=1e-5)
+    for how in ({}, {"custom_pipeline": str(folder)}):
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **how)
+        for each in (pipe, ours):
+            each.set_progress_bar_config(disable=True)
+        images = [each(2, torch.Generator().manual_seed(0), 4, "np").images for each in (pipe, ours)]
+        np.testing.assert_allclose(*images, atol=1e-5)
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(folder)
 
@@ -118,6 +128,28 @@ def test_the_ode_of_a_chain(make_pipeline, tmp_path):
     assert report["command"].endswith("--split test --images 2 --first 20 --ode --tolerance 0.01")
     refused = script("evaluate.py", tmp_path, "--ode", "--estimate", 20, check=False)
     assert refused.returncode == 2 and "are of the bound; leave them out with --ode" in refused.stderr
+
+
+def test_an_ode_that_does_not_end_leaves_the_run_alone(capsys):
+    config, accelerator = TrainConfig(), Accelerator(cpu=True)
+    x_start = torch.zeros(2, 1, 8, 8)
+
+    def lost(x, t, class_labels=None, return_dict=False):
+        return (x * float("nan"),)
+
+    measured = held_out_bits_per_dim(config, accelerator, lost, VPSDEScheduler(levels=17), x_start, None)
+    assert math.isnan(measured["bits_per_dim"])
+    assert "held-out bits/dim is left out: the ODE has a state that is not finite" in capsys.readouterr().err
+
+
+def test_dequantization_of_a_chain(make_pipeline, tmp_path):
+    make_pipeline(scheduler=VariationalDDPMScheduler(levels=17)).save_pretrained(tmp_path)
+    script("evaluate.py", tmp_path, "--images", 2, "--ode", "--tolerance", "1e-2", "--dequantization", "uniform")
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["dequantization"] == "uniform"
+    extra = ["--images", 2, "--ode", "--dequantization", "uniform", "--first", 3]
+    refused = script("evaluate.py", tmp_path, *extra, check=False)
+    assert refused.returncode == 1 and "--first 3 is of --dequantization decoder" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -147,6 +179,8 @@ def test_presets_of_the_paper(preset, parameters, tmp_path):
         (["--scheduler.beta_min", "30"], "beta_min=30, beta_max=20.0: must be 0 < beta_min <= beta_max"),
         (["--scheduler.sigma_min", "1"], "unknown key 'scheduler.sigma_min'"),
         (["--scheduler.variance_type", "fixed_small"], "unknown key 'scheduler.variance_type'"),
+        (["--scheduler.num_train_timesteps", "1", "--sample_steps", "null"], "num_inference_steps=1 must be"),
+        ([*VE, "--scheduler.prediction_type", "epsilon"], "networks that are told sigma divide by it, as scores want"),
         (["--sample_steps", "1"], "num_inference_steps=1 must be an integer, 2 or more"),
     ],
 )
