@@ -41,7 +41,7 @@ BY_IMPORTANCE = ["--process", "subvp", "--weighting", "likelihood", "--timesteps
 RUNS = {
     "vp": (EVALUATED, VPSDEScheduler),
     "subvp": (BY_IMPORTANCE, SubVPSDEScheduler),
-    "ve": ([*VE, *NCSNPP, *EVALUATED], VESDEScheduler),
+    "ve": ([*VE, *NCSNPP], VESDEScheduler),
 }
 
 
