@@ -150,7 +150,7 @@ def processes(data, judge, real, x_start, count):
         folder = ROOT / "runs/continuous" / f"{process}-{weighting}"
         pipe = run(["--config", "digits-vp", *arguments], folder)
         generator = torch.Generator().manual_seed(0)
-        ode = ode_bits_per_dim(pipe.unet, pipe.scheduler, x_start, generator=generator, probes=4, batch_size=120)
+        ode = ode_bits_per_dim(pipe.unet, pipe.scheduler, x_start, generator=generator, probes=2)
         found = [pipe(min(AT_ONCE, count - i), generator, 200, "latent").images for i in range(0, count, AT_ONCE)]
         row = {
             "data": data,
@@ -279,7 +279,7 @@ def main():
                 order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(0))
                 real = judge.features(x_train[order[: arguments.samples]])
         if part == "processes":
-            processes(data, judge, real, x_test, arguments.samples)
+            processes(data, judge, real, x_test[: arguments.images], arguments.samples)
         elif part == "samplers":
             rows = samplers(data, pipe, judge, real, arguments.samples)
             plot(rows, RESULTS / f"continuous_{data}.png")
