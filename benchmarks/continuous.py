@@ -39,6 +39,7 @@ from ddpm_hf import (  # noqa: E402
 )
 from ddpm_hf.data import pixels_to_tensor  # noqa: E402
 from ddpm_hf.metrics import frechet_distance  # noqa: E402
+from ddpm_hf.unet import sides  # noqa: E402
 
 # name -> its scheduler's settings, and network calls a step; None: the chain's own
 SAMPLERS = {
@@ -71,6 +72,10 @@ def networks(data):
     ]
 
 
+def shape_of(pipe):
+    return pipe.channels, *sides(pipe.unet.config.sample_size)
+
+
 def quality(judge, real, x_start):
     """Fréchet distance of samples from real features, and the share of them that the judge is sure of."""
     with torch.no_grad():
@@ -85,8 +90,7 @@ def quality(judge, real, x_start):
 
 def samplers(data, pipe, judge, real, count):
     network, chain = InferenceUNet(pipe.unet), pipe.scheduler
-    shape = (pipe.channels, *[pipe.unet.config.sample_size] * 2)
-    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(count, *shape_of(pipe), generator=torch.Generator().manual_seed(0))
     pipe.optimize()
 
     def tell(name, calls, x_start):
@@ -214,9 +218,7 @@ def trajectories(data, pipe):
     from matplotlib import pyplot as plt
 
     chain, figure, axes = pipe.scheduler, *plt.subplots(1, 2, figsize=(13, 4), layout="constrained", sharey=True)
-    noise = torch.randn(
-        1, pipe.channels, *[pipe.unet.config.sample_size] * 2, generator=torch.Generator().manual_seed(3)
-    )
+    noise = torch.randn(1, *shape_of(pipe), generator=torch.Generator().manual_seed(3))
     strips, steps = [], 400
     middle = noise.shape[-1] // 2
     for axis, (name, predictor) in zip(axes, (("SDE", "reverse_diffusion"), ("ODE", "ddim"))):
