@@ -287,7 +287,7 @@ def test_configs_of_other_schedulers():
 )
 def test_the_steps_of_a_chain_by_the_sde(other, tmp_path):
     """At T steps the discretisation is the chain itself, and so are its ancestral steps."""
-    sde = VPSDEScheduler.from_config(other.config, predictor="ancestral")
+    sde = VPSDEScheduler.from_config(other.config, predictor="ancestral", clip_sample=False)
     sde.save_pretrained(tmp_path)
     sde = VPSDEScheduler.from_pretrained(tmp_path)
     sde.set_timesteps(100)
@@ -319,10 +319,26 @@ def test_a_chain_in_fewer_steps_is_the_respaced_chain():
 @pytest.mark.parametrize("steps", [20, 250])
 @pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral", "ddim"])
 def test_samplers_of_a_chain_reach_its_data(predictor, steps):
-    scheduler = VPSDEScheduler.from_config(VariationalDDPMScheduler(beta_schedule="cosine").config, predictor=predictor)
+    scheduler = VPSDEScheduler.from_config(
+        VariationalDDPMScheduler(beta_schedule="cosine", clip_sample=False).config, predictor=predictor
+    )
     x, _ = run(scheduler, gaussian_network(scheduler.sde, 0.3, 0.5), steps)
     assert x.mean().item() == pytest.approx(0.3, abs=0.03)
     assert x.std().item() == pytest.approx(0.5, rel=0.1 if steps == 20 else 0.035)
+
+
+def test_clipping_is_the_ddpms():
+    chain = VariationalDDPMScheduler(beta_schedule="cosine", num_train_timesteps=96)
+    chain.set_timesteps(timesteps=list(range(95, -1, -5)))
+    sde = VPSDEScheduler.from_config(chain.config, predictor="ddim")
+    assert sde.config.clip_sample and not VPSDEScheduler().config.clip_sample
+    sde.set_timesteps(20)
+    x, output = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
+    for t in (95, 50, 5, 0):
+        expected = chain.step(output, t, x, eta=0.0)
+        found = sde.step(output, sde.timesteps[(95 - t) // 5], x)
+        torch.testing.assert_close(found.prev_sample, expected.prev_sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.pred_original_sample, expected.pred_original_sample, rtol=1e-5, atol=1e-5)
 
 
 def test_sampling_may_end_anywhere():

@@ -322,6 +322,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         snr: signal-to-noise ratio r of a corrector step.
         prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
         levels: grey levels of the data, 256 for 8 bits.
+        clip_sample: whether predictor steps are of the predicted x_0 clipped to [-1, 1], as a DDPM's. At the noisy end of a
+            cosine chain the ODE multiplies the network's error by thousands otherwise; of a DDPM's config it is the DDPM's.
 
     `from_config` takes the configs of diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, and of a DDPM: the linear
     schedule becomes beta_min = T beta_start, beta_max = T beta_end; any other is for VP alone, as `ChainSDE` through its betas.
@@ -405,6 +407,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             2 * (sde.log_scale(t) - sde.log_scale((t - 1 / sde.N).clamp(min=0.0)))
         ).exp()  # of correctors, Algorithm 5
         columns = {
+            "clipped": (of_x_t - of_score / std**2, of_score * scale / std**2),  # of x_t and x_0
             "step": (of_x_t + of_score * from_x_t, of_score * from_output, of_noise),
             "x_start": ((1 + std**2 * from_x_t) / scale, std**2 * from_output / scale),
             "score": (from_x_t, from_output),
@@ -449,13 +452,18 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         """
         i = self._index(timestep)
         x, output = _in_float32(sample, model_output)
+        of_x_t, of_output = self._tables["x_start"][i]
+        x_start = (x * of_x_t).add_(output, alpha=of_output)
         of_x_t, of_output, of_noise = self._tables["step"][i]
-        prev_sample = (x * of_x_t).add_(output, alpha=of_output)
+        if self.config.clip_sample:
+            x_start.clamp_(-1.0 if self.config.get("centered", True) else 0.0, 1.0)
+            of_x_t, of_x_start = self._tables["clipped"][i]
+            prev_sample = (x * of_x_t).add_(x_start, alpha=of_x_start)
+        else:
+            prev_sample = (x * of_x_t).add_(output, alpha=of_output)
         if of_noise != 0 and i + 1 < self.num_inference_steps:
             noise = _noise(x, generator) if variance_noise is None else variance_noise.to(x.dtype)
             prev_sample.add_(noise, alpha=of_noise)
-        of_x_t, of_output = self._tables["x_start"][i]
-        x_start = (x * of_x_t).add_(output, alpha=of_output)
         prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample, x_start) if return_dict else (prev_sample, x_start)
 
@@ -549,6 +557,7 @@ class VPSDEScheduler(SDEScheduler):
         prediction_type: str = "epsilon",
         trained_betas: list[float] | None = None,
         levels: int = 256,
+        clip_sample: bool = False,
     ):
         if trained_betas is not None:
             if self._sde is not VPSDE or len(trained_betas) == 0:
@@ -591,6 +600,7 @@ class VESDEScheduler(SDEScheduler):
         prediction_type: str = "score",
         centered: bool = True,
         levels: int = 256,
+        clip_sample: bool = False,
     ):
         self._build(VESDE(sigma_min, sigma_max, num_train_timesteps, prediction_type))
 
