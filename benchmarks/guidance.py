@@ -34,7 +34,7 @@ from ddpm_hf.data import LEVELS, pixels_to_tensor  # noqa: E402
 from ddpm_hf.metrics import frechet_distance, precision_recall  # noqa: E402
 
 SMALL_MNIST = [
-    "--steps", "1500", "--batch_size", "32", "--unet.block_out_channels", "[16, 32, 64, 64]", "--sample_every", "0",
+    "--steps", "2500", "--batch_size", "32", "--unet.block_out_channels", "[16, 32, 64, 64]", "--sample_every", "0",
     "--unet.layers_per_block", "1", "--unet.norm_num_groups", "8", "--scheduler.timestep_spacing", "iddpm",
     "--learning_rate", "1e-3", "--lr_schedule", "cosine", "--lr_warmup_steps", "50", "--ema_decay", "0.995",
 ]  # fmt: skip
@@ -48,7 +48,7 @@ RUNS = {
     "mnist": {
         "conditional": ["--config", "mnist", *SMALL_MNIST, *LABELS],
         "unconditional": ["--config", "mnist", *SMALL_MNIST],
-        "classifier": ["--config", "mnist", "--steps", "800"],
+        "classifier": ["--config", "mnist", "--steps", "1500"],
     },
 }
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
