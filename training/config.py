@@ -96,9 +96,8 @@ class TrainConfig(RunConfig):
     init: str = "paper"  # first weights: paper (zeros where its code has them) or torch (as diffusers' class)
     loss: str = "simple"  # simple, vlb, hybrid
     vlb_weight: float = 0.001  # of the bound in hybrid
-    weighting: str | None = (
-        None  # of the mean squared error by t: min_snr, truncated_snr, p2; in continuous time likelihood
-    )
+    # of the mean squared error by t: min_snr, truncated_snr, p2; in continuous time likelihood
+    weighting: str | None = None
     # ddpm; or in continuous time (Score-SDE) vp, subvp, ve: `scheduler` then has the keys of their schedulers
     process: str = "ddpm"
     dequantize: bool = False  # noise of one grey level's width on the images: for bits/dim by the ODE

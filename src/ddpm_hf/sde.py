@@ -284,10 +284,8 @@ class VESDE(SDE):
         return self.std(t) * math.sqrt(2 * self.log_ratio)
 
     def discrete(self, t):
-        k, ratio = (
-            _double(self.index(t)),
-            math.exp(2 * self.log_ratio / max(self.N - 1, 1)),
-        )  # of two variances in a row
+        k = _double(self.index(t))
+        ratio = math.exp(2 * self.log_ratio / max(self.N - 1, 1))  # of two variances in a row
         variance = self.std(k / max(self.N - 1, 1)) ** 2
         G = torch.sqrt(torch.where(k > 0, variance * (1 - 1 / ratio), variance))
         return torch.zeros_like(G), G
@@ -373,9 +371,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         one, zero = torch.ones_like(t), torch.zeros_like(t)
         # each step goes to the next time, the last one to data; x_t given x at the next time is N(ratio x, G^2)
         at = t
-        if (
-            isinstance(sde, VESDE) and config.sampling_eps <= 1e-5
-        ):  # NCSN's sigmas go to t = 0, what it tells the network to eps
+        # NCSN's sigmas go to t = 0, what it tells the network to sampling_eps
+        if isinstance(sde, VESDE) and config.sampling_eps <= 1e-5:
             at = torch.linspace(1.0, 0.0, n, dtype=torch.float64)
         scale, std = torch.cat((sde.scale(at), one[:1])), torch.cat((sde.std(at), zero[:1]))
         scale, std, next_scale, next_std = scale[:-1], std[:-1], scale[1:], std[1:]
@@ -403,9 +400,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         else:
             of_x_t, of_score, of_noise = one, zero, zero
         from_x_t, from_output = sde.score_weights(t)
-        alpha = (
-            2 * (sde.log_scale(t) - sde.log_scale((t - 1 / sde.N).clamp(min=0.0)))
-        ).exp()  # of correctors, Algorithm 5
+        before = (t - 1 / sde.N).clamp(min=0.0)
+        alpha = (2 * (sde.log_scale(t) - sde.log_scale(before))).exp()  # of correctors, Algorithm 5
         columns = {
             "clipped": (of_x_t - of_score / std**2, of_score * scale / std**2),  # of x_t and x_0
             "step": (of_x_t + of_score * from_x_t, of_score * from_output, of_noise),
