@@ -403,8 +403,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         before = (t - 1 / sde.N).clamp(min=0.0)
         alpha = (2 * (sde.log_scale(t) - sde.log_scale(before))).exp()  # of correctors, Algorithm 5
         columns = {
-            "clipped": (of_x_t - of_score / std**2, of_score * scale / std**2),  # of x_t and x_0
-            "step": (of_x_t + of_score * from_x_t, of_score * from_output, of_noise),
+            # of x_t and x_0: the score is (scale x_0 - x_t) / std^2
+            "step": (of_x_t - of_score / std**2, of_score * scale / std**2, of_noise),
             "x_start": ((1 + std**2 * from_x_t) / scale, std**2 * from_output / scale),
             "score": (from_x_t, from_output),
             "correct": (alpha, std),
@@ -450,13 +450,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         x, output = _in_float32(sample, model_output)
         of_x_t, of_output = self._tables["x_start"][i]
         x_start = (x * of_x_t).add_(output, alpha=of_output)
-        of_x_t, of_output, of_noise = self._tables["step"][i]
         if self.config.clip_sample:
             x_start.clamp_(-1.0 if self.config.get("centered", True) else 0.0, 1.0)
-            of_x_t, of_x_start = self._tables["clipped"][i]
-            prev_sample = (x * of_x_t).add_(x_start, alpha=of_x_start)
-        else:
-            prev_sample = (x * of_x_t).add_(output, alpha=of_output)
+        of_x_t, of_x_start, of_noise = self._tables["step"][i]
+        prev_sample = (x * of_x_t).add_(x_start, alpha=of_x_start)
         if of_noise != 0 and i + 1 < self.num_inference_steps:
             noise = _noise(x, generator) if variance_noise is None else variance_noise.to(x.dtype)
             prev_sample.add_(noise, alpha=of_noise)
