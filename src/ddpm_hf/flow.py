@@ -2,6 +2,9 @@
 
 dx/dt = f(t) x - g(t)^2 / 2 score(x, t) takes data at t = eps to noise at t = 1 without randomness. It is solved by
 torchdiffeq's Dormand-Prince steps, whose size follows the image of a batch that has the largest error. Times are as in `sde`.
+Where a process clips the predicted x_0, so does its ODE: the score is then that of the clipped x_0. That is a flow as good as
+any, invertible and with a likelihood of its own, for the clipped score is continuous and the change of volume has a value
+everywhere but where the clipping sets in.
 """
 
 import copy
@@ -69,6 +72,7 @@ def ode_log_likelihood(
     *,
     class_labels: torch.Tensor | None = None,
     eps: float | None = None,
+    clip_sample: bool | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     trace: str = "rademacher",
@@ -87,6 +91,7 @@ def ode_log_likelihood(
         x: (B, C, H, W), taken for x at t = eps; in [0, 1] if the process is a `VESDEScheduler` that is not centered.
         class_labels: (B,), for a class-conditional network.
         eps: the time to begin at; None for 1e-5, or 1 / T for a chain.
+        clip_sample: whether the predicted x_0 is clipped, as in the bound; None for what the config of the process says.
         rtol, atol: tolerances of a solver's step, for each image: of the root mean square over its dimensions, and of its log
             likelihood in nats a dimension.
         trace: of the score's Jacobian: by Hutchinson's estimator with "rademacher" (signs, of less variance) or "gaussian"
@@ -105,7 +110,7 @@ def ode_log_likelihood(
         OdeStopped: too many evaluations, or a state that is not finite, with the time it had reached.
     """
     sde = process_of(process)
-    eps = _begin(sde, eps)
+    eps, limits = _begin(sde, eps), _limits(process, clip_sample)
     if trace not in TRACES:
         raise ValueError(f"trace={trace!r} is not known; choose one of {', '.join(TRACES)}")
     if not (isinstance(probes, Integral) and probes >= 1):
@@ -126,21 +131,24 @@ def ode_log_likelihood(
         def slope(t, state):
             x_t = state[:, :dimensions].view(shape)
             with torch.enable_grad():
-                x_in = x_t.to(network.dtype).requires_grad_()
+                x_in = x_t.detach().to(network.dtype).requires_grad_()
                 output = network(x_in, sde.labels(t))
                 if not output.requires_grad:
                     raise ValueError(
                         "the network gives no gradients, which the likelihood needs; give the DDPMUNet itself"
                     )
+                score, inside = _score(sde, t, x_t, output.detach(), limits)
+                output = output * inside
                 if e is None:
                     found = _exact_trace(output, x_in)[None]
                 else:
                     found = torch.stack([_along(output, x_in, each) for each in e])
             of_x_t, of_output = sde.score_weights(t)
-            rate, half = sde.rate(t), 0.5 * sde.diffusion(t) ** 2
-            drift = (rate - half * of_x_t) * x_t - half * of_output * output.detach()
-            # nats a dimension: the trace of the drift's Jacobian
-            growth = rate - half * of_x_t - half * of_output * found.T / dimensions
+            share = inside.flatten(1).double().mean(1, keepdim=True)
+            # nats a dimension: the trace of the Jacobian of the score, and of the drift
+            bend = share * of_x_t + of_output * found.T / dimensions - (1 - share) / sde.std(t) ** 2
+            half = 0.5 * sde.diffusion(t) ** 2
+            drift, growth = sde.reverse_drift(x_t, t, score, probability_flow=True), sde.rate(t) - half * bend
             return torch.cat((drift.flatten(1), growth.expand(-1, columns)), dim=1)
 
         state = torch.cat((part.flatten(1).double(), part.new_zeros(len(part), columns, dtype=torch.float64)), dim=1)
@@ -253,6 +261,7 @@ def encode(
     num_inference_steps: int | None = None,
     class_labels: torch.Tensor | None = None,
     eps: float | None = None,
+    clip_sample: bool | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     batch_size: int | None = None,
@@ -262,12 +271,11 @@ def encode(
     """Images to the latents that the ODE takes them to: unique to the data's distribution, not to the network.
 
     Args:
-        unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar: as in `ode_log_likelihood`;
-            the network needs no gradients, an `InferenceUNet` does too.
+        unet, process, class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar: as in
+            `ode_log_likelihood`; the network needs no gradients, an `InferenceUNet` does too.
         x_start: (B, C, H, W).
         num_inference_steps: None for the adaptive solver; a number for as many steps of DDIM (eq. 13 there) up the chain of a
-            `VariationalDDPMScheduler`: fewer calls, and `decode` does not come back exactly. x_0 is clipped where the
-            scheduler's config says so: at the noisy end of a cosine chain its error is otherwise multiplied by thousands.
+            `VariationalDDPMScheduler`: fewer calls, and `decode` does not come back exactly.
 
     Returns:
         `Encoding` with `.sample` (B, C, H, W), x at t = 1: of standard deviation `prior_std` of the process.
@@ -275,7 +283,7 @@ def encode(
     Raises:
         As `ode_log_likelihood`.
     """
-    how = unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar
+    how = unet, process, class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar
     return _carry(_of_process(process, x_start), True, num_inference_steps, *how)
 
 
@@ -287,6 +295,7 @@ def decode(
     num_inference_steps: int | None = None,
     class_labels: torch.Tensor | None = None,
     eps: float | None = None,
+    clip_sample: bool | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     batch_size: int | None = None,
@@ -294,7 +303,7 @@ def decode(
     progress_bar: bool = False,
 ) -> Encoding:
     """Latents of `encode`, or noise, to images; arguments as there. `.sample` is x at t = eps, [-1, 1] but for stray values."""
-    how = unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar
+    how = unet, process, class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar
     found = _carry(latents, False, num_inference_steps, *how)
     return found if _centered(process) else found._replace(sample=2 * found.sample - 1)
 
@@ -309,12 +318,16 @@ def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: list[float]) 
     return mixed.flatten(0, 1).to(a.dtype)
 
 
-def _carry(x, up, steps, unet, process, class_labels, eps, rtol, atol, batch_size, max_evaluations, progress_bar):
+def _carry(
+    x, up, steps, unet, process, class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar
+):
     if steps is not None:
         check_scheduler(process)
         if eps is not None:
             raise ValueError(f"eps={eps} is of the adaptive solver; leave it out with num_inference_steps")
         name, sde, scheduler = "DDIM", process_of(process), copy.copy(process)
+        if clip_sample is not None:
+            scheduler.register_to_config(clip_sample=clip_sample)  # of the copy
         scheduler.set_timesteps(steps)
         chain = scheduler.chain if up else scheduler.chain[::-1]
         step = scheduler.reverse_step if up else partial(scheduler.step, eta=0.0)
@@ -327,7 +340,7 @@ def _carry(x, up, steps, unet, process, class_labels, eps, rtol, atol, batch_siz
             return part, len(chain)
     else:
         sde = process_of(process)
-        eps = _begin(sde, eps)
+        eps, limits = _begin(sde, eps), _limits(process, clip_sample)
         name, ends = ("encoding", (eps, 1.0)) if up else ("decoding", (1.0, eps))
 
         @torch.no_grad()
@@ -335,9 +348,8 @@ def _carry(x, up, steps, unet, process, class_labels, eps, rtol, atol, batch_siz
             def slope(t, state):
                 x_t = state.view(part.shape)
                 output = network(x_t.to(network.dtype), sde.labels(t))
-                of_x_t, of_output = sde.score_weights(t)
-                half = 0.5 * sde.diffusion(t) ** 2
-                return ((sde.rate(t) - half * of_x_t) * x_t - half * of_output * output).flatten(1)
+                score, _ = _score(sde, t, x_t, output, limits)
+                return sde.reverse_drift(x_t, t, score, probability_flow=True).flatten(1)
 
             return _solve(slope, part.flatten(1).double(), None, *ends, rtol, atol, max_evaluations, bar)
 
@@ -374,6 +386,27 @@ def _begin(sde, eps):
         beside = f", of a chain 1 / T = {least:g} at the least" if least else ""
         raise ValueError(f"eps={eps} must be above 0 and below 1: the time that stands for data{beside}")
     return eps
+
+
+def _limits(process, clip_sample):
+    """What the predicted x_0 is clipped to, or None."""
+    config = getattr(process, "config", {})
+    if not (config.get("clip_sample", False) if clip_sample is None else clip_sample):
+        return None
+    most = config.get("clip_sample_range", 1.0)
+    return -most if _centered(process) else 0.0, most
+
+
+def _score(sde, t, x_t, output, limits):
+    """The score (B, C, H, W) of the predicted x_0 clipped to `limits`, and 1 where that left it as it was, 0 elsewhere."""
+    score = sde.score(output, x_t, t)
+    if limits is None:
+        return score, torch.ones_like(score)
+    scale, variance = sde.scale(t), sde.std(t) ** 2
+    x_start = (x_t + variance * score) / scale  # Tweedie
+    clipped = x_start.clamp(*limits)
+    inside = clipped == x_start
+    return torch.where(inside, score, (scale * clipped - x_t) / variance), inside.to(score.dtype)
 
 
 class _Network:
