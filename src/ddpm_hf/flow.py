@@ -20,7 +20,7 @@ from torchdiffeq import odeint
 from tqdm.auto import tqdm
 
 from .likelihood import check_images, check_scheduler, standard_error
-from .sde import SDE, ChainSDE
+from .sde import SDE, ChainSDE, clip_limits
 
 TRACES = ("rademacher", "gaussian", "exact")
 DEQUANTIZATIONS = ("uniform", "decoder")
@@ -91,7 +91,8 @@ def ode_log_likelihood(
         x: (B, C, H, W), taken for x at t = eps; in [0, 1] if the process is a `VESDEScheduler` that is not centered.
         class_labels: (B,), for a class-conditional network.
         eps: the time to begin at; None for 1e-5, or 1 / T for a chain.
-        clip_sample: whether the predicted x_0 is clipped, as in the bound; None for what the config of the process says.
+        clip_sample: whether the predicted x_0 is clipped to +-`clip_sample_range`, 1 where the config has none; None for what
+            the config of the process says. `thresholding` is not of the ODE.
         rtol, atol: tolerances of a solver's step, for each image: of the root mean square over its dimensions, and of its log
             likelihood in nats a dimension.
         trace: of the score's Jacobian: by Hutchinson's estimator with "rademacher" (signs, of less variance) or "gaussian"
@@ -173,6 +174,7 @@ def ode_bits_per_dim(
     dequantization: str | None = None,
     generator: torch.Generator | None = None,
     eps: float | None = None,
+    clip_sample: bool | None = None,
     **how,
 ) -> OdeBitsPerDim:
     """Bits per dimension of images on a grid of grey levels, by the ODE.
@@ -193,6 +195,7 @@ def ode_bits_per_dim(
         levels: grey levels of the data; None for those of the scheduler, 256 if it has none.
         dequantization: "uniform" or "decoder"; None for "decoder" where the process is a `VariationalDDPMScheduler`.
         generator: for dequantization and probes.
+        clip_sample: as in `ode_log_likelihood`; with "uniform" None is False, for those images go beyond [-1, 1].
         how: other arguments of `ode_log_likelihood`.
 
     Returns:
@@ -210,11 +213,13 @@ def ode_bits_per_dim(
         raise ValueError("dequantization='decoder' needs the L_0 of a VariationalDDPMScheduler; choose 'uniform'")
     if dequantization == "decoder" and eps is not None:
         raise ValueError(f"eps={eps}: with dequantization='decoder' the chain's first step is where the ODE begins")
+    if dequantization == "uniform" and clip_sample:
+        raise ValueError("clip_sample=True cuts off what dequantization='uniform' adds at the ends; leave it out")
     check_images(x_start, levels)
     device, dimensions = "cpu" if generator is None else generator.device, x_start[0].numel()
     if dequantization == "uniform":
         x = _of_process(process, dequantized(x_start, levels, generator))
-        found = ode_log_likelihood(unet, process, x, eps=eps, generator=generator, **how)
+        found = ode_log_likelihood(unet, process, x, eps=eps, clip_sample=False, generator=generator, **how)
         width = 2 / (levels - 1) if _centered(process) else 1 / (levels - 1)
         nats = -found.log_likelihood - dimensions * math.log(width)
     else:
@@ -222,7 +227,8 @@ def ode_bits_per_dim(
         noise = torch.randn(x_start.shape, generator=generator, device=device, dtype=x_start.dtype).to(x_start.device)
         x = chain.q_sample(x_start, first, noise)
         begin = (first + 1) / chain.config.num_train_timesteps
-        found = ode_log_likelihood(unet, process, x, eps=begin, generator=generator, **how)
+        how |= dict(eps=begin, clip_sample=clip_sample, generator=generator)
+        found = ode_log_likelihood(unet, process, x, **how)
         std = math.sqrt(1 - chain.alphas_cumprod[first].item())
         log_q = -0.5 * (noise.double() ** 2).flatten(1).sum(1) - dimensions * math.log(math.sqrt(2 * math.pi) * std)
         decoder = torch.cat(
@@ -327,7 +333,7 @@ def _carry(
             raise ValueError(f"eps={eps} is of the adaptive solver; leave it out with num_inference_steps")
         name, sde, scheduler = "DDIM", process_of(process), copy.copy(process)
         if clip_sample is not None:
-            scheduler.register_to_config(clip_sample=clip_sample)  # of the copy
+            scheduler.register_to_config(clip_sample=clip_sample, thresholding=False)  # of the copy
         scheduler.set_timesteps(steps)
         chain = scheduler.chain if up else scheduler.chain[::-1]
         step = scheduler.reverse_step if up else partial(scheduler.step, eta=0.0)
@@ -393,8 +399,7 @@ def _limits(process, clip_sample):
     config = getattr(process, "config", {})
     if not (config.get("clip_sample", False) if clip_sample is None else clip_sample):
         return None
-    most = config.get("clip_sample_range", 1.0)
-    return -most if _centered(process) else 0.0, most
+    return clip_limits(config)
 
 
 def _score(sde, t, x_t, output, limits):
@@ -404,7 +409,7 @@ def _score(sde, t, x_t, output, limits):
         return score, torch.ones_like(score)
     scale, variance = sde.scale(t), sde.std(t) ** 2
     x_start = (x_t + variance * score) / scale  # Tweedie
-    clipped = x_start.clamp(*limits)
+    clipped = x_start.clamp(*limits) + 0 * x_start  # an infinite one is not hidden
     inside = clipped == x_start
     return torch.where(inside, score, (scale * clipped - x_t) / variance), inside.to(score.dtype)
 

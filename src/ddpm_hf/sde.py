@@ -320,8 +320,9 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         snr: signal-to-noise ratio r of a corrector step.
         prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
         levels: grey levels of the data, 256 for 8 bits.
-        clip_sample: whether predictor steps are of the predicted x_0 clipped to [-1, 1], as a DDPM's. At the noisy end of a
-            cosine chain the ODE multiplies the network's error by thousands otherwise; of a DDPM's config it is the DDPM's.
+        clip_sample: whether predictor steps, and the ODE of `flow`, are of the predicted x_0 clipped to [-1, 1], as a DDPM's.
+            At the noisy end of a cosine chain the ODE multiplies the network's error by thousands otherwise; of a DDPM's config
+            it is the DDPM's.
 
     `from_config` takes the configs of diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, and of a DDPM: the linear
     schedule becomes beta_min = T beta_start, beta_max = T beta_end; any other is for VP alone, as `ChainSDE` through its betas.
@@ -451,7 +452,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         of_x_t, of_output = self._tables["x_start"][i]
         x_start = (x * of_x_t).add_(output, alpha=of_output)
         if self.config.clip_sample:
-            x_start.clamp_(-1.0 if self.config.get("centered", True) else 0.0, 1.0)
+            x_start.clamp_(*clip_limits(self.config))
         of_x_t, of_x_start, of_noise = self._tables["step"][i]
         prev_sample = (x * of_x_t).add_(x_start, alpha=of_x_start)
         if of_noise != 0 and i + 1 < self.num_inference_steps:
@@ -596,6 +597,12 @@ class VESDEScheduler(SDEScheduler):
         clip_sample: bool = False,
     ):
         self._build(VESDE(sigma_min, sigma_max, num_train_timesteps, prediction_type))
+
+
+def clip_limits(config: dict) -> tuple[float, float]:
+    """What a scheduler of this config clips the predicted x_0 to: +-`clip_sample_range`, or from 0 if not `centered`."""
+    most = config.get("clip_sample_range", 1.0)
+    return -most if config.get("centered", True) else 0.0, most
 
 
 def _double(t):
