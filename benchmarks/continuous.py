@@ -95,9 +95,9 @@ def samplers(data, pipe, judge, real, count, most):
     noise = torch.randn(count, *shape_of(pipe), generator=torch.Generator().manual_seed(0))
     pipe.optimize()
 
-    def tell(name, calls, x_start):
-        row = {"sampler": name, "network calls": calls, **quality(judge, real, x_start)}
-        record(f"continuous_{data}", f"Samplers on {data}", row, keys=("sampler", "network calls"))
+    def tell(name, calls, x_start, **more):
+        row = {"sampler": name, "network calls": calls, **quality(judge, real, x_start), **more}
+        record(f"continuous_{data}", f"Samplers on {data}", row, keys=("sampler", "network calls", "tolerance"))
         return row
 
     rows = []
@@ -121,7 +121,8 @@ def samplers(data, pipe, judge, real, count, most):
         except OdeStopped as error:
             print(f"ODE, adaptive, {tolerance:g}: {error}")
             continue
-        rows.append(tell("ODE, adaptive", round(found.evaluations.double().mean().item()), found.sample))
+        calls = round(found.evaluations.double().mean().item())
+        rows.append(tell("ODE, adaptive", calls, found.sample, tolerance=tolerance))
     pipe.scheduler, pipe._inference = chain, None
     return rows
 
