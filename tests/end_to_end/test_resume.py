@@ -125,7 +125,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     finish(start(alone, *extra, processes=processes))
     if len(stops) > 1 and "--eval_every" not in extra:  # which ends with an evaluation
         finish(start(killed, *extra, "--steps", "3", processes=processes))  # done, but then it is to have more steps
-    if len(stops) > 1:
+    # two processes see a signal about once a second, and small batches are done by then
+    if len(stops) > 1 and (processes == 1 or "--streaming" in extra):
         end_when(start(killed, *extra, processes=processes), killed / "checkpoints/.0000004", signal.SIGINT)
     for stop in stops:
         end_when(start(killed, *extra, processes=processes), killed / stop)
