@@ -337,11 +337,12 @@ def test_a_network_with_classes(unet):
     fast = InferenceUNet(unet, compile=False)
     with pytest.raises(ValueError, match="^the network gives no gradients"):
         ode_log_likelihood(fast, scheduler, x, class_labels=labels)
-    how["clip_sample"] = False  # a network that knows nothing, clipped, multiplies rounding errors
+    # a network that knows nothing, clipped, multiplies rounding errors; and steps that differ in size differ by the tolerance
+    how |= dict(clip_sample=False, rtol=1e-5, atol=1e-5)
     z = encode(fast, scheduler, x, **how)
     expected = encode(unet, scheduler, x, **how)
     assert z.sample.dtype == x.dtype
-    torch.testing.assert_close(z.sample, expected.sample, rtol=0, atol=5e-3)
+    torch.testing.assert_close(z.sample, expected.sample, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

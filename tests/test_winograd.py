@@ -57,7 +57,6 @@ def test_sizes_without_tiles(shape):
 
 def test_the_rounding_of_float32():
     # direct sums are rounded less by as much as a machine adds them in more parts: two to five times
-
     plain, tiled = conv(256, 256, torch.float32)
     x = torch.randn(4, 256, 16, 16)
     with torch.no_grad():

@@ -148,8 +148,8 @@ def ode_log_likelihood(
             share = inside.flatten(1).double().mean(1, keepdim=True)
             # nats a dimension: the trace of the Jacobian of the score, and of the drift
             bend = share * of_x_t + of_output * found.T / dimensions - (1 - share) / sde.std(t) ** 2
-            half = 0.5 * sde.diffusion(t) ** 2
-            drift, growth = sde.reverse_drift(x_t, t, score, probability_flow=True), sde.rate(t) - half * bend
+            rate, half = sde.rate(t), 0.5 * sde.diffusion(t) ** 2
+            drift, growth = rate * x_t - half * score, rate - half * bend
             return torch.cat((drift.flatten(1), growth.expand(-1, columns)), dim=1)
 
         state = torch.cat((part.flatten(1).double(), part.new_zeros(len(part), columns, dtype=torch.float64)), dim=1)
@@ -202,7 +202,7 @@ def ode_bits_per_dim(
         `OdeBitsPerDim`.
 
     Raises:
-        As `ode_log_likelihood`; ValueError for images off the grid.
+        As `ode_log_likelihood`; ValueError for images off the grid, and for clip_sample=True with "uniform".
     """
     chain = process if hasattr(process, "decoder_bits_per_dim") else None
     levels = getattr(process, "levels", 256) if levels is None else levels
