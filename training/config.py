@@ -20,137 +20,166 @@ class ConfigError(ValueError):
     """A mistake in a run's configuration, told in one line."""
 
 
+def _keys_of(group):
+    """Makes the fields of a group of --help: a default and one line of text; `found` in the data where no preset is given."""
+
+    def key(default, text, found=False):
+        how = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
+        return dataclasses.field(**how, metadata={"group": group, "help": text, "found": found})
+
+    return key
+
+
+_data, _network, _training = _keys_of("data"), _keys_of("network and process"), _keys_of("training")
+_output, _evaluation, _publishing = _keys_of("what it writes"), _keys_of("evaluation"), _keys_of("publishing")
+
+
 @dataclasses.dataclass
 class RunConfig:
     """What every training run needs: keys of a YAML file or of the command line. "Steps" are optimizer steps."""
 
-    # data
-    data: str = "digits"  # digits, mnist, a folder of images, a .parquet file or folder, or a Hub id
-    split: str = "train"
-    streaming: bool = False  # images are read as they are needed, from files or the Hub; nothing is copied to the disk
-    shuffle_buffer: int = 10000  # of a stream: the next image is one of so many
-    image_column: str | None = None  # None: the only column of images
-    label_column: str | None = None  # class labels
-    max_broken: float = 0.01  # share of images that may be left out because they cannot be read
-    memory_gb: float = 1.0  # a data set whose pixels need no more is read once and kept
-    image_size: int | list[int] = 8  # side, or [height, width]; images are scaled and cut to it
-    crop: str = "center"  # what is too long is cut off; none: stretched
-    background: str = "white"  # of what is transparent, where there are less than 4 channels; a name or #rrggbb
-    channels: int = 1
-    random_flip: bool = False  # left to right, every other image
-    scheduler: dict = dataclasses.field(default_factory=dict)  # the process: keys of VariationalDDPMScheduler
-    # training
-    steps: int = 1000
-    batch_size: int = 128  # images a process and forward pass
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 2e-4
-    lr_schedule: str = "constant_with_warmup"  # a name of diffusers' get_scheduler
-    lr_warmup_steps: int = 0
-    adam_betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_steps_skipped: int = 25  # in a row, for want of a finite gradient, before the run gives up
-    mixed_precision: str = "no"  # no, bf16, fp16
-    compile: bool = False  # by torch.compile: slow first steps, faster ones after them
-    channels_last: str = "auto"  # true, false; auto: compiled on the CPU, in half precision on an accelerator
-    gradient_checkpointing: bool = False  # computes activations twice instead of keeping them
-    num_workers: int = 0  # processes that read images
-    seed: int = 0
-    # what it writes
-    output_dir: str = "runs/digits"
-    resume: str = "auto"  # auto: from the newest checkpoint in output_dir, if any; never; or the path of a checkpoint
-    checkpoint_every: int = 1000  # and at the end; 0 for none
-    keep_checkpoints: int = 2  # the newest, and the best of held-out images beside them
-    log_every: int = 20
-    eval_every: int = 0  # steps between measurements of held-out images, and at the end; 0 for none
-    eval_data: str | None = None  # as data, of which it is if null
-    eval_split: str = "test"
-    eval_images: int = 64
-    trackers: list[str] = dataclasses.field(default_factory=list)  # of accelerate: tensorboard, wandb, trackio, ...
+    data: str = _data("digits", "digits, mnist, a folder of images, a .parquet file or folder, or a Hub id")
+    split: str = _data("train", "split of the data, as train or train[:1000]")
+    held_out: float = _data(0.0, "share of the split set aside at random, the same images always, for eval_every", True)
+    streaming: bool = _data(
+        False, "read images as they are needed, from files or the Hub; nothing is copied to the disk"
+    )
+    shuffle_buffer: int = _data(10000, "size of a stream's shuffle buffer, in images")
+    image_column: str | None = _data(None, "column of the images; null: the only one")
+    label_column: str | None = _data(None, "column of class labels; null: none", True)
+    max_broken: float = _data(0.01, "share of images that may be left out because they cannot be read")
+    memory_gb: float = _data(1.0, "a data set whose pixels need no more is read once and kept")
+    image_size: int | list[int] = _data(8, "side, or [height, width]; images are scaled and cut to it", True)
+    crop: str = _data("center", "center: what is too long is cut off; none: stretched")
+    background: str = _data("white", "behind transparent pixels, for less than 4 channels; a name or #rrggbb")
+    channels: int = _data(1, "1 (grey), 3 (RGB) or 4 (RGBA)", True)
+    random_flip: bool = _data(False, "mirror every other image, left to right")
+    scheduler: dict = _network({}, "keys of the process: see --scheduler.KEY below", True)
+    steps: int = _training(1000, "optimizer steps")
+    batch_size: int = _training(128, "images a process and forward pass", True)
+    gradient_accumulation_steps: int = _training(1, "batches whose gradients make one step")
+    learning_rate: float = _training(2e-4, "learning rate of AdamW", True)
+    lr_schedule: str = _training("constant_with_warmup", "a name of diffusers' get_scheduler")
+    lr_warmup_steps: int = _training(0, "steps in which the learning rate rises from 0")
+    adam_betas: list[float] = _training([0.9, 0.999], "decay of AdamW's two moments")
+    weight_decay: float = _training(0.0, "weight decay of AdamW")
+    max_grad_norm: float = _training(1.0, "larger gradients are scaled down to it; .inf: never")
+    max_steps_skipped: int = _training(25, "steps in a row without a finite gradient before the run gives up")
+    mixed_precision: str = _training("no", "no, bf16, fp16")
+    compile: bool = _training(False, "use torch.compile: slow first steps, faster ones after them")
+    channels_last: str = _training(
+        "auto", "true, false; auto: compiled on the CPU, in half precision on an accelerator"
+    )
+    gradient_checkpointing: bool = _training(False, "compute activations twice instead of keeping them")
+    num_workers: int = _training(0, "processes that read images")
+    seed: int = _training(0, "of weights, noise and the order of images")
+    output_dir: str = _output("runs/digits", "folder of the run: runs/NAME of the data where no preset is given", True)
+    resume: str = _output(
+        "auto", "auto: from the newest checkpoint in output_dir, if any; never; or a checkpoint's path"
+    )
+    checkpoint_every: int = _output(1000, "steps between checkpoints, and at the end; 0 for none")
+    keep_checkpoints: int = _output(2, "the newest ones to keep, and the best of held-out images beside them")
+    log_every: int = _output(20, "steps between rows of metrics.jsonl")
+    trackers: list[str] = _output([], "accelerate's: tensorboard, wandb, trackio, ...; several with commas")
+    tracker_project: str = _output("ddpm-hf", "project of the trackers")
+    tracker_run: str | None = _output(None, "name of the run there; null: that of output_dir")
+    eval_every: int = _evaluation(0, "steps between measurements of held-out images, and at the end; 0 for none", True)
+    eval_data: str | None = _evaluation(None, "held-out images, as data; null: of data itself")
+    eval_split: str = _evaluation("test", "split of held-out images, where held_out is 0")
+    eval_images: int = _evaluation(64, "how many held-out images are measured")
     # no key: the preset that it began with, for the model card
     preset: str | None = dataclasses.field(default=None, init=False)
 
-    # where its presets are; the section that holds the keys of the network, and those of them that follow from others
+    # which script it is of; where its presets are; the section that holds the keys of the network, those of them that follow
+    # from others, and the one that says how many classes there are
+    PROGRAM: typing.ClassVar[str]
     PRESETS: typing.ClassVar[Path]
     NETWORK: typing.ClassVar[str]
     DERIVED: typing.ClassVar[tuple[str, ...]]
+    CLASSES: typing.ClassVar[str]
+    # keys that follow from the pipeline that a run begins with, where they are not given
+    FROM_PIPELINE: typing.ClassVar[tuple[str, ...]]
+
+    # names ("steps", "unet.dropout") given on the command line or in a file of the user's: presets are defaults
+    explicit: typing.ClassVar[frozenset[str]] = frozenset()
+    # whether nothing is left to be found in the data or a pipeline, see resolve.py
+    resolved: typing.ClassVar[bool] = True
+
+    @property
+    def network(self) -> dict:
+        """The keys of the network."""
+        return getattr(self, self.NETWORK)
 
     @property
     def classes(self) -> int | None:
         """How many labels there are."""
-        raise NotImplementedError
+        return self.network.get(self.CLASSES)
 
 
 @dataclasses.dataclass
 class TrainConfig(RunConfig):
     """Of training/train.py."""
 
+    PROGRAM = "train.py"
     PRESETS = PRESETS
     NETWORK = "unet"
     DERIVED = ("sample_size", "in_channels", "out_channels", "_ddpm_hf")
+    CLASSES = "num_class_embeds"
+    FROM_PIPELINE = ("unet", "scheduler", "process", "image_size", "channels", "low_resolution", "conditioning_noise")
+    FROM_PIPELINE += ("label_column", "label_dropout", "loss")
 
-    unet: dict = dataclasses.field(default_factory=dict)  # keys of DDPMUNet
-    init_from: str | None = (
-        None  # a pipeline's folder or Hub id, diffusers' own too: its network in place of unet and init
+    unet: dict = _network({}, "keys of the network: see --unet.KEY below", True)
+    init_from: str | None = _network(None, "pipeline to begin with, a folder or Hub id, diffusers' own too")
+    init: str = _network("paper", "first weights: paper (zeros where its code has them) or torch (as diffusers' class)")
+    process: str = _network("ddpm", "ddpm; in continuous time (Score-SDE) vp, subvp, ve")
+    low_resolution: int | list[int] | None = _network(None, "size of the images that an upsampler makes larger")
+    conditioning_noise: float = _network(0.0, "highest level of noise on those images in training, below 1")
+    loss: str = _training("simple", "simple, vlb, hybrid")
+    vlb_weight: float = _training(0.001, "of the bound in hybrid")
+    weighting: str | None = _training(
+        None, "of the loss by t: min_snr, truncated_snr, p2; in continuous time likelihood"
     )
-    init: str = "paper"  # first weights: paper (zeros where its code has them) or torch (as diffusers' class)
-    loss: str = "simple"  # simple, vlb, hybrid
-    vlb_weight: float = 0.001  # of the bound in hybrid
-    # of the mean squared error by t: min_snr, truncated_snr, p2; in continuous time likelihood
-    weighting: str | None = None
-    # ddpm; or in continuous time (Score-SDE) vp, subvp, ve: `scheduler` then has the keys of their schedulers
-    process: str = "ddpm"
-    dequantize: bool = False  # noise of one grey level's width on the images: for bits/dim by the ODE
-    # (height, width) or side of the images that the network makes larger; None: it begins with noise alone
-    low_resolution: int | list[int] | None = None
-    conditioning_noise: float = 0.0  # highest level of noise on those images in training, below 1
-    label_dropout: float = (
-        0.0  # share of labels trained as "no class", for guidance_scale; num_class_embeds leaves it out
+    dequantize: bool = _training(False, "add noise of one grey level's width, for bits/dim by the ODE")
+    label_dropout: float = _training(0.0, "share of labels trained as 'no class', for guidance_scale")
+    timesteps: str = _training("uniform", "uniform, loss_second_moment; in continuous time uniform, importance")
+    ema_decay: float = _training(0.9999, "decay of the averaged weights, which are saved and sampled")
+    sample_every: int = _output(1000, "steps between sheets of EMA samples; 0 for none")
+    sample_raw: int = _output(5, "the first sheets that have one of the raw weights beside them")
+    sample_count: int = _output(64, "samples on a sheet")
+    sample_steps: int | None = _output(None, "network calls a sample; null: all timesteps", True)
+    eval_evaluations: int = _evaluation(50, "network calls a held-out image, of process ddpm")
+    push_to_hub: str | None = _publishing(
+        None, "user/name of a repository on the Hub, at each checkpoint; null: nowhere"
     )
-    # uniform; loss_second_moment (importance sampling, IDDPM section 3.3); importance (of the likelihood, continuous time)
-    timesteps: str = "uniform"
-    ema_decay: float = 0.9999
-    sample_every: int = 1000  # a sheet of EMA samples; 0 for none
-    sample_raw: int = 5  # so many first sheets have one of the weights that are not averaged beside them
-    sample_count: int = 64
-    sample_steps: int | None = None  # network calls an image; None for all timesteps
-    eval_evaluations: int = 50  # network calls for each held-out image, see estimate_bits_per_dim; of process ddpm
-    # where it is published, at checkpoints and at the end
-    push_to_hub: str | None = None  # user/name of a repository on the Hub; None for nowhere
-    hub_private: bool = False  # where the repository is made: for its owner only
-    license: str | None = None  # of the model card: the Hub's name of one, as apache-2.0
-
-    @property
-    def classes(self):
-        return self.unet.get("num_class_embeds")
+    hub_private: bool = _publishing(False, "make the repository for its owner only")
+    license: str | None = _publishing(None, "of the model card: the Hub's name of one, as apache-2.0")
 
 
 @dataclasses.dataclass
 class ClassifierConfig(RunConfig):
     """Of training/train_classifier.py."""
 
+    PROGRAM = "train_classifier.py"
     PRESETS = PRESETS / "classifier"
     NETWORK = "classifier"
     DERIVED = ("sample_size", "in_channels", "scheduler")
+    CLASSES = "num_classes"
+    FROM_PIPELINE = ("scheduler", "image_size", "channels")
 
-    label_column: str | None = "label"
-    classifier: dict = dataclasses.field(default_factory=dict)  # keys of NoisyClassifier, num_classes among them
-    # folder or Hub id of the pipeline that it shall guide: its process, size and channels in place of those keys
-    pipeline: str | None = None
-    random_crop: float = (
-        0.8  # images are cut to this share of their sides at the least, and scaled up again; 1 for none
+    label_column: str | None = _data("label", "column of class labels", True)
+    classifier: dict = _network({}, "keys of the classifier: see --classifier.KEY below", True)
+    pipeline: str | None = _network(None, "folder or Hub id of the pipeline to guide: its process, size and channels")
+    random_crop: float = _training(0.8, "images are cut to this share of their sides or more and scaled up; 1: never")
+    weight_decay: float = _training(0.05, "weight decay of AdamW")
+    output_dir: str = _output(
+        "runs/digits-classifier", "folder of the run: runs/NAME-classifier without a preset", True
     )
-    weight_decay: float = 0.05
-    output_dir: str = "runs/digits-classifier"
-
-    @property
-    def classes(self):
-        return self.classifier.get("num_classes")
 
 
 # of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
 MAY_CHANGE = {"preset", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
 MAY_CHANGE |= {"compile", "channels_last", "gradient_checkpointing", "memory_gb", "max_steps_skipped", "trackers"}
+MAY_CHANGE |= {"tracker_project", "tracker_run"}
 MAY_CHANGE |= {
     "log_every",
     "sample_every",
