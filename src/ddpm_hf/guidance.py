@@ -1,12 +1,13 @@
 """Guidance of sampling by class: classifier-free (Ho & Salimans 2021), and by a classifier of noisy images (ADM, section 4)."""
 
+import difflib
 import math
 
 import torch
 
 from .classifier import NoisyClassifier
 from .scheduler import VariationalDDPMScheduler
-from .unet import sides
+from .unet import shortened, sides
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -71,12 +72,68 @@ def sigma_at(scheduler, t) -> float:
     return a + (float(t) - low) * (b - a)
 
 
+def label_ids(names: list[str], class_names: list[str] | None, argument: str = "label") -> list[int]:
+    """The label of each name; `class_names` are those of the labels 0, 1, ..., `argument` is named in messages.
+
+    Raises:
+        ValueError: a name that is not among them, with the nearest ones; no names are known.
+    """
+    for name in names:
+        if class_names is None:
+            raise ValueError(f"{argument}={shortened(name)}: the names of the classes are not known; give numbers")
+        if name not in class_names:
+            lower = {each.lower(): each for each in class_names}
+            near = difflib.get_close_matches(str(name).lower(), lower)
+            near = [lower[each] for each in near] or [each for key, each in lower.items() if str(name).lower() in key]
+            hint = f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"known: {shortened(class_names)}"
+            raise ValueError(f"{argument}={shortened(name)} is not the name of a class; {hint}")
+    return [class_names.index(name) for name in names]
+
+
+class NamedClasses:
+    """What a pipeline has of the names of its classes, before diffusers' `DiffusionPipeline` among its bases."""
+
+    class_names = None  # of the labels 0, 1, ...; None where they are not known
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> label, as diffusers' `DiTPipeline` has it; empty where the names are not known."""
+        return {name: label for label, name in enumerate(self.class_names or [])}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """The labels of class names, or of one, as diffusers' `DiTPipeline`; `class_labels` takes the names, too.
+
+        Raises:
+            ValueError: an unknown name, with the nearest ones.
+        """
+        return label_ids([label] if isinstance(label, str) else list(label), self.class_names)
+
+
+def check_names(class_names: list[str] | None, others: list[str] | None, of: tuple[str, str]) -> None:
+    """Whether labels mean the same in two networks or data sets, where the names of both are known.
+
+    Args:
+        of: whose names these are, for the message, as ("the network", "the classifier").
+
+    Raises:
+        ValueError: other names, or the same in another order.
+    """
+    if class_names is None or others is None or class_names == others:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(class_names, others)) if a != b), min(len(class_names), len(others)))
+    a, b = (repr(names[at]) if at < len(names) else "none" for names in (class_names, others))
+    raise ValueError(
+        f"label {at} is {a} of {of[0]}, {b} of {of[1]}: their classes must have the same names in one order"
+    )
+
+
 def check_classifier(
     classifier: NoisyClassifier,
     scheduler,
     classes: int | None,
     channels: int,
     sample_size: int | tuple[int, int] | None,
+    class_names: list[str] | None = None,
 ) -> None:
     """Whether a classifier was trained on what the network is asked for, by their saved configs.
 
@@ -84,6 +141,7 @@ def check_classifier(
         scheduler: whose steps are to be guided.
         classes: of the network's labels; None for a network without.
         channels, sample_size: of its images; None for any size.
+        class_names: of the network's labels, compared where the classifier's are known too.
 
     Raises:
         ValueError: other classes, channels or image size than the network's; another process than the scheduler's; a scheduler
@@ -96,6 +154,7 @@ def check_classifier(
     ):
         if ours is not None and theirs != ours:
             raise ValueError(f"the classifier has {theirs} {name}, the network {ours}; train one for this network")
+    check_names(class_names, classifier.class_names, ("the network", "the classifier"))
     if sample_size is not None and sides(config.sample_size) != sides(sample_size):
         theirs, ours = ("x".join(map(str, sides(size))) for size in (config.sample_size, sample_size))
         raise ValueError(f"the classifier is of {theirs} images, the network of {ours}")

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 
 from .classifier import NoisyClassifier
 from .conditioning import Conditioned
-from .guidance import check_classifier, classifier_free, scales, shifted_output
+from .guidance import NamedClasses, check_classifier, classifier_free, label_ids, scales, shifted_output
 from .inference import InferenceUNet
 from .push import Published
 from .scheduler import VariationalDDPMScheduler
@@ -42,7 +42,7 @@ OWN_CLASSES = {each.__name__: each for each in (NoisyClassifier, VPSDEScheduler,
 SCORE_SDE = {"ScoreSdeVeScheduler": VESDEScheduler, "ScoreSdeVpScheduler": VPSDEScheduler}  # diffusers' and ours
 
 
-class DDPMImagePipeline(Published, DiffusionPipeline):
+class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
     """Draws images by running a diffusion process backwards (Ho, Jain, Abbeel 2020, Algorithm 2; DDIM with `eta`).
 
     A saved folder is in stock terms, with this class and its parts in a self-contained `pipeline.py` beside the weights:
@@ -182,6 +182,13 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         return getattr(self.unet, "class_embedding", None) is not None
 
     @property
+    def class_names(self) -> list[str] | None:
+        """Names of the labels 0, 1, ... of the network, or where it takes none, of the classifier; None if not known."""
+        return getattr(
+            self.unet if self.takes_labels or self.classifier is None else self.classifier, "class_names", None
+        )
+
+    @property
     def interrupt(self) -> bool:
         """True once a callback has set `pipe._interrupt = True`: the loop then stops early."""
         return self._interrupt
@@ -196,7 +203,7 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         return_dict: bool = True,
         *,
         eta: float | None = None,
-        class_labels: torch.Tensor | list[int] | int | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
@@ -212,8 +219,8 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
                 "latent" (B, C, H, W), the samples as they are, [-1, 1] but for stray values.
             return_dict: False for a tuple (images,).
             eta: None for the scheduler's own steps; a number in [0, 1] for DDIM, 0 deterministic.
-            class_labels: for a class-conditional network or a classifier: (B,) labels, a list, or one label for all. None
-                of a network that was trained with label dropout: images of no class.
+            class_labels: for a class-conditional network or a classifier: (B,) labels, a list, or one label for all; numbers,
+                or names of `labels`. None of a network that was trained with label dropout: images of no class.
             guidance_scale: classifier-free guidance of a network that was trained with label dropout, two network calls a
                 step in one: 0 is without the class, None and 1 the conditional network, more is more of the class. A number,
                 or (B,) with one for each image.
@@ -262,7 +269,7 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         *,
         every: int = 1,
         eta: float | None = None,
-        class_labels: torch.Tensor | list[int] | int | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
@@ -316,7 +323,7 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         generator: torch.Generator | None = None,
         num_inference_steps: int | None = None,
         eta: float | None = None,
-        class_labels: torch.Tensor | list[int] | int | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         output_type: str = "pil",
@@ -354,7 +361,7 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
         self._check_output(output_type, ())
         pairs, count = len(images_a), len(weights)
         class_labels, *guidance = (
-            _for_each_image(each, count) for each in (class_labels, guidance_scale, classifier_scale)
+            _for_each_image(each, count) for each in (self._numbers(class_labels), guidance_scale, classifier_scale)
         )
         noise = randn_tensor(images_a.shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         latents = noise.repeat_interleave(count, dim=0)
@@ -487,7 +494,8 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
             )
             raise ValueError(f"classifier_scale={classifier_scale} needs {what}")
         classes = getattr(self.unet, "num_classes", None)
-        check_classifier(self.classifier, self.scheduler, classes, self.channels, self.unet.config.sample_size)
+        names = getattr(self.unet, "class_names", None)
+        check_classifier(self.classifier, self.scheduler, classes, self.channels, self.unet.config.sample_size, names)
         if (scale == 0).all():
             return None
         classifier, scale = self.classifier, scale.to(self._execution_device)
@@ -526,11 +534,20 @@ class DDPMImagePipeline(Published, DiffusionPipeline):
                 f"eta={eta}: {type(self.scheduler).__name__} has none; leave it out or use another scheduler"
             )
 
+    def _numbers(self, labels):
+        """Class labels, the names among them as numbers."""
+        if isinstance(labels, str):
+            return label_ids([labels], self.class_names, "class_labels")[0]
+        if isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
+            return [self._numbers(label) for label in labels]
+        return labels
+
     def _check_labels(self, labels, batch_size):
+        labels = self._numbers(labels)
         try:
             labels = torch.as_tensor(labels)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"class_labels={labels!r} must be numbers, one for each image") from None
+            raise ValueError(f"class_labels={labels!r} must be numbers or names, one for each image") from None
         labels = labels.expand(batch_size) if labels.dim() == 0 else labels
         classes = getattr(self.unet, "num_classes", None)
         if not self.takes_labels:

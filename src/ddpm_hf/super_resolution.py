@@ -14,6 +14,7 @@ from PIL import Image
 
 from .classifier import NoisyClassifier
 from .conditioning import condition_planes
+from .guidance import NamedClasses, check_names
 from .pipeline import DDPMImagePipeline, local_folder, write_source
 from .push import Published
 from .unet import sides
@@ -82,7 +83,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         *,
         noise_level: float = 0.0,
         eta: float | None = None,
-        class_labels: torch.Tensor | list[int] | int | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
@@ -126,7 +127,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         every: int = 1,
         noise_level: float = 0.0,
         eta: float | None = None,
-        class_labels: torch.Tensor | list[int] | int | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
@@ -209,7 +210,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         return json.dumps({**index, "_class_name": ["pipeline", type(self).__name__]}, indent=2, sort_keys=True) + "\n"
 
 
-class CascadePipeline(Published, DiffusionPipeline):
+class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
     """Two stages: a `DDPMImagePipeline` draws small images, a `DDPMSuperResolutionPipeline` makes them larger (ADM, section 5).
 
     It is saved to one folder, a sub-folder for each stage, which is a whole pipeline itself.
@@ -219,7 +220,7 @@ class CascadePipeline(Published, DiffusionPipeline):
         upsampler: makes them larger.
 
     Raises:
-        ValueError: images of the base that the upsampler does not take.
+        ValueError: images of the base that the upsampler does not take, or other classes.
     """
 
     def __init__(self, base: DDPMImagePipeline, upsampler: DDPMSuperResolutionPipeline):
@@ -231,7 +232,13 @@ class CascadePipeline(Published, DiffusionPipeline):
             )
         if base.channels != upsampler.channels:
             raise ValueError(f"base draws images of {base.channels} channels, upsampler takes {upsampler.channels}")
+        check_names(base.class_names, upsampler.class_names, ("base", "upsampler"))
         self.register_modules(base=base, upsampler=upsampler)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the labels 0, 1, ... of the stages; None if not known."""
+        return self.upsampler.class_names if self.base.class_names is None else self.base.class_names
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CascadePipeline":
@@ -254,7 +261,7 @@ class CascadePipeline(Published, DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
-        class_labels: torch.Tensor | list[int] | int | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
         upsampler_steps: int | None = None,
         noise_level: float = 0.0,
         upsampler_kwargs: dict | None = None,

@@ -40,6 +40,7 @@ CHOICES = {
     "class_embed_type": (None, "timestep", "identity"),
     "act_fn": tuple(ACTIVATIONS),
 }
+PREPROCESSING = ("background", "crop", "image_column", "label_column")
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -581,6 +582,69 @@ class Encoder(ModelMixin, ConfigMixin):
             x = self.mid_block(x, emb)
         return x, skips
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the labels 0, 1, ..., each another one; None where they are not known. They can be set, and are saved.
+
+        They stand under "_ddpm_hf" in the config. Where there are fewer of them than `num_classes`, the last labels have none.
+
+        Raises:
+            ValueError: not a list of different texts, or more than there are classes.
+        """
+        names = self._own_settings().get("class_names")
+        return None if names is None else self._checked_names(names)
+
+    @class_names.setter
+    def class_names(self, names: list[str] | None) -> None:
+        self._set_own(class_names=None if names is None else self._checked_names(names))
+
+    def _checked_names(self, names):
+        texts = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        if not texts or not names or len(set(names)) < len(names):
+            raise ValueError(f"class_names={shortened(names)} must be a list of different texts, one for each label")
+        if len(names) > (self.num_classes or 0):
+            raise ValueError(
+                f"class_names={shortened(names)} has {len(names)} names, but this network has "
+                f"{self.num_classes or 'no'} classes; give one for each label"
+            )
+        return list(names)
+
+    @property
+    def preprocessing(self) -> dict[str, str]:
+        """Of the data that the network was trained on; what is not known is left out. It can be set, and is saved.
+
+        Keys: "background" and "crop" as in `ddpm_hf.data.image_to_pixels`; "image_column" and "label_column", names of the
+        data set's columns. They stand under "_ddpm_hf" in the config.
+
+        Raises:
+            ValueError: not texts by these keys.
+        """
+        return self._checked_preprocessing(self._own_settings().get("preprocessing") or {})
+
+    @preprocessing.setter
+    def preprocessing(self, values: dict[str, str] | None) -> None:
+        self._set_own(preprocessing=self._checked_preprocessing(values or {}) or None)
+
+    def _checked_preprocessing(self, values):
+        if not isinstance(values, dict) or not all(
+            name in PREPROCESSING and isinstance(value, str) for name, value in values.items()
+        ):
+            raise ValueError(
+                f"preprocessing={shortened(values)} must have texts by the keys {', '.join(PREPROCESSING)}"
+            )
+        return dict(values)
+
+    def _own_settings(self):
+        """What the config holds beside diffusers' keys, which ignores a key that begins with an underscore."""
+        own = self.config.get("_ddpm_hf") or {}
+        if not isinstance(own, dict):
+            raise ValueError(f"_ddpm_hf={shortened(own)} in the network's config must hold keys and values")
+        return own
+
+    def _set_own(self, **settings):
+        own = {**self._own_settings(), **settings}
+        self.register_to_config(_ddpm_hf={key: value for key, value in own.items() if value is not None})
+
     def to_json_string(self) -> str:
         """The config as JSON."""
         config = json.loads(super().to_json_string())
@@ -700,7 +764,7 @@ class DDPMUNet(Encoder):
         Raises:
             ValueError: it is not the last.
         """
-        null, classes = self.config.get("_ddpm_hf", {}).get("null_class"), self.config.num_class_embeds
+        null, classes = self._own_settings().get("null_class"), self.config.num_class_embeds
         if null is not None and (self.config.class_embed_type is not None or null != (classes or 0) - 1):
             raise ValueError(f"null_class={null} must be the last of the network's classes, num_class_embeds={classes}")
         return null
@@ -785,6 +849,12 @@ class DDPMUNet(Encoder):
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of what a config may hold as one number."""
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def shortened(value, length: int = 120) -> str:
+    """`repr` of a value for an error message, cut where it is longer."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _names(block_types):
