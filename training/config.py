@@ -48,6 +48,7 @@ class RunConfig:
     image_column: str | None = _data(None, "column of the images; null: the only one")
     label_column: str | None = _data(None, "column of class labels; null: none", True)
     max_broken: float = _data(0.01, "share of images that may be left out because they cannot be read")
+    max_image_pixels: int | None = _data(None, "larger images count as broken; null: above Pillow's limit, 178,956,970")
     memory_gb: float = _data(1.0, "a data set whose pixels need no more is read once and kept")
     image_size: int | list[int] = _data(8, "side, or [height, width]; images are scaled and cut to it", True)
     crop: str = _data("center", "center: what is too long is cut off; none: stretched")

@@ -1,55 +1,91 @@
-"""Noto emoji by category, as a folder of images that train.py reads: about 3,700 pictures of 64x64 pixels, most of them RGBA.
+"""Noto emoji by category, as a folder of images that train.py reads: about 3,800 pictures of 64x64 pixels, most of them RGBA.
 
-    npm pack emoji-datasource-google          # or take the archive from the package's page
-    python training/emoji.py emoji-datasource-google-*.tgz data/emoji
+    npm pack emoji-datasource-google@16.0.0          # or take the archive from the package's page
+    python training/emoji.py emoji-datasource-google-16.0.0.tgz data/emoji
     accelerate launch training/train.py --config emoji32
 
 Writes the pictures and metadata.jsonl, which gives each its category ("Food & Drink", ...); those of skin tones are their
 emoji's. The pictures are under the licenses that the archive names.
 """
 
+import argparse
+import hashlib
 import json
-import os
+import re
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
+from ddpm_hf.atomic import replacing_folder
+
+VERSION, SHA256 = "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
 PICTURES = "package/img/google/64/"
+# what reading a gzipped tar and its JSON raises where these are not as expected
+MALFORMED = (tarfile.TarError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+LARGEST = 2**24  # bytes of one file in the archive: emoji.json has 2 million, a picture some thousand
 
 
-def unpack(archive: str, folder: str) -> int:
-    """Writes the folder, whole or not at all; returns how many pictures.
+def unpack(archive: str, folder: str, any_version: bool = False) -> int:
+    """Writes the folder, whole or not at all; returns the number of pictures.
+
+    Args:
+        any_version: also takes an archive other than that of `VERSION`; its names and sizes are checked in any case.
 
     Raises:
-        FileExistsError: the folder is there.
-        KeyError: the archive is not of this package.
+        FileExistsError: the folder is there already.
+        OSError: the archive cannot be read, or the folder not be written.
+        ValueError: another archive, or one that is damaged.
     """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; remove it, or name another")
-    temporary = folder.with_name(f".{folder.name}")
-    temporary.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as tar:
-        category = {}
-        for emoji in json.load(tar.extractfile("package/emoji.json")):
-            for version in (emoji, *emoji.get("skin_variations", {}).values()):
-                category[version["image"]] = emoji["category"]
-        rows = []
-        for member in tar:
-            name = member.name.removeprefix(PICTURES)
-            if member.isfile() and member.name.startswith(PICTURES) and name in category:
-                (temporary / name).write_bytes(tar.extractfile(member).read())
-                rows.append({"file_name": name, "category": category[name]})
+    with open(archive, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256 and not any_version:
+        raise ValueError(
+            f"{archive} is not version {VERSION} of emoji-datasource-google: its sha256 is {digest}, not {SHA256}; "
+            f"npm pack emoji-datasource-google@{VERSION}, or --any_version if you trust it"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tarfile.open(archive) as tar, replacing_folder(folder) as temporary:
+            return _unpack(tar, temporary)
+    except MALFORMED as error:
+        raise ValueError(f"{archive} is damaged, or not an archive of emoji-datasource-google: {error!r}") from error
+
+
+def _unpack(tar, folder):
+    category = {}
+    for emoji in json.loads(_content(tar, tar.getmember("package/emoji.json"))):
+        for version in (emoji, *emoji.get("skin_variations", {}).values()):
+            category[version["image"]] = str(emoji["category"])
+    rows = []
+    for member in tar:
+        name = member.name.removeprefix(PICTURES)
+        if member.name.startswith(PICTURES) and name in category:
+            if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]*\.png", name):
+                raise ValueError(f"the archive has a picture called {name!r}, which is not a plain name")
+            (folder / name).write_bytes(_content(tar, member))
+            rows.append({"file_name": name, "category": category[name]})
     lines = "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["file_name"]))
-    (temporary / "metadata.jsonl").write_text(lines)
-    os.replace(temporary, folder)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
     return len(rows)
 
 
+def _content(tar, member):
+    if not member.isfile() or member.size > LARGEST:  # a link would lead elsewhere
+        raise ValueError(f"the archive's {member.name!r} is not a file of at most {LARGEST} bytes")
+    return tar.extractfile(member).read()
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archive", help=f"emoji-datasource-google-{VERSION}.tgz")
+    parser.add_argument("folder", help="the folder to write, such as data/emoji")
+    parser.add_argument("--any_version", action="store_true", help="take an archive other than the known one")
     try:
-        print(f"{unpack(*sys.argv[1:])} pictures in {sys.argv[2]}")
-    except (OSError, KeyError, tarfile.TarError) as error:
-        sys.exit(f"emoji.py: {error}")
+        arguments = parser.parse_args()
+        print(f"{unpack(**vars(arguments))} pictures in {arguments.folder}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"emoji.py: {' '.join(str(error).split())}")

