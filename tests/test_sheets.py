@@ -1,12 +1,14 @@
 """What a run shows of its samples."""
 
 import json
+import sys
 import types
 
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from scripts import script
 from sheets import Sheets, as_images, as_sheet, channel_statistics
 from watch import Log, held_out_loss
 
@@ -143,3 +145,12 @@ def test_shares_of_processes_make_the_whole(accelerator, monkeypatch):
 def test_a_sheet_of_pairs_is_as_large_as_its_images():
     assert as_sheet(as_images(torch.zeros(6, 1, 8, 16)), 3).size == (3 * 132, 2 * 68)
     assert as_sheet([Image.new("RGB", (100, 80))] * 3).size == (208, 168)
+
+
+@pytest.mark.parametrize("name", ["train.py", "train_classifier.py"])
+def test_plots_without_matplotlib(name, monkeypatch):
+    """Refused before a step is taken, not after hours at the first plot."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused = script(name, "--config", "digits", "--dry_run", check=False)
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert refused.stderr == f'{name}: plots need matplotlib; pip install "ddpm-hf[train]"\n'

@@ -19,10 +19,18 @@ import tarfile
 from pathlib import Path
 
 import torch
-from sheets import save_figure
+from sheets import check_matplotlib, save_figure
 
 from ddpm_hf import DDPMImagePipeline, InferenceUNet, OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
-from ddpm_hf.data import check_levels, image_to_pixels, load_images, pixels_to_tensor, tensor_to_pixels, training_set
+from ddpm_hf.data import (
+    ImageDoesNotFit,
+    check_levels,
+    image_to_pixels,
+    load_images,
+    pixels_to_tensor,
+    tensor_to_pixels,
+    training_set,
+)
 from ddpm_hf.flow import DEQUANTIZATIONS
 from ddpm_hf.hub import has_our_card, write_model_card, write_whole
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
@@ -70,7 +78,7 @@ def load_tensor(
 
     def noted(image):
         if levels <= 256 and image.mode.startswith("I;16"):
-            raise ValueError(f"an image has 16 bits, levels is {levels}; give levels=65536, or data of 8 bits")
+            raise ImageDoesNotFit(f"an image has 16 bits, levels is {levels}; give levels=65536, or data of 8 bits")
         if image.size != size[::-1]:
             resized.add(image.size)
         return to_pixels(image)
@@ -152,6 +160,8 @@ def main():
         parser.error(f"--first {arguments.first} must be 0 or more")
     if arguments.ode and (arguments.estimate is not None or arguments.steps is not None or arguments.optimize):
         parser.error("--estimate, --steps and --optimize are of the bound; leave them out with --ode")
+    if arguments.estimate is None and not arguments.ode:
+        check_matplotlib("eval")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
     unet, scheduler = pipeline.unet, pipeline.scheduler
@@ -303,5 +313,5 @@ def by_ode(unet, scheduler, x_start, how, arguments):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, OdeStopped, tarfile.TarError) as error:
+    except (ValueError, OSError, ImportError, OdeStopped, tarfile.TarError) as error:
         sys.exit(f"evaluate.py: {' '.join(str(error).split())}")

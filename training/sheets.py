@@ -1,6 +1,7 @@
 """Pictures of what a run's network makes: samples, how they come out of noise, and what in the data is nearest to them."""
 
 import contextlib
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 from stages import first_items, pipeline_of
 from stops import going_on
 
-from config import sides
+from config import ConfigError, sides
 from ddpm_hf.conditioning import shrunk
 from ddpm_hf.data import PixelTensors, pixels_to_batch
 
@@ -181,6 +182,12 @@ def save_picture(image: Image.Image, path) -> None:
     """As PNG, by way of a temporary name."""
     with _replacing(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def check_matplotlib(extra: str) -> None:
+    """Raises ConfigError where the package that draws plots is missing, before anything is computed for them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f'plots need matplotlib; pip install "ddpm-hf[{extra}]"')
 
 
 def save_figure(figure, path) -> None:

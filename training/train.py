@@ -53,7 +53,7 @@ from launch import (
     run,
 )
 from publish import Publisher
-from sheets import Sheets
+from sheets import Sheets, check_matplotlib
 from stages import conditioned, in_channels, pipeline_class, pipeline_of
 from stops import FiniteSteps, Signals, Stopped, going_on
 from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
@@ -82,6 +82,7 @@ def build(config: TrainConfig) -> tuple:
         if config.sample_steps is not None or config.sample_every:
             type(scheduler).from_config(scheduler.config).set_timesteps(steps)
     check_trackers(config.trackers)
+    check_matplotlib("train")
     sde = getattr(scheduler, "sde", None)  # in continuous time
     learned = sde is None and scheduler.variance_type.startswith("learned")
     unet = DDPMUNet(

@@ -41,6 +41,7 @@ from launch import (
     opening,
     run,
 )
+from sheets import check_matplotlib
 from stops import FiniteSteps, Signals, Stopped
 from watch import ROUNDS, Log, check_trackers
 
@@ -61,6 +62,7 @@ def build(config: ClassifierConfig) -> tuple:
     check_keys(config, "classifier", NoisyClassifier)
     check_schedule(config)
     check_trackers(config.trackers)
+    check_matplotlib("train")
     scheduler = open_scheduler(config)
     classifier = NoisyClassifier(
         sample_size=image_size(config),
