@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 
 import datasets
 import pytest
@@ -82,7 +83,7 @@ def test_top_level_folders_are_splits_where_all_are_named_so(tmp_path, streaming
     assert not caplog.records
     make(tmp_path, "stray.png")
     assert len(rows(folder, "train")) == 6
-    assert "1 files beside the splits (Train, testing, val) belong to none and are left out: stray.png" in caplog.text
+    assert "left out 1 file beside the splits Train, testing, val: stray.png" in caplog.text
 
 
 def test_a_single_folder_named_after_a_split_is_one(tmp_path):
@@ -148,9 +149,7 @@ def test_what_is_no_image_is_named(tmp_path, caplog):
         (tmp_path / hidden).write_bytes(b"x")
     assert rows(folder) == [("a/0.png", "a"), ("b/1.png", "b")]
     (record,) = caplog.records
-    assert (
-        "5 other files are left out, which Pillow cannot read as images: a/0.png.json, a/Thumbs.db, " in record.message
-    )
+    assert "left out 5 files that Pillow cannot read as images: a/0.png.json, a/Thumbs.db, " in record.message
     load_images(folder)
     assert len(caplog.records) == 1  # once, though held-out images are opened after those trained on
 
@@ -164,7 +163,7 @@ def test_classes_at_two_depths(tmp_path, caplog):
 def test_images_beside_class_folders(tmp_path, caplog):
     folder = make(tmp_path, "0.png", "a/1.png", "b/2.png")
     assert rows(folder) == [("0.png", None), ("a/1.png", "a"), ("b/2.png", "b")]
-    assert "1 images beside the class folders have no label: 0.png" in caplog.text
+    assert "no label for 1 image beside the class folders: 0.png" in caplog.text
     to_pixels = image_to_pixels((4, 4))
     assert len(training_set(load_images(folder), to_pixels)) == 3
     with pytest.raises(ValueError, match="label_column='label' has no value in 1 of 3 rows"):
@@ -182,7 +181,7 @@ def test_empty_folders_are_no_classes(tmp_path, caplog):
     folder = make(tmp_path, "cat/0.png", "dog/1.png")
     (tmp_path / "owl/young").mkdir(parents=True)
     assert load_images(folder).features["label"].names == ["cat", "dog"]
-    assert "1 folders hold no images, so are no classes: owl" in caplog.text
+    assert "1 folder without images, which makes no class: owl" in caplog.text
 
 
 def test_a_broken_link_is_a_broken_image(tmp_path):
@@ -222,7 +221,7 @@ def test_metadata_files(tmp_path, ending, streaming, caplog):
     data = load_images(folder, "train", streaming)
     assert [row["label"] for row in data] == [0, 1, 2]
     assert [row["image"].getpixel((0, 0))[0] for row in data] == [1, 2, 0]
-    assert f"2 of 5 images are left out, as metadata.{ending} does not name them: d.png, sub/e.png" in caplog.text
+    assert f"left out 2 of 5 images, which metadata.{ending} does not name: d.png, sub/e.png" in caplog.text
 
 
 def test_metadata_of_splits(tmp_path, caplog):
@@ -279,6 +278,16 @@ def test_splits_of_tables(tmp_path, files, expected, warned, streaming, caplog):
     assert ('every file is read as "train", as not all are named after a split' in caplog.text) == warned
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", ["png", "avif", "qoi"])
+def test_images_in_tar_files_of_formats_that_pillow_reads(tmp_path, ending, streaming):
+    make(tmp_path / "images", *(f"{i}.{ending}" for i in range(3)))
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "images", "images")
+    data = training_set(load_images(str(tmp_path / "images.tar"), streaming=streaming), image_to_pixels((4, 4), 1))
+    assert [int(item["pixels"][0, 0, 0]) for item in data] == [0, 1, 2]
+
+
 def test_metadata_parquet_is_no_table(tmp_path):
     folder = make(tmp_path, "0.png", "1.png")
     write_metadata(tmp_path / "metadata.parquet", [{"file_name": "1.png"}, {"file_name": "0.png"}])
@@ -295,3 +304,12 @@ def test_a_stream_is_divided(tmp_path):
         for batch in torch.utils.data.DataLoader(part, 4, num_workers=2, collate_fn=collate):
             seen += zip(batch["pixels"][:, 0, 0, 0].tolist(), batch["class_labels"].tolist())
     assert sorted(seen) == [(i, i // 20) for i in range(40)] and seen != sorted(seen)
+
+
+def test_metadata_beside_tables_is_a_table_or_named(tmp_path, caplog):
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": [Image.new("L", (2, 2))]}, features=features)
+    table.to_parquet(tmp_path / "metadata.parquet")
+    (tmp_path / "metadata.csv").write_text("file_name\n0.png\n")
+    assert len(load_images(str(tmp_path))) == 1
+    assert "left out 1 file that Pillow cannot read as images: metadata.csv" in caplog.text

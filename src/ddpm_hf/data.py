@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps
 from tqdm.auto import tqdm
 
-from .folders import TABLES, as_stream, check_tars, in_order, open_folder
+from .folders import TABLES, as_stream, check_tars, in_order, load_tables, open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _load(source, split, streaming):
     if ending := next((ending for ending in TABLES if source.lower().endswith(ending)), None):
         check_tars([source] if os.path.isfile(source) and not streaming else [])
         escaped = glob.escape(source)  # `datasets` takes a path for a pattern
-        return datasets.load_dataset(TABLES[ending], data_files=escaped, split=split, streaming=streaming)
+        return load_tables(TABLES[ending], escaped, split, streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming)
 
 
@@ -456,11 +456,14 @@ class _Reader:
             label = row[self.label_column]
             known = label if self.ids is None else self.ids.get(label)
             if not isinstance(known, int) or not 0 <= known < (self.num_classes or known + 1):
+                told = f"label_column={self.label_column!r} holds {label!r}"
+                if label is None:
+                    raise ValueError(f"{told} for an image; give it a label, or remove it")
+                if self.ids is not None:
+                    raise ValueError(f"{told}, which is none of the known labels")
                 raise ValueError(
-                    f"label_column={self.label_column!r} holds {label!r}, which is none of the known labels"
-                    if self.ids is not None
-                    else f"label_column={self.label_column!r} holds {label!r}; labels of a stream must be integers, 0 to "
-                    f"{(self.num_classes or 0) - 1}: it cannot be looked through for others before"
+                    f"{told}; labels of a stream must be integers, 0 to {(self.num_classes or 0) - 1}: it cannot be looked "
+                    "through for others before"
                 )
             item["class_labels"] = int(known)
         return item

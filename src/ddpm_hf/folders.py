@@ -55,24 +55,19 @@ def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | 
     """
     root = os.path.abspath(source)
     files, folders = _walk(root)
-    endings, kinds, metadata, others = picture_endings(), collections.defaultdict(list), [], []
+    endings, kinds = picture_endings(), collections.defaultdict(list)
     for path in files:
-        ending = _ending(path)
-        if os.path.basename(path) in METADATA:
-            metadata.append(path)
-        elif ending in TABLES or ending in endings:
-            kinds[TABLES.get(ending, "images")].append(path)
-        else:
-            others.append(path)
+        kinds["images" if _ending(path) in endings else TABLES.get(_ending(path), "others")].append(path)
+    metadata = {path for path in files if "images" in kinds and os.path.basename(path) in METADATA}
+    kinds = {kind: left for kind, paths in kinds.items() if (left := [path for path in paths if path not in metadata])}
+    others = kinds.pop("others", [])
     if not kinds:
-        unread = f"; it does hold {_listed(others + metadata)}" if others + metadata else ""
+        unread = f"; it does hold {_listed(others)}" if others else ""
         raise FileNotFoundError(f"{source} holds no images: no .png, .jpg, ..., {', '.join(TABLES)} file{unread}")
     if len(kinds) > 1:
         raise ValueError(f"{source} holds files of several kinds ({', '.join(sorted(kinds))}); give a folder of one")
     if others:
-        _warn(
-            f"{source}: {len(others)} other files are left out, which Pillow cannot read as images: {_listed(others)}"
-        )
+        _warn(f"{source}: left out {_count(others, 'file')} that Pillow cannot read as images: {_listed(others)}")
     split = "+".join(
         re.sub(r"\w+", lambda name: SPLITS.get(name[0], name[0]), part, count=1) for part in split.split("+")
     )
@@ -80,7 +75,7 @@ def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | 
     if kind != "images":
         return _open_tables(source, root, kind, paths, split, streaming)
     _warn_of_empty_folders(source, folders, paths)
-    rows = _select(_open_images(source, root, paths, metadata), split, source)
+    rows = _select(_open_images(source, root, paths, sorted(metadata)), split, source)
     return as_stream(rows) if streaming else rows
 
 
@@ -124,6 +119,19 @@ def check_tars(paths: Iterable[str]) -> None:
             raise ValueError(f"{path} is damaged after its byte {tar.offset}; get it anew")
 
 
+def load_tables(
+    kind: str, data_files: str | dict, split: str, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Opens files by a loader of `TABLES`; members of a .tar that Pillow reads and the loader does not know are images, too."""
+    rows = datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming)
+    if kind == "webdataset":
+        endings = picture_endings()
+        for name, feature in rows.features.items():
+            if feature == datasets.Value("binary") and _ending(f"x.{name}") in endings:
+                rows = rows.cast_column(name, datasets.Image())
+    return rows
+
+
 @functools.cache  # once, also where training and held-out images are of one folder
 def _warn(message):
     logger.warning("%s", message)
@@ -132,6 +140,10 @@ def _warn(message):
 def _listed(paths):
     shown = ", ".join(path if path.isprintable() else repr(path) for path in paths[:3])
     return shown + (", ..." if len(paths) > 3 else "")
+
+
+def _count(items, noun):
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def _ending(path):
@@ -179,7 +191,7 @@ def _warn_of_empty_folders(source, folders, paths):
             full.add(path)
     empty = [path for path in folders if path not in full and os.path.dirname(path) in full]
     if empty:
-        _warn(f"{source}: {len(empty)} folders hold no images, so are no classes: {_listed(empty)}")
+        _warn(f"{source}: {_count(empty, 'folder')} without images, which makes no class: {_listed(empty)}")
 
 
 def _splits_of_folders(source, paths):
@@ -192,9 +204,7 @@ def _splits_of_folders(source, paths):
         parts[SPLITS.get(_top(path).lower())].append(path)
     if left := parts.pop(None, None):
         folders = ", ".join(sorted(names))
-        _warn(
-            f"{source}: {len(left)} files beside the splits ({folders}) belong to none and are left out: {_listed(left)}"
-        )
+        _warn(f"{source}: left out {_count(left, 'file')} beside the splits {folders}: {_listed(left)}")
     return dict(parts)
 
 
@@ -217,7 +227,7 @@ def _open_tables(source, root, kind, paths, split, streaming):
         for path, part in zip(paths, splits):
             parts.setdefault(part, []).append(path)
     data_files = {name: [glob.escape(f"{root}/{path}") for path in part] for name, part in parts.items()}
-    return datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming)
+    return load_tables(kind, data_files, split, streaming)
 
 
 def _open_images(source, root, paths, metadata):
@@ -250,7 +260,7 @@ def _labels(source, folders):
     labeled = {folder: path for path, folder in folders.items() if folder}
     unlabeled = [path for path, folder in folders.items() if not folder]
     if labeled and unlabeled:
-        _warn(f"{source}: {len(unlabeled)} images beside the class folders have no label: {_listed(unlabeled)}")
+        _warn(f"{source}: no label for {_count(unlabeled, 'image')} beside the class folders: {_listed(unlabeled)}")
     if len({folder.count("/") for folder in labeled}) > 1:
         _warn(
             f"{source}: images lie at several depths; each of the {len(labeled)} folders that hold some is a class: "
@@ -283,12 +293,12 @@ def _described_rows(source, root, paths, metadata, split):
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     columns = [pc.struct_field(rows.data[name], "path").to_pylist() for name in images]
     if columns and split is not None:  # a file at the top describes the images of all splits
-        mine = [SPLITS.get(_top(os.path.relpath(path or "", root)).lower(), split) == split for path in columns[0]]
+        mine = [SPLITS.get(_top(os.path.relpath(path or root, root)).lower(), split) == split for path in columns[0]]
         rows = rows.select([i for i, kept in enumerate(mine) if kept])
     named = set().union(*columns)
     if left := [path for path in paths if f"{root}/{path}" not in named]:
         _warn(
-            f"{source}: {len(left)} of {len(paths)} images are left out, as {_listed(metadata)} does not name them: "
+            f"{source}: left out {len(left)} of {_count(paths, 'image')}, which {_listed(metadata)} does not name: "
             f"{_listed(left)}"
         )
     return rows
