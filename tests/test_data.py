@@ -250,9 +250,18 @@ def test_labels():
     assert found(data, 4) == [1, 0, 1] and label_names(data, "kind", 4) == ["0", "1", "2", "3"]
     data = labelled([1, 0], datasets.ClassLabel(names=["b", "a"]))
     assert found(data, 2) == [1, 0] and label_names(data, "kind", 2) == ["b", "a"]
+    data = labelled(["10", "2", "-3"])
+    assert found(data, 3) == [2, 1, 0] and label_names(data, "kind", 3) == ["-3", "2", "10"]
+    data = labelled(["10", "2", "b"])
+    assert found(data, 3) == [0, 1, 2] and label_names(data, "kind", 3) == ["10", "2", "b"]
     with pytest.raises(ValueError, match="label_column='kind' has no value in 2 of 3 rows; fill or remove them"):
         found(labelled(["dog", None, None]))
-    assert found(labelled([True, False], datasets.Value("bool")), 2) == [1, 0]
+    data = labelled([True, False], datasets.Value("bool"))
+    assert found(data, 2) == [1, 0] and label_names(data, "kind", 2) == ["False", "True"]
+    assert label_names(labelled([True], datasets.Value("bool")), "kind", 2) == ["False", "True"]
+    assert label_names(data, None) is None
+    stream = labelled([1, 0], integers).to_iterable_dataset()
+    assert label_names(stream, "kind", 3) == ["0", "1", "2"] and label_names(stream, "kind") is None
     with pytest.raises(ValueError, match="has no value in 1 of 2 rows"):
         found(labelled([0.5, math.nan], datasets.Value("float32")), 2)
     with pytest.raises(ValueError, match="label_column='kind' holds List.*, not labels"):
@@ -275,6 +284,26 @@ def test_labels():
         ValueError, match="label_column='kind' holds 2; labels of a stream must be integers, 0 to 1: it"
     ):
         list(training_set(stream, to_pixels, None, "kind", 2))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "values, feature, names, expected",
+    [
+        (["dog", "ant"], datasets.Value("string"), ["ant", "cat", "dog"], [2, 0]),
+        ([0, 1], datasets.ClassLabel(names=["dog", "ant"]), ["ant", "cat", "dog"], [2, 0]),
+        ([0, 0], datasets.ClassLabel(names=["dog", "owl"]), ["ant", "cat", "dog"], [2, 2]),  # no owl among the rows
+        ([7, 3], datasets.Value("int64"), ["1", "3", "7"], [2, 1]),
+        ([2, 1], datasets.Value("int32"), ["0", "1", "2", "3"], [2, 1]),
+        (["10", "2"], datasets.Value("string"), ["1", "2", "10"], [2, 1]),
+        ([True, True], datasets.Value("bool"), ["False", "True"], [1, 1]),
+    ],
+)
+def test_labels_of_another_data_set_are_matched_by_name(values, feature, names, expected, streaming):
+    data = labelled(values, feature)
+    data = data.to_iterable_dataset() if streaming else data
+    items = training_set(data, image_to_pixels((2, 2), 1), None, "kind", len(names), names, memory=0)
+    assert [item["class_labels"] for item in items] == expected
 
 
 def test_splits_of_folders(folder, tmp_path):
