@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ddpm_hf import VariationalDDPMScheduler, bits_per_dim
-from ddpm_hf.hub import write_whole
+from ddpm_hf.atomic import write_text
 from ddpm_hf.likelihood import standard_error
 
 MEAN, STD, LEVELS = 0.1, 0.15, 2**16 + 1
@@ -81,8 +81,8 @@ def main():
     table = "\n".join(lines) + "\n"
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
-    write_whole(results / "gaussian.json", json.dumps(rows, indent=2) + "\n")
-    write_whole(results / "gaussian.md", table)
+    write_text(results / "gaussian.json", json.dumps(rows, indent=2) + "\n")
+    write_text(results / "gaussian.md", table)
     print(table)
 
 

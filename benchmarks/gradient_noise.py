@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
 from ddpm_hf import DDPMImagePipeline, DiffusionObjective  # noqa: E402
-from ddpm_hf.hub import write_whole  # noqa: E402
+from ddpm_hf.atomic import write_text  # noqa: E402
 from ddpm_hf.objectives import LossSecondMomentTimesteps, UniformTimesteps  # noqa: E402
 from evaluate import load_tensor  # noqa: E402
 
@@ -106,7 +106,7 @@ def main():
         found["uniform_over_importance_trace"] = with_error(trace_ratio, *pair, batch_size=batch_size)
         report = json.loads(path.read_text()) if path.is_file() else {}
         report["/".join(Path(folder).parts[-3:-1])] = found
-        write_whole(path, json.dumps(report, indent=2) + "\n")
+        write_text(path, json.dumps(report, indent=2) + "\n")
         print(folder, json.dumps(found, indent=2))
 
 

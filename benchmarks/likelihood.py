@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim  # noqa: E402
-from ddpm_hf.hub import write_whole  # noqa: E402
+from ddpm_hf.atomic import write_text  # noqa: E402
 from evaluate import load_tensor  # noqa: E402
 
 
@@ -126,7 +126,7 @@ def main():
 def write(report, name):
     report["machine"] = machine()
     print(json.dumps(report, indent=2))
-    write_whole(RESULTS / name, json.dumps(report, indent=2) + "\n")
+    write_text(RESULTS / name, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_hf.hub import write_whole
+from ddpm_hf.atomic import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -207,8 +207,8 @@ def record(name: str, title: str, row: dict, keys: Iterable[str], hidden: Iterab
         text += "\n" + ", ".join(f"{key} {value}" for key, value in section["machine"].items()) + "\n"
     print(", ".join(f"{key}: {_cell(value)}" for key, value in row.items() if key not in hidden), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    write_whole(path, json.dumps(sections, indent=2) + "\n")
-    write_whole(path.with_suffix(".md"), text)
+    write_text(path, json.dumps(sections, indent=2) + "\n")
+    write_text(path.with_suffix(".md"), text)
 
 
 def _sortable(value):

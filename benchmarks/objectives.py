@@ -27,8 +27,8 @@ from sklearn.svm import SVC  # noqa: E402
 
 from config import as_yaml, load_config  # noqa: E402
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim  # noqa: E402
+from ddpm_hf.atomic import write_text  # noqa: E402
 from ddpm_hf.data import LEVELS, pixels_to_tensor, tensor_to_pixels  # noqa: E402
-from ddpm_hf.hub import write_whole  # noqa: E402
 from evaluate import histogram_bits_per_dim  # noqa: E402
 from train import train  # noqa: E402
 
@@ -167,8 +167,8 @@ def main():
         found |= measure(folder / "pipeline", train_images, test_images, levels, arguments.samples, judge)
         report = known(path) | beside  # read again: another process may do the other half of the runs
         report["runs"][name] = found
-        write_whole(path, json.dumps(report, indent=2) + "\n")
-        write_whole(path.with_suffix(".md"), table(report))
+        write_text(path, json.dumps(report, indent=2) + "\n")
+        write_text(path.with_suffix(".md"), table(report))
         print(name, json.dumps(found), flush=True)
     print(table(known(path)))
 
@@ -185,7 +185,7 @@ def trained(settings, folder):
         took.unlink(missing_ok=True)
         start = time.perf_counter()
         train(config)
-        write_whole(took, json.dumps({"training_seconds": round(time.perf_counter() - start)}))
+        write_text(took, json.dumps({"training_seconds": round(time.perf_counter() - start)}))
     return json.loads(took.read_text())
 
 

@@ -14,7 +14,7 @@ from torch.profiler import profile
 from training_step import BATCH_SIZES, make_step
 
 from ddpm_hf import InferenceUNet
-from ddpm_hf.hub import write_whole
+from ddpm_hf.atomic import write_text
 
 CALLS = 3
 
@@ -52,7 +52,7 @@ def training(name):
 
 def write(name, title, tables):
     text = title + "\n" + "".join(f"\n{kind}\n{found}\n" for kind, found in tables.items())
-    write_whole(RESULTS / f"{name}.txt", text)
+    write_text(RESULTS / f"{name}.txt", text)
     print(text, flush=True)
 
 

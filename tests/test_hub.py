@@ -153,6 +153,31 @@ def test_a_pipeline_pushes_itself(hub, saved, make_pipeline, tmp_path):
     assert "model_index.json" in hub.files("user/named-by-folder")
 
 
+def test_a_pipeline_pushes_what_its_folder_has_beside_the_weights(hub, saved):
+    """The same files as push.py sends, as long as the weights are those of the folder."""
+    evaluation = {**EVALUATION, "weights": weights_digest(saved)}
+    (saved / "evaluation.json").write_text(json.dumps(evaluation))
+    for name in ("samples.png", "training.png", "evaluation.png", "evaluation.csv", "LICENSE", "notes.txt"):
+        (saved / name).write_bytes(name.encode())
+    write_model_card(saved)
+    push_folder(saved, "user/by-folder")
+    pipeline = DDPMImagePipeline.from_pretrained(saved)
+    pipeline.push_to_hub("user/by-itself")
+    files, others = hub.files("user/by-folder"), hub.files("user/by-itself")
+    assert (
+        files.keys() == others.keys() and {"samples.png", "evaluation.csv", "training.json", "LICENSE"} <= files.keys()
+    )
+    assert all(files[name] == others[name] for name in files if name != "README.md")
+    assert files["README.md"].replace(b"by-folder", b"by-itself").rpartition(b"<!--")[0] in others["README.md"]
+    (saved / "samples.png").unlink()
+    (saved / "samples.png").symlink_to(__file__)
+    with pytest.raises(ValueError, match="samples.png is a link to outside"):
+        pipeline.push_to_hub("user/by-itself")
+    pipeline.unet.conv_in.bias.data.add_(1)
+    pipeline.push_to_hub("user/by-itself-changed")
+    assert not {"samples.png", "evaluation.json", "training.json"} & hub.files("user/by-itself-changed").keys()
+
+
 @pytest.mark.parametrize(
     "fault, token, name, message",
     [
@@ -166,7 +191,19 @@ def test_a_pipeline_pushes_itself(hub, saved, make_pipeline, tmp_path):
         (dict(match="POST .*/commit/main", do=500), "writer", "user/broken", "the Hub answered 500; nothing is lost"),
         (dict(match="PUT /signed", do=403, times=9), "writer", "user/broken", "may not write"),
         (dict(match="POST /api/repos/create", do="drop", times=9), "writer", "user/broken", "was not reached"),
-        (dict(match="POST .*/commit/remote-code", do=500), "writer", "user/broken", "the Hub answered 500"),
+        (
+            dict(match="POST .*/commit/remote-code", do=500),
+            "writer",
+            "user/broken",
+            r"user/broken/commit/\w+ is published, but "
+            "not yet its branch 'remote-code': push again to complete it .*the Hub answered 500",
+        ),
+        (
+            dict(match="POST .*/branch/remote-code", do=404),
+            "writer",
+            "user/broken",
+            "is published, but not yet its branch",
+        ),
     ],
 )
 def test_a_push_that_breaks(hub, saved, fault, token, name, message):
@@ -218,7 +255,7 @@ def test_folders_that_are_not_published(hub, saved, make_pipeline, tmp_path):
     make_pipeline(channels=3).unet.save_pretrained(tmp_path / "three")
     shutil.copy(tmp_path / "three/config.json", tmp_path / "mixed/unet")
     refused(
-        tmp_path / "mixed", r"holds conv_in.weight of shape \[8, 1, 3, 3\], its config.json asks for \[8, 3, 3, 3\]"
+        tmp_path / "mixed", r"holds 'conv_in.weight' of shape \[8, 1, 3, 3\], its config.json asks for \[8, 3, 3, 3\]"
     )
     shutil.copytree(saved, tmp_path / "lost")
     shutil.rmtree(tmp_path / "lost/scheduler")
@@ -345,7 +382,7 @@ def test_what_does_not_open_as_ours(saved, make_pipeline, tmp_path):
     shutil.copytree(saved, tmp_path / "mixed")
     make_pipeline(channels=3).unet.save_config(tmp_path / "mixed/unet")
     refused(
-        tmp_path / "mixed", ValueError, "mixed/unet: its weights are of another network than its config.json, conv_in"
+        tmp_path / "mixed", ValueError, "mixed/unet: its weights are of another network than its config.json: conv_in"
     )
     shutil.copytree(saved, tmp_path / "cut")
     weights = tmp_path / "cut/unet/diffusion_pytorch_model.safetensors"
@@ -521,11 +558,20 @@ def test_the_license_is_the_one_that_was_said(hub, saved, make_pipeline):
 
 @pytest.mark.parametrize("name", ["training", "evaluation"])
 @pytest.mark.parametrize(
-    "values", ["[]", "null", "{}", '{"data": "digits", "split": "test", "loss": "vlb", "total": NaN}']
+    "values, message",
+    [
+        ("[]", r"json holds \[\], not an object of keys and values"),
+        ("null", "json holds None, not an object"),
+        ("{}", "json: data=None must be text .*; remove the file"),
+        (
+            '{"data": "digits", "split": "test", "loss": "vlb", "total": NaN}',
+            "json: (total=nan|steps=None) must be a.*; remove the file",
+        ),
+    ],
 )
-def test_numbers_that_nobody_measured(saved, name, values):
+def test_numbers_that_nobody_measured(saved, name, values, message):
     (saved / f"{name}.json").write_text(values)
-    with pytest.raises(ValueError, match=rf"{name}.json lacks a finite value of one of data, .*; remove it") as caught:
+    with pytest.raises(ValueError, match=f"{name}.{message}") as caught:
         push_folder(saved, "user/never")
     assert "\n" not in str(caught.value)
 

@@ -22,6 +22,7 @@ import torch
 from sheets import check_matplotlib, save_figure
 
 from ddpm_hf import DDPMImagePipeline, InferenceUNet, OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
+from ddpm_hf.atomic import write_text
 from ddpm_hf.data import (
     ImageDoesNotFit,
     check_levels,
@@ -32,7 +33,7 @@ from ddpm_hf.data import (
     training_set,
 )
 from ddpm_hf.flow import DEQUANTIZATIONS
-from ddpm_hf.hub import has_our_card, write_model_card, write_whole
+from ddpm_hf.hub import has_our_card, write_model_card
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
 from ddpm_hf.push import told_of, weights_digest
 
@@ -228,10 +229,10 @@ def main():
     if own:
         report["weights"] = weights_digest(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    write_text(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     every_term = hasattr(result, "terms")
     if every_term:
-        write_whole(folder / "evaluation.csv", terms_table(result, scheduler.chain))
+        write_text(folder / "evaluation.csv", terms_table(result, scheduler.chain))
         plot(result, scheduler.chain, folder / "evaluation.png")
     else:  # what an earlier evaluation left is not of this one
         (folder / "evaluation.csv").unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from watch import environment
 
 from config import ConfigError, RunConfig, as_yaml, nearest
 from ddpm_hf import SubVPSDEScheduler, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler
-from ddpm_hf.hub import write_whole
+from ddpm_hf.atomic import write_text
 from ddpm_hf.memory import keep_freed_memory
 from ddpm_hf.push import HubError
 from ddpm_hf.scheduler import VARIANCE_TYPES
@@ -156,8 +156,8 @@ def open_output(config: RunConfig, accelerator: Accelerator, saved: str) -> None
     output.mkdir(parents=True, exist_ok=True)
     if (old := put_aside(output / saved)).exists() and not (output / saved).exists():
         os.replace(old, output / saved)  # a run was killed as it put another in its place
-    write_whole(output / "config.yaml", as_yaml(config))
-    write_whole(output / "environment.json", json.dumps(environment(accelerator), indent=2) + "\n")
+    write_text(output / "config.yaml", as_yaml(config))
+    write_text(output / "environment.json", json.dumps(environment(accelerator), indent=2) + "\n")
 
 
 def run(program: str, train: Callable[[RunConfig], object], config: RunConfig) -> None:

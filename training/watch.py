@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import ddpm_hf
 from config import ConfigError, nearest
 from ddpm_hf import OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
-from ddpm_hf.hub import write_whole
+from ddpm_hf.atomic import write_text
 from ddpm_hf.likelihood import standard_error
 
 try:
@@ -101,7 +101,7 @@ class Log:
         """What was logged after `step` by a run that was stopped is forgotten."""
         if self.main:
             self.bar.update(step)
-            write_whole(self.output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_text(self.output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     @torch.no_grad()
     def add(

@@ -3,12 +3,30 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .push import read_json, read_text, told_of
+from .atomic import write_text
+from .classifier import NoisyClassifier
+from .push import told_of
+from .saved import (
+    COUNT,
+    NULL,
+    NUMBER,
+    PARTS,
+    STAGES,
+    WORD,
+    Kind,
+    checked,
+    component_classes,
+    naming,
+    read_json,
+    read_text,
+)
 from .unet import DDPMUNet, sides
 
 # installed beside the package; at the project's root in a checkout
@@ -49,15 +67,7 @@ CITATIONS = {
 
 def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> Path:
     """Writes README.md of a saved pipeline, as `card_text` makes it; returns its path. Arguments and errors are its."""
-    return write_whole(Path(folder) / "README.md", card_text(folder, repo_id))
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Writes a text file by way of a temporary name, so that it is never there in part; returns its path."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-    return path
+    return write_text(Path(folder) / "README.md", card_text(folder, repo_id))
 
 
 def has_our_card(folder: str | os.PathLike) -> bool:
@@ -117,29 +127,28 @@ def model_card(
 
     Raises:
         FileNotFoundError: not a saved pipeline.
-        ValueError: its network is not one that `DDPMUNet` supports.
+        ValueError: its network is not one that `DDPMUNet` supports; a file in it that is not as it is saved, which is named.
     """
     folder = Path(folder)
-    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    if "upsampler" in index:
-        return _card_of_two_stages(folder, repo_id or folder.name, license)
-    unet, scheduler = read_json(folder / "unet/config.json"), read_json(folder / "scheduler/scheduler_config.json")
-    stock_prediction = scheduler.get("prediction_type", "epsilon")
-    process = _continuous_process(scheduler)
-    scheduler = {**scheduler, **scheduler.get("_ddpm_hf", {})}
-    told = told_of(folder)
-    training, evaluation = told.get("training"), told.get("evaluation")
-    low = index.get("low_resolution")
+    index = read_json(folder / "model_index.json", folder)
+    cascade = index.keys() >= {*STAGES}
+    classes = component_classes(index, folder, STAGES if cascade else PARTS)
     name = folder.name.lstrip(".")  # a folder that is being written has a dot
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
-    size = unet["sample_size"]
-    if size is None:
-        images = "images of any size"
-    else:
-        images = "x".join(map(str, sides(size))) + " images"
-    with torch.device("meta"):
-        network = DDPMUNet.from_config(unet)
-    variance = str(scheduler.get("variance_type") or "")
+    if cascade:
+        return _card_of_two_stages(folder, repo_id, license)
+    network, scheduler = _network(folder / "unet", DDPMUNet, folder), _scheduler(folder)
+    stock_prediction, process = scheduler["prediction_type"] or "epsilon", _continuous_process(scheduler)
+    own_settings = scheduler["_ddpm_hf"] or {}
+    checked(own_settings, SCHEDULER, folder / "scheduler/scheduler_config.json")
+    scheduler |= own_settings
+    told = told_of(folder)
+    training, evaluation = told.get("training"), told.get("evaluation")
+    low = checked(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]
+    low = low and "x".join(map(str, low))
+    size = network.config.sample_size
+    images = "images of any size" if size is None else "x".join(map(str, sides(size))) + " images"
+    variance = scheduler["variance_type"] or ""
     reason = None
     if low:
         reason = "a network that makes images larger"
@@ -149,14 +158,14 @@ def model_card(
         reason = "a network that predicts the previous image"
     elif variance.startswith("learned"):
         reason = "with learned variances"
-    elif unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None:
+    elif network.class_embedding is not None:
         reason = "a class-conditional network"
     elif size is None:
         reason = "a network of no fixed size"
     cited = ["ddpm"] + (["score-sde"] if process else [])
-    if reason == "with learned variances" or scheduler.get("beta_schedule") == "cosine":
+    if reason == "with learned variances" or scheduler["beta_schedule"] == "cosine":
         cited.append("iddpm")
-    classifier = read_json(folder / "classifier/config.json") if "classifier" in index else None
+    classifier = _network(folder / "classifier", NoisyClassifier, folder) if "classifier" in classes else None
     cited += ["adm"] if classifier else []
     cited += ["cfg"] if network.null_class is not None else []
     return ModelCard.from_template(
@@ -165,65 +174,139 @@ def model_card(
             library_name="diffusers",
             pipeline_tag="image-to-image" if low else "unconditional-image-generation",
             tags=["ddpm", "ddpm-hf", "diffusion"],
-            datasets=[training["hub_dataset"]] if training and training.get("hub_dataset") else None,
-            model_name=repo_id.split("/")[-1],
+            datasets=[training["hub_dataset"]] if training and training["hub_dataset"] else None,
+            model_name=printable(repo_id.split("/")[-1]),
             eval_results=[_result(evaluation)] if evaluation else None,
         ),
         template_path=str(next(path for path in TEMPLATES if path.is_file())),
-        title=repo_id,
-        repo_id=repo_id,
+        title=title(repo_id),
+        repo_id=json.dumps(repo_id),
         images=images,
         parameters=f"{network.num_parameters():,}",
         process=process,
-        steps=scheduler.get("num_train_timesteps"),
-        beta_schedule=scheduler.get("beta_schedule"),
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        steps=scheduler["num_train_timesteps"],
+        beta_schedule=scheduler["beta_schedule"],
+        prediction_type=scheduler["prediction_type"] or "epsilon",
         variance_type=variance,
-        levels=scheduler.get("levels"),
+        levels=scheduler["levels"],
         classes=network.num_classes,
+        class_names=_listed_names(network.class_names),
         label_dropout=network.null_class is not None,
         classifier=classifier,
         pipeline_class="DDPMSuperResolutionPipeline" if low else "DDPMImagePipeline",
-        low=low and f"{low[0]}x{low[1]}",
+        low=low,
         stock=reason is None,
         stock_reason=reason,
         remote_code=remote_code,
         pictures=[path.name for path in folder.glob("*.png")],
         training=training,
-        configuration=training and json.dumps(training, indent=2),
+        configuration=training and fenced_json(training),
         evaluation=evaluation,
+        command=evaluation and evaluation_command(evaluation["command"]),
+        code=code,
         citations="\n\n".join(CITATIONS[name] for name in cited),
     )
 
 
+SIDES = Kind(
+    "[height, width] in pixels",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(COUNT.fits(side) for side in value),
+)
+# of a scheduler's config what the card shows
+SCHEDULER = {
+    **dict.fromkeys(("num_train_timesteps", "levels"), COUNT | NULL),
+    **dict.fromkeys(("_class_name", "beta_schedule", "prediction_type", "variance_type"), WORD | NULL),
+    **dict.fromkeys(("beta_min", "beta_max", "sigma_min", "sigma_max"), NUMBER | NULL),
+    "_ddpm_hf": Kind("keys and values", lambda value: value is None or isinstance(value, dict)),
+}
+
+
+def _scheduler(folder):
+    path = folder / "scheduler/scheduler_config.json"
+    return checked(read_json(path, folder), SCHEDULER, path)
+
+
+def _network(part, cls, folder):
+    """The network whose config lies in the folder `part`, without weights."""
+    with naming(part / "config.json"), torch.device("meta"):
+        network = cls.from_config(read_json(part / "config.json", folder))
+        size = network.config.sample_size
+        if size is not None and not SIDES.fits(list(sides(size))):
+            raise ValueError(f"sample_size={size!r} must be {SIDES.words}, or one number for both")
+        network.class_names, getattr(network, "null_class", None)  # raise what is wrong with them
+        return network
+
+
 def _continuous_process(scheduler):
     """What the card says of a scheduler's config in continuous time; None of another."""
-    kind = {"VPSDEScheduler": "VP", "SubVPSDEScheduler": "sub-VP", "VESDEScheduler": "VE"}.get(
-        scheduler.get("_class_name")
-    )
+    kind = {"VPSDEScheduler": "VP", "SubVPSDEScheduler": "sub-VP", "VESDEScheduler": "VE"}.get(scheduler["_class_name"])
     if kind is None or scheduler.get("trained_betas"):
         return kind and f"{kind} SDE through the betas of a chain"
     name = "sigma" if kind == "VE" else "beta"
     return f"{kind} SDE, {name} {scheduler[f'{name}_min']} to {scheduler[f'{name}_max']}"
 
 
+# text of others in a card: what follows is all that puts it there
+
+
+def printable(text: str) -> str:
+    """Text in one line: what does not print, such as line ends and changes of direction, as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def code(text: str) -> str:
+    """Text as a code span of Markdown."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.strip("`") != text or text.strip() != text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def title(text: str) -> str:
+    """Text as that of a heading: plain names as they are, of others each sign of Markdown and HTML escaped."""
+    text = printable(text)
+    return text if re.fullmatch(r"[\w./ -]+", text) else re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
+
+
+def fenced_json(values: dict) -> str:
+    """JSON for a fenced block, whose end nothing in it can be taken for."""
+    return json.dumps(values, indent=2).replace("`", "\\u0060").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def evaluation_command(text: str | None) -> str | None:
+    """The command that measured, quoted for a shell word by word; None of what is not a call of training/evaluate.py."""
+    try:
+        words = shlex.split(text or "")
+    except ValueError:
+        return None
+    options = [word for word in words[3:] if word.startswith("--")]
+    whole = words[:2] == ["python", "training/evaluate.py"] and len(words) > 2 and text.isprintable()
+    return shlex.join(words) if whole and all(re.fullmatch(r"--\w+", word) for word in options) else None
+
+
+def _listed_names(names):
+    """The first 20 class names as code spans of a table's cell; "" where they are not known."""
+    listed = ", ".join(code(name[:100]) for name in (names or [])[:20] if name)
+    return listed.replace("|", "\\|") + (", ..." if len(names or []) > 20 else "")
+
+
 def _card_of_two_stages(folder, repo_id, license):
     """Of a cascade: how it is opened; its stages have cards of their own."""
-    upsampler = read_json(folder / "upsampler/model_index.json")
-    size, low = read_json(folder / "upsampler/unet/config.json")["sample_size"], upsampler["low_resolution"]
-    side = "x".join(map(str, sides(size)))
+    path = folder / "upsampler/model_index.json"
+    low = checked(read_json(path, folder), {"low_resolution": SIDES}, path)["low_resolution"]
+    side = "x".join(map(str, sides(_network(folder / "upsampler/unet", DDPMUNet, folder).config.sample_size)))
     data = ModelCardData(
         license=license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["ddpm", "ddpm-hf", "diffusion"],
-        model_name=repo_id.split("/")[-1],
+        model_name=printable(repo_id.split("/")[-1]),
     )
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
 
-# {repo_id}
+# {title(repo_id)}
 
 Two denoising diffusion models in a row (Dhariwal & Nichol 2021, section 5): one draws images of {low[0]}x{low[1]}, the other
 makes them {side}. Each is a whole pipeline in its folder, `base` and `upsampler`.
@@ -233,11 +316,11 @@ makes them {side}. Each is a whole pipeline in its folder, `base` and `upsampler
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)  # from the code in this repository
+pipe = DiffusionPipeline.from_pretrained({json.dumps(repo_id)}, trust_remote_code=True)  # from the code in this repository
 
 from ddpm_hf import CascadePipeline  # with the package
 
-pipe = CascadePipeline.from_pretrained("{repo_id}")
+pipe = CascadePipeline.from_pretrained({json.dumps(repo_id)})
 images = pipe(batch_size=4, num_inference_steps=250, upsampler_steps=250).images
 ```
 
@@ -258,14 +341,15 @@ def card_text(folder: str | os.PathLike, repo_id: str | None = None, **kwargs) -
 
 def _result(evaluation):
     """What was measured, as the Hub's model-index has it."""
+    command = evaluation_command(evaluation["command"])
     return EvalResult(
         task_type="unconditional-image-generation",
-        dataset_type=evaluation["data"],
-        dataset_name=evaluation["data"],
-        dataset_split=evaluation["split"],
+        dataset_type=printable(evaluation["data"]),
+        dataset_name=printable(evaluation["data"]),
+        dataset_split=printable(evaluation["split"]),
         dataset_args={"images": evaluation["images"]},
         metric_type="bits_per_dim",
         metric_name="bits/dim, " + ("probability-flow ODE" if "dequantization" in evaluation else "variational bound"),
         metric_value=round(evaluation["total"], 4),
-        metric_args={"command": evaluation["command"]} if evaluation.get("command") else None,
+        metric_args={"command": command} if command else None,
     )

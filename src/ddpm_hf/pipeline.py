@@ -8,22 +8,30 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from numbers import Real
+from pathlib import Path
 
+import diffusers
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
+from .atomic import write_text
 from .classifier import NoisyClassifier
 from .conditioning import Conditioned
 from .guidance import NamedClasses, check_classifier, classifier_free, label_ids, scales, shifted_output
 from .inference import InferenceUNet
 from .push import Published
+from .saved import check_part, component_classes, naming, pipeline_class, read_json, variants_in
 from .scheduler import VariationalDDPMScheduler
 from .sde import SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .unet import DDPMUNet, sides
 
+logger = logging.get_logger(__name__)
 # of a repository: no pickled weights
 FILES = ("*.json", "*.safetensors", "*.py")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -38,8 +46,17 @@ OWN_PARTS = {
     "SubVPSDEScheduler": "sde_scheduler",
     "VESDEScheduler": "sde_scheduler",
 }
-OWN_CLASSES = {each.__name__: each for each in (NoisyClassifier, VPSDEScheduler, SubVPSDEScheduler, VESDEScheduler)}
-SCORE_SDE = {"ScoreSdeVeScheduler": VESDEScheduler, "ScoreSdeVpScheduler": VPSDEScheduler}  # diffusers' and ours
+OUR_SCHEDULERS = {  # by their own names and those of diffusers that they stand for
+    "DDPMScheduler": VariationalDDPMScheduler,
+    "ScoreSdeVeScheduler": VESDEScheduler,
+    "ScoreSdeVpScheduler": VPSDEScheduler,
+    **{each.__name__: each for each in (VariationalDDPMScheduler, VPSDEScheduler, SubVPSDEScheduler, VESDEScheduler)},
+}
+# arguments of from_pretrained: where a repository is, and what is handed to the networks
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+NETWORK_KWARGS = (
+    "device_map", "disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "use_safetensors",
+)  # fmt: skip
 
 
 class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
@@ -64,9 +81,14 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
     _inference = None  # the optimized network, and its settings
     _source_module = __name__  # what a published pipeline.py holds
 
-    def __init__(self, unet: torch.nn.Module, scheduler, classifier: NoisyClassifier | None = None):
+    def __init__(self, unet: DDPMUNet | UNet2DModel, scheduler, classifier: NoisyClassifier | None = None):
         super().__init__()
         if type(unet).__name__ == "UNet2DModel":
+            lost = [name for name, weight in unet.state_dict().items() if weight.is_meta]
+            if lost:
+                raise ValueError(
+                    f"the network has no values for {len(lost)} of its tensors, {lost[0]} first: its weights lack them"
+                )
             with torch.device("meta"):
                 ours = DDPMUNet.from_config(unet.config)
             ours.load_state_dict(unet.state_dict(), assign=True)
@@ -74,71 +96,80 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=our_scheduler(scheduler), classifier=classifier)
 
     @classmethod
-    def load_config(cls, *args, **kwargs):
-        config = super().load_config(*args, **kwargs)
+    def _dict_from_json_file(cls, json_file):
+        """diffusers' hook for reading `model_index.json`."""
+        return read_json(Path(json_file))
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As diffusers' method: the index of a folder or repository."""
+        config = super().load_config(pretrained_model_name_or_path, **kwargs)
         index = config[0] if isinstance(config, tuple) else config
-        if isinstance(index.get("_class_name"), (list, tuple)):  # a module of the folder and its class: this one
-            index["_class_name"] = index["_class_name"][-1]
+        # of [module of the folder, class], the class: this one
+        index["_class_name"] = pipeline_class(index, pretrained_model_name_or_path)
         return config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMImagePipeline":
-        """As diffusers' method, of any pipeline of a network, a scheduler, and perhaps our classifier; of weights it reads
-        safetensors alone.
+        """As diffusers' method, of any pipeline of a network, a scheduler, and perhaps our classifier.
+
+        The components are opened by the classes of this package and of diffusers alone: no code of the folder is run. Of
+        weights safetensors alone are read, unless use_safetensors=False. Components can be given in place of the folder's.
 
         Raises:
-            ValueError: another kind of pipeline; weights that are pickled, or not of the network's config.
+            ValueError: another kind of pipeline; a file that is a link to outside of the folder, or not as it is saved; weights
+                that are pickled, or not of the network's config. One line that names the file.
             OSError: a file that is missing or cannot be read, named.
         """
-        path, part = pretrained_model_name_or_path, "unet"
-        where = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-        index = cls.load_config(path, **{name: kwargs[name] for name in where if name in kwargs})
-        # [library, class]; other lists are settings
-        entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name != "_class_name"}
-        components = {name for name, entry in entries.items() if isinstance(entry[0], str)}
-        own_parts = {name: entry[-1] for name, entry in entries.items() if entry[-1] in OWN_PARTS}
-        needed = {"unet", "scheduler", *own_parts}
-        if components != needed or index["unet"][-1] not in ("UNet2DModel", "DDPMUNet"):
+        path = pretrained_model_name_or_path
+        where = {name: kwargs[name] for name in WHERE if name in kwargs}
+        index = cls.load_config(path, **where)
+        classes, saved = component_classes(index, path), pipeline_class(index, path)
+        needed = {"unet", "scheduler"}
+        if not needed <= classes.keys() or classes["unet"] not in ("UNet2DModel", "DDPMUNet"):
+            found = ", ".join(f"{name} {class_name}" for name, class_name in sorted(classes.items()))
             raise ValueError(
-                f"{path} holds a {index.get('_class_name')} of {', '.join(sorted(components))}; this class opens pipelines of "
-                "a UNet2DModel and a scheduler"
+                f"{path} holds a {saved} of {found}; this class opens pipelines of a UNet2DModel and a scheduler"
             )
-        saved = index["_class_name"]
+        if classes.get("classifier", "NoisyClassifier") != "NoisyClassifier":
+            raise ValueError(
+                f"{path} has a classifier of the class {classes['classifier']}; only NoisyClassifier is known"
+            )
         own = [base.__name__ for base in cls.__mro__ if base.__name__ in OTHER_CLASSES]
         if ({saved} & {*OTHER_CLASSES}) != {*own}:
             raise ValueError(f"{path} holds a {saved}; open it with that class, not with {cls.__name__}")
-        if own or saved == "DDPMImagePipeline":  # of a repository diffusers would run the code
-            path = local_folder(path, kwargs)
-        try:
-            kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
-            opened = {}
-            for part, name in own_parts.items():  # by this package's classes: no code of the folder is run
-                if part in kwargs:
-                    given = kwargs.pop(part)
-                    opened[part] = our_scheduler(given) if part == "scheduler" else given
-                else:
-                    how = {key: kwargs[key] for key in where if key in kwargs}
-                    if name == "NoisyClassifier":
-                        how |= {key: kwargs[key] for key in ("variant", "use_safetensors") if key in kwargs}
-                    opened[part] = OWN_CLASSES[name].from_pretrained(path, subfolder=part, **how)
-            part = "unet"
-            pipeline = super().from_pretrained(path, **dict.fromkeys(opened), **kwargs)
-            pipeline.register_modules(**opened)
-            return pipeline
-        except OSError as error:
-            if "no file named diffusion_pytorch_model" not in str(error):
-                raise
-            raise ValueError(
-                f"{path}/{part} has no safetensors; if you trust who made its pickled weights, open it with "
-                "use_safetensors=False and save it: save_pretrained writes safetensors"
-            ) from error
-        except ValueError as error:
-            if "expected shape" not in str(error):
-                raise
-            told = str(error).split("because ")[-1].split(". If you")[0]
-            raise ValueError(
-                f"{path}/{part}: its weights are of another network than its config.json, {told}"
-            ) from error
+        kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
+        # of a repository diffusers would run the code for a class that it does not know
+        ours = own or saved == "DDPMImagePipeline" or any(each in OWN_PARTS for each in classes.values())
+        folder = local_folder(path, all_files=ours, **kwargs)
+        parts, settings = (
+            {name: kwargs.pop(name) for name in each if name in kwargs} for each in cls._get_signature_keys(cls)
+        )
+        # the files of the oldest pipelines lie in the folder itself
+        places = {name: folder / name if (folder / name).is_dir() else folder for name in classes.keys() - parts.keys()}
+        for place in places.values():
+            check_part(place, folder)
+        networks, variant, dtype = places.keys() - {"scheduler"}, kwargs.get("variant"), kwargs.pop("dtype", None)
+        dtype = kwargs.get("torch_dtype") if dtype is None else dtype
+        having = {name for name in networks if f"diffusion_pytorch_model.{variant}" in variants_in(places[name])}
+        for name, place in places.items():
+            if name == "scheduler":
+                parts[name] = open_scheduler(place, classes[name], folder)
+                continue
+            network_kwargs = {key: kwargs[key] for key in NETWORK_KWARGS if key in kwargs}
+            network_kwargs["variant"] = variant if name in having or not having else None  # one at least must have it
+            network_kwargs["torch_dtype"] = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
+            with naming(place / "config.json"):
+                parts[name] = (DDPMUNet if name == "unet" else NoisyClassifier).from_pretrained(place, **network_kwargs)
+        settings = {name: index[name] for name in cls._get_signature_keys(cls)[1] if name in index} | settings
+        with naming(folder / "model_index.json"):
+            pipeline = cls(**parts, **settings)
+        pipeline.register_to_config(_name_or_path=str(path))
+        if "device_map" in kwargs:
+            pipeline.hf_device_map = kwargs["device_map"]
+        if ignored := kwargs.keys() - {*WHERE, *NETWORK_KWARGS, "torch_dtype", "variant"}:
+            logger.warning(f"{cls.__name__}.from_pretrained does not use {', '.join(sorted(ignored))}")
+        return pipeline
 
     def optimize(self, dtype: torch.dtype | None = None, compile: bool = True) -> str:
         """Makes later calls of the pipeline faster, at the same images within rounding; `unet` itself stays as it is.
@@ -607,22 +638,43 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
                 write_source(type(part).__module__, os.path.join(save_directory, name), source)
 
 
-def local_folder(path: str | os.PathLike, kwargs: dict) -> str | os.PathLike:
-    """The folder itself, or that to which a repository of this name was downloaded; takes from kwargs what says how."""
-    where = {name: kwargs.pop(name) for name in ("cache_dir", "force_download", "token", "revision") if name in kwargs}
+def local_folder(path: str | os.PathLike, all_files: bool, **kwargs) -> Path:
+    """The folder itself, or that to which a repository of this name was downloaded.
+
+    all_files: all weights of a repository, whatever diffusers would choose by its index.
+    kwargs: of `from_pretrained`.
+    """
     if os.path.isdir(path):
-        return path
-    return snapshot_download(
-        str(path), allow_patterns=FILES, local_files_only=kwargs.get("local_files_only", False), **where
-    )
+        return Path(path)
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    if all_files:
+        where.pop("proxies", None)
+        return Path(snapshot_download(str(path), allow_patterns=FILES, **where))
+    kinds = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
+    return Path(DDPMImagePipeline.download(str(path), **kinds, **where))
+
+
+def open_scheduler(folder: Path, class_name: str, pipeline_folder: Path):
+    """The scheduler that a pipeline has in `folder`: one of this package, or of diffusers. Raises ValueError."""
+    path = folder / "scheduler_config.json"
+    cls = OUR_SCHEDULERS.get(class_name) or getattr(diffusers, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise ValueError(
+            f"{path} is for the class {class_name}, which is no scheduler of diffusers {diffusers.__version__}"
+        )
+    sizes = {name: value for name, value in read_json(path, pipeline_folder).items() if isinstance(value, int)}
+    absurd = next((name for name, value in sizes.items() if abs(value) > 10**6), None)
+    if absurd:
+        raise ValueError(f"{path}: {absurd}={sizes[absurd]} is beyond 1,000,000; no scheduler is that large")
+    with naming(path):
+        return cls.from_pretrained(folder)
 
 
 def our_scheduler(scheduler):
     """Of diffusers' schedulers that this package has a class for, one of that; others as they are."""
     name = type(scheduler).__name__
-    if name == "DDPMScheduler":
-        return VariationalDDPMScheduler.from_config(scheduler.config)
-    return SCORE_SDE[name].from_config(scheduler.config) if name in SCORE_SDE else scheduler
+    ours = OUR_SCHEDULERS.get(name)
+    return scheduler if ours is None or name == ours.__name__ else ours.from_config(scheduler.config)
 
 
 def _for_each_image(values, count):
@@ -637,8 +689,7 @@ def _for_each_image(values, count):
 def write_source(module: str, folder: str | os.PathLike, name: str = "pipeline") -> None:
     """Writes `self_contained_source` of a module as <folder>/<name>.py."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, f"{name}.py"), "w", encoding="utf-8") as file:
-        file.write(self_contained_source(module))
+    write_text(os.path.join(folder, f"{name}.py"), self_contained_source(module))
 
 
 def self_contained_source(module: str) -> str:
@@ -654,4 +705,7 @@ def self_contained_source(module: str) -> str:
         sources[name] = text
 
     add(module)
-    return re.sub(r"^from \.\w+ import [\w, ]+\n", "", "\n\n\n".join(sources.values()), flags=re.MULTILINE) + "\n"
+    return (
+        re.sub(r"^from \.\w+ import (\([^)]+\)|[\w, ]+)\n", "", "\n\n\n".join(sources.values()), flags=re.MULTILINE)
+        + "\n"
+    )

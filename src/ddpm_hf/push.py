@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import importlib
 import json
-import math
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,25 +17,26 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
 from .classifier import NoisyClassifier
+from .saved import (
+    PARTS,
+    PICTURE_BYTES,
+    STAGES,
+    check_file,
+    check_target,
+    component_classes,
+    naming,
+    pipeline_class,
+    read_json,
+    read_record,
+    read_shards,
+    read_text,
+    variant_of,
+    variants_in,
+)
 from .unet import DDPMUNet
 
-WEIGHTS = re.compile(
-    r"(diffusion_pytorch_model(?:\.\w+)?)(?:-\d+-of-\d+)?\.(?:safetensors(?:\.index(\.\w+)?\.json)?|bin)"
-)
-# what tells of the weights: of the run, and of how they were measured
-TOLD = re.compile(r"(training|evaluation)\.(json|csv|png)|samples\.png")
-# values that the card tells of training.json and evaluation.json: texts, numbers
-NEEDED = {
-    "training": (
-        ("data", "split", "loss"),
-        ("steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "ema_decay", "seed"),
-    ),
-    "evaluation": (
-        ("data", "split"),
-        ("total", "prior", "kl", "decoder", "images", "steps", "first_timestep", "seed"),
-    ),
-}
-NEEDED_OF_ODE = ("data", "split", "dequantization"), ("total", "tolerance", "evaluations_per_image", "images", "seed")
+# the run's record, how the weights were measured, and their pictures
+RECORD = re.compile(r"(training|evaluation)\.(json|csv|png)|samples\.png")
 SDE_MODULE = "sde_scheduler"  # the source of a scheduler in continuous time, beside its config
 # a branch whose index names the class in pipeline.py, for from_pretrained(x, revision="remote-code", trust_remote_code=True)
 REMOTE_CODE = "remote-code"
@@ -89,10 +90,14 @@ class Published:
     ) -> None:
         """As diffusers' method; push_to_hub=True publishes the folder by `push_folder` with repo_id (else the folder's name),
         license, commit_message, private, token, revision, create_pr.
+
+        Raises:
+            ValueError: a file or folder to be written is a link; a network with adapters in it.
         """
         names = ("license", "commit_message", "private", "token", "revision", "create_pr")
         where = {name: kwargs.pop(name) for name in names if name in kwargs}
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        check_target(Path(save_directory), self.components)
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         if push_to_hub:
             push_folder(save_directory, repo_id, **where)
@@ -113,10 +118,12 @@ class Published:
     ):
         """Saves the pipeline to a temporary folder and publishes it by `push_folder`, whose arguments and errors these are.
 
-        With a variant, say "fp16", those weights stand beside the others in the repository.
+        The card, pictures and numbers of the folder that the pipeline was opened from go with it, if its weights are still
+        those. With a variant, say "fp16", those weights stand beside the others in the repository.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            _copy_record(self.config.get("_name_or_path"), Path(folder))
             return push_folder(
                 folder,
                 repo_id,
@@ -127,6 +134,16 @@ class Published:
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def _copy_record(source, folder):
+    """Copies card, license, pictures and numbers of the pipeline `source` and its stages, where the weights are the same."""
+    for stage in ("", *STAGES) if source else ():
+        of, to = Path(source, stage), folder / stage
+        if (of / "unet").is_dir() and (to / "unet").is_dir() and weights_digest(of) == weights_digest(to) is not None:
+            for path in of.iterdir():
+                if RECORD.fullmatch(path.name) or path.name in ("README.md", "LICENSE"):
+                    shutil.copyfile(check_file(path, Path(source), PICTURE_BYTES), to / path.name)
 
 
 def _api(token):
@@ -171,7 +188,7 @@ def push_folder(
     files = published_files(folder)
     if revision == REMOTE_CODE:
         raise ValueError(f"revision={revision!r} is kept by this package beside main; choose another")
-    kind = _kind(read_json(folder / "model_index.json"))
+    kind = _kind(read_json(folder / "model_index.json"), folder)
     commit_message = commit_message or f"Upload {'DDPMImagePipeline' if kind == STOCK_CLASS else kind}"
     repo_id = open_repository(repo_id, private=private, token=token)
     with _explained(repo_id, revision):
@@ -193,8 +210,16 @@ def push_folder(
         info = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
-        if to_main and kind in (STOCK_CLASS, CONTINUOUS):
-            _keep_remote_code(api, repo_id, info.oid, files["model_index.json"], commit_message)
+    if to_main and kind in (STOCK_CLASS, CONTINUOUS):
+        try:
+            with _explained(repo_id):
+                _keep_remote_code(api, repo_id, info.oid, files["model_index.json"], commit_message)
+        except HubError as error:
+            raise HubError(
+                f"{repo_id}: {info.commit_url} is published, but not yet its branch {REMOTE_CODE!r}: push again to complete "
+                f"it ({error})",
+                error.refused,
+            ) from None
     return info
 
 
@@ -227,36 +252,29 @@ def _tree(api, repo_id, revision):
     return {info.path: info for info in infos if isinstance(info, RepoFile)}
 
 
-def _kind(index):
-    """By a saved pipeline's index the key of `KINDS`; for others what the index says."""
-    name = index["_class_name"]
-    if index.get("scheduler", [None])[0] == SDE_MODULE:
-        return CONTINUOUS
-    return next((kind for kind, names in KINDS.items() if name in names), str(name))
-
-
-def _variant(name):
-    """ "diffusion_pytorch_model" or "diffusion_pytorch_model.fp16" of a file of weights, or of their index; None of others."""
-    where, _, file = name.rpartition("/")
-    network = where.removeprefix("base/").removeprefix("upsampler/")  # the stages of a cascade
-    match = WEIGHTS.fullmatch(file) if network in ("", "unet", "classifier") else None
-    return match and match[1] + (match[2] or "")
+def _kind(index, path):
+    """By a saved pipeline's index the key of `KINDS`; for others the class that the index names."""
+    name = pipeline_class(index, path)
+    if name in (STOCK_CLASS, OUR_CLASS[1]):
+        component_classes(index, path)
+        return CONTINUOUS if index.get("scheduler", [None])[0] == SDE_MODULE else STOCK_CLASS
+    return next((kind for kind, names in KINDS.items() if index["_class_name"] in names), name)
 
 
 def _left_behind(files, there):
     """What of the repository's files goes, and whether the weights that its card tells of change."""
-    weights = {name: path for name, path in files.items() if _variant(name)}
+    weights = {name: path for name, path in files.items() if variant_of(name)}
     same = all(name in there and there[name].size == path.stat().st_size for name, path in weights.items()) and all(
         there[name].lfs.sha256 == _sha256(path) for name, path in weights.items() if there[name].lfs
     )
-    sent, others = {_variant(name) for name in weights}, {name for name in there if _variant(name)} - weights.keys()
-    beside = "diffusion_pytorch_model" not in sent and any(_variant(name) not in sent for name in others)
-    gone = {name for name in others if _variant(name) in sent or not (same or beside)}
+    sent, others = {variant_of(name) for name in weights}, {name for name in there if variant_of(name)} - weights.keys()
+    beside = "diffusion_pytorch_model" not in sent and any(variant_of(name) not in sent for name in others)
+    gone = {name for name in others if variant_of(name) in sent or not (same or beside)}
     if not beside:  # a classifier, or a scheduler's source, that is no more
         gone |= {name for name in there if "classifier" in name.split("/")[:-1]} - files.keys()
         gone |= {f"scheduler/{SDE_MODULE}.py"} & there.keys() - files.keys()
     if not beside and (not same or "README.md" in files):
-        gone |= {name for name in there if TOLD.fullmatch(name)} - files.keys()
+        gone |= {name for name in there if RECORD.fullmatch(name)} - files.keys()
     return gone, not (same or beside)
 
 
@@ -275,60 +293,63 @@ def _keep_remote_code(api, repo_id, commit, index, commit_message):
     api.create_commit(repo_id, operations, commit_message=commit_message, revision=REMOTE_CODE)
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of the network's weights in a saved pipeline, by which numbers are known to be of them."""
+def weights_digest(folder: Path) -> str | None:
+    """SHA-256 of the network's weights in a saved pipeline, by which numbers are known to be of them; None if there are none.
+
+    It is of the weights that are opened without a variant: others, such as "fp16", may stand beside them.
+    """
+    paths = variants_in(folder / "unet").get("diffusion_pytorch_model", [])
     digest = hashlib.sha256()
-    for path in sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors")):
-        digest.update(f"{path.name} {_sha256(path)}".encode())
-    return digest.hexdigest()
+    for path in paths:
+        if path.suffix == ".safetensors":
+            digest.update(f"{path.name} {_sha256(check_file(path, folder, None))}".encode())
+    return digest.hexdigest() if paths else None
 
 
-def told_of(folder: Path) -> dict[str, dict | None]:
+def told_of(folder: Path, pipeline_folder: Path | None = None) -> dict[str, dict | None]:
     """training.json and evaluation.json of a saved pipeline by "training" and "evaluation": of other weights they are None.
 
     What is not there is left out. Raises ValueError for what training/train.py and evaluate.py do not write.
+    pipeline_folder: where `folder` is that of a stage in it.
     """
     now, found = weights_digest(folder), {}
-    for name, (texts, numbers) in NEEDED.items():
+    for name in ("training", "evaluation"):
         path = folder / f"{name}.json"
-        if path.is_file():
-            values = read_json(path)
-            if name == "evaluation" and isinstance(values, dict) and "dequantization" in values:
-                texts, numbers = NEEDED_OF_ODE
-            whole = isinstance(values, dict) and all(isinstance(values.get(key), str) for key in texts)
-            if not whole or not all(_finite(values.get(key)) for key in numbers):
-                keys = ", ".join((*texts, *numbers))
-                raise ValueError(f"{path} lacks a finite value of one of {keys}; remove it")
-            found[name] = values if values.get("weights", now) == now else None
+        if os.path.lexists(path):
+            values = read_record(path, pipeline_folder or folder)
+            found[name] = values if values["weights"] in (None, now) else None
     return found
 
 
-def _finite(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def published_files(folder: Path) -> dict[str, Path | bytes]:
+def published_files(folder: Path, pipeline_folder: Path | None = None) -> dict[str, Path | bytes]:
     """What of a saved pipeline belongs on the Hub: path in the repository -> file, or its content.
 
+    pipeline_folder: where `folder` is that of a stage in it.
+
     Raises:
-        ValueError: something is missing or does not belong together; the message names the file and the mend.
+        ValueError: something is missing, does not belong together, is too large, no file, or a link to outside of the folder;
+            the message names the file and the mend.
     """
+    root = pipeline_folder or folder
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{folder} is no pipeline: it has no model_index.json; give what save_pretrained wrote, such as a run's pipeline/"
         )
-    index = read_json(folder / "model_index.json")
-    source, kind = folder / "pipeline.py", _kind(index)
+    index = read_json(folder / "model_index.json", root)
+    kind = _kind(index, folder)
     ours = OUR_CLASS[1] if kind == STOCK_CLASS else kind
-    if kind not in KINDS or not source.is_file() or f"class {ours}(" not in source.read_text(encoding="utf-8"):
+    source = read_text(folder / "pipeline.py", root) if os.path.lexists(folder / "pipeline.py") else ""
+    if kind not in KINDS or f"class {ours}(" not in source:
         raise ValueError(
-            f"{folder} was not saved by DDPMImagePipeline (its index says {index['_class_name']}): open it with "
+            f"{folder} was not saved by DDPMImagePipeline (its index says {pipeline_class(index, folder)}): open it with "
             "DDPMImagePipeline.from_pretrained and save it again"
         )
-    files = {name: folder / name for name in ("pipeline.py", "README.md", "LICENSE") if (folder / name).is_file()}
+    texts = [name for name in ("pipeline.py", "README.md", "LICENSE") if os.path.lexists(folder / name)]
+    files = {name: check_file(folder / name, root) for name in texts}
+    classes = component_classes(index, folder, STAGES if kind == CASCADE[1] else PARTS)
     if kind == CASCADE[1]:
-        for stage in ("base", "upsampler"):
-            files |= {f"{stage}/{name}": file for name, file in published_files(folder / stage).items()}
+        for stage in STAGES:
+            files |= {f"{stage}/{name}": file for name, file in published_files(folder / stage, root).items()}
         return files | {"model_index.json": folder / "model_index.json"}
     saved_as = STOCK_CLASS if kind == STOCK_CLASS else index["_class_name"]
     files["model_index.json"] = (
@@ -336,39 +357,35 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     ).encode()
     networks = {"unet": DDPMUNet}
     parts = [("unet", "config.json"), ("scheduler", "scheduler_config.json")]
-    if index["scheduler"][0] == SDE_MODULE:
+    if index.get("scheduler", [None])[0] == SDE_MODULE:
         parts.append(("scheduler", f"{SDE_MODULE}.py"))
-    if "classifier" in index:
+    if "classifier" in classes:
         networks["classifier"] = NoisyClassifier
         parts += [("classifier", "config.json"), ("classifier", f"{index['classifier'][0]}.py")]
     for name, config in parts:
-        if not (folder / name / config).is_file():
+        path = folder / name / config
+        if not os.path.lexists(path):
             what = "config" if config.endswith(".json") else config
             raise ValueError(f"{folder / name} has no {what}, but model_index.json names it; save the pipeline again")
-        files[f"{name}/{config}"] = folder / name / config
+        if config.endswith(".json"):
+            read_json(path, root)
+        files[f"{name}/{config}"] = check_file(path, root)
     for name, cls in networks.items():
-        _check_weights(folder / name, cls)
-        files |= {
-            f"{name}/{path.name}": path
-            for path in (folder / name).iterdir()
-            if _variant(path.name) and path.suffix != ".bin"
-        }
-    told = told_of(folder)
+        _check_weights(folder / name, cls, root)
+        files |= {f"{name}/{path.name}": path for paths in variants_in(folder / name).values() for path in paths}
+    told = told_of(folder, root)
     for path in folder.iterdir():
         part = "training" if path.name == "samples.png" else path.stem
-        if TOLD.fullmatch(path.name) and told.get(part, path) is not None:
-            files[path.name] = path
+        if RECORD.fullmatch(path.name) and told.get(part, path) is not None:
+            files[path.name] = check_file(path, root, PICTURE_BYTES)
     return files
 
 
-def _check_weights(folder, cls):
-    with torch.device("meta"):
-        network = cls.from_config(read_json(folder / "config.json"))
+def _check_weights(folder, cls, root):
+    with naming(folder / "config.json"), torch.device("meta"):
+        network = cls.from_config(read_json(folder / "config.json", root))
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    variants = {}  # "diffusion_pytorch_model.fp16" -> its files
-    for path in sorted(folder.iterdir()):
-        if _variant(path.name) and path.suffix != ".bin":
-            variants.setdefault(_variant(path.name), []).append(path)
+    variants = variants_in(folder)  # "diffusion_pytorch_model.fp16" -> its files
     if not variants:
         pickled = next(folder.glob("*.bin"), None)
         what = f"{pickled} is a pickle, which is not published" if pickled else f"{folder} holds no weights"
@@ -376,7 +393,7 @@ def _check_weights(folder, cls):
     for variant, paths in variants.items():
         indices = [path for path in paths if path.suffix == ".json"]
         shards = {path.name for path in paths} - {path.name for path in indices}
-        named = set(read_json(indices[0])["weight_map"].values()) if indices else {f"{variant}.safetensors"}
+        named = set(read_shards(indices[0], root).values()) if indices else {f"{variant}.safetensors"}
         if shards != named:
             raise ValueError(
                 f"{folder / variant}*: {', '.join(sorted(shards ^ named)[:3])} do not belong together; save the pipeline to an "
@@ -384,30 +401,15 @@ def _check_weights(folder, cls):
             )
         found = {}
         for name in shards:
-            with safe_open(folder / name, framework="pt") as file:
+            path = check_file(folder / name, root, None)
+            with naming(path), safe_open(path, framework="pt") as file:
                 found |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         if found != expected:
             name = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
             raise ValueError(
-                f"{folder / variant} holds {name} of shape {found.get(name)}, its config.json asks for {expected.get(name)}; "
-                "they are of different networks, save the pipeline again"
+                f"{folder / variant} holds {name[:80]!r} of shape {found.get(name)}, its config.json asks for "
+                f"{expected.get(name)}; they are of different networks, save the pipeline again"
             )
-
-
-def read_text(path: Path) -> str:
-    """A text file of a saved pipeline. Raises ValueError that names it."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); write it again") from None
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file of a saved pipeline. Raises ValueError that names it."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); save the pipeline again") from None
 
 
 def _sha256(path):

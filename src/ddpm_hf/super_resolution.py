@@ -5,19 +5,22 @@ import json
 import os
 from collections.abc import Iterator
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 from .classifier import NoisyClassifier
 from .conditioning import condition_planes
 from .guidance import NamedClasses, check_names
-from .pipeline import DDPMImagePipeline, local_folder, write_source
+from .pipeline import WHERE, DDPMImagePipeline, local_folder, write_source
 from .push import Published
-from .unet import sides
+from .saved import STAGES, component_classes, is_inside, read_json
+from .unet import DDPMUNet, sides
 
 
 class DDPMSuperResolutionPipeline(DDPMImagePipeline):
@@ -41,7 +44,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
 
     def __init__(
         self,
-        unet: torch.nn.Module,
+        unet: DDPMUNet | UNet2DModel,
         scheduler,
         classifier: NoisyClassifier | None = None,
         low_resolution: list[int] | int = (8, 8),
@@ -241,16 +244,25 @@ class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
         return self.upsampler.class_names if self.base.class_names is None else self.base.class_names
 
     @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """diffusers' hook for reading `model_index.json`."""
+        return read_json(Path(json_file))
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CascadePipeline":
         """Opens both stages of a folder or of a repository on the Hub; arguments as those of their own."""
-        folder = local_folder(pretrained_model_name_or_path, kwargs)
-        stages = {"base": DDPMImagePipeline, "upsampler": DDPMSuperResolutionPipeline}
-        missing = [name for name in stages if not os.path.isdir(os.path.join(folder, name))]
+        path = pretrained_model_name_or_path
+        index = super().load_config(path, **{name: kwargs[name] for name in WHERE if name in kwargs})
+        missing = [stage for stage in STAGES if stage not in component_classes(index, path, STAGES)]
+        folder = local_folder(path, all_files=True, **kwargs)
+        missing += [stage for stage in STAGES if not (folder / stage).is_dir() or not is_inside(folder / stage, folder)]
         if missing:
-            raise ValueError(f"{pretrained_model_name_or_path} is no cascade: it has no folder {missing[0]}")
-        return cls(
-            **{name: stage.from_pretrained(os.path.join(folder, name), **kwargs) for name, stage in stages.items()}
-        )
+            raise ValueError(f"{path} is no cascade: it has no folder {missing[0]} of its own")
+        classes = (DDPMImagePipeline, DDPMSuperResolutionPipeline)
+        kwargs = {name: value for name, value in kwargs.items() if name not in WHERE}
+        pipeline = cls(*(kind.from_pretrained(folder / stage, **kwargs) for stage, kind in zip(STAGES, classes)))
+        pipeline.register_to_config(_name_or_path=str(path))
+        return pipeline
 
     @torch.no_grad()
     def __call__(
