@@ -439,7 +439,8 @@ class _Reader:
         except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
             why = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
             if isinstance(error, Image.DecompressionBombError):
-                why += "; raise max_image_pixels to allow it"
+                limit = self.max_image_pixels or 2 * Image.MAX_IMAGE_PIXELS
+                why = f"more than {limit:,} pixels; raise max_image_pixels to allow it"
             self.broken.add(name)  # not the file's name, which several may have
             name = row[self.column] and row[self.column].get("path") or name
             if len(self.broken) > self.max_broken * total:
