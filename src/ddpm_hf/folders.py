@@ -257,14 +257,14 @@ def _open_images(source, root, paths, metadata):
 
 def _labels(source, folders):
     """Folder -> label, of a dictionary from images to folders."""
-    labeled = {folder: path for path, folder in folders.items() if folder}
+    labeled = sorted(set(folders.values()) - {""})
     unlabeled = [path for path, folder in folders.items() if not folder]
     if labeled and unlabeled:
         _warn(f"{source}: no label for {_count(unlabeled, 'image')} beside the class folders: {_listed(unlabeled)}")
     if len({folder.count("/") for folder in labeled}) > 1:
         _warn(
             f"{source}: images lie at several depths; each of the {len(labeled)} folders that hold some is a class: "
-            f"{_listed(sorted(labeled))}"
+            f"{_listed(labeled)}"
         )
     names = {folder: os.path.basename(folder) for folder in labeled}
     return names if len(set(names.values())) == len(names) else {folder: folder for folder in labeled}
