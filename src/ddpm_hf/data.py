@@ -457,13 +457,13 @@ class _Reader:
             label = row[self.label_column]
             known = label if self.ids is None else self.ids.get(label)
             if not isinstance(known, int) or not 0 <= known < (self.num_classes or known + 1):
-                told = f"label_column={self.label_column!r} holds {label!r}"
+                problem = f"label_column={self.label_column!r} holds {label!r}"
                 if label is None:
-                    raise ValueError(f"{told} for an image; give it a label, or remove it")
+                    raise ValueError(f"{problem} for an image; give it a label, or remove it")
                 if self.ids is not None:
-                    raise ValueError(f"{told}, which is none of the known labels")
+                    raise ValueError(f"{problem}, which is none of the known labels")
                 raise ValueError(
-                    f"{told}; labels of a stream must be integers, 0 to {(self.num_classes or 0) - 1}: it cannot be looked "
+                    f"{problem}; labels of a stream must be integers, 0 to {(self.num_classes or 0) - 1}: it cannot be looked "
                     "through for others before"
                 )
             item["class_labels"] = int(known)
@@ -494,10 +494,8 @@ def _pixel_limit(pixels):
     if pixels is None:
         yield
         return
-    before, Image.MAX_IMAGE_PIXELS = (
-        Image.MAX_IMAGE_PIXELS,
-        pixels / 2,
-    )  # Pillow warns above it, and refuses above twice it
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = pixels / 2  # Pillow warns of an image above it, and refuses one above twice it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
