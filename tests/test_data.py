@@ -532,7 +532,9 @@ def test_large_images_can_be_allowed(tmp_path, caplog):
             found = training_set(data, to_pixels, max_broken=0.9, max_image_pixels=most)
             assert len(found) == count and before == Image.MAX_IMAGE_PIXELS
     assert "20.png cannot be read (more than 100 pixels; raise max_image_pixels to allow it)" in caplog.text
-    with pytest.raises(ValueError, match="20.png .more than 399 pixels; raise max_image_pixels to allow it.; remove it"):
+    with pytest.raises(
+        ValueError, match="20.png .more than 399 pixels; raise max_image_pixels to allow it.; remove it"
+    ):
         training_set(data, to_pixels, max_image_pixels=399)
     with pytest.raises(ValueError, match="max_image_pixels=0 must be 1 or more"):
         training_set(data, to_pixels, max_image_pixels=0)

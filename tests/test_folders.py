@@ -140,6 +140,14 @@ def test_images_of_all_formats_that_pillow_reads(tmp_path, caplog):
     assert (data.tensors["pixels"][:, 0, 0, 0].int() - torch.arange(8)).abs().max() <= 1  # JPEG's
 
 
+def test_images_of_a_plugin(tmp_path, monkeypatch):
+    """As pillow-heif's .heic: the ending is registered, and Pillow recognizes the content."""
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "BMP")
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.bmp")
+    (tmp_path / "0.bmp").rename(tmp_path / "0.HEIC")
+    assert rows(str(tmp_path)) == [("0.HEIC", None)]
+
+
 def test_what_is_no_image_is_named(tmp_path, caplog):
     folder = make(
         tmp_path, "a/0.png", "a/0.png.json", "a/Thumbs.db", "a/more.zip", "b/1.png", "readme.md", "b/film.mpg"
