@@ -1,3 +1,4 @@
+import ast
 import inspect
 import json
 from pathlib import Path
@@ -262,6 +263,8 @@ def test_the_published_source_imports_nothing_of_the_package(module):
         line for line in source.splitlines() if line.lstrip().startswith(("import", "from"))
     )
     assert "from ." not in source
+    names = [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert len(names) == len(set(names))  # of different modules, now in one
 
 
 def test_a_swapped_scheduler_is_saved_as_it_is(make_pipeline, tmp_path):

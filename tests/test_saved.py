@@ -254,7 +254,7 @@ def test_a_stage_of_a_cascade_lies_within_it(make_pipeline, tmp_path):
         ("training", "data", None, "data=None must be text of 1 to 500 characters"),
         ("training", "data", "x" * 501, "must be text of 1 to 500"),
         ("training", "loss", "simple\n", "must be a word"),
-        ("training", "hub_dataset", "user/x/y", "must be the id of a repository or null"),
+        ("training", "hub_dataset", 3, "must be text of 1 to 500 characters or null"),
         ("training", "versions", {"torch": "2 [x](y)"}, "must be versions by name"),
         ("training", "learning_rate", float("nan"), "must be a finite number"),
         ("training", "seed", True, "seed=True must be an integer"),
@@ -282,7 +282,7 @@ HOSTILE = (
 def test_text_of_others_is_only_text_in_the_card(saved, text):
     """The same lines, header, and code blocks as with plain text in its place."""
     (saved / "training.json").write_text(
-        json.dumps({**TRAINING, **dict.fromkeys(("data", "split", "preset"), text), "notes": text})
+        json.dumps({**TRAINING, **dict.fromkeys(("data", "split", "preset", "hub_dataset"), text), "notes": text})
     )
     command = shlex.join(["python", "training/evaluate.py", "pipeline", "--data", text])
     (saved / "evaluation.json").write_text(
@@ -303,6 +303,7 @@ def test_text_of_others_is_only_text_in_the_card(saved, text):
     expected = card_text(saved).split("\n")
     end = lines.index("---", 1)
     header, body = yaml.safe_load("\n".join(lines[1:end])), lines[end:-2]
+    assert "datasets" not in header
     assert header["model-index"][0]["results"][0]["dataset"]["split"].isprintable() and "license" not in header
     others = [line for line in body if line not in expected]
     if text.isprintable():

@@ -199,3 +199,15 @@ def test_dtype_device_map_and_own_components(make_pipeline, tmp_path):
     assert DDPMImagePipeline.from_pretrained(tmp_path, device_map="cpu", low_cpu_mem_usage=True).device.type == "cpu"
     assert DDPMImagePipeline.from_pretrained(tmp_path, unet=pipeline.unet).unet is pipeline.unet
     assert DDPMImagePipeline.from_pretrained(tmp_path).config._name_or_path == str(tmp_path)
+
+
+def test_the_oldest_folders_have_all_files_at_the_top(make_pipeline, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    for part in ("unet", "scheduler"):
+        for file in (tmp_path / part).iterdir():
+            file.rename(tmp_path / file.name)
+        (tmp_path / part).rmdir()
+    opened = DDPMImagePipeline.from_pretrained(tmp_path)
+    assert torch.equal(opened.unet.conv_in.weight, pipeline.unet.conv_in.weight)
+    assert opened.scheduler.config == pipeline.scheduler.config

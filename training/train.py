@@ -59,6 +59,7 @@ from stops import FiniteSteps, Signals, Stopped, going_on
 from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
 
 from ddpm_hf import ContinuousTimes, DDPMUNet, DiffusionObjective, ScoreObjective
+from ddpm_hf.atomic import write_text
 from ddpm_hf.data import BUILT_IN, pixels_to_batch
 from ddpm_hf.flow import check_network, dequantized
 from ddpm_hf.hub import write_model_card
@@ -289,7 +290,7 @@ def _write_pipeline(config, step, unet, scheduler, folder, label_names):
     told["weights"] = weights_digest(folder)
     told["versions"] = {module.__name__: module.__version__ for module in MODULES}
     told["steps"] = step
-    (folder / "training.json").write_text(json.dumps(told, indent=2) + "\n")
+    write_text(folder / "training.json", json.dumps(told, indent=2) + "\n")
     pictures = {"training.png": "curves.png", "samples.png": f"samples/{step:07d}.png"}  # of these weights
     for name, source in pictures.items():
         if (folder.parent / source).is_file():

@@ -144,6 +144,7 @@ def model_card(
     scheduler |= own_settings
     told = told_of(folder)
     training, evaluation = told.get("training"), told.get("evaluation")
+    data_id = (training or {}).get("hub_dataset") or ""
     low = checked(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]
     low = low and "x".join(map(str, low))
     size = network.config.sample_size
@@ -174,7 +175,7 @@ def model_card(
             library_name="diffusers",
             pipeline_tag="image-to-image" if low else "unconditional-image-generation",
             tags=["ddpm", "ddpm-hf", "diffusion"],
-            datasets=[training["hub_dataset"]] if training and training["hub_dataset"] else None,
+            datasets=[data_id] if REPOSITORY.fullmatch(data_id) else None,
             model_name=printable(repo_id.split("/")[-1]),
             eval_results=[_result(evaluation)] if evaluation else None,
         ),
@@ -208,6 +209,7 @@ def model_card(
     )
 
 
+REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 SIDES = Kind(
     "[height, width] in pixels",
     lambda value: isinstance(value, list) and len(value) == 2 and all(COUNT.fits(side) for side in value),

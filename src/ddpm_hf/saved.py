@@ -227,12 +227,14 @@ def _matches(pattern):
 NULL = Kind("null", lambda value: value is None)
 TEXT = Kind("text of 1 to 500 characters", lambda value: isinstance(value, str) and 0 < len(value) <= 500)
 WORD = Kind("a word of letters, digits and . _ + -", _matches(r"[\w.+-]{1,100}"))
-REPOSITORY = Kind("the id of a repository", _matches(r"[\w.-]{1,96}(/[\w.-]{1,96})?"))
 COUNT = Kind("an integer, 0 or more", lambda value: type(value) is int and 0 <= value < 2**63)
+INTEGER = Kind("an integer", lambda value: type(value) is int and abs(value) < 2**64)
 NUMBER = Kind("a finite number", lambda value: type(value) in (int, float) and abs(value) < 1e12)
 NAMES = Kind(
-    "a list of at most 100,000 texts",
-    lambda value: isinstance(value, list) and len(value) <= 10**5 and all(TEXT.fits(name) for name in value),
+    "a list of at most 100,000 texts of 500 characters",
+    lambda value: (
+        isinstance(value, list) and len(value) <= 10**5 and all(name == "" or TEXT.fits(name) for name in value)
+    ),
 )
 VERSIONS = Kind(
     "versions by name",
@@ -243,17 +245,17 @@ COMMAND = Kind("one line of at most 4,000 characters", lambda value: isinstance(
 # be null may be left out
 TRAINING = {
     **dict.fromkeys(("data", "split"), TEXT),
-    **dict.fromkeys(("steps", "batch_size", "gradient_accumulation_steps", "seed"), COUNT),
+    **dict.fromkeys(("steps", "batch_size", "gradient_accumulation_steps"), COUNT),
     **dict.fromkeys(("learning_rate", "ema_decay"), NUMBER),
-    **{"loss": WORD, "weighting": WORD | NULL, "preset": TEXT | NULL, "weights": WORD | NULL},
-    **{"hub_dataset": REPOSITORY | NULL, "label_names": NAMES | NULL, "versions": VERSIONS | NULL},
+    **{"seed": INTEGER, "loss": WORD, "weighting": WORD | NULL, "preset": TEXT | NULL, "weights": WORD | NULL},
+    **{"hub_dataset": TEXT | NULL, "label_names": NAMES | NULL, "versions": VERSIONS | NULL},
 }
 EVALUATION = {
     **dict.fromkeys(("data", "split"), TEXT),
     **dict.fromkeys(("total", "prior", "kl", "decoder"), NUMBER),
-    **dict.fromkeys(("images", "steps", "first_timestep", "seed"), COUNT),
+    **dict.fromkeys(("images", "steps", "first_timestep"), COUNT),
     **dict.fromkeys(("standard_error", "sampling_error", "evaluations_per_image"), NUMBER | NULL),
-    **{"command": COMMAND | NULL, "weights": WORD | NULL},
+    **{"seed": INTEGER, "command": COMMAND | NULL, "weights": WORD | NULL},
 }
 EVALUATION_BY_ODE = {
     **{
