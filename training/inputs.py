@@ -63,15 +63,17 @@ def _told(where):
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def open_data(config: RunConfig, images, process: int = 0, processes: int = 1):
+def open_data(config: RunConfig, images, process: int = 0, processes: int = 1, names: list[str] | None = None):
     """The training set of `open_images`' data, its first image read; of a stream, shuffled, this process's part.
+
+    names: of the labels as `open_images` gives them: where images are held out, a class may have none left to be seen.
 
     Raises:
         ConfigError: as `open_images`.
     """
     with _told(f"data={config.data!r}"):
         to_pixels = pixels_by(config)
-        columns = config.image_column, config.label_column, config.classes
+        columns = config.image_column, config.label_column, config.classes, names if config.held_out else None
         limits = dict(max_broken=config.max_broken, max_image_pixels=config.max_image_pixels)
         if config.streaming:
             probe = training_set(images, to_pixels, *columns, **limits)

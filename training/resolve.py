@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import io
 import itertools
 import math
 import os
@@ -13,13 +12,12 @@ import numpy as np
 import torch
 from inputs import held_out_rows
 from launch import PROCESSES, opening
-from PIL import Image
 from stages import in_channels
 from stops import tell
 
 from config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check, image_size
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
-from ddpm_hf.data import LEVELS, image_column, load_images
+from ddpm_hf.data import LEVELS, image_column, label_names, load_images, open_image
 
 PICTURES = 100  # that are looked at
 MOST_COMMON_SIDE = 64  # larger images only where image_size asks for them
@@ -229,8 +227,8 @@ def _look(config, images, column, wanted):
         rows = rows.select(sorted(np.random.default_rng(0).choice(len(rows), PICTURES, replace=False)))
     sides, grey = [], True
     for row in rows:
-        with contextlib.suppress(Exception):  # reading the data says which are broken
-            image = _open(row[column])
+        # reading the data says which are broken
+        with contextlib.suppress(Exception), open_image(**row[column]) as image:
             sides.append(min(image.size))
             grey = grey and ("channels" not in wanted or _is_grey(image))
     if not sides:
@@ -246,13 +244,6 @@ def _look(config, images, column, wanted):
         config.channels = 1 if grey else 3
         found.append(f"channels={config.channels} ({'all are grey' if grey else 'there are colors'})")
     return found
-
-
-def _open(row):
-    """A picture of a row, its pixels not read yet where it is a file or bytes."""
-    if row["bytes"] is not None or os.path.isfile(row["path"]):
-        return Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
-    return datasets.Image().decode_example(row)
 
 
 def _is_grey(image):
@@ -277,7 +268,8 @@ def _find_labels(config, images, classes):
     if column is None or column not in images.column_names:
         return found
     if f"{part}.{config.CLASSES}" not in config.explicit and not (classes and config.NETWORK == "unet"):
-        number = _count(images, column)
+        names = label_names(images, column)
+        number = names and len(names)
         if number is None and "label_column" in config.explicit:
             raise ValueError(
                 f"label_column={column!r}: the labels of a stream cannot be counted; give {part}.{config.CLASSES}"
@@ -289,13 +281,6 @@ def _find_labels(config, images, classes):
     if config.label_column:
         found.append(f"label_column={column!r} with {config.classes or classes} classes")
     return found
-
-
-def _count(images, column):
-    kind = images.features[column]
-    if isinstance(kind, datasets.ClassLabel):
-        return kind.num_classes
-    return None if isinstance(images, datasets.IterableDataset) else len(images.unique(column))
 
 
 def _network_for(size, channels, given, up):

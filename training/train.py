@@ -53,12 +53,8 @@ from launch import (
     set_learning_rate,
 )
 from publish import Publisher
-<<<<<<< HEAD
-from sheets import Sheets, check_matplotlib
-=======
 from resolve import resolve
-from sheets import Sheets
->>>>>>> 3a10b2f (Configs follow the data and the pipeline they begin with; --help; base; learning rate on resume; trackers' names)
+from sheets import Sheets, check_matplotlib
 from stages import conditioned, in_channels, pipeline_class, pipeline_of
 from stops import FiniteSteps, Signals, Stopped, going_on
 from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
@@ -125,7 +121,7 @@ def train(config: TrainConfig) -> Path:
     images, names = open_images(config)
     held_out, seen = (open_some(config, names, given) if config.eval_every else None for given in (None, images))
     publisher = Publisher(config) if config.push_to_hub and main else None  # no repository for data that is not there
-    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes)
+    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes, names)
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     if config.init_from and not resumed:

@@ -41,11 +41,8 @@ from launch import (
     run,
     set_learning_rate,
 )
-<<<<<<< HEAD
-from sheets import check_matplotlib
-=======
 from resolve import resolve
->>>>>>> 3a10b2f (Configs follow the data and the pipeline they begin with; --help; base; learning rate on resume; trackers' names)
+from sheets import check_matplotlib
 from stops import FiniteSteps, Signals, Stopped
 from watch import ROUNDS, Log, check_trackers
 
@@ -88,7 +85,7 @@ def train(config: ClassifierConfig) -> Path:
     base = open_base(config) if config.pipeline and main else None
     images, names = open_images(config)
     held_out = open_some(config, names) if config.eval_every else None
-    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes)
+    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes, names)
     loader, timesteps = open_loader(dataset, config, accelerator), UniformTimesteps(scheduler)
     optimizer, lr_schedule = make_optimizer(config, network.parameters())
     if channels_last(config, accelerator.device):
