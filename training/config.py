@@ -14,6 +14,19 @@ import yaml
 
 WORKERS_A_CORE = 16  # the most that can be meant
 PRESETS = Path(__file__).parent / "configs"
+# what other training scripts call our keys
+ALIASES = {
+    "epochs": "steps", "num_epochs": "steps", "iterations": "steps", "max_train_steps": "steps", "max_steps": "steps",
+    "bs": "batch_size", "train_batch_size": "batch_size", "lr": "learning_rate", "wd": "weight_decay",
+    "warmup": "lr_warmup_steps", "lr_scheduler": "lr_schedule", "ema": "ema_decay", "fp16": "mixed_precision",
+    "bf16": "mixed_precision", "precision": "mixed_precision", "grad_clip": "max_grad_norm", "workers": "num_workers",
+    "dataloader_num_workers": "num_workers", "dataset": "data", "dataset_name": "data", "train_data_dir": "data",
+    "data_dir": "data", "path": "data", "resolution": "image_size", "size": "image_size", "output": "output_dir",
+    "out": "output_dir", "save_dir": "output_dir", "resume_from_checkpoint": "resume", "report_to": "trackers",
+    "logger": "trackers", "log_with": "trackers", "logging_steps": "log_every", "checkpointing_steps": "checkpoint_every",
+    "save_every": "checkpoint_every", "pretrained": "init_from", "pretrained_model_name_or_path": "init_from",
+    "preset": "config", "flip": "random_flip", "hub_model_id": "push_to_hub", "num_samples": "sample_count",
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -107,6 +120,11 @@ class RunConfig:
     resolved: typing.ClassVar[bool] = True
 
     @property
+    def begins_with(self) -> str | None:
+        """The pipeline that the run begins with."""
+        raise NotImplementedError
+
+    @property
     def network(self) -> dict:
         """The keys of the network."""
         return getattr(self, self.NETWORK)
@@ -155,6 +173,10 @@ class TrainConfig(RunConfig):
     hub_private: bool = _publishing(False, "make the repository for its owner only")
     license: str | None = _publishing(None, "of the model card: the Hub's name of one, as apache-2.0")
 
+    @property
+    def begins_with(self):
+        return self.init_from
+
 
 @dataclasses.dataclass
 class ClassifierConfig(RunConfig):
@@ -176,8 +198,12 @@ class ClassifierConfig(RunConfig):
         "runs/digits-classifier", "folder of the run: runs/NAME-classifier without a preset", True
     )
 
+    @property
+    def begins_with(self):
+        return self.pipeline
 
-# of a run that goes on from a checkpoint; its steps too where the learning rate does not hang on them
+
+# of a run that is resumed; its steps and learning rate too where the schedule of the learning rate is constant
 MAY_CHANGE = {"preset", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
 MAY_CHANGE |= {"compile", "channels_last", "gradient_checkpointing", "memory_gb", "max_steps_skipped", "trackers"}
 MAY_CHANGE |= {"tracker_project", "tracker_run"}
@@ -197,71 +223,141 @@ MAY_CHANGE |= {"eval_every", "eval_data", "eval_split", "eval_images", "eval_eva
 def load_config(argv: list[str], kind: type[RunConfig] = TrainConfig) -> tuple[RunConfig, bool]:
     """`--config digits --key value --unet.key value` -> the resolved config, and whether `--dry_run` was given.
 
+    What the data and a pipeline to begin with decide is left to `resolve.resolve`, unless a run is resumed, which knows it.
+
     Raises:
         ConfigError: an unknown key (with the nearest one), a wrong type, a missing value or file.
+        SystemExit: `--help` was given, and is printed.
     """
-    arguments, dry_run = _read_arguments(argv)
-    source = arguments.pop("config", "digits")
-    values = _read_yaml(source, kind.PRESETS)
-    sections = kind.NETWORK, "scheduler"
+    if {"-h", "--help"} & set(argv):
+        from usage import usage
+
+        print(usage(kind))
+        raise SystemExit(0)
     fields = {field.name: field.type for field in dataclasses.fields(kind) if field.init}
+    arguments, dry_run = _read_arguments(argv, kind, fields)
+    source = arguments.pop("config", None if "data" in arguments else "digits")
+    values, explicit, preset = _read_config(source, kind) if source is not None else ({}, set(), None)
     for key, text in arguments.items():
         part, _, name = key.partition(".")
-        value = _parse(text)
-        kinds = _kinds(fields.get(key))
-        if str in kinds:  # as it is: YAML would take "no", "2024", "#00ff00", "run #2" for something else
-            value = None if text in ("", "~", "null") and types.NoneType in kinds else text
         if name:
-            if part not in sections:
-                raise ConfigError(
-                    f"--{key}: only {' and '.join(sections)} have keys of their own{nearest(part, sections)}"
-                )
             inner = values.get(part) or {}
             if not isinstance(inner, dict):
                 raise ConfigError(f"{part}={inner!r} must hold keys and values")
-            values[part] = {**inner, name: value}
+            values[part] = {**inner, name: _parse(text)}
         else:
-            values[key] = value
+            values[key] = _parse(text, _kinds(fields[key]))
+        explicit |= {key} if name else _names({key: values[key]}, kind)
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"unknown key {key!r}{nearest(key, fields)}")
+            raise _unknown(key, kind, fields)
         values[key] = _typed(key, value, fields[key])
     for key in ("data", "eval_data", "init_from", "pipeline", "output_dir"):
         if values.get(key):
             values[key] = os.path.expanduser(values[key])
+    if preset is None and "output_dir" not in values:
+        values["output_dir"] = _folder_of(values.get("data", "digits"), kind)
     config = kind(**values)
-    config.preset = source if (kind.PRESETS / f"{source}.yaml").is_file() else None
+    config.preset, config.explicit = preset, frozenset(explicit)
+    config.resolved = preset is not None and not config.begins_with
     check(config)
-    resumed = checkpoint_to_resume(config)
-    if resumed and getattr(config, "init_from", None):  # its network is the run's by now
-        config.unet = _run_of(resumed)["unet"]
+    if path := _find_checkpoint(config):
+        _adopt(config, path)
+        check(config)
+        _compare(config, path)
     return config, dry_run
 
 
-def _read_arguments(argv):
+def _folder_of(data, kind):
+    name = re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(data)).stem) or "data"
+    return f"runs/{name}{'-classifier' if kind is ClassifierConfig else ''}"
+
+
+def _read_arguments(argv, kind, fields):
     arguments, rest, dry_run = {}, list(argv), False
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(f"cannot read {word!r}; arguments are --key value")
+        if not re.match(r"--[A-Za-z]", word):
+            raise ConfigError(f"cannot read {word!r}; arguments are --key value, see --help")
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
         if key == "dry_run" and not equals:
             dry_run = True
             continue
+        part, _, name = key.partition(".")
+        if name and part not in sections_of(kind):
+            raise ConfigError(
+                f"--{key}: only {' and '.join(sections_of(kind))} have keys of their own{nearest(part, sections_of(kind))}"
+            )
+        if key != "config" and part not in fields:
+            raise _unknown(key, kind, fields)
         if not equals:
-            if not rest or re.match(r"--[A-Za-z]", rest[0]):
+            if rest and not re.match(r"--[A-Za-z]", rest[0]):
+                text = rest.pop(0)
+            elif fields.get(key) is bool:
+                text = "true"
+            else:
                 raise ConfigError(f"--{key} has no value")
-            text = rest.pop(0)
         arguments[key] = text
     return arguments, dry_run
 
 
-def _read_yaml(source, presets):
-    path = Path(source) if source.endswith((".yaml", ".yml")) else presets / f"{source}.yaml"
+def _unknown(key, kind, fields):
+    """The error of a key that there is not; perhaps it is one of a section."""
+    from usage import section_keys
+
+    for section in sections_of(kind):
+        if key in section_keys(kind, section):
+            return ConfigError(f"unknown key {key!r}; did you mean '{section}.{key}'?")
+    return ConfigError(f"unknown key {key!r}{nearest(key, fields)}")
+
+
+def _names(values, kind):
+    """{"steps": 1, "unet": {"dropout": 0.1}} -> {"steps", "unet.dropout"}."""
+    names = set()
+    for key, value in values.items():
+        inner = key in sections_of(kind) and isinstance(value, dict)
+        names |= {f"{key}.{name}" for name in value} if inner else {key}
+    return names
+
+
+def _read_config(source, kind, seen=()):
+    """The values of a preset or file over those of its `base`; the names that the user's files give; the preset, if any."""
+    is_preset = not source.endswith((".yaml", ".yml"))
+    path = kind.PRESETS / f"{source}.yaml" if is_preset else Path(os.path.expanduser(source))
+    where = f"config {source!r}" if not seen else f"base of {seen[-1]}: {source!r}"
     if not path.is_file():
-        known = sorted(preset.stem for preset in presets.glob("*.yaml"))
-        raise ConfigError(f"config {source!r} is neither a .yaml file nor a preset; presets: {', '.join(known)}")
+        known = sorted(preset.stem for preset in kind.PRESETS.glob("*.yaml"))
+        if Path(source).is_dir():
+            hint = f"is a folder; its pictures are given by --data {source}"
+            if (Path(source) / "config.yaml").is_file():
+                hint = f"is a folder; give {Path(source) / 'config.yaml'}"
+        elif not is_preset:
+            hint = "does not exist"
+        else:
+            close = difflib.get_close_matches(source, known, n=1)
+            hint = "is neither a .yaml file nor a preset; "
+            hint += f"did you mean {close[0]!r}? " if close else ""
+            hint += f"presets: {', '.join(known)}"
+        raise ConfigError(f"{where} {hint}")
+    if path.resolve() in (each.resolve() for each in seen):
+        raise ConfigError(f"{where} leads back to itself: {' -> '.join(map(str, (*seen, path)))}")
+    values = _read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values, set() if is_preset else _names(values, kind), source if is_preset else None
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base={base!r} must be a preset or a .yaml file")
+    if base.endswith((".yaml", ".yml")):
+        base = str(path.parent / os.path.expanduser(base))
+    inherited, explicit, preset = _read_config(base, kind, (*seen, path))
+    for section in sections_of(kind):
+        if isinstance(values.get(section), dict) and isinstance(inherited.get(section), dict):
+            values[section] = inherited[section] | values[section]
+    return inherited | values, explicit | (set() if is_preset else _names(values, kind)), preset
+
+
+def _read_yaml(path):
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
@@ -271,11 +367,18 @@ def _read_yaml(source, presets):
     return values
 
 
-def _parse(text):
+def _parse(text, kinds=()):
+    """The value of an argument; texts stay as they are: YAML would take "no", "2024", "run #2" for something else."""
+    if str in kinds:
+        return None if text in ("", "~", "null") and types.NoneType in kinds else text
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
-        return text
+        value = text
+    if isinstance(value, str) and ("," in text or (kinds and all(typing.get_origin(each) is list for each in kinds))):
+        entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+        return entries if list[str] in kinds else [_parse(entry) for entry in entries]
+    return value
 
 
 def _numbers(value):
@@ -287,9 +390,17 @@ def _numbers(value):
     )
 
 
+def sections_of(kind: RunConfig | type[RunConfig]) -> tuple[str, str]:
+    """The keys that hold keys of their own."""
+    return kind.NETWORK, "scheduler"
+
+
 def nearest(key, known):
     """The end of an error message about an unknown key."""
-    close = difflib.get_close_matches(str(key), list(known), n=1)
+    key, known = str(key), list(known)
+    initials = {"".join(word[:1] for word in name.split("_")): name for name in reversed(known) if "_" in name}
+    close = [name for name in (ALIASES.get(key), initials.get(key)) if name in known]
+    close += difflib.get_close_matches(key, known, n=1) or [name for name in known if key in name.split("_")]
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
@@ -346,6 +457,16 @@ def _check_run(config):
     for key in ("checkpoint_every", "eval_every", "num_workers", "lr_warmup_steps"):
         if getattr(config, key) < 0:
             raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
+    if not 0 <= config.held_out < 1:
+        raise ConfigError(f"held_out={config.held_out} must be 0 to below 1")
+    if config.held_out and config.streaming:
+        raise ConfigError(
+            f"held_out={config.held_out} is not for streams; name held-out images by eval_split or eval_data"
+        )
+    if config.held_out and config.eval_data:
+        raise ConfigError(
+            f"held_out={config.held_out} and eval_data={config.eval_data!r} name held-out images twice; give one"
+        )
     if config.num_workers > WORKERS_A_CORE * os.cpu_count():
         raise ConfigError(
             f"num_workers={config.num_workers} is more than {WORKERS_A_CORE} for each of {os.cpu_count()} cores, which ends in "
@@ -408,8 +529,10 @@ def _check_training(config):
     if not 0 <= config.label_dropout < 1:
         raise ConfigError(f"label_dropout={config.label_dropout} must be 0 to below 1")
     low = sides(config.low_resolution or 0)
-    if config.low_resolution is not None and not (
-        len(low) == 2 and all(0 < small < side for small, side in zip(low, image_size(config)))
+    if (
+        config.resolved
+        and config.low_resolution is not None
+        and not (len(low) == 2 and all(0 < small < side for small, side in zip(low, image_size(config))))
     ):
         raise ConfigError(f"low_resolution={config.low_resolution} must be smaller than image_size={config.image_size}")
     if not 0 <= config.conditioning_noise < 1 or (config.conditioning_noise and not config.low_resolution):
@@ -418,11 +541,11 @@ def _check_training(config):
         )
     if config.low_resolution and config.eval_every:
         raise ConfigError("eval_every measures networks that begin with noise alone; leave it out with low_resolution")
-    if config.process != "ddpm":
+    if config.resolved and config.process != "ddpm":
         _check_continuous(config)
-    if config.label_dropout and config.label_column is None:
+    if config.resolved and config.label_dropout and config.label_column is None:
         raise ConfigError(f"label_dropout={config.label_dropout} needs labels; name their label_column")
-    if config.init_from is None:
+    if config.resolved:
         _check_network(config, image_size(config))
 
 
@@ -456,7 +579,7 @@ def _check_continuous(config):
 def _check_classifier(config):
     if not 0 < config.random_crop <= 1:
         raise ConfigError(f"random_crop={config.random_crop} must be above 0, up to 1")
-    if config.label_column is None or not isinstance(config.classes, int):
+    if config.label_column is None or (config.resolved and not isinstance(config.classes, int)):
         raise ConfigError("a classifier needs label_column, and classifier.num_classes: how many labels there are")
     _check_channels("classifier", config.classifier)
 
@@ -497,14 +620,19 @@ def checkpoints_before(output_dir: str, path: Path) -> list[Path]:
     return [each for each in found if int(each.name) < int(path.name)] if path.name.isdigit() else found
 
 
-def checkpoint_to_resume(config: RunConfig, fitted: bool = False) -> Path | None:
-    """The checkpoint from which the run `config` goes on; None for a new run.
-
-    fitted: a classifier's config has its pipeline's process, size and channels by now; then they are compared too.
+def checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """The checkpoint from which the run `config` is resumed; None for a new run.
 
     Raises:
-        ConfigError: output_dir holds something that is no run to go on with, or one of another config; `resume` names none.
+        ConfigError: output_dir holds something else than this run, or a run of another config; `resume` names no checkpoint.
     """
+    path = _find_checkpoint(config)
+    if path:
+        _compare(config, path)
+    return path
+
+
+def _find_checkpoint(config):
     output, found = Path(config.output_dir), checkpoints_in(config.output_dir)
     path = None if config.resume in ("auto", "never") else Path(os.path.expanduser(config.resume))
     if path and not (path / "config.yaml").is_file():
@@ -518,23 +646,64 @@ def checkpoint_to_resume(config: RunConfig, fitted: bool = False) -> Path | None
     ended = (output / ("pipeline" if isinstance(config, TrainConfig) else "classifier")).exists()
     if filled and (not ours or (not found and ended)):
         raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another or remove it")
-    path = found[-1] if found else path
-    if path is None:
-        return None
-    before, now = {**dataclasses.asdict(type(config)()), **_run_of(path)}, dataclasses.asdict(config)
-    may_change = MAY_CHANGE | ({"steps"} if config.lr_schedule.startswith("constant") else set())
-    may_change |= {"unet"} if getattr(config, "init_from", None) else set()  # it is init_from's, which is not known yet
-    if getattr(config, "pipeline", None) and not fitted:  # which has them
-        may_change |= {"scheduler", "image_size", "channels"}
+    return found[-1] if found else path
+
+
+def _adopt(config, path):
+    """Gives a run that is resumed what was found for it in its data and its pipeline when it began."""
+    run = _run_of(path)
+    for field in dataclasses.fields(config):
+        key, of_pipeline = field.name, config.begins_with and field.name in config.FROM_PIPELINE
+        found = config.preset is None and field.metadata.get("found") and key != "output_dir"
+        if key in run and key not in config.explicit and (found or of_pipeline):
+            value = _typed(key, run[key], field.type)
+            if key in sections_of(config):
+                now = getattr(config, key)
+                value |= {name: now[name] for name in now if f"{key}.{name}" in config.explicit}
+            setattr(config, key, value)
+    config.resolved = not getattr(config, "pipeline", None)  # which is opened again: it is saved with the classifier
+
+
+def _compare(config, path):
+    """Raises ConfigError where a run would be resumed with other settings than it began with."""
+    defaults = dataclasses.asdict(type(config)())
+    before, now = (_flat(values, config) for values in ({**defaults, **_run_of(path)}, dataclasses.asdict(config)))
+    may_change = MAY_CHANGE
+    if config.lr_schedule.startswith("constant"):
+        may_change = may_change | {"steps", "learning_rate"}
+    if not config.resolved:  # they are the pipeline's, which has not been opened yet
+        may_change = may_change | {*config.FROM_PIPELINE}
     may_change -= {"num_workers"} if config.streaming else set()  # they divide the stream
-    for key in now:
-        if key not in may_change and before[key] != now[key]:
-            raise ConfigError(
-                f"{key}={now[key]!r}, but {path} was trained with {before[key]!r}; give that, or another output_dir"
-            )
+    changed = [
+        f"{key}={_shown(now, key)}, but {path} was trained with {_shown(before, key)}"
+        for key in {**now, **{key: None for key in before if "." in key}}
+        if key.partition(".")[0] not in may_change and before.get(key) != now.get(key)
+    ]
+    if changed:
+        more = f" ({len(changed) - 1} more: {'; '.join(changed[1:4])})".replace(f"{path} was trained with", "it had")
+        anew = "another output_dir"
+        if isinstance(config, TrainConfig):
+            run = path.parents[1] if path.parent.name == "checkpoints" else path
+            anew = f"start a new run from its weights: --init_from {run / 'pipeline'} --output_dir <another>"
+        raise ConfigError(f"{changed[0]}{more if len(changed) > 1 else ''}; give that, or {anew}")
     if path.name.isdigit() and int(path.name) > config.steps:
         raise ConfigError(f"steps={config.steps}, but {path} is further already; give more steps or another output_dir")
-    return path
+
+
+def _flat(values, config):
+    """The keys of the sections as "unet.dropout"."""
+    flat = {}
+    for key, value in values.items():
+        inner = key in sections_of(config) and isinstance(value, dict)
+        flat |= {f"{key}.{name}": each for name, each in value.items()} if inner else {key: value}
+    return flat
+
+
+def _shown(values, key):
+    if key not in values:
+        return "its default"
+    text = repr(values[key])
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def _run_of(checkpoint):

@@ -44,7 +44,14 @@ def open_images(config: RunConfig) -> tuple:
     with _told(f"data={config.data!r}"):
         check_levels(config.data, levels_of(config))
         images = load_images(config.data, config.split, config.streaming)
-        return images, label_names(images, config.label_column, config.classes)
+        names = label_names(images, config.label_column, config.classes)
+        return (images.select(held_out_rows(config, len(images))[1]) if config.held_out else images), names
+
+
+def held_out_rows(config: RunConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows, of `count`, that the run sets aside, one at least, and those it trains on; always the same for a share."""
+    order, size = np.random.default_rng(0).permutation(count), max(1, round(config.held_out * count))
+    return np.sort(order[:size]), np.sort(order[size:])
 
 
 @contextlib.contextmanager
@@ -56,15 +63,17 @@ def _told(where):
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def open_data(config: RunConfig, images, process: int = 0, processes: int = 1):
+def open_data(config: RunConfig, images, process: int = 0, processes: int = 1, names: list[str] | None = None):
     """The training set of `open_images`' data, its first image read; of a stream, shuffled, this process's part.
+
+    names: of the labels as `open_images` gives them: where images are held out, a class may have none left to be seen.
 
     Raises:
         ConfigError: as `open_images`.
     """
     with _told(f"data={config.data!r}"):
         to_pixels = pixels_by(config)
-        columns = config.image_column, config.label_column, config.classes
+        columns = config.image_column, config.label_column, config.classes, names if config.held_out else None
         limits = dict(max_broken=config.max_broken, max_image_pixels=config.max_image_pixels)
         if config.streaming:
             probe = training_set(images, to_pixels, *columns, **limits)
@@ -86,14 +95,14 @@ def open_some(config: RunConfig, names: list[str] | None, images=None) -> tuple:
     Raises:
         ConfigError: as `open_images`.
     """
-    source, split = config.eval_data or config.data, config.eval_split
-    where = (
-        f"eval_data={source!r}, eval_split={split!r}"
-        if images is None
-        else f"data={config.data!r}, split={config.split!r}"
-    )
+    of_data = images is not None or config.held_out
+    source = config.data if of_data else config.eval_data or config.data
+    split = config.split if of_data else config.eval_split
+    where = f"data={source!r}, split={split!r}" if of_data else f"eval_data={source!r}, eval_split={split!r}"
     with _told(where):
-        images = load_images(source, split, config.streaming) if images is None else images
+        if images is None:
+            images = load_images(source, split, config.streaming)
+            images = images.select(held_out_rows(config, len(images))[0]) if config.held_out else images
         if config.streaming:  # some of all that there are: data is often sorted
             images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer)
         columns = config.image_column, config.label_column, config.classes, names

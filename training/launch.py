@@ -3,6 +3,7 @@ silence; the process, the optimizer, the folder, and the end.
 """
 
 import contextlib
+import dataclasses
 import gc
 import inspect
 import json
@@ -31,6 +32,14 @@ from ddpm_hf.scheduler import VARIANCE_TYPES
 from ddpm_hf.sde import SDEScheduler
 from ddpm_hf.winograd import by_tiles
 
+# what each of accelerate's trackers calls a run's name; to the others the folder or the project is one
+RUN_NAMES = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "clearml": "task_name",
+    "swanlab": "experiment_name",
+}
 PROCESSES = {"ddpm": VariationalDDPMScheduler, "vp": VPSDEScheduler, "subvp": SubVPSDEScheduler, "ve": VESDEScheduler}
 
 
@@ -148,6 +157,25 @@ def make_optimizer(config: RunConfig, parameters) -> tuple:
         config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
     )
     return optimizer, lr_schedule
+
+
+def set_learning_rate(config: RunConfig, optimizer, lr_schedule) -> None:
+    """The config's learning rate in place of that of the checkpoint that was loaded, where another was asked for."""
+    if lr_schedule.base_lrs == [config.learning_rate]:
+        return
+    lr_schedule.base_lrs = [config.learning_rate]
+    rate = config.learning_rate * lr_schedule.lr_lambdas[0](lr_schedule.last_epoch)
+    lr_schedule._last_lr = [rate]
+    for group in optimizer.param_groups:
+        group |= {"initial_lr": config.learning_rate, "lr": rate}
+
+
+def open_trackers(config: RunConfig, accelerator: Accelerator) -> None:
+    """Starts accelerate's trackers with the run's project, name and config."""
+    name = config.tracker_run or Path(config.output_dir).absolute().name
+    names = {tracker: {key: name} for tracker, key in RUN_NAMES.items()}
+    values = {key: str(value) for key, value in dataclasses.asdict(config).items()}
+    accelerator.init_trackers(config.tracker_project, values, names)
 
 
 def open_output(config: RunConfig, accelerator: Accelerator, saved: str) -> None:

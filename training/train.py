@@ -9,7 +9,6 @@ A preset is a name in training/configs or the path of a YAML file; every key of 
 """
 
 import dataclasses
-import inspect
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from config import (
     ConfigError,
     TrainConfig,
     as_yaml,
-    check,
     checkpoint_to_resume,
     image_size,
     load_config,
@@ -49,10 +47,13 @@ from launch import (
     open_accelerator,
     open_output,
     open_scheduler,
+    open_trackers,
     opening,
     run,
+    set_learning_rate,
 )
 from publish import Publisher
+from resolve import resolve
 from sheets import Sheets, check_matplotlib
 from stages import conditioned, in_channels, pipeline_class, pipeline_of
 from stops import FiniteSteps, Signals, Stopped, going_on
@@ -73,8 +74,7 @@ def build(config: TrainConfig) -> tuple:
     Raises:
         ValueError: a key or value that one of them does not take.
     """
-    if config.init_from and not checkpoint_to_resume(config):
-        config.unet = network_of(config)
+    resolve(config)
     check_keys(config, "unet", DDPMUNet)
     check_schedule(config)
     with torch.device("cpu"):  # where main() checks a config, the network alone is on the meta device
@@ -112,38 +112,9 @@ def with_null_class(config: TrainConfig) -> dict:
     return dict(num_class_embeds=classes + 1, _ddpm_hf={"null_class": classes}) if config.label_dropout else {}
 
 
-def network_of(config: TrainConfig) -> dict:
-    """The keys of `unet` by which the network of `init_from` is made.
-
-    Raises:
-        ConfigError: there is none, or its channels, classes or levels of resolution are not those of the config.
-    """
-    with opening(f"init_from={config.init_from!r}"):
-        found = DDPMUNet.load_config(config.init_from, subfolder="unet")
-    learned = config.scheduler.get("variance_type", "fixed_small").startswith("learned")
-    for key, expected in (("in_channels", in_channels(config)), ("out_channels", config.channels * (1 + learned))):
-        if found.get(key) != expected:
-            raise ConfigError(
-                f"init_from={config.init_from!r}: its network has {key} {found.get(key)}, channels={config.channels}"
-                f"{f', low_resolution={config.low_resolution}' if config.low_resolution else ''} and the variance type ask "
-                f"for {expected}"
-            )
-    unet = {key: found[key] for key in inspect.signature(DDPMUNet).parameters if key in found}
-    null_class = found.get("_ddpm_hf", {}).get("null_class")
-    if (null_class is None) == (config.label_dropout > 0):
-        raise ConfigError(
-            f"init_from={config.init_from!r}: its network was trained with{'out' if null_class is None else ''} label dropout; "
-            f"give {'0' if null_class is None else 'a share above 0'} as label_dropout"
-        )
-    if null_class is not None:
-        unet["num_class_embeds"] = null_class
-    unet = {key: value for key, value in unet.items() if key not in config.DERIVED}
-    check(dataclasses.replace(config, init_from=None, unet=unet))
-    return unet
-
-
 def train(config: TrainConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved pipeline."""
+    resolve(config)
     resumed = checkpoint_to_resume(config)
     accelerator = open_accelerator(config)
     main, output = accelerator.is_main_process, Path(config.output_dir)
@@ -151,7 +122,7 @@ def train(config: TrainConfig) -> Path:
     images, names = open_images(config)
     held_out, seen = (open_some(config, names, given) if config.eval_every else None for given in (None, images))
     publisher = Publisher(config) if config.push_to_hub and main else None  # no repository for data that is not there
-    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes)
+    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes, names)
     loader = open_loader(dataset, config, accelerator)
     unet, scheduler, objective, timesteps = build(config)
     if config.init_from and not resumed:
@@ -171,13 +142,14 @@ def train(config: TrainConfig) -> Path:
         open_output(config, accelerator, "pipeline")
         (output / "samples").mkdir(exist_ok=True)
     if config.trackers:
-        accelerator.init_trackers("ddpm-hf", {key: str(value) for key, value in dataclasses.asdict(config).items()})
+        open_trackers(config, accelerator)
     log, at = Log(config, output, accelerator, objective.end), Position()
     finite, average = FiniteSteps(accelerator.device, config.max_steps_skipped), Evaluation(network, ema)
     parts = dict(ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, finite=finite)
     checkpoints = Checkpoints(config, accelerator, own=dict(at=at, log=log), **parts)
     if resumed:
         checkpoints.load(resumed)
+        set_learning_rate(config, optimizer, lr_schedule)
         ema.to(accelerator.device)
     log.begin(at.step)
     sheets = Sheets(config, accelerator, network, scheduler, dataset, log, average, raw=Evaluation(network))
@@ -300,10 +272,11 @@ def _write_pipeline(config, step, unet, scheduler, folder, label_names):
 
 def main():
     try:
+        resolve(CONFIG)
         with torch.device("meta"):  # no weights yet, but every check
             unet, *_ = build(CONFIG)
     except (ValueError, TypeError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {' '.join(str(error).split())}")
     if DRY_RUN:
         print(as_yaml(CONFIG), end="")
         parameters, images = unet.num_parameters(), CONFIG.batch_size * CONFIG.gradient_accumulation_steps

@@ -8,13 +8,11 @@ training/configs/classifier or the path of a YAML file; every key of ClassifierC
 --key value.
 """
 
-import dataclasses
-import inspect
 import json
 import sys
 from pathlib import Path
 
-from config import ClassifierConfig, ConfigError, as_yaml, check, checkpoint_to_resume, image_size, load_config
+from config import ClassifierConfig, ConfigError, as_yaml, checkpoint_to_resume, image_size, load_config
 
 if __name__ == "__main__":  # before the slow imports: a mistyped key shall not wait for them
     try:
@@ -38,14 +36,17 @@ from launch import (
     open_accelerator,
     open_output,
     open_scheduler,
+    open_trackers,
     opening,
     run,
+    set_learning_rate,
 )
+from resolve import resolve
 from sheets import check_matplotlib
 from stops import FiniteSteps, Signals, Stopped
 from watch import ROUNDS, Log, check_trackers
 
-from ddpm_hf import DDPMImagePipeline, DDPMUNet, NoisyClassifier, VariationalDDPMScheduler
+from ddpm_hf import DDPMImagePipeline, NoisyClassifier
 from ddpm_hf.data import pixels_to_batch
 from ddpm_hf.hub import write_model_card
 from ddpm_hf.objectives import UniformTimesteps
@@ -57,8 +58,7 @@ def build(config: ClassifierConfig) -> tuple:
     Raises:
         ValueError: a key or value that one of them does not take.
     """
-    if config.pipeline:
-        fit_to_pipeline(config)
+    resolve(config)
     check_keys(config, "classifier", NoisyClassifier)
     check_schedule(config)
     check_trackers(config.trackers)
@@ -75,42 +75,17 @@ def build(config: ClassifierConfig) -> tuple:
     return classifier, scheduler
 
 
-def fit_to_pipeline(config: ClassifierConfig) -> None:
-    """Gives the config the process, the size and the channels of its pipeline, where they are saved.
-
-    Raises:
-        ConfigError: there is none, or its network has other classes.
-    """
-    with opening(f"pipeline={config.pipeline!r}"), torch.device("meta"):
-        saved = VariationalDDPMScheduler.load_config(config.pipeline, subfolder="scheduler")
-        if str(saved.get("_class_name")).endswith("SDEScheduler"):
-            raise ValueError(f"its {saved['_class_name']} is in continuous time; classifiers are of discrete timesteps")
-        process = VariationalDDPMScheduler.from_config(saved)
-        unet = DDPMUNet.from_config(DDPMUNet.load_config(config.pipeline, subfolder="unet"))
-    known = inspect.signature(VariationalDDPMScheduler).parameters
-    told = {**process.config, **process.config.get("_ddpm_hf", {})}
-    config.scheduler = {key: value for key, value in told.items() if key in known and value is not None}
-    if unet.config.sample_size is not None:
-        config.image_size = unet.config.sample_size
-    config.channels = unet.config.in_channels
-    check(config)
-    if unet.num_classes not in (None, config.classes):
-        raise ConfigError(
-            f"classifier.num_classes={config.classes}, but the network of {config.pipeline!r} has {unet.num_classes} classes"
-        )
-
-
 def train(config: ClassifierConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved classifier."""
     accelerator = open_accelerator(config)
     main, output = accelerator.is_main_process, Path(config.output_dir)
     set_seed(config.seed, device_specific=True)
     network, scheduler = build(config)
-    resumed = checkpoint_to_resume(config, fitted=True)
+    resumed = checkpoint_to_resume(config)
     base = open_base(config) if config.pipeline and main else None
     images, names = open_images(config)
     held_out = open_some(config, names) if config.eval_every else None
-    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes)
+    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes, names)
     loader, timesteps = open_loader(dataset, config, accelerator), UniformTimesteps(scheduler)
     optimizer, lr_schedule = make_optimizer(config, network.parameters())
     if channels_last(config, accelerator.device):
@@ -123,12 +98,13 @@ def train(config: ClassifierConfig) -> Path:
     if main:
         open_output(config, accelerator, "classifier")
     if config.trackers:
-        accelerator.init_trackers("ddpm-hf", {key: str(value) for key, value in dataclasses.asdict(config).items()})
+        open_trackers(config, accelerator)
     log, at = Log(config, output, accelerator, len(scheduler.alphas_cumprod), also=("accuracy",)), Position()
     finite = FiniteSteps(accelerator.device, config.max_steps_skipped)
     checkpoints = Checkpoints(config, accelerator, own=dict(at=at, log=log), lr_schedule=lr_schedule, finite=finite)
     if resumed:
         checkpoints.load(resumed)
+        set_learning_rate(config, optimizer, lr_schedule)
     log.begin(at.step)
     with log, Signals(accelerator) as signals:
         stream = batches(loader, config, at)
@@ -233,6 +209,7 @@ def save(network: NoisyClassifier, base: DDPMImagePipeline | None, output: Path)
 
 def main():
     try:
+        resolve(CONFIG)
         with torch.device("meta"):  # no weights yet, but every check
             classifier, _ = build(CONFIG)
     except (ValueError, TypeError) as error:

@@ -480,11 +480,15 @@ class _Reader:
         return {key: [item[key] for item in items] for key in keys}
 
 
-def _decoded(bytes, path):
-    """The image, upright, of what an undecoded `datasets.Image` holds."""
+def open_image(bytes: bytes | None, path: str | None) -> Image.Image:
+    """The image of what an undecoded `datasets.Image` holds; its pixels are read when they are needed."""
     if bytes is None and not os.path.isfile(path):
         return datasets.Image().decode_example({"bytes": None, "path": path})  # on the Hub; or no such file
-    with Image.open(path if bytes is None else io.BytesIO(bytes)) as image:
+    return Image.open(path if bytes is None else io.BytesIO(bytes))
+
+
+def _decoded(bytes, path):
+    with open_image(bytes, path) as image:
         return _upright(image)
 
 

@@ -28,7 +28,16 @@ from ddpm_hf.hub import write_model_card
 from train import train
 
 SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_steps 3 --log_every 2 --lr_warmup_steps 2"
-NETWORK = ["--unet.block_out_channels", "[8, 16]", "--unet.norm_num_groups", "4", "--unet.attention_head_dim", "8"]
+NETWORK = [
+    "--config",
+    "digits",
+    "--unet.block_out_channels",
+    "[8, 16]",
+    "--unet.norm_num_groups",
+    "4",
+    "--unet.attention_head_dim",
+    "8",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +113,9 @@ def test_fine_tuning(trained, tmp_path):
     shutil.copytree(tmp_path / "stock", tmp_path / "empty")
     next((tmp_path / "empty/unet").glob("*.safetensors")).unlink()
     for extra, message in (
-        (["--channels", 3], "its network has in_channels 1, channels=3 and the variance type ask for 3"),
-        (["--scheduler.variance_type", "learned"], "its network has out_channels 1, channels=1 and"),
+        (["--channels", 3], f"channels=3, but init_from='{tmp_path / 'stock'}' has 1; leave it out"),
+        (["--scheduler.variance_type", "learned"], "scheduler.variance_type='learned', but the network of init_from="),
+        (["--unet.layers_per_block", 1], "unet.layers_per_block=1, but the network of init_from="),
         (["--label_column", "label"], "label_column=label and unet.num_class_embeds=None go together"),
         (["--image_size", 7], "image_size=7 must be a multiple of 2"),
         (["--init_from", tmp_path], "init_from="),
