@@ -47,6 +47,13 @@ def open_images(config: RunConfig) -> tuple:
         return images, label_names(images, config.label_column, config.classes)
 
 
+def record_data(network, config: RunConfig, names: list[str] | None) -> None:
+    """Saves with a network what its labels mean and how images were prepared for it: evaluate.py and others go by that."""
+    network.class_names = names
+    keys = "background", "crop", "image_column", "label_column"
+    network.preprocessing = {key: getattr(config, key) for key in keys if getattr(config, key) is not None}
+
+
 @contextlib.contextmanager
 def _told(where):
     """Data that cannot be opened or does not fit, as ConfigError."""
@@ -56,15 +63,17 @@ def _told(where):
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def open_data(config: RunConfig, images, process: int = 0, processes: int = 1):
+def open_data(config: RunConfig, images, process: int = 0, processes: int = 1, names: list[str] | None = None):
     """The training set of `open_images`' data, its first image read; of a stream, shuffled, this process's part.
+
+    names: of the labels 0, 1, ... where they are given, as by the pipeline that a classifier is for.
 
     Raises:
         ConfigError: as `open_images`.
     """
     with _told(f"data={config.data!r}"):
         to_pixels = pixels_by(config)
-        columns = config.image_column, config.label_column, config.classes
+        columns = config.image_column, config.label_column, config.classes, names
         limits = dict(max_broken=config.max_broken, max_image_pixels=config.max_image_pixels)
         if config.streaming:
             probe = training_set(images, to_pixels, *columns, **limits)

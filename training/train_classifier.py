@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints, put
-from inputs import Position, batches, open_data, open_images, open_loader, open_some
+from inputs import Position, batches, open_data, open_images, open_loader, open_some, record_data
 from launch import (
     channels_last,
     check_keys,
@@ -57,8 +57,7 @@ def build(config: ClassifierConfig) -> tuple:
     Raises:
         ValueError: a key or value that one of them does not take.
     """
-    if config.pipeline:
-        fit_to_pipeline(config)
+    names = fit_to_pipeline(config) if config.pipeline else None
     check_keys(config, "classifier", NoisyClassifier)
     check_schedule(config)
     check_trackers(config.trackers)
@@ -70,13 +69,14 @@ def build(config: ClassifierConfig) -> tuple:
         scheduler=json.loads(scheduler.to_json_string()),
         **config.classifier,
     )
+    classifier.class_names = names
     if config.gradient_checkpointing:
         classifier.enable_gradient_checkpointing()
     return classifier, scheduler
 
 
-def fit_to_pipeline(config: ClassifierConfig) -> None:
-    """Gives the config the process, the size and the channels of its pipeline, where they are saved.
+def fit_to_pipeline(config: ClassifierConfig) -> list[str] | None:
+    """Gives the config the process, size, channels and pre-processing of its pipeline; returns its class names if known.
 
     Raises:
         ConfigError: there is none, or its network has other classes.
@@ -87,17 +87,21 @@ def fit_to_pipeline(config: ClassifierConfig) -> None:
             raise ValueError(f"its {saved['_class_name']} is in continuous time; classifiers are of discrete timesteps")
         process = VariationalDDPMScheduler.from_config(saved)
         unet = DDPMUNet.from_config(DDPMUNet.load_config(config.pipeline, subfolder="unet"))
+        names = unet.class_names
     known = inspect.signature(VariationalDDPMScheduler).parameters
     told = {**process.config, **process.config.get("_ddpm_hf", {})}
     config.scheduler = {key: value for key, value in told.items() if key in known and value is not None}
     if unet.config.sample_size is not None:
         config.image_size = unet.config.sample_size
     config.channels = unet.config.in_channels
+    for key in ("background", "crop"):
+        setattr(config, key, unet.preprocessing.get(key, getattr(config, key)))
     check(config)
     if unet.num_classes not in (None, config.classes):
         raise ConfigError(
             f"classifier.num_classes={config.classes}, but the network of {config.pipeline!r} has {unet.num_classes} classes"
         )
+    return names
 
 
 def train(config: ClassifierConfig) -> Path:
@@ -109,8 +113,10 @@ def train(config: ClassifierConfig) -> Path:
     resumed = checkpoint_to_resume(config, fitted=True)
     base = open_base(config) if config.pipeline and main else None
     images, names = open_images(config)
+    names = network.class_names or names  # a label means what it means to the pipeline
+    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes, names)
     held_out = open_some(config, names) if config.eval_every else None
-    dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes)
+    record_data(network, config, names)
     loader, timesteps = open_loader(dataset, config, accelerator), UniformTimesteps(scheduler)
     optimizer, lr_schedule = make_optimizer(config, network.parameters())
     if channels_last(config, accelerator.device):
