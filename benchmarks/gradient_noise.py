@@ -91,7 +91,7 @@ def main():
         torch.manual_seed(0)
         pipeline = DDPMImagePipeline.from_pretrained(folder)
         unet, scheduler = pipeline.unet, pipeline.scheduler
-        x_start, _ = load_tensor(arguments.data, "train", unet, scheduler.levels, None)
+        x_start, _ = load_tensor(arguments.data, "train", unet, scheduler.levels, with_labels=False)
         products = {}
         for name, (loss, sampler) in KINDS.items():
             objective, timesteps = DiffusionObjective(scheduler, loss), sampler(scheduler)

@@ -76,7 +76,8 @@ def main():
     arguments = parser.parse_args()
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline)
     unet, scheduler, evaluations = pipeline.unet, pipeline.scheduler, arguments.evaluations
-    x_start, _ = load_tensor(arguments.data, "test", unet, scheduler.levels, arguments.images)
+    x_start, _ = load_tensor(arguments.data, "test", unet, scheduler.levels, with_labels=False)
+    x_start = x_start[: arguments.images]  # the built-in data sets are in random order
 
     def seeded(seed):
         return torch.Generator().manual_seed(seed)

@@ -265,7 +265,7 @@ def test_the_scripts_switch(make_pipeline, tmp_path):
     for extra in ([], ["--optimize"]):
         script("sample.py", tmp_path, "--count", 4, "--steps", 5, "--out", tmp_path / "sheet.png", *extra)
         sheets.append(np.asarray(Image.open(tmp_path / "sheet.png"), dtype=int))
-        script("evaluate.py", tmp_path, "--images", 4, "--steps", 5, *extra)
+        script("evaluate.py", tmp_path, "--images", 4, "--steps", 5, "--out", tmp_path, *extra)
         sheets.append(json.loads((tmp_path / "evaluation.json").read_text())["total"])
     assert abs(sheets[0] - sheets[2]).max() <= 1
     assert sheets[1] == pytest.approx(sheets[3], rel=1e-5)

@@ -3,10 +3,14 @@
 import json
 import logging
 
+import datasets
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
+from inputs import open_images, open_some
+from PIL import Image
 
+from config import load_config
 from ddpm_hf import (
     CascadePipeline,
     DDPMImagePipeline,
@@ -172,3 +176,27 @@ def test_two_stages(make_pipeline, named, tmp_path):
     with pytest.raises(ValueError, match="label 1 is 'bee' of base, 'cat' of upsampler"):
         CascadePipeline(named, upsampler)
     assert CascadePipeline(make_pipeline(), upsampler).labels == {"ant": 0, "cat": 1, "bee": 2}
+
+
+def test_held_out_data_without_one_of_the_classes(tmp_path):
+    """Has the labels of the training data, whatever its own classes are; those of integers are called by them."""
+    for folder, classes in (("train", "abc"), ("held_out", "cb"), ("integers", "21")):
+        for name in classes:
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("L", (8, 8), ord(name)).save(tmp_path / folder / name / f"{i}.png")
+    rows = {"image": [Image.new("L", (8, 8), i) for i in range(4)], "label": [0, 1, 2, 2]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    for data, held_out, expected, labels in (
+        ("train", "held_out", ["a", "b", "c"], {98: 1, 99: 2}),
+        ("rows.parquet", "integers", ["0", "1", "2"], {49: 1, 50: 2}),
+    ):
+        arguments = ["--data", tmp_path / data, "--eval_data", tmp_path / held_out, "--eval_split", "train"]
+        arguments += ["--label_column", "label", "--unet.num_class_embeds", 3, "--scheduler.levels", 256]
+        config, *_ = load_config([*map(str, arguments), "--output_dir", str(tmp_path / "run")])
+        _, names = open_images(config)
+        x_start, found = open_some(config, names)
+        pixels = ((x_start[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        assert names == expected and len(pixels) == 6
+        assert [labels[pixel] for pixel in pixels] == found.tolist()

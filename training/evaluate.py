@@ -1,23 +1,29 @@
 """A saved pipeline and a data set -> bits/dim: the variational bound of Ho, Jain, Abbeel 2020, term by term, or the ODE's.
 
     python training/evaluate.py runs/digits/pipeline --data digits --split test
-    python training/evaluate.py google/ddpm-cifar10-32 --data cifar10 --split test --estimate 50
+    python training/evaluate.py google/ddpm-cifar10-32 --data cifar10 --split test --estimate 50 --out measured
     python training/evaluate.py runs/digits-vp/pipeline --data digits --ode      # Score-SDE, section 4.3
 
-Takes any DDPM folder or Hub id, diffusers' own included; networks of continuous time have --ode alone. Prints a table; writes
-evaluation.json and, where every term was computed, each of them as evaluation.csv and the plot evaluation.png (into the folder,
-where there is one; its model card is brought up to date unless it was changed by hand).
+Takes any DDPM folder or Hub id, diffusers' own included; networks of continuous time have --ode alone. Background, crop,
+columns and names of the labels are those of the training, as the pipeline's config has them. Prints a table; writes
+evaluation.json and, where every term was computed, each of them as evaluation.csv and the plot evaluation.png: into --out, or
+beside the weights of a run of train.py, whose model card is brought up to date unless it was changed by hand.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
+import shlex
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
 from sheets import check_matplotlib, save_figure
 
@@ -25,6 +31,7 @@ from ddpm_hf import DDPMImagePipeline, InferenceUNet, OdeStopped, bits_per_dim, 
 from ddpm_hf.atomic import write_text
 from ddpm_hf.data import (
     ImageDoesNotFit,
+    PixelTensors,
     check_levels,
     image_to_pixels,
     load_images,
@@ -35,7 +42,12 @@ from ddpm_hf.data import (
 from ddpm_hf.flow import DEQUANTIZATIONS
 from ddpm_hf.hub import has_our_card, write_model_card
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
-from ddpm_hf.push import told_of, weights_digest
+from ddpm_hf.push import weights_digest
+
+SUBSET_SEED = 0  # of --images: another --seed draws other noise, but measures the same images
+REPORT, TERMS = "evaluation.json", ("evaluation.csv", "evaluation.png")
+READING = "image_column", "label_column", "max_broken", "max_image_pixels"  # options that `read_tensor` takes
+PROGRAM = "python training/evaluate.py"
 
 
 def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int) -> torch.Tensor:
@@ -50,32 +62,52 @@ def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int)
     return -log_probabilities.gather(0, test.long()).flatten(1).mean(1)
 
 
-def load_tensor(
-    source,
-    split,
-    unet,
-    levels,
-    count=None,
-    column=None,
-    label_column=None,
-    training=None,
-    max_broken=0.0,
-    channels=None,
-):
-    """x_start (N, C, H, W) of a data set at the network's size, and labels or None, by the rules of training.json.
-
-    channels: C; None for those that the network takes.
-    """
+def load_tensor(source: str, split: str, unet, levels: int, count: int | None = None, **kwargs) -> tuple:
+    """x_start (N, C, H, W) of a data set, and labels (N,) or None, by `load_images` and `read_tensor`."""
     check_levels(source, levels)
-    dataset = load_images(source, split)
-    dataset = dataset if count is None else dataset.select(range(min(count, len(dataset))))
+    return read_tensor(load_images(source, split), unet, levels, count, **kwargs)
+
+
+def read_tensor(
+    dataset: datasets.Dataset,
+    unet,
+    levels: int,
+    count: int | None = None,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_broken: float = 0.0,
+    max_image_pixels: int | None = None,
+    channels: int | None = None,
+    with_labels: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images as the network was trained on them (`unet.preprocessing`), at its size; labels by `unet.class_names`.
+
+    Args:
+        levels: grey levels of the data.
+        count: of fewer images than there are, a random subset is read, the same one each time: `subset_rows`. Those that cannot
+            be read do not count.
+        image_column, label_column: None for those of the training where the data has them, else the only ones.
+        max_broken, max_image_pixels: see `training_set`.
+        channels: of the images; None for those that the network takes.
+        with_labels: False for the images alone.
+
+    Returns:
+        x_start (N, C, H, W), float32 in [-1, 1], and labels int64 (N,) for a class-conditional network, else None.
+
+    Raises:
+        ValueError: data that does not fit: its columns, labels or grey levels, or broken images.
+    """
     size = unet.config.sample_size
     if size is None:
         raise ValueError("the network's config has no sample_size, the side of its images; set it")
     size = (size, size) if isinstance(size, int) else tuple(size)
-    had = training or {}
-    rules = {key: had[key] for key in ("background", "crop") if key in had}
+    trained = unet.preprocessing
+    rules = {key: trained[key] for key in ("background", "crop") if key in trained}
     to_pixels, resized = image_to_pixels(size, channels or unet.config.in_channels, levels, **rules), set()
+    if image_column is None and trained.get("image_column") in dataset.column_names:
+        image_column = trained["image_column"]
+    label_column = label_column_of(dataset, unet, label_column) if with_labels else None
 
     def noted(image):
         if levels <= 256 and image.mode.startswith("I;16"):
@@ -84,12 +116,48 @@ def load_tensor(
             resized.add(image.size)
         return to_pixels(image)
 
-    classes = unet.num_classes
-    data = training_set(dataset, noted, column, label_column, classes, had.get("label_names"), max_broken, memory=2**40)
+    columns = image_column, label_column, unet.num_classes, unet.class_names
+    limits = dict(max_broken=max_broken, max_image_pixels=max_image_pixels)
+    images = training_set(dataset, noted, *columns, memory=0, **limits)
+    if count is None or count >= len(images):
+        images = images.in_memory()
+    else:
+        items = list(itertools.islice(images.readable(subset_rows(len(images))), count))
+        if not items:
+            raise ValueError("no image of the data can be read")
+        images = PixelTensors.of(items)
     if resized:
-        told = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
-        print(f"images of {told} were scaled and cut to {size[1]}x{size[0]}, the network's", file=sys.stderr)
-    return pixels_to_tensor(data.tensors["pixels"], levels), data.tensors.get("class_labels")
+        sizes = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
+        print(f"images of {sizes} were scaled and cut to {size[1]}x{size[0]}, the network's", file=sys.stderr)
+    return pixels_to_tensor(images.tensors["pixels"], levels), images.tensors.get("class_labels")
+
+
+def subset_rows(total: int) -> np.ndarray:
+    """All row numbers in a random order, always the same: the first N of them are the subset of N images."""
+    return np.random.default_rng(SUBSET_SEED).permutation(total)
+
+
+def label_column_of(dataset: datasets.Dataset, unet, column: str | None = None) -> str | None:
+    """The column of labels for a class-conditional network, None for another.
+
+    It is `column` if given, else that of the training if the data has it, else the only `ClassLabel`, else "label".
+
+    Raises:
+        ValueError: no such column, or a column for a network that is not class-conditional.
+    """
+    if unet.class_embedding is None:
+        if column is not None:
+            raise ValueError(f"label_column={column!r}, but the network is not class-conditional; leave it out")
+        return None
+    if column is not None:
+        return column
+    labeled = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    for name in (unet.preprocessing.get("label_column"), labeled[0] if len(labeled) == 1 else None, "label"):
+        if name in dataset.column_names:
+            return name
+    raise ValueError(
+        f"the network is class-conditional: give label_column, the labels among {', '.join(dataset.column_names)}"
+    )
 
 
 def terms_table(result, chain):
@@ -123,47 +191,180 @@ def plot(result, chain, path):
     plt.close(figure)
 
 
-def main():
+def number(kind: type, low: float, high: float = math.inf):
+    """For argparse: reads a finite number of this type, `low` to `high`."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            name = "an integer" if kind is int else "a number"
+            end = " or more" if high == math.inf else f" to {high}"
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be {name}, {low}{end}")
+        return value
+
+    return read
+
+
+SEED = number(int, -(2**63), 2**64 - 1)  # what torch takes
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
     parser.add_argument("--data", default="digits", help="digits, mnist, a folder, a .parquet file or a Hub id")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--image_column")
-    parser.add_argument("--label_column", help="for a class-conditional network")
+    parser.add_argument("--image_column", help="if left out, that of the training, or the only one")
     parser.add_argument(
-        "--max_broken", type=float, default=0.0, help="share of images that may be left out as unreadable"
+        "--label_column", help="for a class-conditional network; if left out, that of the training, or the only one"
     )
-    parser.add_argument("--images", type=int, help="how many images of the split; all if left out")
-    parser.add_argument("--batch_size", type=int, default=128, help="images times timesteps a network call")
-    parser.add_argument("--levels", type=int, help="grey levels of the data; those of the pipeline if left out")
-    parser.add_argument("--steps", type=int, help="length of the chain; all timesteps if left out")
     parser.add_argument(
-        "--first", type=int, default=0, metavar="T0", help="leave out the timesteps below: see bits_per_dim"
+        "--max_broken", type=number(float, 0, 1), default=0.0, help="share of images that may be left out as unreadable"
     )
-    parser.add_argument("--estimate", type=int, metavar="N", help="estimate from N network evaluations an image")
+    parser.add_argument(
+        "--max_image_pixels", type=number(int, 1), help="larger images count as unreadable; Pillow's limit if left out"
+    )
+    parser.add_argument(
+        "--images",
+        type=number(int, 1),
+        help="how many images of the split, always the same random ones; all if left out",
+    )
+    parser.add_argument("--batch_size", type=number(int, 1), default=128, help="images times timesteps a network call")
+    parser.add_argument(
+        "--levels", type=number(int, 2, 65536), help="grey levels of the data; those of the pipeline if left out"
+    )
+    parser.add_argument("--steps", type=number(int, 1), help="length of the chain; all timesteps if left out")
+    parser.add_argument(
+        "--first",
+        type=number(int, 0),
+        default=0,
+        metavar="T0",
+        help="leave out the timesteps below: see bits_per_dim",
+    )
+    parser.add_argument(
+        "--estimate", type=number(int, 1), metavar="N", help="estimate from N network evaluations an image"
+    )
     parser.add_argument(
         "--ode", action="store_true", help="by the probability-flow ODE in place of the bound: see ode_bits_per_dim"
     )
     parser.add_argument(
         "--dequantization", choices=DEQUANTIZATIONS, help="of --ode; decoder for a chain, uniform in continuous time"
     )
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="of the ODE's solver, absolute and relative")
-    parser.add_argument("--probes", type=int, default=1, help="of the ODE's trace, for each image")
+    parser.add_argument(
+        "--tolerance", type=number(float, 1e-12, 1), default=1e-5, help="of the ODE's solver, absolute and relative"
+    )
+    parser.add_argument("--probes", type=number(int, 1), default=1, help="of the ODE's trace, for each image")
     parser.add_argument("--optimize", action="store_true", help="compile the network first, worth it for many images")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0, help="of the noise; the images of --images do not depend on it")
     parser.add_argument("--histogram", metavar="SPLIT", help="also fit a per-pixel histogram on this split")
-    parser.add_argument("--out", help="folder to write to; the pipeline's own if it is one")
-    arguments = parser.parse_args()
+    parser.add_argument("--device", help="as torch calls it; an accelerator if left out, where there is one")
+    parser.add_argument("--out", help="folder to write to; if left out, that of a run's own pipeline, or none")
+    return parser
 
-    if arguments.images is not None and arguments.images < 1:
-        parser.error(f"--images {arguments.images} must be 1 or more")
-    if arguments.first < 0:
-        parser.error(f"--first {arguments.first} must be 0 or more")
+
+def command_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """A shell's command that measures the same again: every option that is not its default but --out, which changes nothing.
+
+    Of local paths it has the last name only.
+    """
+    words = [
+        *PROGRAM.split(),
+        _public(arguments.pipeline),
+        "--data",
+        _public(arguments.data),
+        "--split",
+        arguments.split,
+    ]
+    for name, value in vars(arguments).items():
+        if name in ("pipeline", "data", "split", "out") or value == parser.get_default(name):
+            continue
+        if value is True:
+            words.append(f"--{name}")
+        else:
+            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def _public(source):
+    """A Hub id, the name of a built-in data set, or the last name of a local path: folders of a machine concern nobody else."""
+    return Path(source).resolve().name if os.path.exists(source) else source
+
+
+def choose_device(name: str | None) -> str:
+    """The device of this name, or the accelerator, or else the CPU.
+
+    Raises:
+        ValueError: torch does not have it.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).strip().splitlines()[0]}") from None
+    return name
+
+
+def check_out(out: str) -> None:
+    """Whether an evaluation may be written to this folder: before it is computed.
+
+    Raises:
+        ValueError: it is no folder, cannot be written to, or holds files of these names that no evaluation has written.
+    """
+    folder = Path(out)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    if not folder.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {folder.absolute().parent}; make it first")
+    if not is_writable(folder if folder.exists() else folder.absolute().parent):
+        raise ValueError(f"--out {out} may not be written to; give another folder")
+    others = [name for name in (REPORT, *TERMS) if os.path.lexists(folder / name) and name not in _written(folder)]
+    if others:
+        raise ValueError(
+            f"--out {out} holds {others[0]}, which is not of an evaluation; move it, or give another folder"
+        )
+
+
+def _written(folder):
+    """The files that an earlier evaluation has written to a folder."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        ours = report["command"].startswith(f"{PROGRAM} ")
+        every_term = "kl" in report and report["sampling_error"] is None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ()
+    return (REPORT, *TERMS) if ours and every_term else (REPORT,) if ours else ()
+
+
+def own_folder(pipeline: str) -> Path | None:
+    """The folder of a pipeline that a run of train.py has saved; None for any other, in which nothing is written unasked."""
+    folder = Path(pipeline).resolve()
+    files = [folder / "model_index.json", folder.parent / "config.yaml", folder.parent / "environment.json"]
+    own = folder.name == "pipeline" and all(path.is_file() for path in files)
+    return folder if own and is_writable(folder) else None
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a file can be made in a folder: tried out, as permissions alone do not tell."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def main():
+    parser = make_parser()
+    arguments = parser.parse_args()
     if arguments.ode and (arguments.estimate is not None or arguments.steps is not None or arguments.optimize):
         parser.error("--estimate, --steps and --optimize are of the bound; leave them out with --ode")
+    if arguments.out is not None:
+        check_out(arguments.out)
     if arguments.estimate is None and not arguments.ode:
         check_matplotlib("eval")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(arguments.device)
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     if not arguments.ode and hasattr(scheduler, "sde"):
@@ -174,15 +375,12 @@ def main():
     elif arguments.first:
         parser.error(f"--first {arguments.first} is of a chain; {type(scheduler).__name__} has none")
     levels = scheduler.levels if arguments.levels is None else arguments.levels
-    folder = Path(arguments.out or (arguments.pipeline if os.path.isdir(arguments.pipeline) else "."))
-    own = folder.resolve() == Path(arguments.pipeline).resolve()  # not the folder one happens to be in
-    our_card = own and has_our_card(folder)  # before evaluation.json, which it tells of
-    data = (unet, levels)
-    columns = (arguments.image_column, arguments.label_column)
-    training = told_of(Path(arguments.pipeline)).get("training") if os.path.isdir(arguments.pipeline) else None
-    x_start, labels = load_tensor(
-        arguments.data, arguments.split, *data, arguments.images, *columns, training, arguments.max_broken
-    )
+    check_levels(arguments.data, levels)
+    dataset = load_images(arguments.data, arguments.split)
+    columns = {name: getattr(arguments, name) for name in READING}
+    x_start, labels = read_tensor(dataset, unet, levels, arguments.images, **columns)
+    if arguments.histogram:
+        train, _ = load_tensor(arguments.data, arguments.histogram, unet, levels, **columns, with_labels=False)
     if arguments.optimize:
         unet = InferenceUNet(unet)
         print(unet.report)
@@ -200,22 +398,18 @@ def main():
         **measured,
         "standard_error": None if math.isnan(error) else error,
         "images": len(x_start),
-        "data": Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data,
+        "data": _public(arguments.data),
         "split": arguments.split,
         "levels": levels,
         "seed": arguments.seed,
     }
-    options = {"split": None, "images": None, "steps": None, "first": 0, "estimate": None, "levels": None}
-    options |= {"ode": False, "dequantization": None, "tolerance": 1e-5, "probes": 1, "seed": 0}
-    given = [
-        (name, getattr(arguments, name)) for name, default in options.items() if getattr(arguments, name) != default
-    ]
-    told = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given)
-    report["command"] = f"python training/evaluate.py pipeline --data {report['data']} {told}"
+    total, images = len(dataset), f"{len(x_start)} images"
+    if arguments.images is not None and arguments.images < total:
+        rows = f"numpy.random.default_rng({SUBSET_SEED}).permutation({total})[:{arguments.images}]"
+        report["subset"] = {"of": total, "seed": SUBSET_SEED, "rows": rows}
+        images = f"{len(x_start)} of {total} images, a fixed random subset"
+    report["command"] = command_of(parser, arguments)
     if arguments.histogram:
-        train, _ = load_tensor(
-            arguments.data, arguments.histogram, *data, None, columns[0], None, training, arguments.max_broken
-        )
         pixels = (tensor_to_pixels(x, levels) for x in (train, x_start))
         histogram = histogram_bits_per_dim(*pixels, levels)
         above = histogram - result.total.double().cpu()  # of the same images, so its error is smaller than theirs
@@ -223,20 +417,29 @@ def main():
         beside = f"{above.mean():+.4f} +- {standard_error(above):.4f} from the total"
         lines.append(f"  an independent per-pixel histogram of {arguments.histogram}: {histogram.mean():.4f}, {beside}")
 
-    print(f"bits/dim over {report['images']} images ({arguments.data}, {arguments.split}), {lines[0]}:")
+    print(f"bits/dim over {images} ({arguments.data}, {arguments.split}), {lines[0]}:")
     print("\n".join(lines[1:]))
+    folder = own_folder(arguments.pipeline) if arguments.out is None else Path(arguments.out)
+    if folder is None:
+        print("not written; give --out FOLDER for evaluation.json")
+    else:
+        write(folder, arguments.pipeline, report, result, scheduler)
 
+
+def write(folder: Path, pipeline: str, report: dict, result, scheduler) -> None:
+    """Writes an evaluation in place of an earlier one; in the pipeline's own folder its model card too."""
+    own = os.path.isdir(pipeline) and folder.resolve() == Path(pipeline).resolve()
+    our_card = own and has_our_card(folder)  # before evaluation.json, which it tells of
     if own:
-        report["weights"] = weights_digest(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
+        report = {**report, "weights": weights_digest(folder)}
+    folder.mkdir(exist_ok=True)
+    for name in TERMS if folder == own_folder(pipeline) else _written(folder)[1:]:  # of other numbers
+        (folder / name).unlink(missing_ok=True)
+    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
     every_term = hasattr(result, "terms")
     if every_term:
-        write_text(folder / "evaluation.csv", terms_table(result, scheduler.chain))
-        plot(result, scheduler.chain, folder / "evaluation.png")
-    else:  # what an earlier evaluation left is not of this one
-        (folder / "evaluation.csv").unlink(missing_ok=True)
-        (folder / "evaluation.png").unlink(missing_ok=True)
+        write_text(folder / TERMS[0], terms_table(result, scheduler.chain))
+        plot(result, scheduler.chain, folder / TERMS[1])
     if our_card:
         write_model_card(folder)
     elif own and (folder / "README.md").is_file():

@@ -54,6 +54,13 @@ def held_out_rows(config: RunConfig, count: int) -> tuple[np.ndarray, np.ndarray
     return np.sort(order[:size]), np.sort(order[size:])
 
 
+def record_data(network, config: RunConfig, names: list[str] | None) -> None:
+    """Saves with a network what its labels mean and how images were prepared for it: evaluate.py and others go by that."""
+    network.class_names = names
+    keys = "background", "crop", "image_column", "label_column"
+    network.preprocessing = {key: getattr(config, key) for key in keys if getattr(config, key) is not None}
+
+
 @contextlib.contextmanager
 def _told(where):
     """Data that cannot be opened or does not fit, as ConfigError."""
@@ -66,14 +73,15 @@ def _told(where):
 def open_data(config: RunConfig, images, process: int = 0, processes: int = 1, names: list[str] | None = None):
     """The training set of `open_images`' data, its first image read; of a stream, shuffled, this process's part.
 
-    names: of the labels as `open_images` gives them: where images are held out, a class may have none left to be seen.
+    names: of the labels 0, 1, ... as `open_images` gives them, or as the pipeline has them that a classifier is for; a class
+        may have no image.
 
     Raises:
         ConfigError: as `open_images`.
     """
     with _told(f"data={config.data!r}"):
         to_pixels = pixels_by(config)
-        columns = config.image_column, config.label_column, config.classes, names if config.held_out else None
+        columns = config.image_column, config.label_column, config.classes, names
         limits = dict(max_broken=config.max_broken, max_image_pixels=config.max_image_pixels)
         if config.streaming:
             probe = training_set(images, to_pixels, *columns, **limits)

@@ -87,12 +87,25 @@ def _follow_guided(config):
         if process != "ddpm":
             name = type(scheduler).__name__
             raise ValueError(f"its {name} is in continuous time; classifiers are of discrete timesteps")
-        unet = DDPMUNet.from_config(DDPMUNet.load_config(config.pipeline, subfolder="unet"))
+    unet = _guided_network(config)
     config.scheduler = keys
+    for key in ("background", "crop"):
+        setattr(config, key, unet.preprocessing.get(key, getattr(config, key)))
     if unet.config.sample_size is not None:
         config.image_size = unet.config.sample_size
     config.channels = unet.config.in_channels
     return unet.num_classes
+
+
+def guided_class_names(config: ClassifierConfig) -> list[str] | None:
+    """Names of the labels 0, 1, ... of the pipeline that a classifier guides; None where they are not known."""
+    return _guided_network(config).class_names
+
+
+def _guided_network(config):
+    """The network of the pipeline that a classifier guides, without its weights."""
+    with opening(f"pipeline={config.pipeline!r}"), torch.device("meta"):
+        return DDPMUNet.from_config(DDPMUNet.load_config(config.pipeline, subfolder="unet"))
 
 
 def _follow_pipeline(config):

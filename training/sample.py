@@ -7,88 +7,134 @@ python training/sample.py runs/mnist-8-32/pipeline --count 16 --data mnist --out
 """
 
 import argparse
+import io
 import sys
+import tarfile
 from pathlib import Path
 
 import torch
-from sheets import as_images, as_sheet, class_columns, cycled_labels, save_picture
+from PIL import Image
+from sheets import (
+    as_images,
+    as_sheet,
+    captions_of,
+    class_columns,
+    cycled_labels,
+    picture_format,
+    row_captions,
+    save_picture,
+)
 
 from ddpm_hf import CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipeline
 from ddpm_hf.conditioning import shrunk
-from evaluate import load_tensor
+from ddpm_hf.data import PIL_MODES
+from ddpm_hf.guidance import label_ids
+from evaluate import SEED, choose_device, is_writable, load_tensor, number
 
 
-def main():
+def make_parser() -> argparse.ArgumentParser:
+    scale = number(float, 0)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
-    parser.add_argument("--out", default="samples.png", help="PNG file to write")
+    parser.add_argument("--out", default="samples.png", help="file to write, in the format of its ending")
     parser.add_argument(
-        "--count", type=int, default=64, help="number of images, a column for each class; of rows with the next two"
+        "--count",
+        type=number(int, 1),
+        default=64,
+        help="number of images, a column for each class; of rows with the next two",
     )
     parser.add_argument(
-        "--progressive", type=int, metavar="N", help="a row for each image: its predicted x_0 at N timesteps on the way"
+        "--progressive",
+        type=number(int, 2),
+        metavar="N",
+        help="a row for each image: its predicted x_0 at N timesteps on the way",
     )
     parser.add_argument(
-        "--interpolate", type=int, metavar="T", help="a row for each pair of images of --data, mixed at timestep T"
+        "--interpolate",
+        type=number(int, 0),
+        metavar="T",
+        help="a row for each pair of images of --data, mixed at timestep T",
     )
     parser.add_argument(
         "--data",
         default="digits",
-        help="as in evaluate.py; of --interpolate, and of an upsampler, which sees it made small",
+        help="as in evaluate.py; random images of it for --interpolate, and for an upsampler, which sees them made small",
     )
     parser.add_argument("--split", default="test", help="of --data")
-    parser.add_argument("--label_column", default="label", help="of --data, for a class-conditional upsampler")
-    parser.add_argument("--noise_level", type=float, default=0.0, help="of an upsampler: noise on the small images")
-    parser.add_argument("--steps", type=int, help="network calls an image; all timesteps if left out")
-    parser.add_argument("--eta", type=float, help="DDIM with this eta in [0, 1]; ancestral sampling if left out")
-    parser.add_argument("--class_label", type=int, help="of every image; all in turn if left out")
-    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance, 1 is none")
-    parser.add_argument("--classifier_scale", type=float, help="guidance by the pipeline's classifier, 0 is none")
+    parser.add_argument("--label_column", help="of --data, for a class-conditional upsampler; as in evaluate.py")
+    parser.add_argument(
+        "--noise_level", type=number(float, 0, 1), default=0.0, help="of an upsampler: noise on the small images"
+    )
+    parser.add_argument("--steps", type=number(int, 1), help="network calls an image; all timesteps if left out")
+    parser.add_argument(
+        "--eta", type=number(float, 0, 1), help="DDIM with this eta in [0, 1]; ancestral sampling if left out"
+    )
+    parser.add_argument("--class_label", help="of every image, its name or number; all in turn if left out")
+    parser.add_argument("--guidance_scale", type=scale, help="classifier-free guidance, 1 is none")
+    parser.add_argument("--classifier_scale", type=scale, help="guidance by the pipeline's classifier, 0 is none")
     parser.add_argument(
         "--optimize", action="store_true", help="pipe.optimize(): compiles first, worth it for many steps"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--device", help="as torch calls it; an accelerator if left out, where there is one")
+    return parser
+
+
+def main():
+    parser = make_parser()
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not Path(arguments.out).absolute().parent.is_dir():
-        parser.error(f"--out {arguments.out}: there is no such folder")
-    if arguments.count < 1:
-        parser.error(f"--count {arguments.count} must be 1 or more")
-    if arguments.progressive is not None and arguments.progressive < 2:
-        parser.error(f"--progressive {arguments.progressive} must be 2 or more")
     if arguments.progressive is not None and arguments.interpolate is not None:
         parser.error("--progressive and --interpolate make two sheets; give one of them")
+    check_out(arguments.out)
+    device = choose_device(arguments.device)
     pipeline = open_pipeline(arguments.pipeline).to(device)
+    if type(pipeline) is not DDPMImagePipeline and (arguments.progressive, arguments.interpolate) != (None, None):
+        parser.error(f"--progressive and --interpolate are not for a {type(pipeline).__name__}")
+    if type(pipeline) is DDPMImagePipeline and arguments.noise_level:
+        parser.error(f"--noise_level {arguments.noise_level} is of an upsampler, which this pipeline has not")
+    channels = (pipeline.base if isinstance(pipeline, CascadePipeline) else pipeline).channels
+    check_out(arguments.out, channels)
+    labels = label_of(pipeline, arguments.class_label)
     if arguments.optimize:
         for stage in (pipeline.base, pipeline.upsampler) if isinstance(pipeline, CascadePipeline) else (pipeline,):
             print(stage.optimize())
-    if type(pipeline) is not DDPMImagePipeline:
-        if arguments.progressive is not None or arguments.interpolate is not None:
-            parser.error(f"--progressive and --interpolate are not for a {type(pipeline).__name__}")
-        draw = cascade_rows if isinstance(pipeline, CascadePipeline) else upsampled_rows
-        images, columns = draw(pipeline, arguments, torch.Generator(device).manual_seed(arguments.seed))
-        save_picture(as_sheet(images, columns), arguments.out)
-        print(f"wrote {arguments.out}")
-        return
-    labels = arguments.class_label
-    classes = pipeline.classifier if arguments.classifier_scale is not None and pipeline.classifier else pipeline.unet
-    how = dict(
-        generator=torch.Generator(device).manual_seed(arguments.seed),
-        num_inference_steps=arguments.steps,
-        eta=arguments.eta,
-        class_labels=cycled_labels(classes, arguments.count) if labels is None else labels,
-        guidance_scale=arguments.guidance_scale,
-        classifier_scale=arguments.classifier_scale,
-    )
-    if arguments.progressive is not None:
-        images, columns = progressive_rows(pipeline, arguments.count, arguments.progressive, how)
-    elif arguments.interpolate is not None:
-        images, columns = interpolation_rows(pipeline, arguments, how)
-    else:
-        columns = class_columns(classes, arguments.count) if labels is None else None
-        images = pipeline(arguments.count, **how).images
-    save_picture(as_sheet(images, columns), arguments.out)
+    generator = torch.Generator(device).manual_seed(arguments.seed)
+    rows = {CascadePipeline: cascade_rows, DDPMSuperResolutionPipeline: upsampled_rows, DDPMImagePipeline: sample_rows}
+    images, columns, captions = rows[type(pipeline)](pipeline, arguments, labels, generator)
+    save_picture(as_sheet(images, columns, captions), arguments.out)
     print(f"wrote {arguments.out}")
+
+
+def check_out(out: str, channels: int = 3) -> None:
+    """Whether a sheet of images of these channels may be written to this file: before it is drawn. Raises ValueError."""
+    path = Path(out)
+    if path.is_dir():
+        raise ValueError(f"--out {out} is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no such folder")
+    if not is_writable(path.absolute().parent):
+        raise ValueError(f"--out {out}: its folder may not be written to; give another one")
+    kind = picture_format(path)
+    if channels not in PIL_MODES:
+        raise ValueError(f"images of {channels} channels cannot be shown; sheets are of 1, 3 or 4")
+    try:
+        Image.new(PIL_MODES[channels], (1, 1)).save(io.BytesIO(), kind)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--out {out}: {error}; give a .png file for images of {channels} channels") from None
+
+
+def label_of(pipeline, text: str | None) -> int | None:
+    """The label that a name of the pipeline's classes or a number stands for; where it could be both, the name's.
+
+    Raises:
+        ValueError: neither, with the nearest names.
+    """
+    if text is None or text in pipeline.labels:
+        return pipeline.labels.get(text)
+    try:
+        return int(text)
+    except ValueError:
+        return label_ids([text], pipeline.class_names, "--class_label")[0]
 
 
 def open_pipeline(path):
@@ -99,33 +145,65 @@ def open_pipeline(path):
     return others.get(name, DDPMImagePipeline).from_pretrained(path)
 
 
-def cascade_rows(pipeline, arguments, generator):
+def labels_of(pipeline, classes, label, count):
+    """The label of each of `count` images, (N,), `label` or all classes in turn, and columns and captions of their sheet."""
+    if label is not None:
+        return torch.full((count,), label), None, None
+    labels = cycled_labels(classes, count)
+    return labels, class_columns(classes, count), captions_of(pipeline, labels)
+
+
+def sample_rows(pipeline, arguments, label, generator):
+    """Images, columns and captions of the sheet that the arguments ask for."""
+    count = arguments.count
+    classes = pipeline.classifier if arguments.classifier_scale is not None and pipeline.classifier else pipeline.unet
+    labels, columns, captions = labels_of(pipeline, classes, label, count)
+    how = dict(
+        generator=generator,
+        num_inference_steps=arguments.steps,
+        eta=arguments.eta,
+        class_labels=labels,
+        guidance_scale=arguments.guidance_scale,
+        classifier_scale=arguments.classifier_scale,
+    )
+    if arguments.progressive is not None:
+        images, columns = progressive_rows(pipeline, count, arguments.progressive, how)
+    elif arguments.interpolate is not None:
+        images, columns = interpolation_rows(pipeline, arguments, how)
+    else:
+        return pipeline(count, **how).images, columns, captions
+    return images, columns, row_captions(captions, count, columns)
+
+
+def cascade_rows(pipeline, arguments, label, generator):
     """Samples of both stages, as a plain pipeline's."""
-    labels, base = arguments.class_label, pipeline.base
+    base, count = pipeline.base, arguments.count
     classes = base.classifier if arguments.classifier_scale is not None and base.classifier else base.unet
+    if not classes.num_classes:
+        classes = pipeline.upsampler.unet
+    labels, columns, captions = labels_of(pipeline, classes, label, count)
     images = pipeline(
-        arguments.count,
+        count,
         generator,
         arguments.steps,
         upsampler_steps=arguments.steps,
         eta=arguments.eta,
         upsampler_kwargs={"eta": arguments.eta},
-        class_labels=cycled_labels(classes, arguments.count) if labels is None else labels,
+        class_labels=labels,
         guidance_scale=arguments.guidance_scale,
         classifier_scale=arguments.classifier_scale,
         noise_level=arguments.noise_level,
     ).images
-    return images, class_columns(classes, arguments.count) if labels is None else None
+    return images, columns, captions
 
 
-def upsampled_rows(pipeline, arguments, generator):
-    """Of each image of the data: as it is given, scaled up; what is made of it; and as it was. Four of these a row."""
-    levels, column = (
-        getattr(pipeline.scheduler, "levels", 256),
-        arguments.label_column if pipeline.takes_labels else None,
-    )
-    how = dict(label_column=column, channels=pipeline.channels)
+def upsampled_rows(pipeline, arguments, label, generator):
+    """Of random images of the data: as each is given, scaled up; what is made of it; and as it was. Four of these a row."""
+    levels = getattr(pipeline.scheduler, "levels", 256)
+    how = dict(label_column=arguments.label_column, channels=pipeline.channels)
     x_start, labels = load_tensor(arguments.data, arguments.split, pipeline.unet, levels, arguments.count, **how)
+    if label is not None:
+        labels = torch.full((len(x_start),), label)
     small = shrunk(x_start.to(pipeline.device), tuple(pipeline.config.low_resolution))
     made = pipeline(
         small,
@@ -133,12 +211,14 @@ def upsampled_rows(pipeline, arguments, generator):
         arguments.steps,
         "latent",
         eta=arguments.eta,
-        class_labels=labels if arguments.class_label is None else arguments.class_label,
+        class_labels=labels,
         guidance_scale=arguments.guidance_scale,
+        classifier_scale=arguments.classifier_scale,
         noise_level=arguments.noise_level,
     ).images.cpu()
     given = torch.nn.functional.interpolate(small.cpu(), x_start.shape[2:], mode="nearest")
-    return as_images(torch.cat((given, made.clamp(-1, 1), x_start), dim=-1)), 4
+    images = as_images(torch.cat((given, made.clamp(-1, 1), x_start), dim=-1))
+    return images, 4, captions_of(pipeline, labels)
 
 
 def progressive_rows(pipeline, count, columns, how):
@@ -152,7 +232,9 @@ def progressive_rows(pipeline, count, columns, how):
 def interpolation_rows(pipeline, arguments, how, columns=9):
     """Pairs of the data's images with what lies between (the paper's figure 8): source, mixtures from 0 to 1, source."""
     levels = getattr(pipeline.scheduler, "levels", 256)
-    data, _ = load_tensor(arguments.data, arguments.split, pipeline.unet, levels, 2 * arguments.count)
+    data, _ = load_tensor(
+        arguments.data, arguments.split, pipeline.unet, levels, 2 * arguments.count, with_labels=False
+    )
     if len(data) < 2 * arguments.count:
         raise ValueError(f"--count {arguments.count} needs two images a row; --data has {len(data)}")
     a, b = data[::2].to(pipeline.device), data[1::2].to(pipeline.device)
@@ -165,5 +247,5 @@ def interpolation_rows(pipeline, arguments, how, columns=9):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, tarfile.TarError) as error:
         sys.exit(f"sample.py: {' '.join(str(error).split())}")

@@ -1,6 +1,5 @@
 """Pictures of what a run's network makes: samples, how they come out of noise, and what in the data is nearest to them."""
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -10,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
-from stages import first_items, pipeline_of
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from stages import pipeline_of, some_items
 from stops import going_on
 
 from config import ConfigError, sides
+from ddpm_hf.atomic import replacing_file
 from ddpm_hf.conditioning import shrunk
 from ddpm_hf.data import PixelTensors, pixels_to_batch
 
 STRIP_ROWS, STRIP_COLUMNS, PAIRS = 8, 10, 32
+FONT_SIZE = 11  # pixels; of the names of classes
 AT_ONCE = 2**24  # values of the data that a search holds, as float32
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 
@@ -41,7 +41,7 @@ class Sheets:
         self.folder = Path(config.output_dir, "samples")
         self.pixels = dataset.tensors["pixels"] if isinstance(dataset, PixelTensors) else None
         self.distance_of_data = None  # not before it is needed
-        self.given = first_items(dataset, config.sample_count) if config.low_resolution else None
+        self.given = some_items(dataset, config.sample_count) if config.low_resolution else None
 
     def draw(self, step: int) -> None:
         with self.average:
@@ -52,18 +52,24 @@ class Sheets:
                 pictures["raw"], _ = self._sample("samples, raw")
         if not self.accelerator.is_main_process:
             return
-        columns = dict.fromkeys(("samples", "raw"), class_columns(self.unet, len(x_start)))
-        columns["denoising"] = strip.shape[1]
+        labels, width = self._labels(), strip.shape[1]
+        columns = dict.fromkeys(
+            ("samples", "raw"), class_columns(self.unet, len(x_start)) if self.given is None else None
+        )
+        captions = dict.fromkeys(("samples", "raw"), captions_of(self.unet, labels))
+        columns["denoising"] = width
+        captions["denoising"] = row_captions(captions["samples"], len(strip), width)
         numbers = channel_statistics("samples", x_start.mean((0, 2, 3)), (x_start**2).mean((0, 2, 3)))
         if self.given is not None:
             pictures["stages"], columns["stages"] = self._stages(x_start), 4
+            captions["stages"] = captions["samples"] and captions["samples"][:PAIRS]
         elif self.pixels is not None and len(self.pixels) > 1:
             pictures["nearest"], distances = self._nearest(x_start)
             columns["nearest"] = None
             numbers |= {"nearest_rms_samples": distances, "nearest_rms_data": self.distance_of_data}
         self.log.note(step, **numbers)
         for name, images in pictures.items():
-            sheet = as_sheet(as_images(images.flatten(0, -4)), columns[name])
+            sheet = as_sheet(as_images(images.flatten(0, -4)), columns[name], captions.get(name))
             with going_on("a sheet of samples could not be written"):
                 save_picture(sheet, self.folder / f"{step:07d}{'' if name == 'samples' else f'-{name}'}.png")
             self.log.show(step, name, sheet)
@@ -74,9 +80,8 @@ class Sheets:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)  # the training's own chain shall stay
         pipeline = pipeline_of(config, self.unet, scheduler)
         pipeline.set_progress_bar_config(desc=told, leave=False, disable=None if index == 0 else True)
-        count, labels = config.sample_count, cycled_labels(self.unet, config.sample_count)
-        if self.given is not None:
-            count, labels = len(self.given["pixels"]), self.given.get("class_labels")
+        labels = self._labels()
+        count = config.sample_count if self.given is None else len(self.given["pixels"])
         mine, found, strip = range(index, count, processes), [], []
         if mine:
             # of its own for each, so that an image does not hang on how many processes there are
@@ -98,8 +103,14 @@ class Sheets:
             return None, None
         return tuple(torch.stack([images[i] for i in sorted(images)]) for images in (found, strip))
 
+    def _labels(self):
+        """The label of each sample, (N,); None without classes."""
+        if self.given is not None:
+            return self.given.get("class_labels")
+        return cycled_labels(self.unet, self.config.sample_count)
+
     def _low(self):
-        """The first images of the data, made small: (N, C, h, w)."""
+        """Some images of the data, made small: (N, C, h, w)."""
         x_start = pixels_to_batch(self.given["pixels"], self.scheduler.levels)
         return shrunk(x_start, sides(self.config.low_resolution))
 
@@ -151,16 +162,33 @@ def channel_statistics(name: str, mean: torch.Tensor, square: torch.Tensor) -> d
     }
 
 
-def cycled_labels(unet, count):
-    """Labels 0, 1, 2, ... in turn for a class-conditional network; None for another."""
-    classes = unet.num_classes
+def cycled_labels(network, count: int) -> torch.Tensor | None:
+    """Labels 0, 1, 2, ... in turn for a class-conditional network, or of a classifier; None for another network."""
+    classes = network.num_classes
     return None if classes is None else torch.arange(count) % classes
 
 
-def class_columns(unet, count):
+def class_columns(network, count: int) -> int | None:
     """Columns of a sheet of `count` samples with `cycled_labels`: one for each class; None where there are none, or too few."""
-    classes = unet.num_classes
+    classes = network.num_classes
     return classes if classes and classes <= count else None
+
+
+def captions_of(network, labels: torch.Tensor | None) -> list[str] | None:
+    """The name of each image's class, its number where it has none that can be drawn; None without labels."""
+    names, font = getattr(network, "class_names", None) or [], _font(FONT_SIZE)
+    unknown = bytes(font.getmask("\U0010ffff"))  # the box for a character that a font does not have
+
+    def caption(label):
+        name = " ".join(names[label].split())[:200] if label < len(names) else ""
+        return name if name and all(bytes(font.getmask(each)) != unknown for each in name) else str(label)
+
+    return None if labels is None else [caption(label) for label in labels.tolist()]
+
+
+def row_captions(captions: list[str] | None, rows: int, columns: int) -> list[str] | None:
+    """Those of the first images as captions of rows of `columns` pictures each: above the first of a row."""
+    return captions and [text for caption in captions[:rows] for text in (caption, *[""] * (columns - 1))]
 
 
 def as_images(x_start: torch.Tensor) -> list[Image.Image]:
@@ -168,20 +196,68 @@ def as_images(x_start: torch.Tensor) -> list[Image.Image]:
     return VaeImageProcessor().postprocess(x_start.float(), "pil")
 
 
-def as_sheet(images: list[Image.Image], columns: int | None = None) -> Image.Image:
-    """One picture of many with grey gaps, square if columns is None; small ones enlarged so that pixels can be seen."""
+def as_sheet(images: list[Image.Image], columns: int | None = None, captions: list[str] | None = None) -> Image.Image:
+    """One picture of many with grey gaps, square if columns is None; small ones enlarged so that pixels can be seen.
+
+    captions: a text for each image, "" for none, above it; a row of them is left out where it repeats the row above.
+    """
     scale = max(1, 64 // min(images[0].size))
     images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]
     columns = columns or math.ceil(len(images) ** 0.5)
-    rows = math.ceil(len(images) / columns)
-    images += [Image.new(images[0].mode, images[0].size)] * (rows * columns - len(images))
-    return make_image_grid(images, rows, columns)
+    width, height = images[0].size
+    font = _font(max(FONT_SIZE, width // 12))
+    line, shown, places, texts, y = sum(font.getmetrics()) + 2, [], [], [], 0
+    for start in range(0, len(images), columns):
+        row = captions[start : start + columns] if captions else []
+        if row != shown[: len(row)]:
+            texts += [(y, i, text) for i, text in enumerate(row) if text]
+            y, shown = y + line, row
+        places += [(i * width, y) for i in range(len(images[start : start + columns]))]
+        y += height
+    sheet = Image.new(images[0].mode, (columns * width, y))
+    for image, place in zip(images, places):
+        sheet.paste(image, place)
+    draw = ImageDraw.Draw(sheet)
+    for top in {top for top, *_ in texts}:
+        draw.rectangle((0, top, sheet.width, top + line - 1), fill="white")
+    for (top, i, text), (next_top, end, _) in zip(texts, [*texts[1:], (None, columns, "")]):
+        room = ((end if next_top in (top, None) else columns) - i) * width - 4
+        draw.text((i * width + 2, top + 1), _fitted(text, font, room), fill="black", font=font)
+    return sheet
 
 
-def save_picture(image: Image.Image, path) -> None:
-    """As PNG, by way of a temporary name."""
-    with _replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+def _font(size):
+    """matplotlib's, which has the letters of many languages; Pillow's own without it."""
+    try:
+        import matplotlib
+
+        return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+    except (ImportError, OSError):
+        return ImageFont.load_default(size)
+
+
+def _fitted(text, font, width):
+    """A text in one line of this width in pixels, cut where it is longer."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
+    """Writes an image in the format of the path's ending, whole or not at all."""
+    with replacing_file(path) as temporary:
+        image.save(temporary, format=picture_format(path))
+
+
+def picture_format(path: str | os.PathLike) -> str:
+    """Pillow's name of the format of a path's ending. Raises ValueError for an ending that Pillow does not write."""
+    formats = Image.registered_extensions()  # of all plugins, which are loaded here
+    name = formats.get(Path(path).suffix.lower())
+    if name not in Image.SAVE:
+        raise ValueError(f"{path}: pictures are written as .png, .jpg, .webp or another ending that Pillow writes")
+    return name
 
 
 def check_matplotlib(extra: str) -> None:
@@ -190,15 +266,7 @@ def check_matplotlib(extra: str) -> None:
         raise ConfigError(f'plots need matplotlib; pip install "ddpm-hf[{extra}]"')
 
 
-def save_figure(figure, path) -> None:
-    """A plot of matplotlib, as `save_picture`."""
-    with _replacing(path) as temporary:
+def save_figure(figure, path: str | os.PathLike) -> None:
+    """Writes a plot of matplotlib as PNG, whole or not at all."""
+    with replacing_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
-    yield temporary
-    os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import torch
 from torch.utils.data import default_collate
 
@@ -41,10 +42,12 @@ def pipeline_of(config: TrainConfig, unet, scheduler) -> DDPMImagePipeline:
     return pipeline_class(config)(unet, scheduler, **how)
 
 
-def first_items(dataset, count: int) -> dict[str, torch.Tensor]:
-    """The first `count` items of a training set as one batch; fewer where there are no more."""
-    return default_collate(list(itertools.islice(iter(_items(dataset)), count)))
+def some_items(dataset, count: int) -> dict[str, torch.Tensor]:
+    """A random subset of a training set, the same each time, as one batch; the first items of a stream, which is shuffled.
 
-
-def _items(dataset):
-    return (dataset[i] for i in range(len(dataset))) if hasattr(dataset, "__getitem__") else dataset
+    Fewer where there are no more.
+    """
+    if not hasattr(dataset, "__getitem__"):
+        return default_collate(list(itertools.islice(dataset, count)))
+    rows = np.random.default_rng(0).permutation(len(dataset))[:count]  # data is often sorted
+    return default_collate([dataset[int(i)] for i in rows])

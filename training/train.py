@@ -35,7 +35,7 @@ import torch
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints, put
 from diffusers.training_utils import EMAModel
-from inputs import Position, batches, open_data, open_images, open_loader, open_some
+from inputs import Position, batches, open_data, open_images, open_loader, open_some, record_data
 from launch import (
     channels_last,
     check_keys,
@@ -128,6 +128,7 @@ def train(config: TrainConfig) -> Path:
     if config.init_from and not resumed:
         with opening(f"init_from={config.init_from!r}"):
             unet.load_state_dict(pipeline_class(config).from_pretrained(config.init_from).unet.state_dict())
+    record_data(unet, config, names)
     optimizer, lr_schedule = make_optimizer(config, unet.parameters())
     if channels_last(config, accelerator.device):
         unet.to(memory_format=torch.channels_last)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints, put
-from inputs import Position, batches, open_data, open_images, open_loader, open_some
+from inputs import Position, batches, open_data, open_images, open_loader, open_some, record_data
 from launch import (
     channels_last,
     check_keys,
@@ -41,7 +41,7 @@ from launch import (
     run,
     set_learning_rate,
 )
-from resolve import resolve
+from resolve import guided_class_names, resolve
 from sheets import check_matplotlib
 from stops import FiniteSteps, Signals, Stopped
 from watch import ROUNDS, Log, check_trackers
@@ -70,6 +70,7 @@ def build(config: ClassifierConfig) -> tuple:
         scheduler=json.loads(scheduler.to_json_string()),
         **config.classifier,
     )
+    classifier.class_names = guided_class_names(config) if config.pipeline else None
     if config.gradient_checkpointing:
         classifier.enable_gradient_checkpointing()
     return classifier, scheduler
@@ -84,8 +85,10 @@ def train(config: ClassifierConfig) -> Path:
     resumed = checkpoint_to_resume(config)
     base = open_base(config) if config.pipeline and main else None
     images, names = open_images(config)
-    held_out = open_some(config, names) if config.eval_every else None
+    names = network.class_names or names  # a label means what it means to the pipeline
     dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes, names)
+    held_out = open_some(config, names) if config.eval_every else None
+    record_data(network, config, names)
     loader, timesteps = open_loader(dataset, config, accelerator), UniformTimesteps(scheduler)
     optimizer, lr_schedule = make_optimizer(config, network.parameters())
     if channels_last(config, accelerator.device):

@@ -100,7 +100,7 @@ def test_evaluation_and_samples(run, tmp_path):
     refused = script("evaluate.py", folder, "--images", 3, "--ode", "--first", 3, check=False)
     assert refused.returncode == 2 and "--first 3 is of a chain" in refused.stderr
     refused = script("evaluate.py", folder, "--images", 3, "--ode", "--tolerance", 0, check=False)
-    assert refused.returncode == 1 and "rtol=0.0 must be above 0" in refused.stderr
+    assert refused.returncode == 2 and "argument --tolerance: 0 must be a number, 1e-12 to 1" in refused.stderr
     refused = script(
         "train_classifier.py", "--config", "digits", "--pipeline", folder, "--output_dir", tmp_path / "c", check=False
     )
@@ -122,7 +122,7 @@ def test_without_the_package_by_trusted_code_alone(run):
 
 def test_the_ode_of_a_chain(make_pipeline, tmp_path):
     make_pipeline(scheduler=VariationalDDPMScheduler(levels=17)).save_pretrained(tmp_path)
-    script("evaluate.py", tmp_path, "--images", 2, "--ode", "--tolerance", "1e-2", "--first", 20)
+    script("evaluate.py", tmp_path, "--images", 2, "--ode", "--tolerance", "1e-2", "--first", 20, "--out", tmp_path)
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["dequantization"] == "decoder" and report["sampling_error"] is None
     assert report["command"].endswith("--split test --images 2 --first 20 --ode --tolerance 0.01")
@@ -144,7 +144,8 @@ def test_an_ode_that_does_not_end_leaves_the_run_alone(capsys):
 
 def test_dequantization_of_a_chain(make_pipeline, tmp_path):
     make_pipeline(scheduler=VariationalDDPMScheduler(levels=17)).save_pretrained(tmp_path)
-    script("evaluate.py", tmp_path, "--images", 2, "--ode", "--tolerance", "1e-2", "--dequantization", "uniform")
+    extra = ["--images", 2, "--ode", "--tolerance", "1e-2", "--dequantization", "uniform"]
+    script("evaluate.py", tmp_path, *extra, "--out", tmp_path)
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["dequantization"] == "uniform"
     extra = ["--images", 2, "--ode", "--dequantization", "uniform", "--first", 3]

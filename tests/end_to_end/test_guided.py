@@ -3,18 +3,21 @@
 import json
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from elsewhere import ROUNDING, run_elsewhere
+from inputs import open_data, open_images
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import script
-from train_classifier import random_crop
+from train_classifier import fit_to_pipeline, random_crop
 
 from config import ClassifierConfig, ConfigError, load_config
-from ddpm_hf import DDPMImagePipeline, NoisyClassifier
+from ddpm_hf import DDPMImagePipeline, DDPMUNet, NoisyClassifier
+from ddpm_hf.data import digits
 from ddpm_hf.hub import write_model_card
 from ddpm_hf.push import push_folder
 
@@ -40,7 +43,12 @@ def test_a_network_with_label_dropout(trained):
     unet = DDPMImagePipeline.from_pretrained(trained / "base/pipeline").unet
     assert (unet.num_classes, unet.null_class, unet.config.num_class_embeds) == (10, 10, 11)
     saved = json.loads((trained / "base/pipeline/unet/config.json").read_text())
-    assert saved["_ddpm_hf"] == {"null_class": 10} and "null_class" not in saved
+    assert saved["_ddpm_hf"] == {
+        "null_class": 10,
+        "class_names": [str(digit) for digit in range(10)],
+        "preprocessing": {"background": "white", "crop": "center", "label_column": "label"},
+    }
+    assert not {"null_class", "class_names", "preprocessing"} & saved.keys()
     assert Image.open(trained / "base/samples/0000006.png").width == 10 * (8 * 8 + 4)  # a column for each class
     card = (trained / "base/pipeline/README.md").read_text()
     assert "| classes | 10: `class_labels=`; classifier-free guidance by `guidance_scale=` |" in card
@@ -178,6 +186,37 @@ def test_going_on_with_another_process_is_refused(trained, tmp_path):
     told = script("train_classifier.py", *arguments, "--steps", "4", check=False)
     assert told.returncode == 1 and "was trained with" in told.stderr and "scheduler=" in told.stderr
     assert len(told.stderr.strip().splitlines()) == 1
+
+
+def test_labels_are_those_of_the_pipeline(trained, tmp_path):
+    """By their names, in whatever order the data has them; other names are refused before anything is made."""
+    rows, names = digits("train").select(range(40)), [str(digit) for digit in range(10)]
+    for name, classes in (("reversed", names[::-1]), ("others", [f"digit {digit}" for digit in range(10)])):
+        labels = [9 - label for label in rows["label"]]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+        data = datasets.Dataset.from_dict({"image": rows["image"], "label": labels}, features=features)
+        data.to_parquet(tmp_path / f"{name}.parquet")
+    arguments = [*CLASSIFIER, "--pipeline", trained / "base/pipeline", "--steps", 2, "--eval_every", 0]
+    script("train_classifier.py", *arguments, "--data", tmp_path / "reversed.parquet", "--output_dir", tmp_path / "run")
+    assert DDPMImagePipeline.from_pretrained(tmp_path / "run/pipeline").classifier.class_names == names
+    config, *_ = load_config(["--data", str(tmp_path / "reversed.parquet")], ClassifierConfig)
+    found = open_data(config, open_images(config)[0], names=names)
+    assert found.tensors["class_labels"].tolist() == rows["label"]
+    told = script(
+        "train_classifier.py", *arguments, "--data", tmp_path / "others.parquet", "--output_dir", tmp_path / "no", check=False
+    )  # fmt: skip
+    assert told.returncode == 1 and "label_column='label' has the label 'digit 0'; known are 0, 1, 2" in told.stderr
+    assert len(told.stderr.strip().splitlines()) == 1 and not (tmp_path / "no").exists()
+
+
+def test_preprocessing_is_that_of_the_pipeline(trained, tmp_path):
+    shutil.copytree(trained / "base/pipeline", tmp_path / "base")
+    unet = DDPMUNet.from_pretrained(tmp_path / "base", subfolder="unet")
+    unet.preprocessing = {"background": "#123456", "crop": "none"}
+    unet.save_config(tmp_path / "base/unet")
+    config, *_ = load_config(["--pipeline", str(tmp_path / "base")], ClassifierConfig)
+    assert fit_to_pipeline(config) == [str(digit) for digit in range(10)]
+    assert (config.background, config.crop) == ("#123456", "none")
 
 
 def test_a_pipeline_that_cannot_be_guided_is_told_at_once(trained, tmp_path):

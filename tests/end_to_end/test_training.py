@@ -225,7 +225,8 @@ def test_the_pipeline_samples_and_evaluates(trained, tmp_path):
 def test_estimating_a_stock_folder(trained, tmp_path):
     stock = DDPMPipeline.from_pretrained(trained / "a" / "pipeline")
     stock.save_pretrained(tmp_path / "stock")
-    result = script("evaluate.py", tmp_path / "stock", "--images", 4, "--estimate", 10, "--levels", 17)
+    into = ["--out", tmp_path / "stock"]
+    result = script("evaluate.py", tmp_path / "stock", "--images", 4, "--estimate", 10, "--levels", 17, *into)
     report = json.loads((tmp_path / "stock/evaluation.json").read_text())
     assert report["levels"] == 17 and report["steps"] == 1000 and report["evaluations_per_image"] == 10
     assert report["sampling_error"] > 0 and "10 evaluations an image in place of 1000" in result.stdout
@@ -234,14 +235,14 @@ def test_estimating_a_stock_folder(trained, tmp_path):
     shutil.copytree(trained / "a/pipeline", tmp_path / "ours")
     (tmp_path / "ours/README.md").unlink()
     write_model_card(tmp_path / "ours")  # of that name
-    script("evaluate.py", tmp_path / "ours", "--images", 4, "--estimate", 10)
+    script("evaluate.py", tmp_path / "ours", "--images", 4, "--estimate", 10, "--out", tmp_path / "ours")
     card = (tmp_path / "ours/README.md").read_text()
     assert "an unbiased estimate of the 1000 terms of the bound from\n10 network evaluations" in card
     config = tmp_path / "stock/scheduler/scheduler_config.json"
     old = {key: value for key, value in json.loads(config.read_text()).items() if key != "prediction_type"}
     config.write_text(json.dumps(old))  # as the first releases of diffusers wrote it
     (tmp_path / "stock/README.md").write_text("Mine")
-    result = script("evaluate.py", tmp_path / "stock", "--images", 2, "--steps", 5, "--levels", 17)
+    result = script("evaluate.py", tmp_path / "stock", "--images", 2, "--steps", 5, "--levels", 17, *into)
     assert (tmp_path / "stock/README.md").read_text() == "Mine" and "stays as it is" in result.stdout
     refused = script("evaluate.py", tmp_path / "stock", "--images", 4, "--estimate", 1000, "--levels", 17, check=False)
     assert refused.returncode == 1 and "num_evaluations=1000 must be an integer, 8 to 999" in refused.stderr
@@ -414,8 +415,9 @@ def test_class_conditional(tmp_path):
     )  # fmt: skip
     folder = tmp_path / "run/pipeline"
     script("sample.py", folder, "--count", 20, "--steps", 2, "--out", tmp_path / "labels.png")
-    assert Image.open(tmp_path / "labels.png").size == (10 * 68, 2 * 68)  # a column for each class
-    script("evaluate.py", folder, "--images", 1, "--steps", 5, "--label_column", "label")
+    sheet = Image.open(tmp_path / "labels.png")
+    assert sheet.width == 10 * 68 and 2 * 68 < sheet.height < 3 * 68  # a column for each class, with its name
+    script("evaluate.py", folder, "--images", 1, "--steps", 5)
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["standard_error"] is None and "±" not in (folder / "README.md").read_text()
     pipeline = DDPMImagePipeline.from_pretrained(tmp_path / "run/pipeline")
