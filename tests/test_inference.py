@@ -1,7 +1,9 @@
 """`InferenceUNet` and `pipe.optimize()`: the plain network's outputs, whatever is done to be faster."""
 
 import copy
+import gc
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -75,9 +77,9 @@ def test_timesteps_that_were_told_and_others():
     fast, x = InferenceUNet(unet, compile=False), torch.randn(2, 3, 8, 8)
     calls, project = [], fast._project
     fast._project = lambda t, labels: calls.append(len(t)) or project(t, labels)
-    fast.follow(torch.arange(999, -1, -1))
+    call = fast.at_timesteps(torch.arange(999, -1, -1))
     for t in [*range(999, 899, -1), 3, 500]:
-        torch.testing.assert_close(fast(x, t).sample, unet(x, t).sample.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(call(x, t).sample, unet(x, t).sample.detach(), atol=1e-5, rtol=1e-5)
     assert calls == [64, 64, 4, 64]  # not one by one
 
 
@@ -95,9 +97,9 @@ def test_the_dtype_of_activations():
 def test_compiled():
     unet, x = network(BASE | PLAIN | {"block_out_channels": (16, 16)}).eval(), torch.randn(2, 3, 8, 8)
     fast = InferenceUNet(unet)
-    fast.follow([10, 9, 8])
+    call = fast.at_timesteps([10, 9, 8])
     for t in (10, 9, 8):
-        torch.testing.assert_close(fast(x, t).sample, unet(x, t).sample.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(call(x, t).sample, unet(x, t).sample.detach(), atol=1e-5, rtol=1e-5)
     assert list(fast.paths.values()) == [fast.compiled] and "compiled" in fast.report
 
 
@@ -192,14 +194,60 @@ def beside_autograd(unet):
 def test_weights_that_change_are_seen(make_pipeline, change):
     pipeline = make_pipeline()
     pipeline.optimize(compile=False)
-    first, network = images(pipeline, num_inference_steps=5), pipeline._inference[0]
-    assert torch.equal(images(pipeline, num_inference_steps=5), first) and pipeline._inference[0] is network
+    first, network = images(pipeline, num_inference_steps=5), pipeline._inference
+    assert torch.equal(images(pipeline, num_inference_steps=5), first) and pipeline._inference is network
     with torch.no_grad():
         change(pipeline.unet)
     changed = images(pipeline, num_inference_steps=5)
     assert (changed - first).abs().max() > 1e-2
     pipeline._inference = None
     torch.testing.assert_close(changed, images(pipeline, num_inference_steps=5), atol=1e-4, rtol=1e-4)
+
+
+def networks():
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) is InferenceUNet]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_that_change_often_are_kept_once(dtype):
+    """Of every form that weights are kept in: where they are, exactly as a new network has them."""
+    unet = network(BASE | levels((16, 256))).eval()
+    x, before = torch.randn(2, 3, 8, 8), len(networks())
+    fast = InferenceUNet(unet, dtype, compile=False)
+    assert dtype or "by Winograd" in fast.report
+    places = [weight.data_ptr() for weight in (*fast.parameters(), *fast.buffers())]
+    for _ in range(3):
+        with torch.no_grad():
+            scaled(unet)
+        fast = fast.updated(unet)
+        assert torch.equal(fast(x, 5).sample, InferenceUNet(unet, dtype, compile=False)(x, 5).sample)
+        assert places == [weight.data_ptr() for weight in (*fast.parameters(), *fast.buffers())]
+    assert len(networks()) == before + 1
+    other = copy.deepcopy(unet)
+    assert fast.updated(other) is not fast and fast.updated(unet.double()) is not fast
+
+
+def test_a_compiled_network_takes_new_weights():
+    unet, x = network(BASE | PLAIN | {"block_out_channels": (16, 16)}).eval(), torch.randn(2, 3, 8, 8)
+    fast = InferenceUNet(unet)
+    for _ in range(2):
+        with torch.no_grad():
+            scaled(unet)
+        updated = fast.updated(unet)
+        torch.testing.assert_close(updated(x, 5).sample, unet(x, 5).sample.detach(), atol=1e-5, rtol=1e-5)
+        assert updated is fast and list(fast.paths.values()) == [fast.compiled]
+
+
+def test_threads_share_an_optimized_pipeline(make_pipeline):
+    """Of chains of other timesteps, whose projections are computed for one caller each."""
+    pipeline = make_pipeline()
+    pipeline.optimize(compile=False)
+    steps = [3, 7, 130, 200]
+    expected = {n: images(pipeline, num_inference_steps=n) for n in steps}
+    with ThreadPoolExecutor(4) as pool:
+        for n, found in zip(steps * 4, pool.map(lambda n: images(pipeline, num_inference_steps=n), steps * 4)):
+            assert torch.equal(found, expected[n])
 
 
 def test_another_dtype_is_seen(make_pipeline):

@@ -142,8 +142,59 @@ def test_a_weighting_is_the_same_whatever_is_predicted(weighting, chain):
     snr = abar / (1 - abar)
     of_epsilon = {"min_snr": snr.clamp(max=5) / snr, "truncated_snr": snr.clamp(min=1) / snr, "p2": 1 / (1 + snr)}
     expected = of_epsilon[weighting] * weighed("epsilon", None)
-    for prediction in "epsilon", "sample", "v_prediction", "previous":
+    for prediction in PREDICTIONS[weighting]:
         torch.testing.assert_close(weighed(prediction, weighting), expected, rtol=1e-5, atol=0)
+
+
+PREDICTIONS = dict.fromkeys(("min_snr", "p2"), ("epsilon", "sample", "v_prediction", "previous"))
+PREDICTIONS["truncated_snr"] = ("sample", "v_prediction")
+
+
+@pytest.mark.parametrize("process", [{}, {"beta_schedule": "cosine"}, {"rescale_betas_zero_snr": True}])
+@pytest.mark.parametrize("weighting", ["min_snr", "truncated_snr", "p2"])
+def test_weights_are_bounded(weighting, process):
+    """By those of the papers: 1 for epsilon and v, gamma or the largest SNR for x_0; and no loss of a poor network is large."""
+    x_start, noise = torch.rand(1000, 1, 2, 2, dtype=F64) * 2 - 1, torch.randn(1000, 1, 2, 2, dtype=F64)
+    for prediction in ("epsilon", "sample", "v_prediction", "previous"):
+        scheduler = VariationalDDPMScheduler(prediction_type=prediction, **process)
+        if prediction not in PREDICTIONS[weighting]:
+            with pytest.raises(
+                ValueError, match=f"^weighting='truncated_snr' is for .* this scheduler has '{prediction}'"
+            ):
+                DiffusionObjective(scheduler, weighting=weighting)
+            continue
+        objective = DiffusionObjective(scheduler, weighting=weighting)
+        weights, snr = objective.weights.double(), 1 / (1 / scheduler.alphas_cumprod - 1)
+        of_x_start = {"min_snr": 5.0, "truncated_snr": snr.max().item(), "p2": 1.0}[weighting]
+        bound = {"epsilon": 1.0, "v_prediction": 1.0, "sample": of_x_start, "previous": math.inf}[prediction]
+        assert weights.isfinite().all() and (weights >= 0).all() and weights.max() <= bound * 1.001
+        losses = objective(lambda x_t, t, **_: (torch.zeros_like(x_t),), x_start, t=scheduler.timesteps, noise=noise)
+        assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["simple", "vlb", "hybrid"])
+def test_epsilon_says_nothing_of_x_0_at_zero_snr(loss):
+    """The middle of the range is predicted there, in training and sampling: losses and samples are finite without clipping."""
+    scheduler = VariationalDDPMScheduler(
+        rescale_betas_zero_snr=True,
+        variance_type="learned_range" if loss == "hybrid" else "fixed_small",
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    assert scheduler.alphas_cumprod[999] == 0
+    x_start = torch.rand(2, 1, 4, 4) * 2 - 1
+    off = torch.tensor(0.1, requires_grad=True)
+
+    def unet(x_t, t, **_):
+        output = x_t + off  # at t = 999 x_t is the noise
+        return (torch.cat((output, output), dim=1) if loss == "hybrid" else output,)
+
+    losses = DiffusionObjective(scheduler, loss)(unet, x_start, t=torch.full((2,), 999), noise=torch.randn(2, 1, 4, 4))
+    losses.sum().backward()
+    assert losses.max() < 100 and off.grad.isfinite()
+    x_t = torch.randn(2, 1, 4, 4)
+    step = scheduler.step(unet(x_t, 999)[0], 999, x_t)
+    assert not step.pred_original_sample.any() and step.prev_sample.abs().max() < 6
 
 
 GOLDEN_SAMPLER = golden_cases("respacing_resampler", "second_moment_resampler")

@@ -1,5 +1,6 @@
 """`VariationalDDPMScheduler` against closed forms: schedules, q, p, the bound, the decoder, the samplers."""
 
+import gc
 import itertools
 import math
 
@@ -18,6 +19,7 @@ from ddpm_hf.scheduler import (
     TIMESTEP_SPACINGS,
     VARIANCE_TYPES,
     VariationalDDPMScheduler,
+    _Tables,
     discretized_gaussian_log_likelihood,
     gaussian_kl,
 )
@@ -837,3 +839,19 @@ def test_any_chain_lands_on_a_known_x_0(scheduler, x_start, eta, seed):
         output = scheduler.epsilon_from_x_start(x_start, x, t)
         x = scheduler.step(output, t, x, generator=generator, eta=eta).prev_sample
     close(x, x_start, atol=1e-6)
+
+
+def test_tables_of_many_etas_are_not_kept():
+    scheduler, x = VariationalDDPMScheduler(), torch.randn(1, 1, 2, 2)
+    for eta in (i / 100 for i in range(100)):
+        scheduler.step(x, 500, x, eta=eta)
+        scheduler.step(x, torch.tensor([500]), x, eta=eta)
+    gc.collect()
+    assert sum(type(each) is _Tables and "ddim" in each.tables for each in gc.get_objects()) <= 8
+    alphas_cumprod = scheduler.alphas_cumprod.numpy()
+    # and eta 0 again, which has been dropped: x_0 (1 - sqrt(..)) of eq. 12
+    x = x.double()
+    x_start = ((x - (1 - alphas_cumprod[500]) ** 0.5 * x) / alphas_cumprod[500] ** 0.5).clamp(-1, 1)
+    epsilon = (x - alphas_cumprod[500] ** 0.5 * x_start) / (1 - alphas_cumprod[500]) ** 0.5
+    expected = alphas_cumprod[499] ** 0.5 * x_start + (1 - alphas_cumprod[499]) ** 0.5 * epsilon
+    torch.testing.assert_close(scheduler.step(x, 500, x, eta=0.0).prev_sample, expected)

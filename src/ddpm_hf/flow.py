@@ -10,7 +10,6 @@ everywhere but where the clipping sets in.
 import copy
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import torch
 from torchdiffeq import odeint
 from tqdm.auto import tqdm
 
+from .evaluation_mode import evaluation_mode
 from .likelihood import check_images, check_scheduler, standard_error
 from .sde import SDE, ChainSDE, clip_limits
 
@@ -440,7 +440,7 @@ def _batches(unet, sde, x, class_labels, batch_size, name, progress_bar, solve):
     check_network(unet, sde, x.shape[1])
     size = batch_size or len(x)
     labels = [None] * len(x) if class_labels is None else torch.as_tensor(class_labels, device=x.device).split(size)
-    with _evaluating(unet), tqdm(desc=name, unit=" calls", disable=not progress_bar) as bar:
+    with evaluation_mode(unet), tqdm(desc=name, unit=" calls", disable=not progress_bar) as bar:
         for part, some in zip(x.split(size), labels):
             end, evaluations = solve(part, _Network(unet, some, x.shape[1]), bar)
             yield part, end, evaluations
@@ -464,25 +464,12 @@ def check_network(unet: Callable, sde: SDE, channels: int) -> None:
         raise ValueError(f"the network has in_channels={has}; the images have {channels} channels")
 
 
-@contextmanager
-def _evaluating(unet):
-    modules = list(unet.modules()) if isinstance(unet, torch.nn.Module) else []
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes):
-            module.training = mode
-
-
 @torch.no_grad()
 def _outputs(unet, x, x_start, t, how):
     """(output, x, x_start) of each batch at a timestep, with what else the network gives."""
     size, labels = how.get("batch_size") or len(x), how.get("class_labels")
     parts = [None] * len(x) if labels is None else torch.as_tensor(labels, device=x.device).split(size)
-    with _evaluating(unet):
+    with evaluation_mode(unet):
         for part, start, some in zip(x.split(size), x_start.split(size), parts):
             of_dtype = part.to(getattr(unet, "dtype", part.dtype))
             yield unet(of_dtype, t, class_labels=some, return_dict=False)[0], part, start

@@ -1,6 +1,9 @@
 """The network as samplers call it: what can be combined before is, and the rest is left to the compiler."""
 
 import copy
+import functools
+import threading
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +17,15 @@ from .winograd import WinogradConv2d, by_tiles
 
 logger = logging.get_logger(__name__)
 
+COMPILING = threading.Lock()  # torch's settings of the compiler are those of the process
 ROWS = 64  # timesteps whose projections are made at once: a matrix product for them, and the memory that it takes
 
 
 class InferenceUNet(nn.Module):
     """A `DDPMUNet` for sampling and likelihoods: the same outputs, within rounding, in less time. No gradients.
 
-    It is called as the network is, and has a copy of its weights in the form that is fastest:
-    - the time projections of all residual blocks are one matrix product, made for 64 timesteps at once (`follow`);
+    It is called as the network is, by several threads at once too, and has a copy of its weights in the form that is fastest:
+    - the time projections of all residual blocks are one matrix product, for 64 timesteps at once (`at_timesteps`);
     - q, k and v are one matrix product;
     - on the CPU, upsampling and the 3x3 convolution after it are one transposed 4x4 convolution of 4/9 of the products;
     - on the CPU in float32, 3x3 convolutions of 256 channels and more are Winograd's, with four times their weights;
@@ -30,7 +34,7 @@ class InferenceUNet(nn.Module):
     - what remains is compiled; in half precision on the CPU the compiler also packs the weights as oneDNN reads them.
 
     Args:
-        unet: the network; its weights stay as they are. Where they change later, make another (`is_current`).
+        unet: the network; its weights stay as they are. Where they change later: `update`.
         dtype: of weights and activations, whatever autocast says; None for that of the network. With torch.bfloat16 outputs
             differ from float32 as those of autocast do. Samples come in and go out in their own dtype; timesteps are embedded
             in the network's.
@@ -49,6 +53,7 @@ class InferenceUNet(nn.Module):
         unet = getattr(unet, "_orig_mod", unet)  # of torch.compile
         _check_plain(unet)
         self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        self.settings = {"dtype": dtype, "compile": compile}
         # in a tuple it is no part of this module: not moved, not saved with it
         self.source, self.fingerprint = (unet,), _fingerprint(unet)
         self.compute_dtype = dtype or unet.dtype
@@ -59,8 +64,8 @@ class InferenceUNet(nn.Module):
         on_cpu, half = self.device.type == "cpu", self.compute_dtype.itemsize == 2
 
         blocks = [module for module in net.modules() if isinstance(module, ResidualBlock)]
-        self.projection_weight = torch.cat([block.time_emb_proj.weight for block in blocks])
-        self.projection_bias = torch.cat([block.time_emb_proj.bias for block in blocks])
+        self.register_buffer("projection_weight", torch.cat([block.time_emb_proj.weight for block in blocks]))
+        self.register_buffer("projection_bias", torch.cat([block.time_emb_proj.bias for block in blocks]))
         end = 0
         for block in blocks:
             start, end = end, end + block.time_emb_proj.out_features
@@ -91,7 +96,6 @@ class InferenceUNet(nn.Module):
             )
             packed = ", weights packed," if self.packs else ""
             done.append(f"compiled{packed} at the first call of each shape")
-        self.order, self.rows = [], {}
         self.report = f"network for inference in {str(self.compute_dtype).removeprefix('torch.')}: {'; '.join(done)}"
 
     def is_current(self, unet: nn.Module) -> bool:
@@ -104,9 +108,35 @@ class InferenceUNet(nn.Module):
         _check_plain(unet)
         return unet is self.source[0] and _fingerprint(unet) == self.fingerprint
 
-    def follow(self, timesteps: torch.Tensor | list) -> None:
-        """Tells which timesteps, 0-d each, will be called in turn: their projections are then made 64 at once."""
-        self.order, self.rows = torch.as_tensor(timesteps).tolist(), {}
+    def updated(self, unet: nn.Module) -> "InferenceUNet":
+        """The network for inference of `unet` with the weights that it has now.
+
+        It is this one where it is current, or after its weights are copied to where the old ones were; a new one where `unet`
+        is another network or has another dtype or device, or where the compiler has packed the weights into its code.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        if self.is_current(unet):
+            return self
+        unet = getattr(unet, "_orig_mod", unet)
+        same = unet is self.source[0] and (unet.dtype, unet.device) == (self.dtype, self.device)
+        keep = same and not (self.packs and self.compiled is not None)
+        fresh = InferenceUNet(unet, self.settings["dtype"], self.settings["compile"] and not keep)
+        if not keep:
+            return fresh
+        with torch.no_grad():
+            for weight, new in zip((*self.parameters(), *self.buffers()), (*fresh.parameters(), *fresh.buffers())):
+                weight.copy_(new)
+        self.fingerprint = fresh.fingerprint
+        return self
+
+    def at_timesteps(self, timesteps: torch.Tensor | list) -> Callable:
+        """The network for a caller of its own that will call it at these timesteps, 0-d each, in turn.
+
+        Their projections are computed 64 at once.
+        """
+        return functools.partial(self._call, _Projections(self, timesteps))
 
     @torch.no_grad()
     def forward(
@@ -121,24 +151,21 @@ class InferenceUNet(nn.Module):
         Returns:
             `UNet2DOutput` with `.sample` (B, out_channels, H, W), of the dtype of `sample`, contiguous.
         """
+        return self._call(_Projections(self, ()), sample, timestep, class_labels, return_dict)
+
+    @torch.no_grad()
+    def _call(self, projections_at, sample, timestep, class_labels=None, return_dict=True):
         unet, t = self.source[0], torch.as_tensor(timestep, device=sample.device)
         unet._check_input(sample, t, class_labels)
         if isinstance(timestep, torch.Tensor) and timestep.dim() == 0 and timestep.device.type == "cpu":
             timestep = timestep.item()
         if class_labels is None and not isinstance(timestep, torch.Tensor):
-            projections = self._row(timestep)
+            projections = projections_at(timestep)
         else:
             projections = self._project(t.reshape(-1), class_labels)
         with torch.autocast(sample.device.type, enabled=False):
             x = unet.unscaled(self._run(sample, projections), t)
         return UNet2DOutput(sample=x) if return_dict else (x,)
-
-    def _row(self, t):
-        if t not in self.rows:
-            ts = self.order[self.order.index(t) :][:ROWS] if t in self.order else [t]
-            rows = self._project(torch.tensor(ts, device=self.device), None)
-            self.rows = dict(zip(ts, rows.split(1)))
-        return self.rows[t]
 
     def _project(self, t, class_labels):
         with torch.autocast(self.device.type, enabled=False):
@@ -149,18 +176,22 @@ class InferenceUNet(nn.Module):
         if self.compiled is None:
             return self._denoise(sample, projections)
         shape = (sample.shape, sample.dtype, projections.shape)
-        if shape in self.paths:
-            return self.paths[shape](sample, projections)
+        if shape not in self.paths:
+            with COMPILING:
+                if shape not in self.paths:
+                    self.paths[shape] = self._path(sample, projections)
+        return self.paths[shape](sample, projections)
+
+    def _path(self, sample, projections):
+        """What samples of this shape go through: compiled, by a first call of it, or where that fails as it is."""
         try:
             with torch._inductor.config.patch(freezing=self.packs):
-                x = self.compiled(sample, projections)
-            self.paths[shape] = self.compiled
-        except Exception as error:  # of the compiler, in many classes; what is wrong with the arguments is raised here
-            x = self._denoise(sample, projections)
-            told = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logger.warning(f"samples of {tuple(sample.shape)} go through the network uncompiled: {told}")
-            self.paths[shape] = self._denoise
-        return x
+                self.compiled(sample, projections)
+            return self.compiled
+        except Exception as error:  # of the compiler, in many classes; what is wrong with the arguments is raised later
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning(f"samples of {tuple(sample.shape)} go through the network uncompiled: {reason}")
+            return self._denoise
 
     def train(self, mode: bool = True) -> "InferenceUNet":
         """It stays in evaluation mode: nothing of it is trained."""
@@ -169,6 +200,21 @@ class InferenceUNet(nn.Module):
     def _denoise(self, sample, projections):
         x = self.net.denoise(sample.to(self.compute_dtype, memory_format=self.layout), projections)
         return x.to(sample.dtype, memory_format=torch.contiguous_format)
+
+
+class _Projections:
+    """The time projections of single timesteps, for one caller: 64 of `timesteps` in turn are computed at once."""
+
+    def __init__(self, network, timesteps):
+        self.network, self.timesteps, self.rows = network, torch.as_tensor(timesteps).tolist(), {}
+
+    def __call__(self, t):
+        if t not in self.rows:
+            start = self.timesteps.index(t) if t in self.timesteps else None
+            ts = [t] if start is None else self.timesteps[start : start + ROWS]
+            rows = self.network._project(torch.tensor(ts, device=self.network.device), None)
+            self.rows = dict(zip(ts, rows.split(1)))
+        return self.rows[t]
 
 
 class _Part(nn.Module):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .evaluation_mode import evaluation_mode
 from .scheduler import VariationalDDPMScheduler
 
 
@@ -365,15 +366,12 @@ class _Evaluator:
         _check_channels(unet, scheduler, x_start.shape[1])
 
     def __enter__(self):
-        modules = self.unet.modules() if isinstance(self.unet, torch.nn.Module) else ()
-        self.modes = {module: module.training for module in modules}
-        for module in self.modes:
-            module.training = False
+        self.mode = evaluation_mode(self.unet)
+        self.mode.__enter__()
         return self
 
     def __exit__(self, error, *_):
-        for module, mode in self.modes.items():
-            module.training = mode
+        self.mode.__exit__(None, None, None)
         if error is None:
             self.check_terms()
 

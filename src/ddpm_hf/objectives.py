@@ -31,11 +31,13 @@ class DiffusionObjective:
             eq. 12 and its weights.
         vlb_weight: of "hybrid"; IDDPM's 0.001, which its code calls rescaled_mse; its plain mse is vlb_weight = 1 / N, its
             rescaled_kl "vlb".
-        weighting: of the mean squared error by t: None for none; "min_snr" (Hang et al. 2023, gamma 5), "truncated_snr"
-            (Salimans & Ho 2022), "p2" (Choi et al. 2022), each for any prediction type.
+        weighting: of the mean squared error by t: None for none; "min_snr" (Hang et al. 2023, gamma 5) and "p2" (Choi et al.
+            2022) for any prediction type; "truncated_snr" (Salimans & Ho 2022) for "sample" and "v_prediction".
 
     Raises:
-        ValueError: unknown loss or weighting; "hybrid" where no variance is learned; a weighting of "vlb", which has its own.
+        ValueError: unknown loss or weighting; "hybrid" where no variance is learned; a weighting of "vlb", which has its own;
+            "truncated_snr" where the network predicts epsilon or the mean: x_0 counts in full at pure noise, where a small
+            error of epsilon is one of x_0 up to 4e8 times its square (cosine schedule).
     """
 
     def __init__(
@@ -53,6 +55,12 @@ class DiffusionObjective:
             raise ValueError(f"weighting={weighting!r} is not known; choose one of {', '.join(WEIGHTINGS)}, or None")
         if weighting is not None and loss == "vlb":
             raise ValueError(f"weighting={weighting!r} is of the mean squared error; loss='vlb' has the bound's own")
+        if weighting == "truncated_snr" and scheduler.prediction_type not in ("sample", "v_prediction"):
+            raise ValueError(
+                f"weighting='truncated_snr' is for prediction_type 'sample' or 'v_prediction', this scheduler has "
+                f"{scheduler.prediction_type!r}, whose errors it would multiply without bound at noisy timesteps; choose "
+                "another prediction_type, or weighting 'min_snr' or 'p2'"
+            )
         self.scheduler, self.loss, self.vlb_weight, self.weighting = scheduler, loss, vlb_weight, weighting
         self.weights = None if weighting is None else torch.from_numpy(_mse_weights(scheduler, weighting)).float()
         self.end = len(scheduler.alphas_cumprod)  # T

@@ -1,13 +1,17 @@
 """Image generation with a DDPM, as a diffusers pipeline that saves to one folder every diffusers user can open."""
 
 import copy
+import functools
 import inspect
 import json
+import math
+import operator
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import diffusers
@@ -23,6 +27,7 @@ from huggingface_hub import snapshot_download
 from .atomic import write_text
 from .classifier import NoisyClassifier
 from .conditioning import Conditioned
+from .evaluation_mode import evaluation_mode
 from .guidance import NamedClasses, check_classifier, classifier_free, label_ids, scales, shifted_output
 from .inference import InferenceUNet
 from .push import Published
@@ -34,7 +39,10 @@ from .unet import DDPMUNet, sides
 logger = logging.get_logger(__name__)
 # of a repository: no pickled weights
 FILES = ("*.json", "*.safetensors", "*.py")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
+# By default, of solvers: twice what their papers need. In as many as the process has they visit timesteps twice or begin at
+# pure noise, and either is garbage.
+SOLVER_STEPS = 50
 # Class names as they are saved. Classes are compared by name: a published pipeline.py is executed anew at every load.
 STOCK_CLASSES = {"DDPMUNet": "UNet2DModel", "VariationalDDPMScheduler": "DDPMScheduler"}
 # Pipelines that no stock class stands for, saved under their own name.
@@ -58,6 +66,8 @@ NETWORK_KWARGS = (
     "device_map", "disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "use_safetensors",
 )  # fmt: skip
 
+_UPDATING = threading.Lock()  # of an optimized network's weights
+
 
 class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
     """Draws images by running a diffusion process backwards (Ho, Jain, Abbeel 2020, Algorithm 2; DDIM with `eta`).
@@ -77,8 +87,8 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _optional_components = ["classifier"]
     _exclude_from_cpu_offload = ["classifier"]  # gradients go through it
-    _callback_tensor_inputs = ["sample", "model_output"]
-    _inference = None  # the optimized network, and its settings
+    _callback_tensor_inputs = ["sample", "latents", "model_output"]
+    _inference = None  # the optimized network
     _source_module = __name__  # what a published pipeline.py holds
 
     def __init__(self, unet: DDPMUNet | UNet2DModel, scheduler, classifier: NoisyClassifier | None = None):
@@ -174,7 +184,7 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
     def optimize(self, dtype: torch.dtype | None = None, compile: bool = True) -> str:
         """Makes later calls of the pipeline faster, at the same images within rounding; `unet` itself stays as it is.
 
-        They then use an `InferenceUNet` made of `unet`, and made anew where its weights, dtype or device have changed.
+        They then use an `InferenceUNet` made of `unet`; where weights have changed since, it is given the new ones first.
 
         Args:
             dtype: of the network's activations; None for that of its weights, torch.bfloat16 for more speed and the rounding
@@ -187,20 +197,16 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         Raises:
             ValueError: a network that is not a `DDPMUNet`, or has adapters, hooks or offloading.
         """
-        settings = {"dtype": dtype, "compile": compile}
-        self._inference = InferenceUNet(self.unet, **settings), settings
-        return self._inference[0].report
+        self._inference = InferenceUNet(self.unet, dtype, compile)
+        return self._inference.report
 
     def _network(self, timesteps):
         """What is called at these timesteps: the optimized network where there is one, up to date, else `unet`."""
         if self._inference is None:
             return self.unet
-        network, settings = self._inference
-        if not network.is_current(self.unet):
-            self.optimize(**settings)
-            network = self._inference[0]
-        network.follow(timesteps)
-        return network
+        with _UPDATING:
+            self._inference = network = self._inference.updated(self.unet)
+        return network.at_timesteps(timesteps)
 
     @property
     def channels(self) -> int:
@@ -238,16 +244,21 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         callback_on_step_end: Callable[..., dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample",),
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample", "latents"),
     ) -> ImagePipelineOutput | tuple:
-        """
+        """The network and its classifier are in evaluation mode for the time of the call.
+
         Args:
             batch_size: number of images.
             generator: one for the batch, or a list with one for each image: image i is then the same alone or in a batch.
-            num_inference_steps: network calls; None for every timestep the process was trained with.
-            output_type: "pil" (mode L for one channel), "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or
-                "latent" (B, C, H, W), the samples as they are, [-1, 1] but for stray values.
+            num_inference_steps: steps of the scheduler. None for every timestep the process was trained with, or 50 for
+                diffusers' solvers (DPM-Solver, UniPC, DEIS, SA-Solver, Euler, Heun, ...). The chain is set anew in each call:
+                what was set on `pipe.scheduler` is neither used nor changed.
+            output_type: "pil" (mode L for one channel), "np" or "numpy" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1],
+                or "latent" (B, C, H, W), the samples as they are, [-1, 1] but for stray values.
             return_dict: False for a tuple (images,).
             eta: None for the scheduler's own steps; a number in [0, 1] for DDIM, 0 deterministic.
             class_labels: for a class-conditional network or a classifier: (B,) labels, a list, or one label for all; numbers,
@@ -259,37 +270,54 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
                 log p(y | x_t) is taken; None and 0 for none. Ancestral steps of this package's scheduler follow Algorithm 1,
                 DDIM and every other scheduler Algorithm 2. A pass of the classifier and back each step, in float32.
             latents: x_T, (B, C, H, W), standard normal; drawn if None. They set the size of the images.
+            timesteps: the chain itself in place of num_inference_steps, descending, for schedulers whose `set_timesteps` takes
+                them (this package's, DDPM, DPM-Solver, Euler, Heun and others).
+            sigmas: likewise, noise levels, for schedulers whose `set_timesteps` takes these.
             callback_on_step_end: called as `callback(pipe, step_index, timestep, tensors)` after each step, `tensors` a dict
-                of those named next; what it returns under "sample" is gone on with. `pipe._interrupt = True` stops.
-            callback_on_step_end_tensor_inputs: of "sample" and "model_output".
+                of those named next; what it returns under "sample" or "latents" replaces the sample.
+                `pipe._interrupt = True` stops.
+            callback_on_step_end_tensor_inputs: of "sample", "latents" (the same by diffusers' name) and "model_output".
 
         Returns:
             `ImagePipelineOutput` with `.images`.
 
         Raises:
-            ValueError: an argument that cannot be used, named, before any computing.
+            ValueError: an argument that cannot be used, named, before any computing; samples that are not finite.
         """
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
         prepared = self._prepare(
-            batch_size, generator, num_inference_steps, eta, class_labels, latents, guidance_scale, classifier_scale
+            batch_size,
+            generator,
+            num_inference_steps,
+            eta,
+            class_labels,
+            latents,
+            guidance_scale,
+            classifier_scale,
+            timesteps,
+            sigmas,
         )
         return self._run(prepared, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
     def _run(self, prepared, output_type, return_dict, callback, tensor_inputs):
         """Down the chain that `_prepare` has prepared."""
-        sample, timesteps, step = prepared
+        sample, scheduler, step = prepared
         self._interrupt = False
-        for i, t in enumerate(self.progress_bar(timesteps)):
-            model_output, sample, _ = step(t, sample)
-            if callback is not None:
-                tensors = {"sample": sample, "model_output": model_output}
-                tensors = {name: tensors[name] for name in tensor_inputs}
-                sample = (callback(self, i, t, tensors) or {}).get("sample", sample)
-            if self.interrupt:
-                break
+        with evaluation_mode(self.unet, self.classifier):
+            for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+                model_output, sample, _ = step(t, sample)
+                if callback is not None:
+                    tensors = {"sample": sample, "latents": sample, "model_output": model_output}
+                    changed = callback(self, i, t, {name: tensors[name] for name in tensor_inputs}) or {}
+                    changed = [changed.get(name, sample) for name in ("sample", "latents")]
+                    sample = next((each for each in changed if each is not sample), sample)
+                if self.interrupt:
+                    break
 
-        images = self._to_output(sample, output_type)
         self.maybe_free_model_hooks()
+        if not self.interrupt:
+            _check_samples(sample, scheduler)
+        images = self._to_output(sample, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def progressive(
@@ -304,6 +332,8 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Progressive generation (Ho, Jain, Abbeel 2020, section 4.3, figure 6): what x_0 looks like while t goes down.
 
@@ -319,26 +349,34 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         Raises:
             ValueError: as `__call__`; every below 1; a scheduler whose steps predict no x_0.
         """
+        every = positive_integer("every", every)  # now, and not when the first step is asked for
         prepared = self._prepare(
-            batch_size, generator, num_inference_steps, eta, class_labels, latents, guidance_scale, classifier_scale
+            batch_size,
+            generator,
+            num_inference_steps,
+            eta,
+            class_labels,
+            latents,
+            guidance_scale,
+            classifier_scale,
+            timesteps,
+            sigmas,
         )
-        return self._seen(prepared, every)
-
-    def _seen(self, prepared, every):
-        """`_progress`, its argument checked now and not when the first step is asked for."""
-        if every < 1:
-            raise ValueError(f"every={every} must be 1 or more")
         return self._progress(*prepared, every)
 
     @torch.no_grad()
-    def _progress(self, sample, timesteps, step, every):
+    def _progress(self, sample, scheduler, step, every):
+        timesteps = scheduler.timesteps
         for i, t in enumerate(self.progress_bar(timesteps)):
             x_t = sample
-            _, sample, x_start = step(t, x_t)
+            with evaluation_mode(self.unet, self.classifier):  # between steps the modes are the caller's
+                _, sample, x_start = step(t, x_t)
             if x_start is None:
                 raise ValueError(
                     f"the steps of {type(self.scheduler).__name__} predict no x_0; use a DDPM or DDIM scheduler"
                 )
+            if i == len(timesteps) - 1:
+                _check_samples(sample, scheduler)
             if i % every == 0 or i == len(timesteps) - 1:
                 yield t.item(), x_t, x_start
         self.maybe_free_model_hooks()
@@ -357,6 +395,7 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         class_labels: torch.Tensor | list[int | str] | int | str | None = None,
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
         """Images between two, mixed at x_t and denoised (Ho, Jain, Abbeel 2020, section 4.4, figures 8 and 9).
@@ -370,14 +409,14 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             timestep: 0-based t at which they are mixed; high ones vary more. The chain starts at its first step at or below.
             generator: of all noise.
             class_labels, guidance_scale, classifier_scale: one, or one for each pair; else as in `__call__`.
-            num_inference_steps, eta, output_type: as in `__call__`.
+            num_inference_steps, timesteps, eta, output_type: as in `__call__`; the chain is cut at `timestep`.
 
         Returns:
             `ImagePipelineOutput` with B * K `.images`: the K of the first pair, those of the second, ...
 
         Raises:
             ValueError: as `__call__`; images of different shapes, weights outside [0, 1], a timestep that is not one of the
-                process, or below the whole chain.
+                process, or below the whole chain; a scheduler whose first steps prepare the others (PNDM).
         """
         if images_a.shape != images_b.shape:
             raise ValueError(
@@ -387,36 +426,41 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             raise ValueError(f"weights={list(weights)} must be numbers in [0, 1], one at least")
         sde = getattr(self.scheduler, "sde", None)  # in continuous time
         most = self.scheduler.config.num_train_timesteps - 1 if sde is None else sde.labels(1.0).item()
-        if not timestep <= most:
+        if not (isinstance(timestep, (Real, torch.Tensor)) and timestep <= most):
             raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {most}")
         self._check_output(output_type, ())
         pairs, count = len(images_a), len(weights)
         class_labels, *guidance = (
             _for_each_image(each, count) for each in (self._numbers(class_labels), guidance_scale, classifier_scale)
         )
+        self._check_generator(generator)
         noise = randn_tensor(images_a.shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         latents = noise.repeat_interleave(count, dim=0)
-        _, chain, step = self._prepare(
-            pairs * count, generator, num_inference_steps, eta, class_labels, latents, *guidance
+        _, scheduler, step = self._prepare(
+            pairs * count, generator, num_inference_steps, eta, class_labels, latents, *guidance, timesteps
         )
-        timesteps = chain[chain <= timestep]
-        if len(timesteps.unique()) < len(timesteps):
+        chain, order = scheduler.timesteps, getattr(scheduler, "order", 1)
+        if order == 1 and len(chain.unique()) < len(chain):
             raise ValueError(
-                f"{type(self.scheduler).__name__} visits timesteps twice and cannot start on the way; use a DDIM scheduler"
+                f"{type(scheduler).__name__} visits its first timesteps twice and cannot start at another; use a DDIM scheduler"
             )
-        if len(timesteps) == 0:
-            raise ValueError(f"timestep={timestep} is below the chain, which ends at {int(chain[-1])}")
-        at = timesteps[:1].expand(pairs * count)
+        start = next((i for i in range(0, len(chain), order) if chain[i] <= timestep), None)
+        if start is None:
+            raise ValueError(f"timestep={timestep} is below the chain, which ends at {chain[-1].item()}")
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(start)
         weight = torch.tensor(weights, dtype=latents.dtype, device=latents.device).repeat(pairs).view(-1, 1, 1, 1)
         a, b = (images.to(latents).repeat_interleave(count, dim=0) for images in (images_a, images_b))
         if not self._centered:
             a, b = a / 2 + 0.5, b / 2 + 0.5
-        sample = self.scheduler.add_noise((1 - weight) * a + weight * b, latents, at)  # linear, as the mixture of both
-        for t in self.progress_bar(timesteps):
-            _, sample, _ = step(t, sample)
-        images = self._to_output(sample, output_type)
+        at = chain[start].expand(pairs * count)
+        sample = scheduler.add_noise((1 - weight) * a + weight * b, latents, at)  # linear, as the mixture of both
+        with evaluation_mode(self.unet, self.classifier):
+            for t in self.progress_bar(chain[start:]):
+                _, sample, _ = step(t, sample)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images)
+        _check_samples(sample, scheduler)
+        return ImagePipelineOutput(images=self._to_output(sample, output_type))
 
     def _prepare(
         self,
@@ -428,14 +472,20 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         latents,
         guidance_scale=None,
         classifier_scale=None,
+        timesteps=None,
+        sigmas=None,
         planes=None,
     ):
-        """x_T, the timesteps, and the function step(t, x_t) -> (model_output, next sample, predicted x_0 or None)."""
+        """x_T, a scheduler of this call alone, and step(t, x_t) -> (model_output, next sample, predicted x_0 or None)."""
         channels, sample_size = self.channels, self.unet.config.sample_size
         generator = list(generator) if isinstance(generator, tuple) else generator
+        batch_size = positive_integer("batch_size", batch_size)
         if latents is not None and latents.shape[0] != batch_size and batch_size == 1:
             batch_size = latents.shape[0]
         self._check_arguments(batch_size, generator, eta, latents, channels)
+        scheduler = self._prepared_scheduler(num_inference_steps, timesteps, sigmas)
+        if latents is None:
+            _check_start(scheduler)
         device, dtype = self._execution_device, self.unet.dtype
         if class_labels is not None:
             class_labels = self._check_labels(class_labels, batch_size).to(device)
@@ -452,25 +502,23 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
                 (batch_size, channels, *sides(sample_size)), generator=generator, device=device, dtype=dtype
             )
 
-        # of its own: what was set on the pipeline's scheduler, such as the chain of a likelihood, stays as it is
-        scheduler = copy.copy(self.scheduler)
-        if num_inference_steps is None:
-            num_inference_steps = scheduler.config.num_train_timesteps
-        scheduler.set_timesteps(num_inference_steps)
         takes = inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if "generator" in takes else {}
         if eta is not None:
             step_kwargs["eta"] = eta
 
+        # the timesteps stay on the CPU: reading them never waits for the device
         network = self._network(scheduler.timesteps)
         if planes is not None:
             network = Conditioned(network, planes)
 
+        cut = not isinstance(scheduler, DDPMScheduler) and not _uses_learned_variance(scheduler)
+
         def output_at(t, sample):
             model_input = scheduler.scale_model_input(sample, t)
             model_output = predict(network, model_input, t)
-            if model_output.shape[1] == 2 * channels and not isinstance(scheduler, DDPMScheduler):
-                model_output = model_output[:, :channels]  # a scheduler that has no use for learned variances
+            if cut and model_output.shape[1] == 2 * channels:
+                model_output = model_output[:, :channels]
             if gradient is not None and "gradient" in takes:
                 step_kwargs["gradient"] = gradient(model_input, t)
             elif gradient is not None:
@@ -478,16 +526,44 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             return model_output
 
         corrections = scheduler.config.get("correct_steps", 0) if hasattr(scheduler, "step_correct") else 0
+        done = 0
 
         def step(t, sample):
+            nonlocal done
+            done += 1
             for _ in range(corrections):
                 sample = scheduler.step_correct(output_at(t, sample), t, sample, **step_kwargs)
             model_output = output_at(t, sample)
+            if "order" in takes:  # LMS counts the steps from the chain's start, where interpolation may not have been
+                step_kwargs["order"] = min(4, done)
             output = scheduler.step(model_output, t, sample, **step_kwargs)
             return model_output, output.prev_sample, getattr(output, "pred_original_sample", None)
 
-        # the timesteps stay on the CPU: reading them never waits for the device
-        return latents.to(device, dtype) * scheduler.init_noise_sigma, scheduler.timesteps, step
+        return latents.to(device, dtype) * scheduler.init_noise_sigma, scheduler, step
+
+    def _prepared_scheduler(self, num_inference_steps, timesteps, sigmas):
+        """A scheduler for one call, its timesteps set; the pipeline's own stays as it is, such as with a likelihood's chain."""
+        # deep: multistep solvers keep lists of the outputs of their last steps
+        scheduler = copy.deepcopy(self.scheduler)
+        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
+        given = {name: value for name, value in given.items() if value is not None}
+        name, cls = next(iter(given), "num_inference_steps"), type(scheduler).__name__
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were given; give one of them")
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{name}: {cls} takes none; give num_inference_steps, or use another scheduler")
+        if name != "num_inference_steps":
+            scheduler.set_timesteps(**{name: _descending(name, given[name])})
+            return scheduler
+        if num_inference_steps is None:
+            T = scheduler.config.num_train_timesteps
+            n = min(SOLVER_STEPS, max(1, T // 2)) if _is_solver(scheduler) else T
+        else:
+            n = positive_integer(name, num_inference_steps)
+        scheduler.set_timesteps(n)
+        if len(scheduler.timesteps.unique()) < n:
+            raise ValueError(f"{cls} visits timesteps twice in {n} steps, and divides by their distance; give fewer")
+        return scheduler
 
     def _predictor(self, class_labels, batch_size, guidance_scale, channels):
         """The function (network, x_t, t) -> the network's output, with classifier-free guidance where it is asked for."""
@@ -547,9 +623,24 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             known = ", ".join(self._callback_tensor_inputs)
             raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; known are {known}")
 
+    def _check_generator(self, generator):
+        generators = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+        wrong = [each for each in generators if not isinstance(each, torch.Generator)]
+        if wrong:
+            seed = wrong[0] if isinstance(wrong[0], Integral) else 0
+            raise ValueError(
+                f"generator={generator!r} must be a torch.Generator or a list of them; use "
+                f"torch.Generator().manual_seed({seed})"
+            )
+        device, devices = self._execution_device.type, {each.device.type for each in generators}
+        if len(devices) > 1 or devices - {"cpu", device}:
+            raise ValueError(
+                f"generator is on {', '.join(sorted(devices))}, the pipeline on {device}; give generators of one device, "
+                f"{device}{' or cpu' if device != 'cpu' else ''}"
+            )
+
     def _check_arguments(self, batch_size, generator, eta, latents, channels):
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer, 1 or more")
+        self._check_generator(generator)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)} for batch_size={batch_size}; give one for each image"
@@ -608,7 +699,7 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         if output_type == "pt":
             return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()
-        return images if output_type == "np" else self.numpy_to_pil(images)
+        return self.numpy_to_pil(images) if output_type == "pil" else images
 
     def to_json_string(self) -> str:
         """The pipeline's index as it is saved: in diffusers' own class names."""
@@ -675,6 +766,83 @@ def our_scheduler(scheduler):
     name = type(scheduler).__name__
     ours = OUR_SCHEDULERS.get(name)
     return scheduler if ours is None or name == ours.__name__ else ours.from_config(scheduler.config)
+
+
+def positive_integer(name, value):
+    """An argument as an int, 1 or more; of NumPy and 0-d tensors too."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}={value!r} must be an integer, 1 or more")
+    return number
+
+
+def _descending(name, values):
+    """A chain that was given, as a list of numbers."""
+    try:
+        numbers = torch.as_tensor(values)
+        valid = numbers.dim() == 1 and len(numbers) > 0 and bool((numbers.diff() < 0).all() & numbers.isfinite().all())
+    except (TypeError, ValueError, RuntimeError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{name}={values!r} must be strictly descending numbers, one at least")
+    return numbers.tolist()
+
+
+def _is_solver(scheduler):
+    """Whether it is one of diffusers' solvers of the process's ODE or SDE, and has not the process's own steps."""
+    own = isinstance(scheduler, (VPSDEScheduler, SubVPSDEScheduler, VESDEScheduler))
+    return not own and not hasattr(scheduler, "_get_variance")
+
+
+def _uses_learned_variance(scheduler):
+    """Whether its steps take the doubled channels of a network that learned its variance."""
+    variance = inspect.signature(getattr(scheduler, "_get_variance", list)).parameters
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    return learned and "predicted_variance" in variance
+
+
+def _check_start(scheduler):
+    """Warns where noise alone goes in at a timestep whose x_t still holds much of the image.
+
+    Much: more than a tenth of x_0, and twice what is left at the process's last timestep.
+    """
+    start, alphas_cumprod = float(scheduler.timesteps[0]), getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None:
+        return
+    signal, least = (math.sqrt(alphas_cumprod[t]) for t in (min(round(start), len(alphas_cumprod) - 1), -1))
+    if signal > max(0.1, 2 * least):
+        _warn_once(
+            f"the chain starts at timestep {start:g} from noise alone, but x_t there still holds {signal:.2f} of the image: "
+            "samples lack contrast and variety; choose timestep_spacing='trailing', other timesteps, or a number of steps that "
+            "divides num_train_timesteps"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(message):
+    logger.warning(message)
+
+
+def _check_samples(sample, scheduler):
+    """Refuses samples that are not finite, and warns of those far outside of their range. It waits for the device once."""
+    bad = len(sample) - sample.isfinite().flatten(1).all(1).sum()
+    bad, size = torch.stack((bad.float(), sample.float().square().mean().sqrt())).tolist()
+    chain, timesteps = type(scheduler).__name__, scheduler.timesteps
+    chain = f"{chain}, {len(timesteps)} timesteps from {float(timesteps[0]):g}"
+    if bad:
+        raise ValueError(
+            f"{bad:.0f} of {len(sample)} samples are not finite ({chain}): the network's weights, half precision or the solver "
+            "overflowed; try another number of steps or scheduler, or float32"
+        )
+    if size > 2:
+        logger.warning(
+            f"samples lie far outside of [-1, 1], their root mean square is {size:.3g} ({chain}): a solver that does not clip "
+            "multiplies errors of the network at pure noise; start below it (timestep_spacing='leading'), clip "
+            "(thresholding=True where the scheduler has it), or use a DDPM or DDIM scheduler"
+        )
 
 
 def _for_each_image(values, count):

@@ -5,6 +5,7 @@ Meng, Ermon 2020) is named. Timesteps are 0-based: t = 0 here is the paper's t =
 bits per dimension where a name says so. All tables are float64.
 """
 
+import functools
 import json
 import math
 import operator
@@ -24,11 +25,14 @@ logger = logging.get_logger(__name__)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "previous")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "iddpm")
-# What diffusers' own classes read in place of a value that they do not know. They cannot sample a network that learned
+# What diffusers' own classes read in place of a value that they do not know: the first of each is saved, all are read back.
+# "leading" for "iddpm": it alone keeps solvers without clipping away from the end of a cosine schedule, where an error of
+# epsilon becomes one of x_0 20,000 times as large, and its strides are integers, as the steps of diffusers' DDPMScheduler
+# and DDIMScheduler take them to be; folders saved earlier have "linspace". Stock classes cannot sample a network that learned
 # its log variance directly: "fixed_small" makes them stop at the doubled channels instead of sampling NaN.
 STOCK_VALUES = {
-    "timestep_spacing": {"iddpm": "linspace"},
-    "variance_type": {"fixed_large_log": "fixed_large", "learned": "fixed_small"},
+    "timestep_spacing": {"iddpm": ("leading", "linspace")},
+    "variance_type": {"fixed_large_log": ("fixed_large",), "learned": ("fixed_small",)},
 }
 
 
@@ -178,81 +182,14 @@ def discretized_gaussian_log_likelihood(
     return log_likelihood.to(dtype)
 
 
-class _Chain:
-    """The tables of q and p on a subsequence of the timesteps (IDDPM section 4), by position in it."""
+class _Tables:
+    """Tables by position in a chain, kept in the forms that they are asked for: on each device, in each dtype."""
 
-    def __init__(self, timesteps, betas, alphas_cumprod, variance_type, prediction_type):
-        T = len(betas)
-        self.timesteps = timesteps  # ascending
-        self.position = {t: i for i, t in enumerate(timesteps)}
-        self.tensors = {}
-        self.entries = {}
-        alpha_bar = alphas_cumprod[timesteps]
-        alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
-        beta = betas if len(timesteps) == T else 1 - alpha_bar / alpha_bar_prev
-        one_minus = 1 - alpha_bar
+    def __init__(self, tables):
+        self.tables, self.tensors, self.entries = tables, {}, {}
 
-        # q(x_t | x_0), eq. 4
-        self.tables = tables = {
-            "positions": np.full(T, len(timesteps)),
-            "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(one_minus),
-            "one_minus_alphas_cumprod": one_minus,
-            "log_one_minus_alphas_cumprod": np.log(one_minus),
-        }
-        tables["x_t"] = _columns(np.sqrt(alpha_bar), np.sqrt(one_minus))  # of x_0 and noise
-        tables["positions"][timesteps] = np.arange(len(timesteps))
-
-        # q(x_{t-1} | x_t, x_0), eq. 6-7
-        variance = beta * (1 - alpha_bar_prev) / one_minus
-        # The first step's variance is 0; its logarithm is taken from the second, as in the paper's code: it is the
-        # decoder's scale. A chain of one step has no second: beta stands in.
-        clipped = np.append(variance[1] if len(variance) > 1 else beta[0], variance[1:])
-        mean_of_x_start = beta * np.sqrt(alpha_bar_prev) / one_minus
-        mean_of_x_t = (1 - alpha_bar_prev) * np.sqrt(1 - beta) / one_minus
-        tables["posterior_mean"] = _columns(mean_of_x_start, mean_of_x_t)
-        tables["posterior_variance"] = variance
-        tables["posterior_log_variance_clipped"] = np.log(clipped)
-
-        # p(x_{t-1} | x_t), eq. 1, where its variance is fixed (section 3.2)
-        large = np.append(clipped[0], beta[1:])
-        model_variance = {"fixed_small": variance, "fixed_small_log": clipped}.get(variance_type, large)
-        tables["model_variance"] = model_variance
-        tables["model_log_variance"] = np.log(clipped if variance_type.startswith("fixed_small") else large)
-        std = np.append(0.0, np.sqrt(model_variance[1:]))  # the last step adds no noise
-        tables["ancestral"] = _columns(mean_of_x_start, mean_of_x_t, std)
-        tables["log_betas"] = np.log(beta)
-
-        # x_0 as a linear function of x_t and the network's output
-        # with zero terminal SNR nothing of x_0 is left in epsilon: finite, for the clipping to deal with
-        root = np.sqrt(np.maximum(alpha_bar, 1e-24))
-        tables["reciprocal_sqrt_alphas_cumprod"], tables["sqrt_snr"] = 1 / root, root / np.sqrt(one_minus)
-        # what has nothing of x_0 in it has no class either
-        tables["x_start_of_gradient"] = np.where(alpha_bar > 1e-12, one_minus / root, 0.0)
-        if prediction_type == "epsilon":
-            of_x_t, of_output = 1 / root, -np.sqrt(one_minus) / root
-        elif prediction_type == "sample":
-            of_x_t, of_output = np.zeros_like(beta), np.ones_like(beta)
-        elif prediction_type == "v_prediction":
-            of_x_t, of_output = np.sqrt(alpha_bar), -np.sqrt(one_minus)
-        else:  # previous: the output is the posterior's mean
-            of_x_t, of_output = -mean_of_x_t / mean_of_x_start, 1 / mean_of_x_start
-        tables["x_start"] = _columns(of_x_t, of_output)
-
-        # DDIM's ODE one step up in t; pure noise after the last
-        tables["reverse"] = self._ddim(np.append(alpha_bar[1:], 0.0), np.zeros_like(beta))[:, :2]
-
-    def add_ddim(self, eta):
-        """Tables of DDIM eq. 12 with the sigma of eq. 16, which is eta times the posterior's standard deviation."""
-        sigma = eta * np.sqrt(self.tables["posterior_variance"])
-        alpha_bar_prev = np.append(1.0, self.tables["sqrt_alphas_cumprod"][:-1] ** 2)
-        self.tables[f"ddim {eta}"] = self._ddim(alpha_bar_prev, sigma)
-
-    def _ddim(self, alpha_bar_to, sigma):
-        """What x_0, x_t and the noise count in eq. 12, with epsilon = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
-        of_epsilon = np.sqrt(np.maximum(1 - alpha_bar_to - sigma**2, 0.0))
-        of_x_t = of_epsilon / self.tables["sqrt_one_minus_alphas_cumprod"]
-        return _columns(np.sqrt(alpha_bar_to) - of_x_t * self.tables["sqrt_alphas_cumprod"], of_x_t, sigma)
+    def __deepcopy__(self, memo):
+        return self  # their values never change: copies of a scheduler share them
 
     def at(self, name, position, like):
         """A table's entry to multiply `like` with, one for each column of the table.
@@ -284,8 +221,95 @@ class _Chain:
         return self.tensors[key]
 
 
+class _Chain(_Tables):
+    """The tables of q and p on a subsequence of the timesteps (IDDPM section 4), by position in it."""
+
+    def __init__(self, timesteps, betas, alphas_cumprod, variance_type, prediction_type):
+        super().__init__({})
+        T, tables = len(betas), self.tables
+        self.timesteps = timesteps  # ascending
+        self.position = {t: i for i, t in enumerate(timesteps)}
+        alpha_bar = alphas_cumprod[timesteps]
+        alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+        beta = betas if len(timesteps) == T else 1 - alpha_bar / alpha_bar_prev
+        one_minus = 1 - alpha_bar
+
+        # q(x_t | x_0), eq. 4
+        tables["positions"] = np.full(T, len(timesteps))
+        tables["sqrt_alphas_cumprod"] = np.sqrt(alpha_bar)
+        tables["sqrt_one_minus_alphas_cumprod"] = np.sqrt(one_minus)
+        tables["one_minus_alphas_cumprod"] = one_minus
+        tables["log_one_minus_alphas_cumprod"] = np.log(one_minus)
+        tables["x_t"] = _columns(np.sqrt(alpha_bar), np.sqrt(one_minus))  # of x_0 and noise
+        tables["positions"][timesteps] = np.arange(len(timesteps))
+
+        # q(x_{t-1} | x_t, x_0), eq. 6-7
+        variance = beta * (1 - alpha_bar_prev) / one_minus
+        # The first step's variance is 0; its logarithm is taken from the second, as in the paper's code: it is the
+        # decoder's scale. A chain of one step has no second: beta stands in.
+        clipped = np.append(variance[1] if len(variance) > 1 else beta[0], variance[1:])
+        mean_of_x_start = beta * np.sqrt(alpha_bar_prev) / one_minus
+        mean_of_x_t = (1 - alpha_bar_prev) * np.sqrt(1 - beta) / one_minus
+        tables["posterior_mean"] = _columns(mean_of_x_start, mean_of_x_t)
+        tables["posterior_variance"] = variance
+        tables["posterior_log_variance_clipped"] = np.log(clipped)
+
+        # p(x_{t-1} | x_t), eq. 1, where its variance is fixed (section 3.2)
+        large = np.append(clipped[0], beta[1:])
+        model_variance = {"fixed_small": variance, "fixed_small_log": clipped}.get(variance_type, large)
+        tables["model_variance"] = model_variance
+        tables["model_log_variance"] = np.log(clipped if variance_type.startswith("fixed_small") else large)
+        std = np.append(0.0, np.sqrt(model_variance[1:]))  # the last step adds no noise
+        tables["ancestral"] = _columns(mean_of_x_start, mean_of_x_t, std)
+        tables["log_betas"] = np.log(beta)
+
+        # x_0 as a linear function of x_t and the network's output
+        some = alpha_bar >= 1e-24  # zero terminal SNR: nothing of x_0 is left
+        root = np.sqrt(np.maximum(alpha_bar, 1e-24))
+        tables["reciprocal_sqrt_alphas_cumprod"], tables["sqrt_snr"] = 1 / root, root / np.sqrt(one_minus)
+        # what has nothing of x_0 in it has no class either
+        tables["x_start_of_gradient"] = np.where(alpha_bar > 1e-12, one_minus / root, 0.0)
+        if prediction_type == "epsilon":  # where epsilon says nothing of x_0, the middle of its range is predicted
+            of_x_t, of_output = some / root, some * -np.sqrt(one_minus) / root
+        elif prediction_type == "sample":
+            of_x_t, of_output = np.zeros_like(beta), np.ones_like(beta)
+        elif prediction_type == "v_prediction":
+            of_x_t, of_output = np.sqrt(alpha_bar), -np.sqrt(one_minus)
+        else:  # previous: the output is the posterior's mean
+            of_x_t, of_output = -mean_of_x_t / mean_of_x_start, 1 / mean_of_x_start
+        tables["x_start"] = _columns(of_x_t, of_output)
+
+        # DDIM's ODE one step up in t; pure noise after the last
+        tables["reverse"] = self._ddim(np.append(alpha_bar[1:], 0.0), np.zeros_like(beta))[:, :2]
+
+    def ddim(self, eta):
+        """The table "ddim": DDIM eq. 12 with the sigma of eq. 16, which is eta times the posterior's standard deviation."""
+        sigma = eta * np.sqrt(self.tables["posterior_variance"])
+        alpha_bar_prev = np.append(1.0, self.tables["sqrt_alphas_cumprod"][:-1] ** 2)
+        return _Tables({"ddim": self._ddim(alpha_bar_prev, sigma)})
+
+    def _ddim(self, alpha_bar_to, sigma):
+        """What x_0, x_t and the noise count in eq. 12, with epsilon = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
+        of_epsilon = np.sqrt(np.maximum(1 - alpha_bar_to - sigma**2, 0.0))
+        of_x_t = of_epsilon / self.tables["sqrt_one_minus_alphas_cumprod"]
+        return _columns(np.sqrt(alpha_bar_to) - of_x_t * self.tables["sqrt_alphas_cumprod"], of_x_t, sigma)
+
+
+@functools.lru_cache(maxsize=8)
+def _ddim_tables(chain, eta):
+    return chain.ddim(eta)
+
+
 def _columns(*arrays):
     return np.stack(arrays, axis=1)
+
+
+def _shortened(chain):
+    """A list as errors show it: of many timesteps the first and the last."""
+    if len(chain) <= 8:
+        return str(chain)
+    first, last = (", ".join(map(str, part)) for part in (chain[:3], chain[-3:]))
+    return f"[{first}, ..., {last}] of {len(chain)} timesteps"
 
 
 class VariationalDDPMScheduler(DDPMScheduler):
@@ -398,7 +422,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
         for key, replacements in STOCK_VALUES.items():
             value = stock.get(key, self.config[key])
             if value in replacements:
-                own[key], stock[key] = value, replacements[value]
+                own[key], stock[key] = value, replacements[value][0]
         if trained_betas is not None or beta_schedule in OWN_SCHEDULES or self.config.rescale_betas_zero_snr:
             stock["trained_betas"] = betas.tolist()
             if trained_betas is None:
@@ -416,7 +440,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
         for key, value in config_dict.pop("_ddpm_hf", {}).items():
             replaced = STOCK_VALUES.get(key, {}).get(value)
             # not where another class's user has chosen something else since
-            if replaced is None or config_dict.get(key) == replaced:
+            if replaced is None or config_dict.get(key) in replaced:
                 config_dict[key] = value
         return super().extract_init_dict(config_dict, **kwargs)
 
@@ -464,9 +488,10 @@ class VariationalDDPMScheduler(DDPMScheduler):
             )
         chain = self._spaced(num_inference_steps) if timesteps is None else [_index(t) for t in timesteps][::-1]
         if not chain or chain[0] < 0 or chain[-1] >= T or any(a >= b for a, b in zip(chain, chain[1:])):
-            told = "timesteps" if timesteps is not None else f"steps_offset={self.config.steps_offset}"
+            source = "timesteps" if timesteps is not None else f"steps_offset={self.config.steps_offset}"
             raise ValueError(
-                f"{told} makes the chain {chain[::-1]}; timesteps must be strictly descending within {T - 1} to 0"
+                f"{source} makes the chain {_shortened(chain[::-1])}; timesteps must be strictly descending within "
+                f"{T - 1} to 0"
             )
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chain)
@@ -787,7 +812,8 @@ class VariationalDDPMScheduler(DDPMScheduler):
         x_start = self._pred_x_start(output, x_t, position, None)
         if gradient is not None and eta is not None:
             x_start = x_start + self._chain.at("x_start_of_gradient", position, x_t) * gradient.to(x_t.dtype)
-        of_x_start, of_x_t, std = self._chain.at("ancestral" if eta is None else self._ddim(eta), position, x_t)
+        tables, name = (self._chain, "ancestral") if eta is None else (self._ddim(eta), "ddim")
+        of_x_start, of_x_t, std = tables.at(name, position, x_t)
         last = isinstance(position, int) and position == 0
         if eta is None and values is not None and not last:
             std = torch.exp(0.5 * self._learned_log_variance(values, position)) * (std > 0)  # no noise at the last step
@@ -807,13 +833,9 @@ class VariationalDDPMScheduler(DDPMScheduler):
         return _step_output(prev_sample, x_start) if return_dict else (prev_sample, x_start)
 
     def _ddim(self, eta):
-        """The name of the chain's table for this eta."""
         if not (isinstance(eta, Real) and 0 <= eta <= 1):
             raise ValueError(f"eta={eta!r} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
-        name = f"ddim {float(eta)}"
-        if name not in self._chain.tables:
-            self._chain.add_ddim(float(eta))
-        return name
+        return _ddim_tables(self._chain, float(eta))
 
     def reverse_step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor

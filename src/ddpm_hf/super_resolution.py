@@ -17,7 +17,7 @@ from PIL import Image
 from .classifier import NoisyClassifier
 from .conditioning import condition_planes
 from .guidance import NamedClasses, check_names
-from .pipeline import WHERE, DDPMImagePipeline, local_folder, write_source
+from .pipeline import WHERE, DDPMImagePipeline, local_folder, positive_integer, write_source
 from .push import Published
 from .saved import STAGES, component_classes, is_inside, read_json
 from .unet import DDPMUNet, sides
@@ -90,8 +90,10 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         callback_on_step_end=None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample",),
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample", "latents"),
     ) -> ImagePipelineOutput | tuple:
         """
         Args:
@@ -118,6 +120,8 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             latents,
             guidance_scale,
             classifier_scale,
+            timesteps,
+            sigmas,
         )
         return self._run(prepared, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
@@ -134,8 +138,11 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """As `DDPMImagePipeline.progressive`, of images as `__call__` takes them."""
+        every = positive_integer("every", every)
         prepared = self._prepare_larger(
             images,
             noise_level,
@@ -146,11 +153,14 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             latents,
             guidance_scale,
             classifier_scale,
+            timesteps,
+            sigmas,
         )
-        return self._seen(prepared, every)
+        return self._progress(*prepared, every)
 
     def _prepare_larger(self, images, noise_level, generator, *arguments):
         """`_prepare` of as many images as there are small ones, with their planes; `arguments` are its own."""
+        self._check_generator(generator)
         planes, generator = self._planes(images, noise_level, generator)
         return self._prepare(len(planes), generator, *arguments, planes)
 
@@ -167,8 +177,8 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             generator = [torch.Generator() for _ in generator]  # nothing is drawn from the caller's
         else:
             generator = torch.Generator()
-        images = torch.zeros(batch_size, self.channels, *self.config.low_resolution)
-        names = ("eta", "class_labels", "latents", "guidance_scale", "classifier_scale")
+        images = torch.zeros(positive_integer("batch_size", batch_size), self.channels, *self.config.low_resolution)
+        names = ("eta", "class_labels", "latents", "guidance_scale", "classifier_scale", "timesteps", "sigmas")
         how = (told[name] for name in names)
         self._prepare_larger(images, told["noise_level"], generator, num_inference_steps, *how)
 
