@@ -6,6 +6,7 @@ Takes the arguments of training/train.py. Each part is timed alone, after one ca
 waited for.
 """
 
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from accelerate import Accelerator  # noqa: E402
 from checkpoints import Checkpoints  # noqa: E402
 from diffusers.training_utils import EMAModel  # noqa: E402
 from inputs import Position, batches, open_loader  # noqa: E402
+from output import OutputFolder  # noqa: E402
 from stops import FiniteSteps  # noqa: E402
 from watch import Log  # noqa: E402
 
@@ -33,9 +35,8 @@ def seconds(call, repeats):
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         config, _ = load_config([*sys.argv[1:], "--output_dir", f"{folder}/run"])
-        Path(config.output_dir).mkdir()
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
         device = accelerator.device
         unet, _, objective, timesteps = build(config)
@@ -46,7 +47,8 @@ def main():
         height = width = config.image_size
         pixels = torch.randint(0, 256, (4096, config.channels, height, width), dtype=torch.uint8)
         stream = batches(open_loader(PixelTensors(pixels), config, accelerator), config, Position())
-        finite, log = FiniteSteps(device, 25), Log(config, Path(config.output_dir), accelerator, 1000)
+        output = stack.enter_context(OutputFolder(config, accelerator, "pipeline"))
+        finite, log = FiniteSteps(device, 25), Log(config, output, accelerator, 1000)
         checkpoints = Checkpoints(config, accelerator, own=dict(at=Position(), log=log), ema=ema, finite=finite)
         seen, steps = {}, iter(range(1, 100))
 

@@ -5,7 +5,16 @@ import stat
 
 import pytest
 
-from ddpm_hf.atomic import leftovers, moved_aside, replacing_file, replacing_folder, restore_folder, write_text
+from ddpm_hf.atomic import (
+    leftovers,
+    moved_aside,
+    remove_folder,
+    remove_leftovers,
+    replacing_file,
+    replacing_folder,
+    restore_folder,
+    write_text,
+)
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path):
@@ -65,10 +74,25 @@ def test_folders_are_replaced_whole(tmp_path):
 
 
 def test_what_a_kill_leaves_behind(tmp_path):
-    folder = tmp_path / "pipeline"
+    folder, names = tmp_path / "pipeline", {".pipeline.0123456789abcdef.tmp", ".x.json.0123456789abcdef.tmp"}
     moved_aside(folder).mkdir()  # killed between the two renames
-    (tmp_path / ".pipeline.0123456789abcdef.tmp").mkdir()
-    (tmp_path / ".pipeline.py.0123456789abcdef.tmp").touch()  # of another name
+    (tmp_path / ".pipeline.0123456789abcdef.tmp" / "unet").mkdir(parents=True)
+    (tmp_path / ".x.json.0123456789abcdef.tmp").touch()
+    for other in (".hidden", ".x.tmp", "x.0123456789abcdef.tmp"):
+        (tmp_path / other).touch()
+    assert {path.name for path in leftovers(tmp_path)} == names and not leftovers(tmp_path / "none")
     restore_folder(folder)
     assert folder.is_dir() and not moved_aside(folder).exists()
-    assert [path.name for path in leftovers(folder)] == [".pipeline.0123456789abcdef.tmp"]
+    moved_aside(folder).mkdir()  # killed after both
+    restore_folder(folder)
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", ".x.tmp", "pipeline", "x.0123456789abcdef.tmp"]
+
+
+def test_a_removed_folder_is_gone_or_whole(tmp_path):
+    folder = tmp_path / "0000002"
+    (folder / "x").mkdir(parents=True)
+    remove_folder(folder)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(FileNotFoundError):
+        remove_folder(folder)

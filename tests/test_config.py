@@ -123,7 +123,10 @@ def test_the_checkpoint_to_resume(tmp_path):
     assert checkpoint_to_resume(config) == own
 
     for argv, message in (
-        (["--resume", str(older)], "holds something already"),  # which did not begin there
+        (
+            ["--resume", str(older)],
+            "holds something already: newer checkpoints than resume=.*; to resume from an older one give",
+        ),
         (["--resume", str(run / "checkpoints/none")], "resume=.*none' is neither auto, never nor"),
         (["--resume", "always"], "resume='always' is neither"),
         (["--resume", "never"], "holds something already"),
@@ -145,7 +148,9 @@ def test_the_checkpoint_to_resume(tmp_path):
             load("--output_dir", str(run), *steps, "--seed", "3")
     for path in run.rglob("config.yaml"):
         path.write_text("")
-    with pytest.raises(ConfigError, match="12000000/config.yaml cannot be read; remove .*12000000 to go on"):
+    with pytest.raises(
+        ConfigError, match="12000000/config.yaml cannot be read; put it back, or take another output_dir"
+    ):
         load("--output_dir", str(run), *steps)
 
 

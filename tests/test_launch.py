@@ -1,12 +1,17 @@
 """What a launcher asks for, and what this machine and this loop can follow; what compiling changes, and what not."""
 
 import copy
+import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from dropout import FastDropout
-from launch import channels_last, compile_network, compiled, open_accelerator
+from launch import channels_last, compile_network, compiled, open_accelerator, run
+from stops import Stopped, ignore_interrupts
 
 from config import ConfigError, TrainConfig
 from ddpm_hf import DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
@@ -95,6 +100,31 @@ def test_the_layout(monkeypatch):
     assert not channels_last(TrainConfig(compile=True), gpu) and channels_last(TrainConfig(mixed_precision="bf16"), gpu)
     assert channels_last(TrainConfig(channels_last="true"), cpu)
     assert not channels_last(TrainConfig(channels_last="false", compile=True), cpu)
+
+
+@pytest.mark.parametrize("error", [Stopped("that is all"), ConfigError("no"), KeyboardInterrupt()])
+def test_readers_end_with_the_run(error):
+    """Also one that waits for something, and ignores the signals of its group of processes."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def read():
+        ignore_interrupts(0)
+        send.send("ready")
+        time.sleep(60)
+
+    def train(config):
+        reader.start()
+        receive.recv()
+        os.kill(reader.pid, signal.SIGTERM)
+        reader.join(0.2)
+        assert reader.is_alive()
+        raise error
+
+    reader = multiprocessing.get_context("fork").Process(target=read, daemon=True)
+    with pytest.raises(SystemExit):
+        run("train.py", train, TrainConfig())
+    reader.join(5)
+    assert reader.exitcode == -signal.SIGKILL
 
 
 # the compiled network

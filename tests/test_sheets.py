@@ -7,9 +7,11 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
+from output import OutputFolder
 from PIL import Image
 from scripts import script
 from sheets import Sheets, as_images, as_sheet, channel_statistics
+from stops import Signals
 from watch import Log, held_out_loss
 
 from config import TrainConfig
@@ -22,10 +24,16 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
+@pytest.fixture
+def folder(accelerator, tmp_path):
+    with OutputFolder(TrainConfig(output_dir=str(tmp_path)), accelerator, "pipeline") as folder:
+        yield folder
+
+
 def sheets(accelerator, tmp_path, pixels, **config):
     config = TrainConfig(output_dir=str(tmp_path), **config)
     scheduler = VariationalDDPMScheduler(levels=256)
-    return Sheets(config, accelerator, None, scheduler, PixelTensors(pixels), None, None, None)
+    return Sheets(config, accelerator, None, scheduler, PixelTensors(pixels), None, None, None, None)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -73,8 +81,8 @@ def test_means_and_spreads_of_channels():
     }  # fmt: skip
 
 
-def test_the_log_tells_the_colours_of_all_images_since_the_last_row(accelerator, tmp_path):
-    log = Log(TrainConfig(batch_size=2, channels=3, steps=9, log_every=2), tmp_path, accelerator, 1000)
+def test_the_log_tells_the_colours_of_all_images_since_the_last_row(accelerator, folder, tmp_path):
+    log = Log(TrainConfig(batch_size=2, channels=3, steps=9, log_every=2), folder, accelerator, 1000)
     images, t = torch.rand(4, 3, 5, 5) * 2 - 1, torch.zeros(2, dtype=torch.long)
     for step, part in enumerate(images.split(2), 1):
         log.add(part, t, torch.ones(2), torch.ones(2))
@@ -86,19 +94,23 @@ def test_the_log_tells_the_colours_of_all_images_since_the_last_row(accelerator,
     log.bar.close()
 
 
-def test_errors_of_one_image_are_none(accelerator, tmp_path):
+def test_errors_of_one_image_are_none(accelerator, folder, tmp_path):
     """They are null in the log, and no bars in the plot, which is drawn."""
-    log = Log(TrainConfig(steps=9), tmp_path, accelerator, 1000)
+    log = Log(TrainConfig(steps=9), folder, accelerator, 1000)
     unknown = dict(bits_per_dim_sampling_error=0.1, loss_gap_standard_error=float("nan"))
     log.note(1, loss=1.0, **{f"loss_t_quarter_{i}": 1.0 for i in range(1, 5)})
     log.note(2, bits_per_dim=1.0, loss_train=1.0, loss_held_out=1.0, **unknown)
     with log:
-        assert log.rows[1]["loss_gap_standard_error"] is None
+        assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss_gap_standard_error"] is None
     assert Image.open(tmp_path / "curves.png").size[0] > 0
-    other = Log(TrainConfig(steps=9), tmp_path, accelerator, 1000)
-    other.load_state_dict({key: value for key, value in log.state_dict().items() if key != "colours"})
-    assert other.rows == log.rows and not other.colours.any()
-    other.bar.close()
+
+
+class LikeThis(torch.nn.Module):
+    """A network that is this function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 def test_images_learned_by_heart_are_told(accelerator):
@@ -115,13 +127,14 @@ def test_images_learned_by_heart_are_told(accelerator):
         return (torch.where(known.view(-1, 1, 1, 1), noise, 0.0),)
 
     config = TrainConfig(batch_size=2, seed=3)
-    told = held_out_loss(config, accelerator, unet, DiffusionObjective(scheduler), (held_out, None), (seen, None))
+    signals = Signals(accelerator)
+    told = held_out_loss(config, signals, LikeThis(unet), DiffusionObjective(scheduler), (held_out, None), (seen, None))
     assert told["loss_train"] < 1e-6 and told["loss_held_out"] == pytest.approx(1, abs=0.2)
     assert 0 < told["loss_gap_standard_error"] < 0.2
     first, second = torch.cat(visited[::2]), torch.cat(visited[1::2])
     assert torch.equal(first, second) and torch.equal(first.bincount(), torch.full((10,), 4))  # 5 images at 8 timesteps
     same = held_out_loss(
-        config, accelerator, lambda x, t, **_: (x,), DiffusionObjective(scheduler), (seen, None), (seen, None)
+        config, signals, LikeThis(lambda x, t, **_: (x,)), DiffusionObjective(scheduler), (seen, None), (seen, None)
     )
     assert same["loss_train"] == same["loss_held_out"] and same["loss_gap_standard_error"] == 0
 
@@ -129,15 +142,15 @@ def test_images_learned_by_heart_are_told(accelerator):
 def test_shares_of_processes_make_the_whole(accelerator, monkeypatch):
     config, objective = TrainConfig(batch_size=2), DiffusionObjective(VariationalDDPMScheduler())
     images = (torch.rand(5, 1, 4, 4), None), (torch.rand(5, 1, 4, 4), None)
-    unet = lambda x, t, **_: (x,)  # noqa: E731
-    whole = held_out_loss(config, accelerator, unet, objective, *images)
+    unet = LikeThis(lambda x, t, **_: (x,))
+    whole = held_out_loss(config, Signals(accelerator), unet, objective, *images)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr("watch.gather_object", lambda found: parts.extend(found) or found)
+        monkeypatch.setattr("stops.gather_object", lambda found: parts.extend(found) or found)
         share = types.SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
-        held_out_loss(config, share, unet, objective, *images)
-    monkeypatch.setattr("watch.gather_object", lambda found: parts)
-    again = held_out_loss(config, accelerator, unet, objective, *images)
+        held_out_loss(config, Signals(share), unet, objective, *images)
+    monkeypatch.setattr("stops.gather_object", lambda found: parts)
+    again = held_out_loss(config, Signals(accelerator), unet, objective, *images)
     for key in ("loss_train", "loss_held_out", "loss_gap_standard_error"):
         assert again[key] == pytest.approx(whole[key], rel=1e-5)
 

@@ -1,6 +1,8 @@
 """Runs that are told to end, that diverge, and that cannot write."""
 
+import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -14,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from scripts import script
-from stops import FiniteSteps, Signals, going_on
+from stops import FiniteSteps, Interrupted, Signals, Stopped, going_on
 from watch import environment
 
 from config import ConfigError, checkpoints_in, load_config
@@ -67,15 +69,105 @@ def test_a_machine_without_git(monkeypatch):
     assert told["commit"] is None and told["processes"] == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_waits_for_the_end_of_a_step(number):
-    before = signal.getsignal(number)
-    with Signals(SimpleNamespace(num_processes=1)) as signals:
-        assert signals.stop(1) is None
+ALONE = SimpleNamespace(num_processes=1, is_main_process=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_a_step(number, capsys):
+    before, received = signal.getsignal(number), []
+    try:
+        signal.signal(number, lambda number, frame: received.append(number))
+        with Signals(ALONE) as signals:
+            assert signals.stop(1) is None
+            os.kill(os.getpid(), number)
+            assert signals.stop(2) == number and not received
+            assert (
+                f"{signal.Signals(number).name}: stopping after this step; again ends at once"
+                in capsys.readouterr().err
+            )
+            os.kill(os.getpid(), number)
+            if number != signal.SIGINT:
+                assert not received  # passed on by a launcher
+                signals.at -= 3
+                os.kill(os.getpid(), number)
+            assert received == [number]
         os.kill(os.getpid(), number)
-        assert signals.stop(2) == number
-        assert signal.getsignal(number) == before  # the next one ends it
-    assert signal.getsignal(number) == before
+        assert received == [number] * 2  # as before
+    finally:
+        signal.signal(number, before)
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals(ALONE) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.stop(1) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_a_measurement():
+    """At its next network call; in all processes, also where another one has received it."""
+    network, calls, accelerator = torch.nn.Identity(), [], Accelerator(cpu=True)
+    with Signals(accelerator) as signals:
+
+        def compute(signal_at):
+            for i in range(10):
+                calls.append(int(network(torch.tensor(i))))
+                if i == signal_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return sum(calls)
+
+        assert signals.measure(network, lambda: compute(None)) == [45]
+        calls.clear()
+        with pytest.raises(Interrupted) as caught:
+            signals.measure(network, lambda: compute(3))
+        assert calls == [0, 1, 2, 3] and caught.value.status == 128 + signal.SIGTERM
+        assert signals.stop(1) == signal.SIGTERM
+        network(torch.tensor(0))  # as before
+
+
+class Trigger(io.StringIO):
+    """Standard error that sends this process a signal when a line has this text, once."""
+
+    def __init__(self, text, number):
+        super().__init__()
+        self.text, self.number = text, number
+
+    def write(self, text):
+        if self.text and self.text in text:
+            self.text = None
+            os.kill(os.getpid(), self.number)
+        return super().write(text)
+
+
+@pytest.mark.parametrize("line", ["step 4: sampling a sheet of 2 images", "step 6: measuring 4 held-out images"])
+def test_a_run_interrupted_while_it_measures(tmp_path, line):
+    """Measures after it is resumed, also after the last step: it ends as one that was not interrupted."""
+    extra = "--sample_every 2 --sample_count 2 --eval_every 3 --eval_images 4 --eval_evaluations 8"
+    arguments = [*RUN.split(), *extra.split(), "--output_dir"]
+    whole, other = train(load_config([*arguments, str(tmp_path / "one")])[0]), tmp_path / "two"
+    with contextlib.redirect_stderr(Trigger(line, signal.SIGTERM)), pytest.raises(Stopped) as stopped:
+        train(load_config([*arguments, str(other)])[0])
+    step = int(line.split()[1][0])
+    assert f"stopped by signal 15 after step {step}; the same command goes on from there" in str(stopped.value)
+    assert stopped.value.status == 143
+    assert (other / f"samples/000000{step}.png").exists() == ("measuring" in line)
+    train(load_config([*arguments, str(other)])[0])
+    rows = []
+    for folder in (whole.parent, other):
+        rows.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+        for row in rows[-1]:
+            for key in ("images_per_second", "memory_gb"):
+                row.pop(key, None)
+    assert rows[0] == rows[1]
+    for name in (
+        "pipeline/unet/diffusion_pytorch_model.safetensors",
+        "samples/0000004.png",
+        "samples/0000006-denoising.png",
+    ):
+        assert (whole.parent / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_several_processes_ask_each_other_about_once_a_second(monkeypatch):
@@ -105,15 +197,26 @@ def test_files_that_cannot_be_written_are_told(capsys):
     assert told in capsys.readouterr().err
 
 
+def test_a_problem_that_stays_is_told_once(capsys):
+    said = set()
+    for full in (True, True, False, True):
+        with going_on("metrics.jsonl could not be written", said):
+            if full:
+                raise OSError(28, "No space left on device")
+    assert capsys.readouterr().err.count("No space left on device") == 2
+
+
 def test_what_is_in_the_way_of_checkpoints(tmp_path):
     """Files that other programs leave there, and an old one that cannot be removed."""
-    arguments = [*RUN.split(), "--output_dir", str(tmp_path)]
+    arguments, folder = [*RUN.split(), "--output_dir", str(tmp_path / "run")], tmp_path / "run/checkpoints"
     train(load_config([*arguments, "--steps", "2"])[0])
-    for name in (".DS_Store", ".0000002"):
-        (tmp_path / "checkpoints" / name).write_text("")
+    (folder / ".DS_Store").write_text("")
+    (folder / "0000002").rename(tmp_path / "elsewhere")
+    (folder / "0000002").symlink_to(tmp_path / "elsewhere")
     result = script("train.py", *arguments)
     assert result.stderr.count("checkpoints/0000002 could not be removed (") == 1, result.stderr
-    assert [path.name for path in checkpoints_in(str(tmp_path))] == ["0000002", "0000004", "0000006"]
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["0000004", "0000006"]
+    assert (tmp_path / "elsewhere/run.pt").is_file()
 
 
 def test_interrupted_before_it_has_begun(tmp_path, monkeypatch):
@@ -167,6 +270,10 @@ def test_no_checkpoint_that_can_be_read(tmp_path):
     (tmp_path / "pipeline").rename(tmp_path / ".pipeline.old")  # as a run that is killed between two names
     for path in checkpoints_in(str(tmp_path)):
         (path / "run.pt").write_bytes(b"x")
-    with pytest.raises(ConfigError, match="0000006 cannot be read .*, nor one before it; remove"):
+    message = (
+        rf"0000006 cannot be read \(run.pt is damaged\), nor can the one before it; begin anew in another output_dir, "
+        rf"--init_from {tmp_path}/pipeline takes the weights from there"
+    )
+    with pytest.raises(ConfigError, match=message):
         train(load_config(arguments)[0])
     assert len(checkpoints_in(str(tmp_path))) == 2 and (tmp_path / "pipeline/model_index.json").is_file()

@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 
 import yaml
+from digests import DIGESTS, check_digests
 
 WORKERS_A_CORE = 16  # the most that can be meant
 PRESETS = Path(__file__).parent / "configs"
@@ -608,16 +609,22 @@ def _check_network(config, size):
         )
 
 
-def checkpoints_in(output_dir: str) -> list[Path]:
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, `<output_dir>/checkpoints/<step>`, the newest last."""
-    folders = [path for path in Path(output_dir, "checkpoints").glob("*") if path.is_dir() and path.name.isdigit()]
-    return sorted(folders, key=lambda path: int(path.name))
+    return _steps(Path(output_dir, "checkpoints"))
 
 
-def checkpoints_before(output_dir: str, path: Path) -> list[Path]:
-    """Those of `checkpoints_in` with fewer steps than `path`; all, where its name is no step."""
-    found = checkpoints_in(output_dir)
-    return [each for each in found if int(each.name) < int(path.name)] if path.name.isdigit() else found
+def checkpoints_before(path: Path) -> list[Path]:
+    """The checkpoints beside `path` with fewer steps, the newest last; none where its name is no step."""
+    if not path.name.isdecimal():
+        return []
+    return [each for each in _steps(path.parent) if int(each.name) < int(path.name)]
+
+
+def _steps(folder):
+    """The folders in `folder` whose names are steps, in their order."""
+    steps = [path for path in folder.glob("*") if path.is_dir() and path.name.isdecimal()]
+    return sorted(steps, key=lambda path: int(path.name))
 
 
 def checkpoint_to_resume(config: RunConfig) -> Path | None:
@@ -635,17 +642,27 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
 def _find_checkpoint(config):
     output, found = Path(config.output_dir), checkpoints_in(config.output_dir)
     path = None if config.resume in ("auto", "never") else Path(os.path.expanduser(config.resume))
-    if path and not (path / "config.yaml").is_file():
+    if path and (inside := checkpoints_in(path)):
+        raise ConfigError(
+            f"resume={config.resume!r} is the folder of a run; give one of its checkpoints, as {inside[-1]}"
+        )
+    if path and not any((path / name).is_file() for name in ("run.pt", "config.yaml", "digests.json")):
         raise ConfigError(f"resume={config.resume!r} is neither auto, never nor a folder .../checkpoints/<step>")
-    ours = (
-        config.resume != "never" and (output / "config.yaml").is_file()
-    )  # perhaps stopped before its first checkpoint
+    if path and path.parent.resolve() == (output / "checkpoints").resolve():
+        if not found or path.name != found[-1].name:
+            raise ConfigError(
+                f"output_dir={config.output_dir!r} holds something already: newer checkpoints than resume={config.resume!r}; "
+                "to resume from an older one give another output_dir"
+            )
+        path = None  # what auto does
+    # perhaps stopped before its first checkpoint, or after somebody had removed the folder
+    ours = config.resume != "never" and bool(found or (output / "config.yaml").is_file())
     if ours and path:
-        ours = _read_run(output).get("resume") == config.resume
+        ours = _run_of(found[-1] if found else output).get("resume") == config.resume
     filled = output.is_dir() and any(name[0] != "." for name in os.listdir(output))
     ended = (output / ("pipeline" if isinstance(config, TrainConfig) else "classifier")).exists()
     if filled and (not ours or (not found and ended)):
-        raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another or remove it")
+        raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another")
     return found[-1] if found else path
 
 
@@ -709,10 +726,7 @@ def _shown(values, key):
 def _run_of(checkpoint):
     """The config of a checkpoint; where it cannot be read, of one before, or of the run: the same where it matters."""
     path = checkpoint.absolute()
-    others = []
-    if path.parent.name == "checkpoints":
-        output = path.parents[1]
-        others = [*reversed(checkpoints_before(output, path)), output]
+    others = [*reversed(checkpoints_before(path)), *([path.parents[1]] if path.parent.name == "checkpoints" else [])]
     for folder in (checkpoint, *others):
         with contextlib.suppress(ConfigError):
             return _read_run(folder)
@@ -721,11 +735,13 @@ def _run_of(checkpoint):
 
 def _read_run(folder):
     try:
+        if (folder / DIGESTS).exists():
+            check_digests(folder, "config.yaml")
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
-        raise ConfigError(f"{folder / 'config.yaml'} cannot be read; remove {folder} to go on without it")
+        raise ConfigError(f"{folder / 'config.yaml'} cannot be read; put it back, or take another output_dir")
     return values
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import re
 import tarfile
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets.distributed import split_dataset_by_node
-from stops import ignore_interrupts
+from stops import find_dead_workers_when_reading, ignore_interrupts, tell
 
 from config import ConfigError, RunConfig, image_size
 from ddpm_hf.data import (
@@ -59,6 +60,11 @@ def record_data(network, config: RunConfig, names: list[str] | None) -> None:
     network.class_names = names
     keys = "background", "crop", "image_column", "label_column"
     network.preprocessing = {key: getattr(config, key) for key in keys if getattr(config, key) is not None}
+
+
+def count_images(images) -> int | None:
+    """How many there are, also such as cannot be read; None of a stream."""
+    return len(images) if hasattr(images, "__len__") else None
 
 
 @contextlib.contextmanager
@@ -162,16 +168,32 @@ class Position:
 def batches(loader, config, at):
     """Batches without end, from the place `at` on, which moves with them.
 
+    Workers that were killed are started again, and read from the same place on.
+
     Raises:
-        ConfigError: an image or label that cannot be read, or epochs without a batch.
+        ConfigError: an image or label that cannot be read, epochs without a batch, or workers that are killed again before
+            they have read a batch.
     """
-    empty = 0  # the parts of a stream are others in each epoch
+    empty, killed_at = 0, None  # the parts of a stream are others in each epoch
     while empty < 10:
         loader.set_epoch(at.epoch)
-        epoch = iter(skip_first_batches(loader, at.batch))
-        while (batch := _next(epoch, config)) is not None:
-            at.batch += 1
-            yield batch
+        rest = skip_first_batches(loader, at.batch)
+        epoch = iter(rest)
+        try:
+            while (batch := _next(epoch, config)) is not None:
+                at.batch += 1
+                yield batch
+        except _WorkerKilled as error:
+            place = dataclasses.astuple(at)
+            if place == killed_at:
+                raise ConfigError(
+                    f"{error} again, before a batch was read; there is too little memory: give fewer num_workers, or a smaller "
+                    "batch_size"
+                ) from error
+            tell(f"{error}, most likely for want of memory (fewer num_workers need less); all are started again")
+            killed_at = place
+            rest.end()  # accelerate's account of it
+            continue
         empty = 0 if at.batch else empty + 1
         at.epoch, at.batch = at.epoch + 1, 0
     raise ConfigError(
@@ -180,9 +202,19 @@ def batches(loader, config, at):
     )
 
 
+class _WorkerKilled(RuntimeError):
+    """A process that reads images has died."""
+
+
 def _next(epoch, config):
     try:
-        return next(epoch, None)
+        batch = next(epoch, None)
     except Exception as error:  # of a worker it holds the whole traceback, and ends with what happened
         told = str(error).strip() or type(error).__name__
+        if isinstance(error, RuntimeError) and (
+            worker := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", told)
+        ):
+            raise _WorkerKilled(f"the process that reads images, {worker[1]}, was killed") from error
         raise ConfigError(f"data={config.data!r}: {told.splitlines()[-1]}") from error
+    find_dead_workers_when_reading()
+    return batch

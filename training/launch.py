@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import inspect
-import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,16 +16,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
-from checkpoints import put_aside
 from diffusers.optimization import SchedulerType, get_scheduler
 from dropout import FastDropout
 from safetensors import SafetensorError
-from stops import Stopped, tell
-from watch import environment
+from stops import Stopped, find_dead_workers_when_reading, tell
 
-from config import ConfigError, RunConfig, as_yaml, nearest
+from config import ConfigError, RunConfig, nearest
 from ddpm_hf import SubVPSDEScheduler, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler
-from ddpm_hf.atomic import write_text
 from ddpm_hf.memory import keep_freed_memory
 from ddpm_hf.push import HubError
 from ddpm_hf.scheduler import VARIANCE_TYPES
@@ -178,18 +175,8 @@ def open_trackers(config: RunConfig, accelerator: Accelerator) -> None:
     accelerator.init_trackers(config.tracker_project, values, names)
 
 
-def open_output(config: RunConfig, accelerator: Accelerator, saved: str) -> None:
-    """Makes the run's folder, with its config and environment; `saved` is the folder in it that the run ends with."""
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    if (old := put_aside(output / saved)).exists() and not (output / saved).exists():
-        os.replace(old, output / saved)  # a run was killed as it put another in its place
-    write_text(output / "config.yaml", as_yaml(config))
-    write_text(output / "environment.json", json.dumps(environment(accelerator), indent=2) + "\n")
-
-
 def run(program: str, train: Callable[[RunConfig], object], config: RunConfig) -> None:
-    """Trains and ends the process: what went wrong is told in one line."""
+    """Trains and ends the process, and those that read images for it. What went wrong is printed in one line."""
     status = 0
     try:
         train(config)
@@ -203,6 +190,10 @@ def run(program: str, train: Callable[[RunConfig], object], config: RunConfig) -
     except KeyboardInterrupt:  # before the first step, or the second of them
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        find_dead_workers_when_reading()
+        for reader in multiprocessing.active_children():  # one may wait for a network, and ignores what ends others
+            reader.kill()
     leave()
     sys.exit(status)
 

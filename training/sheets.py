@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from stages import pipeline_of, some_items
@@ -35,15 +34,22 @@ class Sheets:
     and standard deviation of each channel, and the median of the root mean square distances to the nearest images.
     """
 
-    def __init__(self, config, accelerator, unet, scheduler, dataset, log, average, raw):
+    def __init__(self, config, accelerator, unet, scheduler, dataset, log, signals, average, raw):
         self.config, self.accelerator, self.unet, self.scheduler = config, accelerator, unet, scheduler
+        self.signals = signals
         self.average, self.raw, self.log = average, raw, log
         self.folder = Path(config.output_dir, "samples")
         self.pixels = dataset.tensors["pixels"] if isinstance(dataset, PixelTensors) else None
         self.distance_of_data = None  # not before it is needed
         self.given = some_items(dataset, config.sample_count) if config.low_resolution else None
 
-    def draw(self, step: int) -> None:
+    def draw(self, step: int) -> dict[str, float]:
+        """Draws and saves the pictures of this step; returns the numbers, in the main process.
+
+        Raises:
+            Interrupted: a signal came while the network was sampling. In all processes.
+        """
+        self.log.say(f"step {step:,}: sampling a sheet of {self.config.sample_count} images")
         with self.average:
             x_start, strip = self._sample("samples")
         pictures = {"samples": x_start, "denoising": strip}
@@ -51,7 +57,7 @@ class Sheets:
             with self.raw:
                 pictures["raw"], _ = self._sample("samples, raw")
         if not self.accelerator.is_main_process:
-            return
+            return {}
         labels, width = self._labels(), strip.shape[1]
         columns = dict.fromkeys(
             ("samples", "raw"), class_columns(self.unet, len(x_start)) if self.given is None else None
@@ -67,12 +73,14 @@ class Sheets:
             pictures["nearest"], distances = self._nearest(x_start)
             columns["nearest"] = None
             numbers |= {"nearest_rms_samples": distances, "nearest_rms_data": self.distance_of_data}
-        self.log.note(step, **numbers)
+        self.log.keep_folder()
         for name, images in pictures.items():
             sheet = as_sheet(as_images(images.flatten(0, -4)), columns[name], captions.get(name))
             with going_on("a sheet of samples could not be written"):
+                self.folder.mkdir(exist_ok=True)
                 save_picture(sheet, self.folder / f"{step:07d}{'' if name == 'samples' else f'-{name}'}.png")
             self.log.show(step, name, sheet)
+        return numbers
 
     def _sample(self, told):
         """Samples (N, C, H, W), each process's share computed there; the way to the first (R, K, C, H, W); None but in main."""
@@ -82,12 +90,16 @@ class Sheets:
         pipeline.set_progress_bar_config(desc=told, leave=False, disable=None if index == 0 else True)
         labels = self._labels()
         count = config.sample_count if self.given is None else len(self.given["pixels"])
-        mine, found, strip = range(index, count, processes), [], []
-        if mine:
+        mine = range(index, count, processes)
+
+        def sample():
+            if not mine:
+                return {}, {}
             # of its own for each, so that an image does not hang on how many processes there are
             seeds = (config.seed * config.sample_count + i for i in mine)
             steps = config.sample_steps or scheduler.config.num_train_timesteps
             first = len(mine) if self.given is None else self._low()[list(mine)]
+            strip = []
             for _, _, x_start in pipeline.progressive(
                 first,
                 generator=[torch.Generator(self.unet.device).manual_seed(seed) for seed in seeds],
@@ -96,11 +108,13 @@ class Sheets:
                 every=math.ceil(steps / STRIP_COLUMNS),
             ):
                 strip.append(x_start[: len(range(index, STRIP_ROWS, processes))].cpu())
-            found = list(zip(mine, x_start.clamp(-1, 1).float().cpu()))
-            strip = list(zip(mine, torch.stack(strip, dim=1)))
-        found, strip = dict(gather_object(found)), dict(gather_object(strip))
+            found = dict(zip(mine, x_start.clamp(-1, 1).float().cpu()))
+            return found, dict(zip(mine, torch.stack(strip, dim=1)))
+
+        shares = self.signals.measure(self.unet, sample)
         if index:
             return None, None
+        found, strip = ({i: image for share in shares for i, image in share[which].items()} for which in (0, 1))
         return tuple(torch.stack([images[i] for i in sorted(images)]) for images in (found, strip))
 
     def _labels(self):

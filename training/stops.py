@@ -5,11 +5,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
+
+ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # of Windows two
 
 
 class Stopped(RuntimeError):
@@ -20,10 +24,15 @@ class Stopped(RuntimeError):
         self.status = status
 
 
-class Signals:
-    """SIGTERM and Ctrl-C within this context wait for the end of a step; the second of a kind does what it always does.
+class Interrupted(Stopped):
+    """A measurement that a signal has ended early; raised in all processes."""
 
-    Several processes ask each other about once a second, not at each step: they wait for the device then.
+
+class Signals:
+    """SIGTERM, SIGHUP and Ctrl-C within this context wait for the end of a step; the second one does what it always does.
+
+    A SIGHUP that was ignored before (nohup) stays so. Several processes ask each other about once a second, not at each step:
+    they wait for the device then.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -32,7 +41,9 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others may not, as in a notebook's
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in ENDINGS:
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note) or signal.SIG_DFL
         return self
 
     def __exit__(self, *exception):
@@ -40,8 +51,15 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        self.received = number
-        signal.signal(number, self.before[number])
+        if self.received is None:
+            self.received, self.at = number, time.monotonic()
+            if self.accelerator.is_main_process:
+                with contextlib.suppress(RuntimeError):  # it came while something else was written there
+                    tell(f"{signal.Signals(number).name}: stopping after this step; again ends at once")
+        # a launcher passes on what its group of processes has received too
+        elif number == signal.SIGINT or time.monotonic() - self.at > 2:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
 
     def stop(self, step: int) -> int | None:
         """The number of the signal that this or another process has received, in all of them after the same step."""
@@ -56,10 +74,50 @@ class Signals:
         self.asked, self.start = step, time.perf_counter()
         return int(received) or None
 
+    def measure(self, network: torch.nn.Module, compute: Callable[[], object]) -> list:
+        """What `compute` returns in each process, in all of them.
+
+        After a signal the next call of `network` ends the computation, so that a long one does not hold up the end of the run.
+
+        Raises:
+            Interrupted: a process was interrupted. The next `stop` asks for the signal.
+        """
+
+        def check(*arguments):
+            if self.received:
+                raise Interrupted("")
+
+        hook, mine = network.register_forward_pre_hook(check), None
+        try:
+            mine = (compute(), None)
+        except Interrupted:
+            mine = (None, self.received)
+        finally:
+            hook.remove()
+        outcomes = gather_object([mine])
+        if number := max(received or 0 for _, received in outcomes):
+            self.next = 0
+            raise Interrupted(f"stopped by signal {number}; the same command measures again", status=128 + number)
+        return [result for result, _ in outcomes]
+
 
 def ignore_interrupts(worker: int) -> None:
-    """Of a process that reads images: Ctrl-C reaches it too, but the run decides when it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Of a process that reads images: signals to the group of processes reach it too, but the run decides when it ends.
+
+    A second SIGTERM ends it, as the loader that waits for it in vain sends it.
+    """
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+def find_dead_workers_when_reading() -> None:
+    """To be called once torch's loader has started workers: with its own handler their death is raised in any line of ours.
+
+    Without it the loader finds out while it waits for a batch, within five seconds.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class FiniteSteps:
@@ -111,9 +169,16 @@ def tell(message: str) -> None:
 
 
 @contextlib.contextmanager
-def going_on(what: str):
-    """What cannot be done with a file is told, and ends nothing; `what` as in "the sheet could not be written"."""
+def going_on(problem: str, said: set[str] | None = None):
+    """A file that cannot be written ends nothing: it is said, with `problem` as in "the sheet could not be written".
+
+    said: problems that are not said again until they are over.
+    """
+    said = set() if said is None else said
     try:
         yield
+        said.discard(problem)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        tell(f"{what} ({' '.join(str(error).split())}); the run goes on")
+        if problem not in said:
+            tell(f"{problem} ({' '.join(str(error).split())}); the run goes on")
+        said.add(problem)

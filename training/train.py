@@ -33,9 +33,9 @@ if __name__ == "__main__":  # before the slow imports: a mistyped key shall not 
 
 import torch
 from accelerate.utils import set_seed
-from checkpoints import Checkpoints, put
+from checkpoints import Checkpoints
 from diffusers.training_utils import EMAModel
-from inputs import Position, batches, open_data, open_images, open_loader, open_some, record_data
+from inputs import Position, batches, count_images, open_data, open_images, open_loader, open_some, record_data
 from launch import (
     channels_last,
     check_keys,
@@ -45,22 +45,22 @@ from launch import (
     leave,
     make_optimizer,
     open_accelerator,
-    open_output,
     open_scheduler,
     open_trackers,
     opening,
     run,
     set_learning_rate,
 )
+from output import OutputFolder
 from publish import Publisher
 from resolve import resolve
 from sheets import Sheets, check_matplotlib
 from stages import conditioned, in_channels, pipeline_class, pipeline_of
-from stops import FiniteSteps, Signals, Stopped, going_on
+from stops import FiniteSteps, Interrupted, Signals, Stopped, going_on
 from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
 
 from ddpm_hf import ContinuousTimes, DDPMUNet, DiffusionObjective, ScoreObjective
-from ddpm_hf.atomic import write_text
+from ddpm_hf.atomic import replacing_folder, write_text
 from ddpm_hf.data import BUILT_IN, pixels_to_batch
 from ddpm_hf.flow import check_network, dequantized
 from ddpm_hf.hub import write_model_card
@@ -115,8 +115,13 @@ def with_null_class(config: TrainConfig) -> dict:
 def train(config: TrainConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved pipeline."""
     resolve(config)
-    resumed = checkpoint_to_resume(config)
     accelerator = open_accelerator(config)
+    with OutputFolder(config, accelerator, "pipeline") as folder:
+        return _train(config, accelerator, folder)
+
+
+def _train(config, accelerator, folder):
+    resumed = checkpoint_to_resume(config)
     main, output = accelerator.is_main_process, Path(config.output_dir)
     set_seed(config.seed, device_specific=True)
     images, names = open_images(config)
@@ -140,21 +145,40 @@ def train(config: TrainConfig) -> Path:
         compile_network(network, config, accelerator.device)
 
     if main:
-        open_output(config, accelerator, "pipeline")
-        (output / "samples").mkdir(exist_ok=True)
+        folder.begin()
     if config.trackers:
         open_trackers(config, accelerator)
-    log, at = Log(config, output, accelerator, objective.end), Position()
+    log, at, signals = Log(config, folder, accelerator, objective.end), Position(), Signals(accelerator)
     finite, average = FiniteSteps(accelerator.device, config.max_steps_skipped), Evaluation(network, ema)
     parts = dict(ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, finite=finite)
-    checkpoints = Checkpoints(config, accelerator, own=dict(at=at, log=log), **parts)
+    facts = dict(class_names=names, number_of_images=count_images(images))
+    checkpoints = Checkpoints(config, accelerator, own=dict(at=at, log=log), facts=facts, **parts)
     if resumed:
-        checkpoints.load(resumed)
+        resumed = checkpoints.load(resumed)
         set_learning_rate(config, optimizer, lr_schedule)
         ema.to(accelerator.device)
-    log.begin(at.step)
-    sheets = Sheets(config, accelerator, network, scheduler, dataset, log, average, raw=Evaluation(network))
-    with log, Signals(accelerator) as signals:
+    log.begin(at.step, resumed)
+    sheets = Sheets(config, accelerator, network, scheduler, dataset, log, signals, average, raw=Evaluation(network))
+
+    def measure() -> bool:
+        """The sheet and the held-out numbers that are due after this step; whether none before were as good."""
+        rows, best = [], False
+        if config.sample_every and at.step % config.sample_every == 0:
+            rows.append(sheets.draw(at.step))
+        if config.eval_every and (at.step % config.eval_every == 0 or at.step == config.steps):
+            log.say(f"step {at.step:,}: measuring {len(held_out[0])} held-out images")
+            with average:
+                measured = held_out_bits_per_dim(config, signals, network, scheduler, *held_out)
+                measured |= held_out_loss(config, signals, network, objective, held_out, seen)
+            rows.append(measured)
+            best = checkpoints.is_best(at.step, measured["bits_per_dim"])
+        for row in rows:
+            log.note(at.step, **row)
+        return best
+
+    with log, signals:
+        if not checkpoints.measured:
+            measure()
         stream = batches(loader, config, at)
         while at.step < config.steps:
             batch = next(stream)
@@ -184,19 +208,15 @@ def train(config: TrainConfig) -> Path:
             last, told = at.step == config.steps, dict(learning_rate=learning_rate, ema_decay=ema.cur_decay_value)
             if log.step(at.step, norm, steps_skipped=finite.skipped, **told):
                 finite.raise_if_lost(norm, t, losses, at)
-            if config.sample_every and at.step % config.sample_every == 0:
-                sheets.draw(at.step)
-            best = False
-            if config.eval_every and (at.step % config.eval_every == 0 or last):
-                with average:
-                    measured = held_out_bits_per_dim(config, accelerator, network, scheduler, *held_out)
-                    measured |= held_out_loss(config, accelerator, network, objective, held_out, seen)
-                log.note(at.step, **measured)
-                best = checkpoints.is_best(at.step, measured["bits_per_dim"])
-            number = None if last else signals.stop(at.step)
+            best, checkpoints.measured = False, True
+            try:
+                best = measure()
+            except Interrupted:
+                checkpoints.measured = False
+            number = signals.stop(at.step) if not last or not checkpoints.measured else None
             due = config.checkpoint_every and (at.step % config.checkpoint_every == 0 or last or best)
             saved = checkpoints.save(at.step) if due or number else False
-            if saved and not last and main:
+            if saved and main and (number or not last):
                 log.plot()
                 with average, going_on("the pipeline could not be written"):
                     save_pipeline(config, at.step, network, scheduler, output / "pipeline", names)
@@ -245,8 +265,9 @@ class Evaluation:
 
 
 def save_pipeline(config, step, unet, scheduler, folder, label_names=None):
-    """The network after `step` steps, written under another name and renamed: a folder of this name is whole."""
-    put(folder, lambda temporary: _write_pipeline(config, step, unet, scheduler, temporary, label_names))
+    """Saves the pipeline of the network after `step` steps; a folder of this name is whole."""
+    with replacing_folder(folder) as temporary:
+        _write_pipeline(config, step, unet, scheduler, temporary, label_names)
 
 
 def _write_pipeline(config, step, unet, scheduler, folder, label_names):

@@ -23,8 +23,8 @@ if __name__ == "__main__":  # before the slow imports: a mistyped key shall not 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from checkpoints import Checkpoints, put
-from inputs import Position, batches, open_data, open_images, open_loader, open_some, record_data
+from checkpoints import Checkpoints
+from inputs import Position, batches, count_images, open_data, open_images, open_loader, open_some, record_data
 from launch import (
     channels_last,
     check_keys,
@@ -34,19 +34,20 @@ from launch import (
     leave,
     make_optimizer,
     open_accelerator,
-    open_output,
     open_scheduler,
     open_trackers,
     opening,
     run,
     set_learning_rate,
 )
+from output import OutputFolder
 from resolve import guided_class_names, resolve
 from sheets import check_matplotlib
-from stops import FiniteSteps, Signals, Stopped
+from stops import FiniteSteps, Interrupted, Signals, Stopped
 from watch import ROUNDS, Log, check_trackers
 
 from ddpm_hf import DDPMImagePipeline, NoisyClassifier
+from ddpm_hf.atomic import replacing_folder
 from ddpm_hf.data import pixels_to_batch
 from ddpm_hf.hub import write_model_card
 from ddpm_hf.objectives import UniformTimesteps
@@ -78,7 +79,13 @@ def build(config: ClassifierConfig) -> tuple:
 
 def train(config: ClassifierConfig) -> Path:
     """Runs the training of `config`; returns the folder of the saved classifier."""
+    resolve(config)
     accelerator = open_accelerator(config)
+    with OutputFolder(config, accelerator, "classifier") as folder:
+        return _train(config, accelerator, folder)
+
+
+def _train(config, accelerator, folder):
     main, output = accelerator.is_main_process, Path(config.output_dir)
     set_seed(config.seed, device_specific=True)
     network, scheduler = build(config)
@@ -99,17 +106,33 @@ def train(config: ClassifierConfig) -> Path:
         compile_network(network, config, accelerator.device)
 
     if main:
-        open_output(config, accelerator, "classifier")
+        folder.begin()
     if config.trackers:
         open_trackers(config, accelerator)
-    log, at = Log(config, output, accelerator, len(scheduler.alphas_cumprod), also=("accuracy",)), Position()
+    log = Log(config, folder, accelerator, len(scheduler.alphas_cumprod), also=("accuracy",))
+    at, signals = Position(), Signals(accelerator)
     finite = FiniteSteps(accelerator.device, config.max_steps_skipped)
-    checkpoints = Checkpoints(config, accelerator, own=dict(at=at, log=log), lr_schedule=lr_schedule, finite=finite)
+    facts = dict(class_names=names, number_of_images=count_images(images))
+    checkpoints = Checkpoints(
+        config, accelerator, own=dict(at=at, log=log), facts=facts, lr_schedule=lr_schedule, finite=finite
+    )
     if resumed:
-        checkpoints.load(resumed)
+        resumed = checkpoints.load(resumed)
         set_learning_rate(config, optimizer, lr_schedule)
-    log.begin(at.step)
-    with log, Signals(accelerator) as signals:
+    log.begin(at.step, resumed)
+
+    def measure() -> bool:
+        """The held-out numbers that are due after this step; whether none before were as good."""
+        if not config.eval_every or (at.step % config.eval_every and at.step != config.steps):
+            return False
+        log.say(f"step {at.step:,}: measuring {len(held_out[0])} held-out images")
+        measured = of_held_out(config, signals, network, scheduler, *held_out)
+        log.note(at.step, **measured)
+        return checkpoints.is_best(at.step, measured["loss_held_out"])
+
+    with log, signals:
+        if not checkpoints.measured:
+            measure()
         stream = batches(loader, config, at)
         while at.step < config.steps:
             batch = next(stream)
@@ -132,14 +155,15 @@ def train(config: ClassifierConfig) -> Path:
             learning_rate = lr_schedule.get_last_lr()[0]
             lr_schedule.step()
             at.step += 1
-            last, best = at.step == config.steps, False
+            last = at.step == config.steps
             if log.step(at.step, norm, steps_skipped=finite.skipped, learning_rate=learning_rate):
                 finite.raise_if_lost(norm, t, losses, at)
-            if config.eval_every and (at.step % config.eval_every == 0 or last):
-                measured = of_held_out(config, network, scheduler, *held_out, accelerator.device)
-                log.note(at.step, **measured)
-                best = checkpoints.is_best(at.step, measured["loss_held_out"])
-            number = None if last else signals.stop(at.step)
+            best, checkpoints.measured = False, True
+            try:
+                best = measure()
+            except Interrupted:
+                checkpoints.measured = False
+            number = signals.stop(at.step) if not last or not checkpoints.measured else None
             due = config.checkpoint_every and (at.step % config.checkpoint_every == 0 or last or best)
             saved = checkpoints.save(at.step) if due or number else False
             if number:
@@ -171,25 +195,35 @@ def random_crop(x_start: torch.Tensor, smallest: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def of_held_out(config, network, scheduler, x_start, labels, device) -> dict[str, float]:
+def of_held_out(config, signals, network, scheduler, x_start, labels) -> dict[str, float]:
     """Loss, accuracy, and that by quarter of t, of held-out images: each at `ROUNDS` timesteps, evenly over the process.
 
     The noise is the same every time.
+
+    Raises:
+        Interrupted: a signal came meanwhile. In all processes.
     """
-    network.eval()
-    generator, T, count = torch.Generator().manual_seed(config.seed), len(scheduler.alphas_cumprod), len(x_start)
+    T, count, device = len(scheduler.alphas_cumprod), len(x_start), signals.accelerator.device
     t = torch.arange(count * ROUNDS) * T // (count * ROUNDS)
-    losses, right = [], []
-    for part in torch.arange(count * ROUNDS).split(config.batch_size):
-        x, y, at = x_start[part % count].to(device), labels[part % count].to(device), t[part].to(device)
-        noise = torch.randn(x.shape, generator=generator).to(device)
-        logits = network(scheduler.q_sample(x, at, noise), at).float()
-        losses.append(F.cross_entropy(logits, y, reduction="none").cpu())
-        right.append((logits.argmax(1) == y).float().cpu())
-    network.train()
-    right, quarter = torch.cat(right), t * 4 // T
-    told = {f"accuracy_held_out_t_quarter_{i + 1}": right[quarter == i].mean().item() for i in range(4)}
-    return {"loss_held_out": torch.cat(losses).mean().item(), "accuracy_held_out": right.mean().item(), **told}
+
+    def compute():
+        generator, losses, right = torch.Generator().manual_seed(config.seed), [], []
+        for part in torch.arange(count * ROUNDS).split(config.batch_size):
+            x, y, at = x_start[part % count].to(device), labels[part % count].to(device), t[part].to(device)
+            noise = torch.randn(x.shape, generator=generator).to(device)
+            logits = network(scheduler.q_sample(x, at, noise), at).float()
+            losses.append(F.cross_entropy(logits, y, reduction="none").cpu())
+            right.append((logits.argmax(1) == y).float().cpu())
+        return torch.cat(losses), torch.cat(right)
+
+    network.eval()
+    try:
+        losses, right = signals.measure(network, compute)[0]
+    finally:
+        network.train()
+    quarter = t * 4 // T
+    by_quarter = {f"accuracy_held_out_t_quarter_{i + 1}": right[quarter == i].mean().item() for i in range(4)}
+    return {"loss_held_out": losses.mean().item(), "accuracy_held_out": right.mean().item(), **by_quarter}
 
 
 def open_base(config: ClassifierConfig) -> DDPMImagePipeline:
@@ -201,13 +235,12 @@ def open_base(config: ClassifierConfig) -> DDPMImagePipeline:
 def save(network: NoisyClassifier, base: DDPMImagePipeline | None, output: Path) -> None:
     """The classifier as <output>/classifier, and with the pipeline that it was trained for as <output>/pipeline."""
 
-    def write_pipeline(folder):
-        DDPMImagePipeline(base.unet, base.scheduler, network).save_pretrained(folder)
-        write_model_card(folder)
-
-    put(output / "classifier", network.save_pretrained)
+    with replacing_folder(output / "classifier") as folder:
+        network.save_pretrained(folder)
     if base:
-        put(output / "pipeline", write_pipeline)
+        with replacing_folder(output / "pipeline") as folder:
+            DDPMImagePipeline(base.unet, base.scheduler, network).save_pretrained(folder)
+            write_model_card(folder)
 
 
 def main():

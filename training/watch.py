@@ -1,7 +1,10 @@
 """What a run tells of itself: numbers, curves, bits/dim and loss of held-out images."""
 
+import contextlib
+import itertools
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -15,7 +18,6 @@ import numpy as np
 import psutil
 import torch
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
 from PIL import Image
 from sheets import CHANNELS, channel_statistics, save_figure
 from stops import going_on, tell
@@ -24,7 +26,7 @@ from tqdm.auto import tqdm
 import ddpm_hf
 from config import ConfigError, nearest
 from ddpm_hf import OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
-from ddpm_hf.atomic import write_text
+from ddpm_hf.atomic import write_bytes
 from ddpm_hf.likelihood import standard_error
 
 try:
@@ -70,38 +72,140 @@ def environment(accelerator) -> dict:
 ODE_TOLERANCE = 1e-3  # of held-out bits/dim in continuous time
 
 
+class Curves:
+    """Rows of metrics.jsonl for a plot, of each kind (with the same keys) fewer than 2 * `POINTS`, however long the run.
+
+    A point is the mean of `every` rows, at the step of the last. When there are too many, two become one.
+    """
+
+    POINTS = 500
+
+    def __init__(self):
+        self.kinds = []  # {"every": ..., "points": [row, ...], "rest": [row, ...]}
+
+    def add(self, row: dict) -> None:
+        kind = next((each for each in self.kinds if (each["rest"] or each["points"])[0].keys() == row.keys()), None)
+        if kind is None:
+            kind = {"every": 1, "points": [], "rest": []}
+            self.kinds.append(kind)
+        kind["rest"].append(row)
+        if len(kind["rest"]) == kind["every"]:
+            kind["points"].append(_mean_row(kind["rest"]))
+            kind["rest"] = []
+        if len(kind["points"]) == 2 * self.POINTS:
+            kind["points"] = [_mean_row(pair) for pair in zip(kind["points"][::2], kind["points"][1::2])]
+            kind["every"] *= 2
+
+    def rows(self) -> list[dict]:
+        """All points, by step."""
+        points = [[*kind["points"], *([_mean_row(kind["rest"])] if kind["rest"] else [])] for kind in self.kinds]
+        return sorted(itertools.chain(*points), key=lambda row: row["step"])
+
+
+def _mean_row(rows):
+    """The means of what is not None; the last step."""
+    if len(rows) == 1:
+        return rows[0]
+    values = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+    means = {key: sum(of_key) / len(of_key) if of_key else None for key, of_key in values.items()}
+    return {**means, "step": rows[-1]["step"]}
+
+
 class Log:
-    """The progress bar, metrics.jsonl, curves.png, and the trackers; the device is waited for every `log_every` steps only."""
+    """Progress, metrics.jsonl, curves.png, and the trackers; the device is waited for every `log_every` steps only.
+
+    Progress is a bar in a terminal, lines elsewhere. A checkpoint holds the curves' points, but of metrics.jsonl only how many
+    rows it had; what could not be written to it is kept until it can be. `output` is the run's `OutputFolder`.
+    """
 
     SUMS = ("sums", "counts", "colours")
 
-    def __init__(self, config, output: Path, accelerator, end: int, also: tuple[str, ...] = ()):
+    def __init__(self, config, output, accelerator, end: int, also: tuple[str, ...] = ()):
         self.config, self.output, self.accelerator = config, output, accelerator
+        self.path = output.path / "metrics.jsonl"
         self.main, self.end = accelerator.is_main_process, end  # T, or 1 of continuous time
         self.images = config.batch_size * accelerator.num_processes
         self.bar = tqdm(total=config.steps, desc="train", disable=None if self.main else True, dynamic_ncols=True)
-        self.rows = []
+        self.curves, self.logged, self.said = Curves(), 0, set()
+        self.length, self.unwritten = 0, []  # bytes of metrics.jsonl that are whole, lines that are not in it yet
         # sums of the loss, and of what else is told of each image, in all and by quarter of t, and of how many; of the images,
         # their channels and the squares of these
         self.names = ("loss", *also)
         self.sums = torch.zeros(len(self.names), 5, device=accelerator.device)
         self.counts = torch.zeros(5, device=accelerator.device)
         self.colours = torch.zeros(3, config.channels, device=accelerator.device)
-        self.seen, self.start = 0, time.perf_counter()
+        self.seen = 0
+        self.start = self.began = time.perf_counter()
+        self.first = 0  # step of this process
 
     def state_dict(self):
-        return {**{key: getattr(self, key).cpu() for key in self.SUMS}, "rows": self.rows}
+        if self.main:
+            self._write()
+            with contextlib.suppress(OSError), open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+        sums = {key: getattr(self, key).cpu() for key in self.SUMS}
+        return {**sums, "curves": self.curves.kinds, "logged": self.logged, "unwritten": self.unwritten}
 
     def load_state_dict(self, state):
-        for key in state.keys() & set(self.SUMS):  # a run of before has no colours
+        for key in self.SUMS:
             getattr(self, key).copy_(state[key])
-        self.rows = state["rows"]
+        self.curves.kinds, self.logged, self.unwritten = state["curves"], state["logged"], state["unwritten"]
 
-    def begin(self, step: int) -> None:
-        """What was logged after `step` by a run that was stopped is forgotten."""
-        if self.main:
-            self.bar.update(step)
-            write_text(self.output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+    def begin(self, step: int, resumed: Path | None = None) -> None:
+        """To be called before the first step: metrics.jsonl then holds what was logged up to `step`, and no more.
+
+        resumed: the checkpoint from which the run resumes, if any.
+        """
+        if not self.main:
+            return
+        self.bar.update(step)
+        self.first, self.began = step, time.perf_counter()
+        before = resumed.absolute().parents[1] / self.path.name if resumed else self.path
+        lines = _rows_until(step, before) if resumed else []
+        lines += [line for line in self.unwritten if line not in lines]
+        if len(lines) < self.logged:
+            tell(
+                f"{before} holds {len(lines)} of the {self.logged} rows that were logged up to step {step}; it is written anew "
+                f"from the checkpoint, which has means of rows where there were {2 * Curves.POINTS:,} or more of a kind"
+            )
+            lines = [_line(row) for row in self.curves.rows()]
+        self.logged = len(lines)
+        self._replace(lines)
+        if resumed:
+            tell(f"resumed from step {step:,} ({resumed})")
+
+    def _replace(self, lines):
+        """metrics.jsonl as these lines."""
+        content = "".join(lines).encode()
+        self.unwritten, self.length = list(lines), 0
+        with going_on("metrics.jsonl could not be written"):
+            write_bytes(self.path, content)
+            self.unwritten, self.length = [], len(content)
+
+    def _write(self):
+        """Appends to metrics.jsonl what is not in it yet, after what is whole: a full disk may have torn a line."""
+        if not self.unwritten:
+            return
+        with going_on("metrics.jsonl could not be written", self.said):
+            with open(self.path, "ab") as file:
+                self.length = min(self.length, file.tell())
+                file.truncate(self.length)
+                file.write("".join(self.unwritten).encode())
+            self.length += sum(map(len, self.unwritten))  # JSON is ASCII
+            self.unwritten = []
+
+    def keep_folder(self) -> None:
+        """To be called before files are written to the run's folder: makes it anew where somebody has removed it."""
+        if not self.main:
+            return
+        with going_on(f"{self.output.path} was removed or moved, and cannot be made anew", self.said):
+            if not self.output.keep():
+                self._replace([_line(row) for row in self.curves.rows()])
+
+    def say(self, message: str) -> None:
+        """Prints a line where there is no bar."""
+        if self.main and self.bar.disable:
+            tell(message)
 
     @torch.no_grad()
     def add(
@@ -140,17 +244,22 @@ class Log:
             row["images_per_second"] = self.seen / (time.perf_counter() - self.start)
             row["memory_gb"] = memory_gb(self.accelerator.device)
             self.note(step, **row)
-            shown = {
-                **{name: f"{row[name]:.4f}" for name in self.names},
-                "images_per_s": f"{row['images_per_second']:.0f}",
-            }
+            shown = {name: f"{row[name]:.4f}" for name in self.names}
             if skipped := int(values["steps_skipped"]):
                 shown["skipped"] = skipped
-            self.bar.set_postfix(shown)
+            self._show(step, shown, f"{row['images_per_second']:.0f}")
         for key in self.SUMS:
             getattr(self, key).zero_()
         self.seen, self.start = 0, time.perf_counter()
         return True
+
+    def _show(self, step, shown, images_per_second):
+        """In the bar, or as a line with the time that is left at the mean speed so far."""
+        self.bar.set_postfix(shown | {"images_per_s": images_per_second})
+        left = (time.perf_counter() - self.began) / (step - self.first) * (self.config.steps - step)
+        values = ", ".join(f"{name} {value}" for name, value in shown.items())
+        left = tqdm.format_interval(left)
+        self.say(f"step {step:,}/{self.config.steps:,}: {values}, {images_per_second} images/s, {left} left")
 
     def note(self, step: int, **values: float | torch.Tensor) -> None:
         """A row of metrics.jsonl and of the trackers; what is not finite is null."""
@@ -158,9 +267,11 @@ class Log:
             return
         values = {key: float(value) for key, value in values.items()}
         row = {"step": step, **{key: value if math.isfinite(value) else None for key, value in values.items()}}
-        self.rows.append(row)
-        with going_on("metrics.jsonl could not be written"), open(self.output / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.keep_folder()
+        self.curves.add(row)
+        self.logged += 1
+        self.unwritten.append(_line(row))
+        self._write()
         if self.accelerator.trackers:
             self.accelerator.log({key: value for key, value in row.items() if value is not None}, step=step)
 
@@ -182,8 +293,9 @@ class Log:
 
     def plot(self) -> None:
         """curves.png: loss, loss by quarter of t, and what was measured of bits/dim, held-out images, and samples."""
-        if not self.main or not self.rows:
+        if not self.main or not self.curves.kinds:
             return
+        all_rows = self.curves.rows()
         import matplotlib
 
         matplotlib.use("Agg")
@@ -202,7 +314,7 @@ class Log:
             nearest: "nearest_rms_samples",
         }
         wanted[colours] = f"samples_mean_{channels[0]}"
-        names = [first, quarters, *(name for name, key in wanted.items() if any(key in row for row in self.rows))]
+        names = [first, quarters, *(name for name, key in wanted.items() if any(key in row for row in all_rows))]
         columns = 2 if len(names) == 4 else min(3, len(names))
         lines = math.ceil(len(names) / columns)
         figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), squeeze=False)
@@ -214,7 +326,7 @@ class Log:
             unused.remove()
 
         def curve(name, key, error=None, **how):
-            rows = [row for row in self.rows if key in row]
+            rows = [row for row in all_rows if key in row]
 
             def column(key):
                 return [math.nan if row.get(key) is None else row[key] for row in rows]
@@ -249,10 +361,26 @@ class Log:
             panel.set(xlabel="optimizer step", ylabel=name, yscale="log" if name in (first, quarters) else "linear")
             panel.grid(alpha=0.3)
             if panel.get_legend_handles_labels()[0]:
-                panel.legend(fontsize="small")
+                panel.legend(fontsize="small", loc="upper right")  # to look for the best place takes seconds
         with going_on("curves.png could not be written"):
-            save_figure(figure, self.output / "curves.png")
+            save_figure(figure, self.output.path / "curves.png")
         plt.close(figure)
+
+
+def _line(row):
+    """Of metrics.jsonl."""
+    return json.dumps(row) + "\n"
+
+
+def _rows_until(step, path):
+    """The lines of a metrics.jsonl up to this step; up to one that is no row, torn for example."""
+    lines = []
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(path, encoding="ascii") as file:
+        for line in file:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            lines.append(line)
+    return lines
 
 
 def memory_gb(device: torch.device) -> float:
@@ -264,16 +392,23 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def held_out_bits_per_dim(config, accelerator, unet, scheduler, x_start, labels) -> dict[str, float]:
+def held_out_bits_per_dim(config, signals, unet, scheduler, x_start, labels) -> dict[str, float]:
     """bits/dim of held-out images (the mean over them), with its errors: of the estimate, and over images.
 
     From `eval_evaluations` network calls an image, each process's share of the images computed there; all terms of a chain
     that is no longer. In continuous time by the ODE; not a number where it does not come to an end.
+
+    Raises:
+        Interrupted: a signal came meanwhile. In all processes.
     """
+    accelerator = signals.accelerator
     process, rank = type(scheduler).from_config(scheduler.config), accelerator.process_index
     mine = slice(rank, None, accelerator.num_processes)
     part = x_start[mine].to(accelerator.device)
-    if len(part):
+
+    def compute():
+        if not len(part):
+            return None
         how = dict(
             class_labels=None if labels is None else labels[mine].to(accelerator.device),
             generator=torch.Generator(accelerator.device).manual_seed(config.seed + rank),
@@ -286,10 +421,9 @@ def held_out_bits_per_dim(config, accelerator, unet, scheduler, x_start, labels)
             result, error = estimate.total, estimate.sampling_error
         else:
             result, error = bits_per_dim(unet, process, part, **how).total, 0.0
-        found = [(result.double().cpu(), error * len(part))]
-    else:
-        found = []
-    found = gather_object(found)
+        return result.double().cpu(), error * len(part)
+
+    found = [share for share in signals.measure(unet, compute) if share]
     total = torch.cat([values for values, _ in found])
     return {
         "bits_per_dim": total.mean().item(),
@@ -307,33 +441,40 @@ def _by_ode(unet, process, x_start, how):
         return torch.full((len(x_start),), math.nan)
 
 
-def held_out_loss(config, accelerator, unet, objective, held_out, seen) -> dict[str, float]:
+def held_out_loss(config, signals, unet, objective, held_out, seen) -> dict[str, float]:
     """The training's loss of held-out images and of as many that were trained on, each with the same timesteps and noise.
 
     Where the first stays and the second falls, the network learns its images by heart. `held_out`, `seen`: x_start (N, C, H, W)
     and labels (N,) or None. Each image stands at `ROUNDS` timesteps; those of all are spread evenly over the chain.
+
+    Raises:
+        Interrupted: a signal came meanwhile. In all processes.
     """
+    accelerator = signals.accelerator
     count, chain, device = min(len(held_out[0]), len(seen[0])), objective.times, accelerator.device
     mine = torch.arange(accelerator.process_index, count, accelerator.num_processes)
-    losses = torch.zeros(2, len(mine), device=device)
-    for i, part in enumerate(mine.split(config.batch_size) if len(mine) else ()):
-        rows = slice(i * config.batch_size, i * config.batch_size + len(part))
-        for each in range(ROUNDS):
-            places = each * count + part  # of count * ROUNDS; noise of its own for each, whichever process has it
-            seeds = (config.seed * count * ROUNDS + place for place in places.tolist())
-            noise = [
-                torch.randn(held_out[0].shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
-            ]
-            t = chain[places * len(chain) // (count * ROUNDS)]
-            given = dict(t=t.to(device), noise=torch.stack(noise).to(device))
-            for row, (x_start, labels) in enumerate((held_out, seen)):
-                labels = None if labels is None else labels[part].to(device)
-                with torch.no_grad():
-                    losses[row, rows] += objective(unet, x_start[part].to(device), labels, **given)
-    found = torch.cat(gather_object([losses.cpu().double() / ROUNDS]), dim=1)
-    held_out, seen = found
+
+    def compute():
+        losses = torch.zeros(2, len(mine), device=device)
+        for i, part in enumerate(mine.split(config.batch_size) if len(mine) else ()):
+            rows = slice(i * config.batch_size, i * config.batch_size + len(part))
+            for each in range(ROUNDS):
+                places = each * count + part  # of count * ROUNDS; noise of its own for each, whichever process has it
+                seeds = (config.seed * count * ROUNDS + place for place in places.tolist())
+                noise = [
+                    torch.randn(held_out[0].shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
+                ]
+                t = chain[places * len(chain) // (count * ROUNDS)]
+                given = dict(t=t.to(device), noise=torch.stack(noise).to(device))
+                for row, (x_start, labels) in enumerate((held_out, seen)):
+                    labels = None if labels is None else labels[part].to(device)
+                    with torch.no_grad():
+                        losses[row, rows] += objective(unet, x_start[part].to(device), labels, **given)
+        return losses.cpu().double() / ROUNDS
+
+    of_held_out, of_seen = torch.cat(signals.measure(unet, compute), dim=1)
     return {
-        "loss_held_out": held_out.mean().item(),
-        "loss_train": seen.mean().item(),
-        "loss_gap_standard_error": standard_error(held_out - seen),
+        "loss_held_out": of_held_out.mean().item(),
+        "loss_train": of_seen.mean().item(),
+        "loss_gap_standard_error": standard_error(of_held_out - of_seen),
     }

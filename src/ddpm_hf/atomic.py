@@ -14,16 +14,25 @@ from pathlib import Path
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside `path` that nobody can have guessed; `leftovers` finds it after a kill."""
+    """A name beside `path` that nobody can guess; `leftovers` finds it after a kill."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def leftovers(path: str | os.PathLike) -> list[Path]:
-    """Temporary files and folders of `path` that a killed process has left behind."""
-    path = Path(path)
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
-    names = os.listdir(path.parent) if path.parent.is_dir() else []
-    return [path.with_name(name) for name in names if pattern.fullmatch(name)]
+def leftovers(folder: str | os.PathLike) -> list[Path]:
+    """Temporary files and folders that a killed process has left behind in `folder`."""
+    folder = Path(folder)
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [folder / name for name in names if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", name)]
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes what `leftovers` finds. No other process may be writing in `folder`; what cannot be removed stays."""
+    for path in leftovers(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 @contextlib.contextmanager
@@ -31,7 +40,7 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
     """A new, empty file beside `path` to write to; it takes the name `path` when the context ends without an error.
 
     The file is created exclusively, under a random name, with the permissions of the user's umask. A link at `path` is
-    replaced, not followed. After an error nothing is left, and `path` is as it was.
+    replaced, not followed. The content is on the disk before the name. After an error nothing is left, and `path` is as it was.
 
     Raises:
         OSError: the folder is missing or not writable, the disk is full, or `path` is a folder.
@@ -42,10 +51,12 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
     os.close(os.open(temporary, flags, 0o666))
     try:
         yield temporary
+        _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _flush(path.parent)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
@@ -64,9 +75,9 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
 def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """A new, empty folder beside `folder` to write to; it takes its name when the context ends without an error.
 
-    Its files are on the disk before it does. A folder of that name is moved aside (`moved_aside`) for the moment that it takes
-    to put the new one in its place: of a process that is killed then, `restore_folder` brings it back. After an error nothing
-    is left.
+    Its files are on the disk before it does, and the name is when this ends. A folder of that name is moved aside
+    (`moved_aside`) for the moment that it takes to put the new one in its place: of a process that is killed then,
+    `restore_folder` brings it back. After an error nothing is left.
 
     Raises:
         OSError: the parent folder is missing or not writable, or the disk is full.
@@ -85,6 +96,7 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk must not stay full
         raise
+    _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -95,14 +107,43 @@ def moved_aside(folder: str | os.PathLike) -> Path:
 
 
 def restore_folder(folder: str | os.PathLike) -> None:
-    """Brings back the previous folder where a process was killed inside `replacing_folder`, before the new one was in place."""
-    if (old := moved_aside(folder)).is_dir() and not Path(folder).exists():
+    """Brings back the previous folder where a process was killed inside `replacing_folder`, before the new one was in place.
+
+    Where the new one is in place, the previous one is removed.
+    """
+    old = moved_aside(folder)
+    if not old.is_dir():
+        return
+    if Path(folder).exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
         os.replace(old, folder)
 
 
+def remove_folder(folder: str | os.PathLike) -> None:
+    """Removes a folder. Its name is gone at once: a killed process leaves a temporary name, never a part under this one.
+
+    Raises:
+        OSError: it is missing, or a part of it cannot be removed.
+    """
+    temporary = _temporary(Path(folder))
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary)
+
+
 def flush_to_disk(folder: str | os.PathLike) -> None:
-    """Waits until the files of a folder are on the disk, so that a name given to it afterwards stands for a whole folder."""
-    for path in Path(folder).rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+    """Waits until a folder and all that is in it are on the disk, so that a name given to it afterwards stands for all."""
+    for path in (*Path(folder).rglob("*"), Path(folder)):
+        if not path.is_symlink():
+            _flush(path)
+
+
+def _flush(path):
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    # some systems cannot do it for folders: all is as whole there, but not after a power cut
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -535,7 +535,7 @@ class ReadImages(torch.utils.data.Dataset):
 
     def in_memory(self) -> "PixelTensors":
         """All that can be read, as one tensor."""
-        rows = tqdm(range(len(self)), desc="reading images", leave=False, delay=2)
+        rows = tqdm(range(len(self)), desc="reading images", leave=False, delay=2, disable=None)
         return PixelTensors.of(list(self.readable(rows)))
 
 

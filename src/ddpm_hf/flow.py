@@ -101,7 +101,7 @@ def ode_log_likelihood(
         generator: for the probes.
         batch_size: images a call; None for all.
         max_evaluations: of the network for a batch, beyond which it stops.
-        progress_bar: show one.
+        progress_bar: show one, in a terminal or a notebook.
 
     Returns:
         `OdeLikelihood` on the device of x.
@@ -440,7 +440,7 @@ def _batches(unet, sde, x, class_labels, batch_size, name, progress_bar, solve):
     check_network(unet, sde, x.shape[1])
     size = batch_size or len(x)
     labels = [None] * len(x) if class_labels is None else torch.as_tensor(class_labels, device=x.device).split(size)
-    with evaluation_mode(unet), tqdm(desc=name, unit=" calls", disable=not progress_bar) as bar:
+    with evaluation_mode(unet), tqdm(desc=name, unit=" calls", disable=not progress_bar or None) as bar:
         for part, some in zip(x.split(size), labels):
             end, evaluations = solve(part, _Network(unet, some, x.shape[1]), bar)
             yield part, end, evaluations

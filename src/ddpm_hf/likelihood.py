@@ -105,7 +105,7 @@ def bits_per_dim(
             call with their next timesteps. None for all images at one timestep.
         levels: grey levels of the data; None for those of the scheduler.
         noise_fn: `noise_fn(t, shape)` gives the noise of step t in place of `generator`.
-        progress_bar: show one.
+        progress_bar: show one, in a terminal or a notebook.
 
     Returns:
         `BitsPerDim` on the device of x_start.
@@ -120,7 +120,10 @@ def bits_per_dim(
     # the decoder's step alone, the others several a call
     calls = [chain[:1], *(chain[i : i + count] for i in range(1, len(chain), count))]
     rows = []
-    with evaluate, tqdm(total=len(x_start) * len(chain), desc="bits/dim", disable=not progress_bar) as bar:
+    with (
+        evaluate,
+        tqdm(total=len(x_start) * len(chain), desc="bits/dim", disable=not progress_bar or None) as bar,
+    ):
         for start in range(0, len(x_start), b):
             images = torch.arange(start, min(start + b, len(x_start)))
             shape, columns = (len(images), *x_start.shape[1:]), []
@@ -165,7 +168,10 @@ def progressive_coding(
     """
     evaluate = _Evaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
     rows = []
-    with evaluate, tqdm(total=len(x_start) * len(scheduler.chain), desc="coding", disable=not progress_bar) as bar:
+    with (
+        evaluate,
+        tqdm(total=len(x_start) * len(scheduler.chain), desc="coding", disable=not progress_bar or None) as bar,
+    ):
         for index in torch.arange(len(x_start)).split(batch_size or len(x_start)):
             x_0, columns = x_start[index], []
             x_t = scheduler.q_sample(x_0, scheduler.chain[-1], evaluate.noise(x_0.shape, generator))
@@ -264,7 +270,7 @@ def estimate_bits_per_dim(
         evaluate.check_terms()
         return torch.cat(found, dim=1).cpu().view(2, B, -1)
 
-    with evaluate, tqdm(total=B * num_evaluations, desc="bits/dim", disable=not progress_bar) as bar:
+    with evaluate, tqdm(total=B * num_evaluations, desc="bits/dim", disable=not progress_bar or None) as bar:
         first, _ = terms(torch.zeros(B, 2, dtype=torch.int64))
         # the pilot: positions spread evenly in their logarithm, over which the terms change evenly
         u = (uniform(B * pilot).argsort() + uniform(B * pilot)) / (B * pilot)

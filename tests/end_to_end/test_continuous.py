@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 from scripts import script
+from stops import Signals
 from watch import held_out_bits_per_dim
 
 from config import TrainConfig, load_config
@@ -131,13 +132,14 @@ def test_the_ode_of_a_chain(make_pipeline, tmp_path):
 
 
 def test_an_ode_that_does_not_end_leaves_the_run_alone(capsys):
-    config, accelerator = TrainConfig(), Accelerator(cpu=True)
+    config, signals = TrainConfig(), Signals(Accelerator(cpu=True))
     x_start = torch.zeros(2, 1, 8, 8)
 
-    def lost(x, t, class_labels=None, return_dict=False):
-        return (x * float("nan"),)
+    class Lost(torch.nn.Module):
+        def forward(self, x, t, class_labels=None, return_dict=False):
+            return (x * float("nan"),)
 
-    measured = held_out_bits_per_dim(config, accelerator, lost, VPSDEScheduler(levels=17), x_start, None)
+    measured = held_out_bits_per_dim(config, signals, Lost(), VPSDEScheduler(levels=17), x_start, None)
     assert math.isnan(measured["bits_per_dim"])
     assert "held-out bits/dim is left out: the ODE has a state that is not finite" in capsys.readouterr().err
 

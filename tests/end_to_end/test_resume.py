@@ -47,10 +47,16 @@ def finish(process):
     assert process.returncode == 0, errors[-3000:]
 
 
+def is_there(path):
+    """Also as a temporary name, or as the checkpoint that it becomes."""
+    return (
+        path.exists() or any(path.parent.glob(f"{path.name}.*.tmp")) or path.with_name(path.name.lstrip(".")).exists()
+    )
+
+
 def end_when(process, path, number=signal.SIGKILL):
-    """Ends the run and all its processes when path is there, or the checkpoint that it becomes."""
-    whole = path.with_name(path.name.lstrip("."))
-    while not (path.exists() or whole.exists()):
+    """Ends the run and all its processes when path is there; returns what it told."""
+    while not is_there(path):
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.0005)
     if number == signal.SIGKILL:
@@ -67,6 +73,7 @@ def end_when(process, path, number=signal.SIGKILL):
             re.search(rf"stopped by signal {number} after step (\d+); the same command goes on from there", errors)[1]
         )
         assert (path.parents[0] / f"{step:07d}").is_dir() or (path.parents[0] / f"checkpoints/{step:07d}").is_dir()
+    return errors
 
 
 def results(folder, step=24):
@@ -145,6 +152,108 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     )
     left = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert left[-2:] == ["0000020", "0000024"] and len(left) <= 2 + ("--eval_every" in extra)  # and the best
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_a_signal_to_the_group_of_processes(tmp_path, number):
+    """Also to those that read images, as a batch system sends it; and one of them that was killed before."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    process = start(tmp_path, "--num_workers", "2", "--steps", "100000", "--log_every", "1")
+    signal.signal(signal.SIGHUP, before)
+    while not is_there(tmp_path / "checkpoints/0000004"):
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.01)
+    worker = psutil.Process(process.pid).children()[0]
+    worker.kill()
+    for line in process.stderr:
+        if "was killed" in line:
+            break
+    assert line == (
+        f"the process that reads images, {worker.pid}, was killed, most likely for want of memory (fewer num_workers need "
+        "less); all are started again\n"
+    )
+    start_of_end = time.monotonic()
+    lines = end_when(process, tmp_path / "checkpoints/0000004", number).splitlines()
+    assert process.returncode == 128 + number and time.monotonic() - start_of_end < 30
+    name = signal.Signals(number).name
+    assert f"{name}: stopping after this step; again ends at once" in lines
+    assert not any("Traceback" in line for line in lines) and lines[-1].startswith("train.py: stopped by signal")
+
+
+@pytest.mark.slow
+def test_a_killed_reader_changes_nothing(tmp_path):
+    extra = [
+        "--num_workers",
+        "2",
+        "--batch_size",
+        "16",
+        "--steps",
+        "300",
+        "--sample_every",
+        "0",
+        "--checkpoint_every",
+        "100",
+    ]
+    finish(start(tmp_path / "alone", *extra))
+    process = start(tmp_path / "killed", *extra)
+    while not is_there(tmp_path / "killed/checkpoints/0000100"):
+        time.sleep(0.001)
+    psutil.Process(process.pid).children()[-1].kill()
+    finish(process)
+    one, other = (results(tmp_path / name, 300) for name in ("alone", "killed"))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused, all its processes too; after a kill the run resumes at once, though its readers still live."""
+    extra = ["--num_workers", "2", "--steps", "100000"]
+    first = start(tmp_path, *extra)
+    while not is_there(tmp_path / "checkpoints/0000004"):
+        assert first.poll() is None, first.stderr.read()[-3000:]
+        time.sleep(0.01)
+    for processes in (1, 2):
+        second = start(tmp_path, *extra, processes=processes)
+        _, errors = second.communicate()
+        assert second.returncode != 0
+        assert errors.count(f"train.py: output_dir='{tmp_path}' is in use by process {first.pid} on ") == processes
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    assert (tmp_path / ".lock").exists()
+    step = int(max(path.name for path in (tmp_path / "checkpoints").glob("0*")))
+    errors = end_when(start(tmp_path, *extra), tmp_path / f"checkpoints/{step + 4:07d}", signal.SIGTERM)
+    assert f"resumed from step {step:,} (" in errors and not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_interrupted_while_it_measures(tmp_path):
+    """All leave the measurement, save a checkpoint, and measure again when resumed."""
+    extra = [
+        "--batch_size",
+        "32",
+        "--eval_every",
+        "6",
+        "--eval_images",
+        "64",
+        "--eval_evaluations",
+        "8",
+        "--sample_every",
+        "0",
+    ]
+    extra += ["--steps", "12", "--scheduler.num_train_timesteps", "400", "--timesteps", "uniform"]
+    finish(start(tmp_path / "alone", *extra, processes=2))
+    process = start(tmp_path / "stopped", *extra, processes=2)
+    for line in process.stderr:
+        if line == "step 6: measuring 64 held-out images\n":
+            break
+    other = next(each for each in psutil.Process(process.pid).children() if each.environ()["RANK"] == "1")
+    other.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert "stopped by signal 15 after step 6; the same command goes on from there" in errors
+    finish(start(tmp_path / "stopped", *extra, processes=2))
+    one, other = (results(tmp_path / name, 12) for name in ("alone", "stopped"))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.slow

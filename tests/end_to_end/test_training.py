@@ -143,14 +143,20 @@ def test_tensorboard(tmp_path):
 
 def test_the_quarters_of_the_loss_are_of_it(tmp_path):
     """And of the learned weights of an importance sampler only the loss itself."""
+    from output import OutputFolder
     from watch import Log
 
-    log = Log(TrainConfig(batch_size=4, steps=9, log_every=2), tmp_path, Accelerator(cpu=True), 1000)
-    x_start = torch.zeros(4, 1, 2, 2)
-    log.add(x_start, torch.tensor([0, 249, 250, 999]), torch.tensor([1.0, 3, 5, 7]), torch.tensor([1.0, 1, 2, 1]))
-    log.add(x_start, torch.tensor([600, 700, 800, 20]), torch.tensor([1.0, math.inf, math.nan, 2]), torch.ones(4))
-    assert not log.step(1, torch.tensor(1.0), steps_skipped=0)
-    assert log.step(2, torch.tensor(1.0), steps_skipped=0)
+    accelerator, config = (
+        Accelerator(cpu=True),
+        TrainConfig(batch_size=4, steps=9, log_every=2, output_dir=str(tmp_path)),
+    )
+    with OutputFolder(config, accelerator, "pipeline") as folder:
+        log = Log(config, folder, accelerator, 1000)
+        x_start = torch.zeros(4, 1, 2, 2)
+        log.add(x_start, torch.tensor([0, 249, 250, 999]), torch.tensor([1.0, 3, 5, 7]), torch.tensor([1.0, 1, 2, 1]))
+        log.add(x_start, torch.tensor([600, 700, 800, 20]), torch.tensor([1.0, math.inf, math.nan, 2]), torch.ones(4))
+        assert not log.step(1, torch.tensor(1.0), steps_skipped=0)
+        assert log.step(2, torch.tensor(1.0), steps_skipped=0)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["loss"] == pytest.approx((1 + 3 + 10 + 7 + 1 + 2) / 6)
     assert [row[f"loss_t_quarter_{i}"] for i in range(1, 5)] == pytest.approx([2, 5, 1, 7])

@@ -1,0 +1,48 @@
+"""Digests of the files of a checkpoint, so that a bit that has changed on the disk is found before anything is loaded."""
+
+import hashlib
+import json
+from pathlib import Path
+
+DIGESTS = "digests.json"  # file name -> SHA-256 in hexadecimal
+
+
+def write_digests(folder: Path) -> None:
+    """Writes the digests of all files of a folder into it. To be called last, before the folder gets its name."""
+    digests = {name: _digest(path) for name, path in _files(folder).items()}
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+
+
+def check_digests(folder: Path, name: str | None = None) -> None:
+    """Compares the files of a folder, or only the one of this name, with the digests that were written with them.
+
+    Files whose names begin with a dot are passed over: file managers and network file systems put them there.
+
+    Raises:
+        ValueError: a file has changed, is missing, or was not there; or the digests cannot be read. It names the file.
+    """
+    try:
+        expected, found = json.loads((folder / DIGESTS).read_text(encoding="utf-8")), _files(folder)
+        names = {name} if name else {*expected, *found}
+    except (OSError, ValueError, TypeError, RecursionError):
+        names = None
+    if names is None or not isinstance(expected, dict):
+        raise ValueError(f"{DIGESTS} cannot be read")
+    for each in sorted(names):
+        if each not in found:
+            raise ValueError(f"{each} is missing")
+        if each not in expected:
+            raise ValueError(f"{each} is not a part of it")
+        if _digest(found[each]) != expected[each]:
+            raise ValueError(f"{each} is damaged")
+
+
+def _files(folder):
+    """name -> path"""
+    paths = (path for path in folder.iterdir() if path.name != DIGESTS and path.name[0] != "." and path.is_file())
+    return {path.name: path for path in paths}
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
