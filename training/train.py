@@ -37,7 +37,7 @@ import torch
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints, put
 from diffusers.training_utils import EMAModel
-from inputs import Position, batches, open_data, open_images, open_loader, open_some
+from inputs import Position, batches, check_pixels, open_data, open_images, open_loader, open_some
 from launch import (
     channels_last,
     check_keys,
@@ -59,6 +59,7 @@ from stops import FiniteSteps, Signals, Stopped, going_on
 from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
 
 from ddpm_hf import ContinuousTimes, DDPMUNet, DiffusionObjective, ScoreObjective
+from ddpm_hf.arguments import shown
 from ddpm_hf.data import BUILT_IN, pixels_to_batch
 from ddpm_hf.flow import check_network, dequantized
 from ddpm_hf.hub import write_model_card
@@ -80,7 +81,11 @@ def build(config: TrainConfig) -> tuple:
         scheduler = open_scheduler(config)
         steps = config.sample_steps or scheduler.config.num_train_timesteps
         if config.sample_steps is not None or config.sample_every:
-            type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+            try:
+                type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+            except ValueError as error:
+                raise ConfigError(str(error).replace("num_inference_steps", "sample_steps")) from None
+    check_pixels(config)
     check_trackers(config.trackers)
     check_matplotlib("train")
     sde = getattr(scheduler, "sde", None)  # in continuous time
@@ -100,7 +105,7 @@ def build(config: TrainConfig) -> tuple:
             times = ContinuousTimes(sde, config.timesteps == "importance")
         return unet, scheduler, ScoreObjective(sde, config.weighting or "variance"), times
     if config.timesteps not in TIMESTEPS:
-        raise ConfigError(f"timesteps={config.timesteps!r} is not known{nearest(config.timesteps, TIMESTEPS)}")
+        raise ConfigError(f"timesteps={shown(config.timesteps)} is not known{nearest(config.timesteps, TIMESTEPS)}")
     objective = DiffusionObjective(scheduler, config.loss, config.vlb_weight, config.weighting)
     return unet, scheduler, objective, TIMESTEPS[config.timesteps](scheduler)
 

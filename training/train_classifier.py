@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints, put
-from inputs import Position, batches, open_data, open_images, open_loader, open_some
+from inputs import Position, batches, check_pixels, open_data, open_images, open_loader, open_some
 from launch import (
     channels_last,
     check_keys,
@@ -64,6 +64,7 @@ def build(config: ClassifierConfig) -> tuple:
     check_trackers(config.trackers)
     check_matplotlib("train")
     scheduler = open_scheduler(config)
+    check_pixels(config)
     classifier = NoisyClassifier(
         sample_size=image_size(config),
         in_channels=config.channels,

@@ -1,11 +1,11 @@
 """Image generation with a DDPM, as a diffusers pipeline that saves to one folder every diffusers user can open."""
 
 import copy
+import importlib
 import inspect
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from numbers import Real
 from pathlib import Path
@@ -697,7 +697,7 @@ def self_contained_source(module: str) -> str:
     sources = {}
 
     def add(name):
-        text = inspect.getsource(sys.modules[name]).strip()
+        text = inspect.getsource(importlib.import_module(name)).strip()
         for part in re.findall(r"^from \.(\w+) import", text, flags=re.MULTILINE):
             needed = f"{name.rpartition('.')[0]}.{part}"
             if needed not in sources:
