@@ -37,8 +37,11 @@ def pixels_by(config: RunConfig):
 
 def check_pixels(config: RunConfig) -> None:
     """Raises ValueError for a background or a crop that is none, and for grey levels that the data does not have."""
-    check_levels(config.data, levels_of(config))
     pixels_by(config)
+    try:
+        check_levels(config.data, levels_of(config))
+    except ValueError as error:
+        raise ConfigError(f"scheduler.{error}") from None
 
 
 def open_images(config: RunConfig) -> tuple:

@@ -53,16 +53,16 @@ def check_argument(name: str, value, annotation, allowed: str | tuple | None = N
         ValueError: a value of another type, or not allowed; one line with name, value and what is allowed.
     """
     try:
-        value = _reader(annotation)(value)
+        result = _reader(annotation)(value)
         if isinstance(allowed, tuple):
-            fits = value in allowed
+            fits = result in allowed
         else:
-            fits = _within(value, *_bounds(allowed or "(-inf, inf)"))
+            fits = _within(result, *_bounds(allowed or "(-inf, inf)"))
     except TypeError:
         fits = False
     if not fits:
         raise ValueError(f"{name}={shown(value)} {_described(annotation, allowed)}")
-    return value
+    return result
 
 
 def checked(**allowed: str | tuple) -> Callable:

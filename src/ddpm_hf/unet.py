@@ -70,7 +70,7 @@ NETWORK_RANGES = CHOICES | {
     "num_train_timesteps": "[1, 100000]",
 }
 MOST_LEVELS = 16
-MOST_PARAMETERS = 10**10
+MOST_PARAMETERS = 2 * 10**10  # by an upper bound, see _most_parameters
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -824,7 +824,7 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
     The weights of a new network are drawn as in the paper's code, see `reset_parameters`.
 
     Limits, so that a config from elsewhere cannot ask for all memory: sides and channels of at most 65,536, 16 levels of 64
-    blocks, 10 billion parameters.
+    blocks, 20 billion parameters by an upper bound that is two to three times their number.
 
     Raises:
         ValueError: for a config that is not supported; one line that names the key, the value and what is.
@@ -1050,7 +1050,7 @@ def _names(block_types):
 
 
 def _most_parameters(config):
-    """No network of this config has more parameters; most have more than a third as many."""
+    """An upper bound of the number of parameters: a network of this config has a quarter to a half as many."""
     channels, layers = config["block_out_channels"], config["layers_per_block"]
     widest, embedding = max(channels), config["time_embedding_dim"] or 4 * channels[0]
     # a level's blocks on both ways, those that resample, and the middle's; an input beside its skip connection is the widest
