@@ -434,7 +434,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         config_dict = dict(config_dict)
-        for key, value in check_argument("_ddpm_hf", config_dict.pop("_ddpm_hf", {}), dict).items():
+        for key, value in check_argument("_ddpm_hf", config_dict.pop("_ddpm_hf", None) or {}, dict).items():
             replaced = STOCK_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
             # not where another class's user has chosen something else since
             if replaced is None or config_dict.get(key) == replaced:

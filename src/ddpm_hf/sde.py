@@ -505,7 +505,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     def extract_init_dict(cls, config_dict, **kwargs):
         """diffusers' hook of `from_config`: a DDPM's linear schedule in terms of the process."""
         config_dict = dict(config_dict)
-        own_keys = check_argument("_ddpm_hf", config_dict.get("_ddpm_hf", {}), dict)
+        own_keys = check_argument("_ddpm_hf", config_dict.get("_ddpm_hf") or {}, dict)
         if "levels" in own_keys:
             config_dict.setdefault("levels", own_keys["levels"])
         variance_exploding = cls.__name__ == "VESDEScheduler"
