@@ -226,7 +226,7 @@ def test_scaling_takes_in_the_whole_area():
     assert whole[0] < 10 and whole[-1] > 240
     with pytest.raises(ValueError, match="crop='middle' must be one of center, none"):
         image_to_pixels((4, 4), crop="middle")
-    with pytest.raises(ValueError, match="unknown color"):
+    with pytest.raises(ValueError, match="background=.whit. is not a color; give a name or #rrggbb"):
         image_to_pixels((4, 4), background="whit")
 
 

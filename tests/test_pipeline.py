@@ -268,6 +268,16 @@ def test_the_published_source_imports_nothing_of_the_package(module):
     assert len(names) == len(set(names))  # of different modules, now in one
 
 
+def test_names_of_published_modules_do_not_collide():
+    """They become one module: a name of two would stand for the last."""
+    tree = ast.parse(self_contained_source("ddpm_hf.super_resolution"))
+    names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    for node in tree.body:
+        names += [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice <= {"logger"} and {"checked", "DDPMUNet", "VPSDEScheduler", "DDPMImagePipeline"} <= set(names)
+
+
 def test_a_swapped_scheduler_is_saved_as_it_is(make_pipeline, tmp_path):
     pipeline = make_pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)

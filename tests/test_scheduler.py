@@ -144,7 +144,10 @@ def test_zero_terminal_snr(name):
         ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
         ({"num_train_timesteps": 2, "trained_betas": [0.1, 0.0]}, "0.0 at t=1"),
         ({"num_train_timesteps": 2, "trained_betas": [0.1, -0.5]}, "-0.5 at t=1"),
-        ({"num_train_timesteps": 2, "trained_betas": [math.nan, 0.5]}, "nan at t=0"),
+        (
+            {"num_train_timesteps": 2, "trained_betas": [math.nan, 0.5]},
+            "trained_betas=.nan, 0.5. must be a list of numbers",
+        ),
     ],
 )
 def test_refused_config(config, named):

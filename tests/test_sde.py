@@ -268,7 +268,7 @@ def test_configs_of_other_schedulers():
         VPSDEScheduler.from_config(VESDEScheduler().config)
     with pytest.raises(ValueError, match="^VESDEScheduler has no process of a config with beta_min"):
         VESDEScheduler.from_config(VPSDEScheduler().config)
-    with pytest.raises(ValueError, match="^alphas_cumprod must fall and stay above 0"):
+    with pytest.raises(ValueError, match="^trained_betas=.*: alphas_cumprod must fall and stay above 0"):
         VPSDEScheduler.from_config(DDPMScheduler(rescale_betas_zero_snr=True).config)
     found = VPSDEScheduler.from_config({"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02})
     assert (found.config.beta_min, found.config.beta_max) == (pytest.approx(0.1), pytest.approx(20.0))
@@ -351,22 +351,23 @@ def test_sampling_may_end_anywhere():
 @pytest.mark.parametrize(
     "kind, arguments, message",
     [
-        (VPSDEScheduler, {"beta_min": 0.0}, "beta_min=0.0, beta_max=20.0: must be 0 < beta_min <= beta_max"),
+        (VPSDEScheduler, {"beta_min": 0.0}, "beta_min=0.0 must be a number in (0, 150]"),
+        (VPSDEScheduler, {"beta_min": 30.0}, "beta_min=30.0, beta_max=20.0: must be 0 < beta_min <= beta_max"),
         (VESDEScheduler, {"sigma_max": 0.001}, "sigma_min=0.01, sigma_max=0.001: must be"),
         (VESDEScheduler, {"predictor": "heun"}, "predictor='heun' is not known; choose one of reverse_diffusion,"),
         (VESDEScheduler, {"corrector": "mala"}, "corrector='mala' is not known"),
-        (VESDEScheduler, {"correct_steps": -1}, "correct_steps=-1 must be an integer, 0 or more"),
-        (VESDEScheduler, {"snr": 0.0}, "snr=0.0 must be above 0"),
-        (VESDEScheduler, {"snr": float("nan")}, "snr=nan must be above 0"),
-        (VPSDEScheduler, {"sampling_eps": 0.0}, "sampling_eps=0.0 must be above 0 and below 1"),
+        (VESDEScheduler, {"correct_steps": -1}, "correct_steps=-1 must be an integer in [0, 10000]"),
+        (VESDEScheduler, {"snr": 0.0}, "snr=0.0 must be a number in (0, 100]"),
+        (VESDEScheduler, {"snr": float("nan")}, "snr=nan must be a number in (0, 100]"),
+        (VPSDEScheduler, {"sampling_eps": 0.0}, "sampling_eps=0.0 must be a number in (0, 1)"),
         (
             VESDEScheduler,
             {"predictor": "none", "correct_steps": 0},
             "predictor='none' with correct_steps=0 does nothing",
         ),
-        (VPSDEScheduler, {"trained_betas": []}, "trained_betas=[]: give betas to VPSDEScheduler alone, one at least"),
+        (VPSDEScheduler, {"trained_betas": []}, "trained_betas=[]: give betas to VPSDEScheduler alone, 1 to 100,000"),
         (SubVPSDEScheduler, {"trained_betas": [0.1]}, "trained_betas=[0.1]: give betas to VPSDEScheduler alone"),
-        (VPSDEScheduler, {"num_train_timesteps": 0}, "N=0 must be an integer, 1 or more"),
+        (VPSDEScheduler, {"num_train_timesteps": 0}, "num_train_timesteps=0 must be an integer in [1, 100000]"),
         (VPSDEScheduler, {"prediction_type": "previous"}, "prediction_type='previous' is not known"),
     ],
 )

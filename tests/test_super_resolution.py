@@ -172,10 +172,10 @@ def test_mistakes(make_upsampler, make_pipeline):
     with pytest.raises(ValueError, match="the network takes 3 channels and gives 1; with .*=0.0 it must take"):
         DDPMSuperResolutionPipeline(pipeline.unet, pipeline.scheduler, low_resolution=8)
     for noise in -0.1, 1.0, "a":
-        with pytest.raises(ValueError, match="conditioning_noise=.* must be a number, 0 to below 1"):
+        with pytest.raises(ValueError, match=r"conditioning_noise=.* must be a number in \[0, 1\)"):
             DDPMSuperResolutionPipeline(pipeline.unet, pipeline.scheduler, None, 8, noise)
-    for low in [8], "8", None, 8.5, -3:
-        with pytest.raises((ValueError, TypeError), match="low_resolution|not iterable"):
+    for low in [8], "8", None, 8.5, -3, [8, 0], [8, 8, 8]:
+        with pytest.raises(ValueError, match="low_resolution"):
             DDPMSuperResolutionPipeline(pipeline.unet, pipeline.scheduler, None, low, 0.5)
     for wrong in np.zeros((2, 8, 8, 1), np.uint8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [], "a", None:
         with pytest.raises(ValueError, match="images"):

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import random
+import time
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
-from ddpm_hf.unet import CHOICES, DOWN_BLOCKS, UP_BLOCKS, ActivatedNorm, DDPMUNet, FourierEmbedding
+from ddpm_hf.unet import (
+    CHOICES,
+    DOWN_BLOCKS,
+    UP_BLOCKS,
+    ActivatedNorm,
+    DDPMUNet,
+    FourierEmbedding,
+    _most_parameters,
+)
 
 # google/ddpm-cifar10-32, and the one network of ddpm-celebahq-256, ddpm-church-256, ddpm-bedroom-256 and ddpm-cat-256
 CIFAR10 = {
@@ -645,16 +654,16 @@ WRONG_CONFIGS = [({key: "nonsense"}, (f"{key}='nonsense'", *map(str, choices))) 
         ("mid_block_type='UNetMidBlock2DCrossAttn'", "UNetMidBlock2D, None"),
     ),
     ({"resnet_time_scale_shift": "spatial"}, ("resnet_time_scale_shift='spatial'", "default, scale_shift")),
-    ({"act_fn": None}, ("act_fn=None", *CHOICES["act_fn"])),
+    ({"act_fn": None}, ("act_fn=None", "a string")),
     ({"downsample_padding": 2}, ("downsample_padding=2", "0, 1")),
     ({"time_embedding_type": "learned"}, ("num_train_timesteps", "None", "learned")),
     ({"freq_shift": 8}, ("freq_shift=8", "below", "8")),
     ({"norm_num_groups": 5}, ("norm_num_groups=5", "(16, 32)")),
-    ({"norm_num_groups": 0}, ("norm_num_groups=0", "(16, 32)")),
+    ({"norm_num_groups": 0}, ("norm_num_groups=0", "an integer in [1, 65536]")),
     ({"norm_num_groups": None}, ("norm_num_groups=None", "(16, 32)")),
     ({"attn_norm_num_groups": 5}, ("attn_norm_num_groups=5", "32")),
-    ({"attn_norm_num_groups": 0}, ("attn_norm_num_groups=0", "32")),
-    ({"attention_head_dim": 0}, ("attention_head_dim=0", "1 to 32")),
+    ({"attn_norm_num_groups": 0}, ("attn_norm_num_groups=0", "an integer in [1, 65536]")),
+    ({"attention_head_dim": 0}, ("attention_head_dim=0", "an integer in [1, 65536]")),
     ({"attention_head_dim": 33}, ("attention_head_dim=33", "1 to 32")),
     (PLAIN | {"attention_head_dim": 33}, ("attention_head_dim=33", "1 to 32")),
     (ATTENTION | {"attention_head_dim": 17}, ("attention_head_dim=17", "1 to 16")),
@@ -689,6 +698,44 @@ def test_unsupported_config(overrides, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"block_out_channels": (10**9, 10**9)}, ("1000000000, 1000000000", "[1, 65536]")),
+        ({"block_out_channels": (65536, 65536)}, ("65536, 65536", "parameters", "limit")),
+        ({"block_out_channels": (32,) * 10**5}, ("block_out_channels has 100000 entries", "16")),
+        ({"layers_per_block": 10**6}, ("layers_per_block=1000000", "[1, 64]")),
+        ({"num_class_embeds": 10**12}, ("num_class_embeds=1000000000000", "[1, 100000000]")),
+        (
+            {"num_class_embeds": 10**8, "time_embedding_dim": 1024},
+            ("num_class_embeds=100000000", "parameters", "limit"),
+        ),
+        ({"sample_size": 10**9}, ("sample_size=1000000000", "[1, 65536]")),
+        ({"num_train_timesteps": 10**9}, ("num_train_timesteps=1000000000", "[1, 100000]")),
+        ({"time_embedding_dim": 10**9}, ("time_embedding_dim=1000000000", "[1, 65536]")),
+        ({"in_channels": 10**400}, ("in_channels=1000", "[1, 65536]")),
+        ({"down_block_types": ("DownBlock2D",) * 10**5}, ("down_block_types has 100000 entries",)),
+        ({"down_block_types": ("x" * 10**5, "DownBlock2D")}, ("down_block_types names 'xxx",)),
+    ],
+    ids=lambda each: str(each)[:40] if isinstance(each, dict) else "",
+)
+def test_absurd_sizes_are_refused_at_once(overrides, words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, **overrides, "_class_name": "UNet2DModel"}))
+    for opened in (lambda: DDPMUNet(**BASE | overrides), lambda: DDPMUNet.from_config(DDPMUNet.load_config(tmp_path))):
+        start = time.process_time()
+        with pytest.raises(ValueError) as error:
+            opened()
+        assert time.process_time() - start < 5  # building a million layers takes minutes
+        assert all(word in str(error.value) for word in words) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_bound_of_the_number_of_parameters(name):
+    with torch.device("meta"):
+        network = DDPMUNet(**BASE | CONFIGS[name])
+    assert 1 < _most_parameters(network.config) / network.num_parameters() < 4
 
 
 @pytest.mark.parametrize("mid", [{"mid_block_type": None}, {"add_attention": False}], ids=str)

@@ -3,15 +3,16 @@
 import contextlib
 import dataclasses
 import difflib
-import math
 import os
 import re
 import types
 import typing
 from pathlib import Path
 
-import yaml
 from digests import DIGESTS, check_digests
+from strict_yaml import dump_yaml, parse_yaml, read_yaml
+
+from ddpm_hf.arguments import check_argument, shown
 
 WORKERS_A_CORE = 16  # the most that can be meant
 PRESETS = Path(__file__).parent / "configs"
@@ -326,10 +327,10 @@ def _read_config(source, kind, seen=()):
     """The values of a preset or file over those of its `base`; the names that the user's files give; the preset, if any."""
     is_preset = not source.endswith((".yaml", ".yml"))
     path = kind.PRESETS / f"{source}.yaml" if is_preset else Path(os.path.expanduser(source))
-    where = f"config {source!r}" if not seen else f"base of {seen[-1]}: {source!r}"
-    if not path.is_file():
+    where = f"config {shown(source)}" if not seen else f"base of {seen[-1]}: {shown(source)}"
+    if not os.path.isfile(path):
         known = sorted(preset.stem for preset in kind.PRESETS.glob("*.yaml"))
-        if Path(source).is_dir():
+        if os.path.isdir(source):
             hint = f"is a folder; its pictures are given by --data {source}"
             if (Path(source) / "config.yaml").is_file():
                 hint = f"is a folder; give {Path(source) / 'config.yaml'}"
@@ -360,9 +361,11 @@ def _read_config(source, kind, seen=()):
 
 def _read_yaml(path):
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = read_yaml(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a YAML file that can be read: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, one a line")
     return values
@@ -373,22 +376,13 @@ def _parse(text, kinds=()):
     if str in kinds:
         return None if text in ("", "~", "null") and types.NoneType in kinds else text
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
+        value = parse_yaml(text)
+    except ValueError:
         value = text
     if isinstance(value, str) and ("," in text or (kinds and all(typing.get_origin(each) is list for each in kinds))):
         entries = [entry.strip() for entry in text.split(",") if entry.strip()]
         return entries if list[str] in kinds else [_parse(entry) for entry in entries]
     return value
-
-
-def _numbers(value):
-    """YAML reads 2e-4 as text; within unet and scheduler it is a number."""
-    if isinstance(value, list):
-        return [_numbers(entry) for entry in value]
-    return (
-        float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value) else value
-    )
 
 
 def sections_of(kind: RunConfig | type[RunConfig]) -> tuple[str, str]:
@@ -398,7 +392,7 @@ def sections_of(kind: RunConfig | type[RunConfig]) -> tuple[str, str]:
 
 def nearest(key, known):
     """The end of an error message about an unknown key."""
-    key, known = str(key), list(known)
+    key, known = str(key)[:60], list(known)
     initials = {"".join(word[:1] for word in name.split("_")): name for name in reversed(known) if "_" in name}
     close = [name for name in (ALIASES.get(key), initials.get(key)) if name in known]
     close += difflib.get_close_matches(key, known, n=1) or [name for name in known if key in name.split("_")]
@@ -411,28 +405,13 @@ def _kinds(expected):
 
 
 def _typed(key, value, expected):
-    """The value in the type of its field; YAML reads 2e-4 as text and 1 as an integer."""
-    for candidate in _kinds(expected):
-        origin = typing.get_origin(candidate) or candidate
-        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except ValueError:
-                continue
-        if origin is list and isinstance(value, (list, tuple)):
-            inner = typing.get_args(candidate)[0]
-            return [_typed(f"{key}[{i}]", entry, inner) for i, entry in enumerate(value)]
-        if origin is dict and isinstance(value, dict):
-            return {str(name): _numbers(entry) for name, entry in value.items()}
-        if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
-            return value
-        if origin is dict and value is None:
-            return {}
-    name = getattr(expected, "__name__", str(expected))
-    raise ConfigError(
-        f"{key}={value!r} must be of type {name if not isinstance(expected, types.UnionType) else expected}"
-        f"{', in quotes' if str in _kinds(expected) else ''}"
-    )
+    """The value in the type of its field."""
+    if expected is dict and value is None:
+        return {}
+    try:
+        return check_argument(key, value, expected, RANGES.get(key))
+    except ValueError as error:
+        raise ConfigError(f"{error}{', in quotes' if str in _kinds(expected) else ''}") from None
 
 
 def check(config: RunConfig) -> None:
@@ -441,25 +420,53 @@ def check(config: RunConfig) -> None:
     (_check_training if isinstance(config, TrainConfig) else _check_classifier)(config)
 
 
+NO_TEXT = re.compile("[\x00\ud800-\udc7f\udd00-\udfff]")  # characters that no file or model card can hold
+HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # "name" or "user/name"
+PATHS = ("data", "eval_data", "init_from", "pipeline", "output_dir", "resume")
+COUNT, MORE_OR_NONE = "[1, 1000000000000]", "[0, 1000000000000]"
+RANGES = {
+    **dict.fromkeys(
+        ("steps", "batch_size", "gradient_accumulation_steps", "shuffle_buffer", "max_steps_skipped"), COUNT
+    ),
+    **dict.fromkeys(("log_every", "keep_checkpoints", "eval_images"), COUNT),
+    **dict.fromkeys(("lr_warmup_steps", "num_workers", "checkpoint_every", "eval_every"), MORE_OR_NONE),
+    **dict.fromkeys(("sample_every", "sample_raw"), MORE_OR_NONE),
+    **dict.fromkeys(("held_out", "max_broken", "adam_betas", "ema_decay"), "[0, 1)"),
+    **dict.fromkeys(("conditioning_noise", "label_dropout"), "[0, 1)"),
+    **dict.fromkeys(("image_size", "low_resolution"), "[1, 65536]"),
+    **dict.fromkeys(("sample_count", "sample_steps"), "[1, 100000]"),
+    "memory_gb": "[0, 1000000]",
+    "crop": ("center", "none"),
+    "channels": "[1, 4]",
+    "learning_rate": "(0, 1e38]",
+    "weight_decay": "[0, 1000]",
+    "max_grad_norm": "(0, inf]",
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "channels_last": ("auto", "true", "false"),
+    "seed": "[0, 4294967295]",
+    "init": ("paper", "torch"),
+    "vlb_weight": "[0, 1000000]",
+    "eval_evaluations": "[8, 1000000000000]",
+    "random_crop": "(0, 1]",
+}
+
+
 def _check_run(config):
-    for key in (
-        "steps",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "log_every",
-        "channels",
-        "keep_checkpoints",
-        "shuffle_buffer",
-        "max_steps_skipped",
-        "eval_images",
-    ):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"{key}={getattr(config, key)} must be 1 or more")
-    for key in ("checkpoint_every", "eval_every", "num_workers", "lr_warmup_steps"):
-        if getattr(config, key) < 0:
-            raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
-    if not 0 <= config.held_out < 1:
-        raise ConfigError(f"held_out={config.held_out} must be 0 to below 1")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        try:
+            check_argument(field.name, value, field.type, RANGES.get(field.name))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if isinstance(value, str) and (len(value) > 2000 or NO_TEXT.search(value)):
+            raise ConfigError(
+                f"{field.name}={shown(value)} must be text of at most 2,000 characters that can be written"
+            )
+    for key in PATHS:
+        if any(len(part.encode(errors="surrogateescape")) > 255 for part in Path(getattr(config, key, "") or "").parts):
+            raise ConfigError(
+                f"{key}={shown(getattr(config, key))}: file names have at most 255 bytes; take a shorter one"
+            )
     if config.held_out and config.streaming:
         raise ConfigError(
             f"held_out={config.held_out} is not for streams; name held-out images by eval_split or eval_data"
@@ -473,28 +480,12 @@ def _check_run(config):
             f"num_workers={config.num_workers} is more than {WORKERS_A_CORE} for each of {os.cpu_count()} cores, which ends in "
             "a machine that answers no more; take as many as there are cores, or fewer"
         )
-    if not 0 < config.learning_rate < math.inf or not config.max_grad_norm > 0:
-        raise ConfigError(
-            f"learning_rate={config.learning_rate} and max_grad_norm={config.max_grad_norm} must be above 0"
-        )
-    if not 0 <= config.weight_decay < math.inf:
-        raise ConfigError(f"weight_decay={config.weight_decay} must be 0 or more")
-    if not 0 <= config.max_broken < 1 or not 0 <= config.memory_gb < math.inf:
-        raise ConfigError(
-            f"max_broken={config.max_broken} must be 0 to below 1, memory_gb={config.memory_gb} 0 or more"
-        )
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"seed={config.seed} must be 0 to 2**32 - 1")
     if not config.data:
         raise ConfigError("data is empty; name a data set")
     if not config.output_dir:
         raise ConfigError("output_dir is empty; name a folder")
-    if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
-        raise ConfigError(f"adam_betas={config.adam_betas} must be two numbers of 0 to below 1, as [0.9, 0.999]")
-    if config.channels_last not in ("auto", "true", "false"):
-        raise ConfigError(f"channels_last={config.channels_last!r} must be auto, true or false")
-    if config.mixed_precision not in ("no", "bf16", "fp16"):
-        raise ConfigError(f"mixed_precision={config.mixed_precision!r} must be no, bf16 or fp16")
+    if len(config.adam_betas) != 2:
+        raise ConfigError(f"adam_betas={shown(config.adam_betas)} must be two numbers, as [0.9, 0.999]")
     if config.channels not in (1, 3, 4):
         raise ConfigError(f"channels={config.channels} must be 1 (grey), 3 (RGB) or 4 (RGBA)")
     for name in config.DERIVED:
@@ -502,48 +493,39 @@ def _check_run(config):
             raise ConfigError(f"{config.NETWORK}.{name} follows from the other keys of the run; leave it out")
     size = image_size(config)
     if len(size) != 2:
-        raise ConfigError(f"image_size={config.image_size} must be one number or [height, width]")
-    # a Hub id is "name" or "user/name"; everything else that is not there is a path that is not there
-    is_path = config.data.startswith((".", "/", "~")) or config.data.count("/") > 1 or config.data.endswith(".parquet")
-    if is_path and not os.path.exists(config.data):
-        raise ConfigError(f"data={config.data!r} does not exist")
+        raise ConfigError(f"image_size={shown(config.image_size)} must be one number or [height, width]")
+    # everything that is no Hub id and is not there is a path that is not there
+    is_path = not HUB_ID.fullmatch(config.data) or config.data.endswith(".parquet")
+    if (is_path or config.data.startswith(".")) and not os.path.exists(config.data):
+        raise ConfigError(f"data={shown(config.data)} does not exist")
     output = Path(config.output_dir).absolute()
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"output_dir={config.output_dir!r} is a file")
+        raise ConfigError(f"output_dir={shown(config.output_dir)} is a file")
     there = next(path for path in (output, *output.parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise ConfigError(f"output_dir={config.output_dir!r}: {there} may not be written to; name another")
+        raise ConfigError(f"output_dir={shown(config.output_dir)}: {there} may not be written to; name another")
 
 
 def _check_training(config):
-    if config.sample_count < 1:
-        raise ConfigError(f"sample_count={config.sample_count} must be 1 or more")
-    for key in ("sample_every", "sample_raw"):
-        if getattr(config, key) < 0:
-            raise ConfigError(f"{key}={getattr(config, key)} must be 0 or more")
-    if config.eval_evaluations < 8:
-        raise ConfigError(f"eval_evaluations={config.eval_evaluations} must be 8 or more")
-    if config.sample_steps is not None and config.sample_steps < 1:
-        raise ConfigError(f"sample_steps={config.sample_steps} must be 1 or more, or null for all timesteps")
-    if not 0 <= config.ema_decay < 1:
-        raise ConfigError(f"ema_decay={config.ema_decay} must be 0 to below 1")
-    if not 0 <= config.label_dropout < 1:
-        raise ConfigError(f"label_dropout={config.label_dropout} must be 0 to below 1")
     low = sides(config.low_resolution or 0)
     if (
         config.resolved
         and config.low_resolution is not None
-        and not (len(low) == 2 and all(0 < small < side for small, side in zip(low, image_size(config))))
+        and not (len(low) == 2 and all(small < side for small, side in zip(low, image_size(config))))
     ):
-        raise ConfigError(f"low_resolution={config.low_resolution} must be smaller than image_size={config.image_size}")
-    if not 0 <= config.conditioning_noise < 1 or (config.conditioning_noise and not config.low_resolution):
         raise ConfigError(
-            f"conditioning_noise={config.conditioning_noise} must be 0 to below 1, and is for networks with low_resolution"
+            f"low_resolution={shown(config.low_resolution)} must be smaller than image_size={config.image_size}"
+        )
+    if config.conditioning_noise and not config.low_resolution:
+        raise ConfigError(
+            f"conditioning_noise={config.conditioning_noise} is for networks with low_resolution; leave it out"
         )
     if config.low_resolution and config.eval_every:
         raise ConfigError("eval_every measures networks that begin with noise alone; leave it out with low_resolution")
     if config.resolved and config.process != "ddpm":
         _check_continuous(config)
+    if config.push_to_hub is not None and not HUB_ID.fullmatch(config.push_to_hub):
+        raise ConfigError(f"push_to_hub={shown(config.push_to_hub)} must be user/name, as on the Hub")
     if config.resolved and config.label_dropout and config.label_column is None:
         raise ConfigError(f"label_dropout={config.label_dropout} needs labels; name their label_column")
     if config.resolved:
@@ -553,7 +535,7 @@ def _check_training(config):
 def _check_continuous(config):
     processes = ("ddpm", "vp", "subvp", "ve")
     if config.process not in processes:
-        raise ConfigError(f"process={config.process!r} is not known{nearest(config.process, processes)}")
+        raise ConfigError(f"process={shown(config.process)} is not known{nearest(config.process, processes)}")
     for key, known in (
         ("loss", ("simple",)),
         ("weighting", (None, "likelihood")),
@@ -562,14 +544,15 @@ def _check_continuous(config):
         if getattr(config, key) not in known:
             listed = ", ".join("null" if each is None else each for each in known)
             raise ConfigError(
-                f"{key}={getattr(config, key)!r} is of discrete timesteps; with process={config.process} take {listed}"
+                f"{key}={shown(getattr(config, key))} is of discrete timesteps; with process={config.process} take {listed}"
             )
     if config.low_resolution:
         raise ConfigError(f"low_resolution is of process=ddpm, not of {config.process}")
     prediction = config.scheduler.get("prediction_type", "score")
     if config.process == "ve" and prediction != "score":
         raise ConfigError(
-            f"scheduler.prediction_type={prediction!r}: networks that are told sigma divide by it, as scores want; leave it out"
+            f"scheduler.prediction_type={shown(prediction)}: networks that are told sigma divide by it, as scores want; leave "
+            "it out"
         )
     if not config.scheduler.get("centered", True):
         raise ConfigError(
@@ -578,8 +561,6 @@ def _check_continuous(config):
 
 
 def _check_classifier(config):
-    if not 0 < config.random_crop <= 1:
-        raise ConfigError(f"random_crop={config.random_crop} must be above 0, up to 1")
     if config.label_column is None or (config.resolved and not isinstance(config.classes, int)):
         raise ConfigError("a classifier needs label_column, and classifier.num_classes: how many labels there are")
     _check_channels("classifier", config.classifier)
@@ -587,15 +568,17 @@ def _check_classifier(config):
 
 def _check_channels(part, network):
     channels = network.get("block_out_channels", (224, 448, 672, 896))
-    if not isinstance(channels, (list, tuple)) or not all(isinstance(c, int) and c > 0 for c in channels):
-        raise ConfigError(f"{part}.block_out_channels={channels!r} must be a list of integers, one for each level")
+    if not isinstance(channels, (list, tuple)) or not 1 <= len(channels) <= 16:
+        raise ConfigError(f"{part}.block_out_channels={shown(channels)} must be a list of integers, one for each level")
     return channels
 
 
 def _check_network(config, size):
     channels = _check_channels("unet", config.unet)
     if not isinstance(config.classes, (int, types.NoneType)):
-        raise ConfigError(f"unet.num_class_embeds={config.classes!r} must be an integer, how many labels there are")
+        raise ConfigError(
+            f"unet.num_class_embeds={shown(config.classes)} must be an integer, how many labels there are"
+        )
     stride = 2 ** (len(channels) - 1)
     if any(side < 1 or side % stride for side in size):
         raise ConfigError(
@@ -604,7 +587,7 @@ def _check_network(config, size):
         )
     if (config.label_column is None) != (config.unet.get("num_class_embeds") is None):
         raise ConfigError(
-            f"label_column={config.label_column} and unet.num_class_embeds={config.unet.get('num_class_embeds')} go "
+            f"label_column={shown(config.label_column)} and unet.num_class_embeds={shown(config.classes)} go "
             "together: give both for a class-conditional network, or neither"
         )
 
@@ -644,14 +627,14 @@ def _find_checkpoint(config):
     path = None if config.resume in ("auto", "never") else Path(os.path.expanduser(config.resume))
     if path and (inside := checkpoints_in(path)):
         raise ConfigError(
-            f"resume={config.resume!r} is the folder of a run; give one of its checkpoints, as {inside[-1]}"
+            f"resume={shown(config.resume)} is the folder of a run; give one of its checkpoints, as {inside[-1]}"
         )
     if path and not any((path / name).is_file() for name in ("run.pt", "config.yaml", "digests.json")):
-        raise ConfigError(f"resume={config.resume!r} is neither auto, never nor a folder .../checkpoints/<step>")
+        raise ConfigError(f"resume={shown(config.resume)} is neither auto, never nor a folder .../checkpoints/<step>")
     if path and path.parent.resolve() == (output / "checkpoints").resolve():
         if not found or path.name != found[-1].name:
             raise ConfigError(
-                f"output_dir={config.output_dir!r} holds something already: newer checkpoints than resume={config.resume!r}; "
+                f"output_dir={shown(config.output_dir)} has newer checkpoints than resume={shown(config.resume)}; "
                 "to resume from an older one give another output_dir"
             )
         path = None  # what auto does
@@ -662,7 +645,7 @@ def _find_checkpoint(config):
     filled = output.is_dir() and any(name[0] != "." for name in os.listdir(output))
     ended = (output / ("pipeline" if isinstance(config, TrainConfig) else "classifier")).exists()
     if filled and (not ours or (not found and ended)):
-        raise ConfigError(f"output_dir={config.output_dir!r} holds something already; choose another")
+        raise ConfigError(f"output_dir={shown(config.output_dir)} holds something already; choose another")
     return found[-1] if found else path
 
 
@@ -737,8 +720,8 @@ def _read_run(folder):
     try:
         if (folder / DIGESTS).exists():
             check_digests(folder, "config.yaml")
-        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        values = read_yaml(folder / "config.yaml")
+    except (OSError, ValueError):
         values = None
     if not isinstance(values, dict):
         raise ConfigError(f"{folder / 'config.yaml'} cannot be read; put it back, or take another output_dir")
@@ -749,7 +732,7 @@ def as_yaml(config: RunConfig) -> str:
     """The whole config as config.yaml holds it."""
     values = dataclasses.asdict(config)
     del values["preset"]
-    return yaml.safe_dump(values, sort_keys=False)
+    return dump_yaml(values)
 
 
 def image_size(config: RunConfig) -> tuple[int, ...]:

@@ -36,6 +36,15 @@ def pixels_by(config: RunConfig):
     return image_to_pixels(image_size(config), config.channels, levels_of(config), config.background, config.crop)
 
 
+def check_pixels(config: RunConfig) -> None:
+    """Raises ValueError for a background or a crop that is none, and for grey levels that the data does not have."""
+    pixels_by(config)
+    try:
+        check_levels(config.data, levels_of(config))
+    except ValueError as error:
+        raise ConfigError(f"scheduler.{error}") from None
+
+
 def open_images(config: RunConfig) -> tuple:
     """The data set that is trained on, as it is, and the names of its labels or None; no image is read.
 

@@ -23,6 +23,7 @@ from stops import Stopped, find_dead_workers_when_reading, tell
 
 from config import ConfigError, RunConfig, nearest
 from ddpm_hf import SubVPSDEScheduler, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler
+from ddpm_hf.arguments import shown
 from ddpm_hf.memory import keep_freed_memory
 from ddpm_hf.push import HubError
 from ddpm_hf.scheduler import VARIANCE_TYPES
@@ -102,11 +103,16 @@ def open_accelerator(config: RunConfig) -> Accelerator:
 
 
 def check_keys(config: RunConfig, part: str, cls: type) -> None:
-    """Raises ConfigError for a key of a section of the config that its class does not take."""
+    """Gives the keys of a section of the config the types that its class takes.
+
+    Raises:
+        ValueError: a key or a value that the class does not take.
+    """
     known = inspect.signature(cls).parameters
     for key in getattr(config, part):
         if key not in known:
-            raise ConfigError(f"unknown key '{part}.{key}'{nearest(key, known)}")
+            raise ConfigError(f"unknown key {shown(f'{part}.{key}')}{nearest(key, known)}")
+    setattr(config, part, cls.__init__.check(getattr(config, part), f"{part}."))
 
 
 def open_scheduler(config: RunConfig) -> VariationalDDPMScheduler | SDEScheduler:
@@ -120,7 +126,7 @@ def open_scheduler(config: RunConfig) -> VariationalDDPMScheduler | SDEScheduler
     variance_type = config.scheduler.get("variance_type", "fixed_small")
     if variance_type not in VARIANCE_TYPES:  # the scheduler itself only warns, as diffusers' does
         raise ConfigError(
-            f"scheduler.variance_type={variance_type!r} is not known{nearest(variance_type, VARIANCE_TYPES)}"
+            f"scheduler.variance_type={shown(variance_type)} is not known{nearest(variance_type, VARIANCE_TYPES)}"
         )
     return kind(**config.scheduler)
 
@@ -129,7 +135,9 @@ def check_schedule(config: RunConfig) -> None:
     """Raises ConfigError for a learning rate's schedule that is not known."""
     schedules = [name.value for name in SchedulerType if name.value != "piecewise_constant"]  # it needs rules
     if config.lr_schedule not in schedules:
-        raise ConfigError(f"lr_schedule={config.lr_schedule!r} is not known{nearest(config.lr_schedule, schedules)}")
+        raise ConfigError(
+            f"lr_schedule={shown(config.lr_schedule)} is not known{nearest(config.lr_schedule, schedules)}"
+        )
 
 
 @contextlib.contextmanager

@@ -35,7 +35,17 @@ import torch
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints
 from diffusers.training_utils import EMAModel
-from inputs import Position, batches, count_images, open_data, open_images, open_loader, open_some, record_data
+from inputs import (
+    Position,
+    batches,
+    check_pixels,
+    count_images,
+    open_data,
+    open_images,
+    open_loader,
+    open_some,
+    record_data,
+)
 from launch import (
     channels_last,
     check_keys,
@@ -60,6 +70,7 @@ from stops import FiniteSteps, Interrupted, Signals, Stopped, going_on
 from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
 
 from ddpm_hf import ContinuousTimes, DDPMUNet, DiffusionObjective, ScoreObjective
+from ddpm_hf.arguments import shown
 from ddpm_hf.atomic import replacing_folder, write_text
 from ddpm_hf.data import BUILT_IN, pixels_to_batch
 from ddpm_hf.flow import check_network, dequantized
@@ -81,7 +92,11 @@ def build(config: TrainConfig) -> tuple:
         scheduler = open_scheduler(config)
         steps = config.sample_steps or scheduler.config.num_train_timesteps
         if config.sample_steps is not None or config.sample_every:
-            type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+            try:
+                type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+            except ValueError as error:
+                raise ConfigError(str(error).replace("num_inference_steps", "sample_steps")) from None
+    check_pixels(config)
     check_trackers(config.trackers)
     check_matplotlib("train")
     sde = getattr(scheduler, "sde", None)  # in continuous time
@@ -101,7 +116,7 @@ def build(config: TrainConfig) -> tuple:
             times = ContinuousTimes(sde, config.timesteps == "importance")
         return unet, scheduler, ScoreObjective(sde, config.weighting or "variance"), times
     if config.timesteps not in TIMESTEPS:
-        raise ConfigError(f"timesteps={config.timesteps!r} is not known{nearest(config.timesteps, TIMESTEPS)}")
+        raise ConfigError(f"timesteps={shown(config.timesteps)} is not known{nearest(config.timesteps, TIMESTEPS)}")
     objective = DiffusionObjective(scheduler, config.loss, config.vlb_weight, config.weighting)
     return unet, scheduler, objective, TIMESTEPS[config.timesteps](scheduler)
 

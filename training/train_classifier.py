@@ -24,7 +24,17 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints
-from inputs import Position, batches, count_images, open_data, open_images, open_loader, open_some, record_data
+from inputs import (
+    Position,
+    batches,
+    check_pixels,
+    count_images,
+    open_data,
+    open_images,
+    open_loader,
+    open_some,
+    record_data,
+)
 from launch import (
     channels_last,
     check_keys,
@@ -65,6 +75,7 @@ def build(config: ClassifierConfig) -> tuple:
     check_trackers(config.trackers)
     check_matplotlib("train")
     scheduler = open_scheduler(config)
+    check_pixels(config)
     classifier = NoisyClassifier(
         sample_size=image_size(config),
         in_channels=config.channels,

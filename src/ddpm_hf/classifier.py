@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .unet import ActivatedNorm, DDPMUNet, Encoder, sides
+from .arguments import checked, shown
+from .unet import MOST_PARAMETERS, NETWORK_RANGES, ActivatedNorm, DDPMUNet, Encoder, sides
 
 POOLS = ("attention", "average")
 
@@ -57,9 +58,11 @@ class NoisyClassifier(Encoder):
         scheduler: config of the process whose x_t it was trained on, for whoever is guided by it to compare with theirs.
 
     Raises:
-        ValueError: for a config that is not supported; one line that names the key, the value and what is.
+        ValueError: for a config that is not supported, or beyond the limits of `DDPMUNet`; one line that names the key, the
+            value and what is.
     """
 
+    @checked(**NETWORK_RANGES, num_classes="[2, 100000000]", pool=POOLS)
     @register_to_config
     def __init__(
         self,
@@ -84,13 +87,9 @@ class NoisyClassifier(Encoder):
         scheduler: dict | None = None,
     ):
         super().__init__()
-        if not isinstance(num_classes, int) or num_classes < 2:
-            raise ValueError(f"num_classes={num_classes!r} must be an integer, 2 or more")
-        if pool not in POOLS:
-            raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(POOLS)}")
         if any("Skip" in name for name in down_block_types):
             raise ValueError(
-                f"down_block_types={down_block_types} has Skip blocks, which are for DDPMUNet; take other blocks"
+                f"down_block_types={shown(down_block_types)} has Skip blocks, which are for DDPMUNet; take other blocks"
             )
         defaults = {name: each.default for name, each in inspect.signature(DDPMUNet.__init__).parameters.items()}
         del defaults["up_block_types"]
@@ -101,7 +100,7 @@ class NoisyClassifier(Encoder):
         height, width = sides(sample_size)
         if height % stride or width % stride:
             raise ValueError(
-                f"sample_size={sample_size} must be a multiple of {stride}: block_out_channels has "
+                f"sample_size={shown(sample_size)} must be a multiple of {stride}: block_out_channels has "
                 f"{len(block_out_channels)} levels, each halving the image"
             )
         self.conv_norm_out = ActivatedNorm(norm_num_groups, channels, norm_eps, F.silu)
@@ -111,7 +110,13 @@ class NoisyClassifier(Encoder):
                 raise ValueError(
                     f"attention_head_dim={head_dim} must divide the last of block_out_channels, {channels}"
                 )
-            self.head = AttentionPool(height * width // stride**2, channels, head_dim, num_classes)
+            positions = height * width // stride**2
+            if positions * channels > MOST_PARAMETERS:
+                raise ValueError(
+                    f"sample_size={shown(sample_size)} gives the pool {positions:,} positions of {channels} channels; take "
+                    "pool='average', more levels or smaller images"
+                )
+            self.head = AttentionPool(positions, channels, head_dim, num_classes)
         else:
             self.head = AveragePool(channels, num_classes)
         self.reset_parameters("torch")

@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps
 from tqdm.auto import tqdm
 
+from .arguments import shown
 from .folders import TABLES, as_stream, check_tars, in_order, load_tables, open_folder
 
 logger = logging.getLogger(__name__)
@@ -181,8 +182,11 @@ def image_to_pixels(
     if channels not in PIL_MODES:
         raise ValueError(f"channels={channels}: images have 1, 3 or 4")
     if crop not in CROPS:
-        raise ValueError(f"crop={crop!r} must be one of {', '.join(CROPS)}")
-    color = (*ImageColor.getrgb(background)[:3], 255)  # raises ValueError
+        raise ValueError(f"crop={shown(crop)} must be one of {', '.join(CROPS)}")
+    try:
+        color = (*ImageColor.getrgb(background)[:3], 255)
+    except ValueError:
+        raise ValueError(f"background={shown(background)} is not a color; give a name or #rrggbb") from None
 
     def to_pixels(image):
         image = _upright(image)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from .arguments import checked
 from .scheduler import VariationalDDPMScheduler
 from .sde import SDE
 
@@ -40,6 +41,7 @@ class DiffusionObjective:
             error of epsilon is one of x_0 up to 4e8 times its square (cosine schedule).
     """
 
+    @checked(loss=LOSSES, vlb_weight="[0, 1000000]", weighting=(None, *WEIGHTINGS))
     def __init__(
         self,
         scheduler: VariationalDDPMScheduler,
@@ -47,12 +49,8 @@ class DiffusionObjective:
         vlb_weight: float = 0.001,
         weighting: str | None = None,
     ):
-        if loss not in LOSSES:
-            raise ValueError(f"loss={loss!r} is not known; choose one of {', '.join(LOSSES)}")
         if loss == "hybrid" and not scheduler.variance_type.startswith("learned"):
             raise ValueError(f"loss='hybrid' trains a learned variance; variance_type is {scheduler.variance_type!r}")
-        if weighting is not None and weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting={weighting!r} is not known; choose one of {', '.join(WEIGHTINGS)}, or None")
         if weighting is not None and loss == "vlb":
             raise ValueError(f"weighting={weighting!r} is of the mean squared error; loss='vlb' has the bound's own")
         if weighting == "truncated_snr" and scheduler.prediction_type not in ("sample", "v_prediction"):
@@ -124,9 +122,8 @@ class ScoreObjective:
         ValueError: unknown weighting.
     """
 
+    @checked(weighting=SCORE_WEIGHTINGS)
     def __init__(self, sde: SDE, weighting: str = "variance"):
-        if weighting not in SCORE_WEIGHTINGS:
-            raise ValueError(f"weighting={weighting!r} is not known; choose one of {', '.join(SCORE_WEIGHTINGS)}")
         self.sde, self.weighting = sde, weighting
 
     end = 1.0  # t of noise alone
@@ -226,19 +223,16 @@ class LossSecondMomentTimesteps:
         uniform_probability: share of the probability that is spread evenly, so that no timestep is forgotten.
 
     Raises:
-        ValueError: history_per_timestep below 1, uniform_probability outside (0, 1].
+        ValueError: history_per_timestep outside [1, 10000], uniform_probability outside (0, 1].
     """
 
+    @checked(history_per_timestep="[1, 10000]", uniform_probability="(0, 1]")
     def __init__(
         self,
         scheduler: VariationalDDPMScheduler,
         history_per_timestep: int = 10,
         uniform_probability: float = 0.001,
     ):
-        if history_per_timestep < 1:
-            raise ValueError(f"history_per_timestep={history_per_timestep} must be 1 or more")
-        if not 0 < uniform_probability <= 1:
-            raise ValueError(f"uniform_probability={uniform_probability} must be above 0, up to 1")
         self.uniform_probability = uniform_probability
         self.chain = torch.tensor(scheduler.chain)
         T = scheduler.config.num_train_timesteps

@@ -2,13 +2,13 @@
 
 import copy
 import functools
+import importlib
 import inspect
 import json
 import math
 import operator
 import os
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from numbers import Integral, Real
@@ -865,7 +865,7 @@ def self_contained_source(module: str) -> str:
     sources = {}
 
     def add(name):
-        text = inspect.getsource(sys.modules[name]).strip()
+        text = inspect.getsource(importlib.import_module(name)).strip()
         for part in re.findall(r"^from \.(\w+) import", text, flags=re.MULTILINE):
             needed = f"{name.rpartition('.')[0]}.{part}"
             if needed not in sources:

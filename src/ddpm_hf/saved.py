@@ -229,7 +229,7 @@ TEXT = Kind("text of 1 to 500 characters", lambda value: isinstance(value, str) 
 WORD = Kind("a word of letters, digits and . _ + -", _matches(r"[\w.+-]{1,100}"))
 COUNT = Kind("an integer, 0 or more", lambda value: type(value) is int and 0 <= value < 2**63)
 INTEGER = Kind("an integer", lambda value: type(value) is int and abs(value) < 2**64)
-NUMBER = Kind("a finite number", lambda value: type(value) in (int, float) and abs(value) < 1e12)
+NUMBER = Kind("a finite number", lambda value: type(value) in (int, float) and abs(value) < 1e39)
 NAMES = Kind(
     "a list of at most 100,000 texts of 500 characters",
     lambda value: (

@@ -20,6 +20,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOut
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from .arguments import check_argument, checked, shown
+
 logger = logging.get_logger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "previous")
@@ -75,6 +77,7 @@ BETA_SCHEDULES = {
 }
 # These reach diffusers' other schedulers, not all of which know the names, as `trained_betas`.
 OWN_SCHEDULES = ("quad", "warmup10", "warmup50", "const", "jsd", "sigmoid", "laplace", "cosine", "linear_scaled_by_T")
+MOST_TIMESTEPS = 100_000
 # What says which process the network was trained for: carried to every other scheduler class, whose defaults differ.
 PROCESS_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
@@ -276,7 +279,8 @@ class _Chain(_Tables):
         elif prediction_type == "v_prediction":
             of_x_t, of_output = np.sqrt(alpha_bar), -np.sqrt(one_minus)
         else:  # previous: the output is the posterior's mean
-            of_x_t, of_output = -mean_of_x_t / mean_of_x_start, 1 / mean_of_x_start
+            divisor = np.maximum(mean_of_x_start, 1e-12)
+            of_x_t, of_output = -mean_of_x_t / divisor, 1 / divisor
         tables["x_start"] = _columns(of_x_t, of_output)
 
         # DDIM's ODE one step up in t; pure noise after the last
@@ -336,10 +340,26 @@ class VariationalDDPMScheduler(DDPMScheduler):
     `config` holds what diffusers' own classes understand (a schedule that they do not all know as `trained_betas`) and the
     rest under "_ddpm_hf"; `from_config` of any scheduler takes it, and takes it back.
 
+    Limits, so that a config from elsewhere cannot ask for all memory: 100,000 timesteps, 2**24 grey levels.
+
     Raises:
-        ValueError: a value that is not supported, named with what is.
+        ValueError: a value that is not supported, named with what is; betas outside (0, 1], or so large that before the last
+            timestep nothing is left of x_0.
     """
 
+    @checked(
+        num_train_timesteps="[1, 100000]",
+        beta_start="[1e-15, 1)",
+        beta_end="[1e-15, 1]",
+        beta_schedule=tuple(BETA_SCHEDULES),
+        prediction_type=PREDICTION_TYPES,
+        dynamic_thresholding_ratio="(0, 1]",
+        clip_sample_range="(0, 1000000]",
+        sample_max_value="[1, 1000000]",
+        timestep_spacing=TIMESTEP_SPACINGS,
+        steps_offset="[0, 99999]",
+        levels="[2, 16777216]",
+    )
     @register_to_config
     def __init__(
         self,
@@ -348,7 +368,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         trained_betas: np.ndarray | list[float] | None = None,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
@@ -360,30 +380,19 @@ class VariationalDDPMScheduler(DDPMScheduler):
         rescale_betas_zero_snr: bool = False,
         levels: int = 256,
     ):
-        for name, value, known in (
-            ("beta_schedule", beta_schedule, tuple(BETA_SCHEDULES)),
-            ("prediction_type", prediction_type, PREDICTION_TYPES),
-            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
-        if not isinstance(levels, int) or levels < 2:
-            raise ValueError(
-                f"levels={levels!r}: give the number of grey levels of the data, 2 or more (256 for 8 bits)"
-            )
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={num_train_timesteps}: the process needs one step at least")
         if variance_type not in VARIANCE_TYPES:
             if variance_type is not None:  # None: in the configs of other schedulers
                 logger.warning(
-                    f"variance_type={variance_type!r} is not known and, as in diffusers, taken for 'fixed_small'; "
+                    f"variance_type={shown(variance_type)} is not known and, as in diffusers, taken for 'fixed_small'; "
                     f"known are {', '.join(VARIANCE_TYPES)}"
                 )
             variance_type = "fixed_small"
         if trained_betas is not None:
+            if not 1 <= len(trained_betas) <= MOST_TIMESTEPS:
+                raise ValueError(
+                    f"trained_betas has {len(trained_betas)} entries; give 1 to {MOST_TIMESTEPS}, one a timestep"
+                )
             betas = np.array(trained_betas, dtype=np.float64)
-            if betas.ndim != 1 or len(betas) == 0:
-                raise ValueError(f"trained_betas has shape {betas.shape}; give one beta for each timestep")
             num_train_timesteps = len(betas)
         else:
             betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
@@ -393,12 +402,20 @@ class VariationalDDPMScheduler(DDPMScheduler):
             betas = rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
         # classes that know no rescaling are given the betas rescaled; twice is once
         self._make_config_stock(betas, beta_schedule, trained_betas, variance_type, levels)
-        if not (betas > 0).all():
-            t = int(np.argmin(betas > 0))
-            raise ValueError(f"beta_schedule={beta_schedule!r} has beta={betas[t]} at t={t}; betas must be in (0, 1]")
-        if (betas > 1).any():  # diffusers lets them be
-            t = int(np.argmax(betas > 1))
-            logger.warning(f"beta={betas[t]} at t={t} is not in (0, 1]: what needs it is NaN; lower beta_end")
+        schedule = "trained_betas"
+        if trained_betas is None:
+            schedule = (
+                f"beta_schedule={beta_schedule!r} with num_train_timesteps={num_train_timesteps}, beta_start={beta_start} and "
+                f"beta_end={beta_end}"
+            )
+        possible = (betas >= 1e-15) & (betas <= 1)  # a smaller one is lost in 1 - beta
+        if not possible.all():
+            t = int(np.argmin(possible))
+            raise ValueError(f"{schedule} has beta={betas[t]} at t={t}; betas must be in [1e-15, 1]")
+        if steps_offset >= num_train_timesteps:
+            raise ValueError(
+                f"steps_offset={steps_offset} must be below the {num_train_timesteps} timesteps of the process"
+            )
 
         self.levels = levels
         self.variance_type = variance_type
@@ -407,6 +424,10 @@ class VariationalDDPMScheduler(DDPMScheduler):
         self.betas = torch.from_numpy(betas)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        lost = self.alphas_cumprod[:-1] == 0
+        if lost.any():
+            t = int(lost.int().argmax())
+            raise ValueError(f"{schedule} leaves nothing of x_0 at t={t}, before the last timestep; lower the betas")
         self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
 
@@ -437,8 +458,8 @@ class VariationalDDPMScheduler(DDPMScheduler):
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         config_dict = dict(config_dict)
-        for key, value in config_dict.pop("_ddpm_hf", {}).items():
-            replaced = STOCK_VALUES.get(key, {}).get(value)
+        for key, value in check_argument("_ddpm_hf", config_dict.pop("_ddpm_hf", None) or {}, dict).items():
+            replaced = STOCK_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
             # not where another class's user has chosen something else since
             if replaced is None or config_dict.get(key) in replaced:
                 config_dict[key] = value

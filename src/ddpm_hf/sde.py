@@ -5,7 +5,7 @@ N(scale(t) x_0, std(t)^2). Equation numbers are those of Score-SDE. Coefficients
 """
 
 import math
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -13,9 +13,28 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOut
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .arguments import check_argument, checked, shown
+
 SDE_PREDICTIONS = ("epsilon", "score", "sample", "v_prediction")
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "probability_flow", "ddim", "none")
 CORRECTORS = ("langevin", "annealed_langevin")
+# Of the processes and their schedulers. Larger betas would leave x_1 less than 1e-33 of x_0, beyond float32.
+SDE_RANGES = {
+    "N": "[1, 100000]",
+    "num_train_timesteps": "[1, 100000]",
+    "beta_min": "(0, 150]",
+    "beta_max": "(0, 150]",
+    "sigma_min": "[0.000001, 1000000]",
+    "sigma_max": "[0.000001, 1000000]",
+    "sampling_eps": "(0, 1)",
+    "predictor": PREDICTORS,
+    "corrector": CORRECTORS,
+    "correct_steps": "[0, 10000]",
+    "snr": "(0, 100]",
+    "prediction_type": SDE_PREDICTIONS,
+    "trained_betas": "(0, 1]",
+    "levels": "[2, 16777216]",
+}
 
 
 class SDE:
@@ -35,13 +54,8 @@ class SDE:
     prior_std = 1.0
     least = 1e-5
 
+    @checked(**SDE_RANGES)
     def __init__(self, N: int, prediction_type: str):
-        if not isinstance(N, Integral) or N < 1:
-            raise ValueError(f"N={N!r} must be an integer, 1 or more: the steps of the discretisation")
-        if prediction_type not in SDE_PREDICTIONS:
-            raise ValueError(
-                f"prediction_type={prediction_type!r} is not known; choose one of {', '.join(SDE_PREDICTIONS)}"
-            )
         self.N, self.prediction_type = N, prediction_type
 
     # each process has its own
@@ -149,9 +163,10 @@ class VPSDE(SDE):
         ValueError: not 0 < beta_min <= beta_max.
     """
 
+    @checked(**SDE_RANGES)
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, N: int = 1000, prediction_type: str = "epsilon"):
         super().__init__(N, prediction_type)
-        if not 0 < beta_min <= beta_max < math.inf:
+        if beta_min > beta_max:
             raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: must be 0 < beta_min <= beta_max")
         self.beta_min, self.beta_max = beta_min, beta_max
 
@@ -264,9 +279,10 @@ class VESDE(SDE):
         ValueError: not 0 < sigma_min < sigma_max.
     """
 
+    @checked(**SDE_RANGES)
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, N: int = 1000, prediction_type: str = "score"):
         super().__init__(N, prediction_type)
-        if not 0 < sigma_min < sigma_max < math.inf:
+        if sigma_min >= sigma_max:
             raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}: must be 0 < sigma_min < sigma_max")
         self.sigma_min, self.sigma_max, self.prior_std = sigma_min, sigma_max, sigma_max
         self.log_ratio = math.log(sigma_max / sigma_min)
@@ -337,24 +353,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _build(self, sde):
         config = self.config
-        for name, value, known in (
-            ("predictor", config.predictor, PREDICTORS),
-            ("corrector", config.corrector, CORRECTORS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
         if config.predictor == "ancestral" and type(self).__name__ == "SubVPSDEScheduler":
             raise ValueError("predictor='ancestral' is of VP and VE; choose 'reverse_diffusion' or 'euler_maruyama'")
-        if not (isinstance(config.sampling_eps, Real) and 0 < config.sampling_eps < 1):
-            raise ValueError(f"sampling_eps={config.sampling_eps!r} must be above 0 and below 1: the time to end at")
-        if not (isinstance(config.correct_steps, Integral) and config.correct_steps >= 0):
-            raise ValueError(f"correct_steps={config.correct_steps!r} must be an integer, 0 or more")
         if config.predictor == "none" and config.correct_steps == 0:
             raise ValueError("predictor='none' with correct_steps=0 does nothing; give correct_steps")
-        if not (isinstance(config.snr, Real) and 0 < config.snr < math.inf):
-            raise ValueError(f"snr={config.snr!r} must be above 0")
-        if not (isinstance(config.levels, Integral) and config.levels >= 2):
-            raise ValueError(f"levels={config.levels!r}: give the number of grey levels of the data, 2 or more")
         self.sde, self.init_noise_sigma, self.levels = sde, sde.prior_std, config.levels
         self.timesteps, self.num_inference_steps = None, None
         self._position, self._tables = {}, {}
@@ -503,8 +505,9 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     def extract_init_dict(cls, config_dict, **kwargs):
         """diffusers' hook of `from_config`: a DDPM's linear schedule in terms of the process."""
         config_dict = dict(config_dict)
-        if "levels" in config_dict.get("_ddpm_hf", {}):
-            config_dict.setdefault("levels", config_dict["_ddpm_hf"]["levels"])
+        own_keys = check_argument("_ddpm_hf", config_dict.get("_ddpm_hf") or {}, dict)
+        if "levels" in own_keys:
+            config_dict.setdefault("levels", own_keys["levels"])
         variance_exploding = cls.__name__ == "VESDEScheduler"
         if "predictor" not in config_dict:  # of another class, whose defaults are not ours
             config_dict["_use_default_values"] = []
@@ -515,12 +518,16 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{cls.__name__} has no process of a config with {own.pop()}")
         if {"beta_start", "beta_schedule"} & set(config_dict) and not own:
             schedule, T = config_dict.get("beta_schedule", "linear"), config_dict.get("num_train_timesteps", 1000)
+            T = check_argument("num_train_timesteps", T, int, SDE_RANGES["N"])
             # the betas of a schedule by name are there for classes that do not know it
-            by_name = schedule == "linear_scaled_by_T" and "trained_betas" in config_dict.get("_ddpm_hf", {})
+            by_name = schedule == "linear_scaled_by_T" and "trained_betas" in own_keys
             linear = schedule == "linear" and config_dict.get("trained_betas") is None
             if (by_name or linear) and not config_dict.get("rescale_betas_zero_snr"):
                 factor = 1000 if by_name else T
-                first, last = config_dict.get("beta_start", 1e-4), config_dict.get("beta_end", 0.02)  # diffusers' own
+                first, last = (  # diffusers' own
+                    check_argument(key, config_dict.get(key, default), float, "(0, 1]")
+                    for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))
+                )
                 config_dict |= {"beta_min": first * factor, "beta_max": last * factor, "trained_betas": None}
             elif cls.__name__ == "VPSDEScheduler":
                 config_dict["trained_betas"] = DDPMScheduler.from_config(config_dict).betas.tolist()
@@ -537,6 +544,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 class VPSDEScheduler(SDEScheduler):
     """Samplers of `VPSDE`, or with `trained_betas`, those of a discrete chain, of `ChainSDE`; see `SDEScheduler`."""
 
+    @checked(**SDE_RANGES)
     @register_to_config
     def __init__(
         self,
@@ -554,12 +562,17 @@ class VPSDEScheduler(SDEScheduler):
         clip_sample: bool = False,
     ):
         if trained_betas is not None:
-            if self._sde is not VPSDE or len(trained_betas) == 0:
-                raise ValueError(f"trained_betas={trained_betas}: give betas to VPSDEScheduler alone, one at least")
+            if self._sde is not VPSDE or not 1 <= len(trained_betas) <= 100_000:
+                raise ValueError(
+                    f"trained_betas={shown(trained_betas)}: give betas to VPSDEScheduler alone, 1 to 100,000"
+                )
             num_train_timesteps = len(trained_betas)
             self.register_to_config(num_train_timesteps=num_train_timesteps, trained_betas=list(trained_betas))
             alphas_cumprod = torch.cumprod(1 - torch.tensor(trained_betas, dtype=torch.float64), dim=0)
-            sde = ChainSDE(alphas_cumprod, prediction_type)
+            try:
+                sde = ChainSDE(alphas_cumprod, prediction_type)
+            except ValueError as error:
+                raise ValueError(f"trained_betas={shown(trained_betas)}: {error}") from None
         else:
             sde = self._sde(beta_min, beta_max, num_train_timesteps, prediction_type)
         self._build(sde)
@@ -580,6 +593,7 @@ class VESDEScheduler(SDEScheduler):
         centered: whether the images are in [-1, 1]; False for [0, 1], as NCSN's and those of diffusers' ScoreSdeVeScheduler.
     """
 
+    @checked(**SDE_RANGES)
     @register_to_config
     def __init__(
         self,

@@ -14,6 +14,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
+from .arguments import checked, shown
 from .classifier import NoisyClassifier
 from .conditioning import condition_planes
 from .guidance import NamedClasses, check_names
@@ -42,6 +43,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
 
     _source_module = __name__
 
+    @checked(low_resolution="[1, 65536]", conditioning_noise="[0, 1)")
     def __init__(
         self,
         unet: DDPMUNet | UNet2DModel,
@@ -50,11 +52,9 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         low_resolution: list[int] | int = (8, 8),
         conditioning_noise: float = 0.0,
     ):
-        sides = [low_resolution] * 2 if isinstance(low_resolution, int) else list(low_resolution or ())
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise ValueError(f"low_resolution={low_resolution!r} must be a side in pixels, or (height, width)")
-        if not (isinstance(conditioning_noise, Real) and 0 <= conditioning_noise < 1):
-            raise ValueError(f"conditioning_noise={conditioning_noise!r} must be a number, 0 to below 1")
+        sides = [low_resolution] * 2 if isinstance(low_resolution, int) else list(low_resolution)
+        if len(sides) != 2:
+            raise ValueError(f"low_resolution={shown(low_resolution)} must be a side in pixels, or (height, width)")
         super().__init__(unet, scheduler, classifier)
         self.register_to_config(low_resolution=sides, conditioning_noise=float(conditioning_noise))
         config, channels = self.unet.config, self.channels

@@ -18,7 +18,10 @@ from diffusers.models.unets.unet_2d import UNet2DModel, UNet2DOutput
 from diffusers.utils import logging
 from torch import nn
 
+from .arguments import checked, shown
+
 logger = logging.get_logger(__name__)
+
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 # block name -> has attention
 DOWN_BLOCKS = {
@@ -45,6 +48,29 @@ CHOICES = {
     "act_fn": tuple(ACTIVATIONS),
 }
 PREPROCESSING = ("background", "crop", "image_column", "label_column")
+# What the arguments of `DDPMUNet` and `NoisyClassifier` may be: beyond these ranges a config is a mistake, or hostile.
+CHANNELS = "[1, 65536]"
+NETWORK_RANGES = CHOICES | {
+    "act_fn": None,  # of any case, as in diffusers: see _check_config
+    "sample_size": "[1, 65536]",
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "time_embedding_dim": CHANNELS,
+    "freq_shift": "[0, 65536]",
+    "block_out_channels": CHANNELS,
+    "layers_per_block": "[1, 64]",
+    "mid_block_scale_factor": "[0.001, 1000]",
+    "downsample_padding": "[0, 1]",
+    "dropout": "[0, 1)",
+    "attention_head_dim": CHANNELS,
+    "norm_num_groups": CHANNELS,
+    "attn_norm_num_groups": CHANNELS,
+    "norm_eps": "(0, 1]",
+    "num_class_embeds": "[1, 100000000]",
+    "num_train_timesteps": "[1, 100000]",
+}
+MOST_LEVELS = 16
+MOST_PARAMETERS = 2 * 10**10  # by an upper bound, see _most_parameters
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -389,8 +415,8 @@ class Encoder(ModelMixin, ConfigMixin):
             groups = groups or min(c // 4, 32)
             if groups < 1 or c % groups:
                 raise ValueError(
-                    f"block_out_channels={channels} gives a Skip block {c} channels, which its {groups} groups do not divide; "
-                    "take multiples of 32"
+                    f"block_out_channels={shown(channels)} gives a Skip block {c} channels, which its {groups} groups do not "
+                    "divide; take multiples of 32"
                 )
             return groups
 
@@ -466,32 +492,30 @@ class Encoder(ModelMixin, ConfigMixin):
     def _check_config(self, config):
         channels = tuple(config["block_out_channels"])
         down_types, up_types = (_names(config.get(f"{way}_block_types", ())) for way in ("down", "up"))
-        act_fn = config["act_fn"]
-        config = {**config, "act_fn": act_fn.lower() if isinstance(act_fn, str) else act_fn}
-        for key, choices in CHOICES.items():
-            if config[key] not in choices:
-                raise ValueError(
-                    f"{key}={config[key]!r} is not supported by {type(self).__name__}; supported: {_listed(choices)}"
-                )
+        if config["act_fn"].lower() not in ACTIVATIONS:
+            raise ValueError(f"act_fn={shown(config['act_fn'])} is not known; choose one of {', '.join(ACTIVATIONS)}")
+        if not 1 <= len(channels) <= MOST_LEVELS:
+            raise ValueError(f"block_out_channels has {len(channels)} entries; 1 to {MOST_LEVELS} levels can be")
         for key, names, known in (
             ("down_block_types", down_types, DOWN_BLOCKS),
             ("up_block_types", up_types, UP_BLOCKS),
         ):
-            for name in names:
-                if name not in known:
-                    raise ValueError(
-                        f"{key} names {name!r}, not supported by {type(self).__name__}; supported: {_listed(known)}"
-                    )
             if len(names) != len(channels) and key in config:
                 raise ValueError(
                     f"{key} has {len(names)} entries and block_out_channels {len(channels)}; one a level each"
                 )
-        if not isinstance(config["layers_per_block"], int) or config["layers_per_block"] < 1:
-            raise ValueError(f"layers_per_block={config['layers_per_block']!r} must be an integer, 1 or more")
-        if config["num_class_embeds"] is not None and config["num_class_embeds"] < 1:
-            raise ValueError(f"num_class_embeds={config['num_class_embeds']} must be 1 or more")
-        if config["downsample_padding"] not in (0, 1):
-            raise ValueError(f"downsample_padding={config['downsample_padding']!r} is not supported; supported: 0, 1")
+            for name in names:
+                if name not in known:
+                    raise ValueError(
+                        f"{key} names {shown(name)}, not supported by {type(self).__name__}; supported: {', '.join(known)}"
+                    )
+        parameters = _most_parameters(config)
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"block_out_channels={shown(channels)}, layers_per_block={config['layers_per_block']}, time_embedding_dim="
+                f"{config['time_embedding_dim']} and num_class_embeds={config['num_class_embeds']} make up to {parameters:.1e} "
+                f"parameters; {MOST_PARAMETERS:.0e} is the limit"
+            )
         if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
             raise ValueError(
                 "time_embedding_type='learned' needs num_train_timesteps (the size of its table), got None"
@@ -507,7 +531,8 @@ class Encoder(ModelMixin, ConfigMixin):
             ncsnpp = ["Skip" in name for name in names]
             if ncsnpp != sorted(ncsnpp, reverse=where == "first"):
                 raise ValueError(
-                    f"{key}={config[key]} must have its Skip blocks {where}: others do not resample the image that they hand on"
+                    f"{key}={shown(config[key])} must have its Skip blocks {where}: others do not resample the image that "
+                    "they hand on"
                 )
             if any(ncsnpp[: len(channels) - 1]) and config[side] != 3:
                 raise ValueError(
@@ -519,10 +544,10 @@ class Encoder(ModelMixin, ConfigMixin):
             normed = channels[:1] + channels[-1:] if config["mid_block_type"] is not None else channels[:1]
             normed = () if groups is None else normed
         for c in normed:
-            if not isinstance(groups, int) or groups < 1 or c % groups:
+            if groups is None or c % groups:
                 raise ValueError(f"norm_num_groups={groups} must divide each of {normed} of block_out_channels")
         mid_groups = config["attn_norm_num_groups"]
-        if mid_groups is not None and (mid_groups < 1 or channels[-1] % mid_groups):
+        if mid_groups is not None and channels[-1] % mid_groups:
             raise ValueError(
                 f"attn_norm_num_groups={mid_groups} must divide the last of block_out_channels, {channels[-1]}"
             )
@@ -530,7 +555,7 @@ class Encoder(ModelMixin, ConfigMixin):
         attends += [c for c, name in zip(reversed(channels), up_types) if UP_BLOCKS[name]]
         if config["mid_block_type"] is not None and config["add_attention"]:
             attends.append(channels[-1])
-        if head_dim is not None and any(head_dim < 1 or head_dim > c for c in attends):
+        if head_dim is not None and any(head_dim > c for c in attends):
             raise ValueError(
                 f"attention_head_dim={head_dim} must be 1 to {min(attends)}, the channels where attention is"
             )
@@ -798,10 +823,14 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
 
     The weights of a new network are drawn as in the paper's code, see `reset_parameters`.
 
+    Limits, so that a config from elsewhere cannot ask for all memory: sides and channels of at most 65,536, 16 levels of 64
+    blocks, 20 billion parameters by an upper bound that is two to three times their number.
+
     Raises:
         ValueError: for a config that is not supported; one line that names the key, the value and what is.
     """
 
+    @checked(**NETWORK_RANGES)
     @register_to_config
     def __init__(
         self,
@@ -825,7 +854,7 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         dropout: float = 0.0,
         act_fn: str = "silu",
         attention_head_dim: int | None = 8,
-        norm_num_groups: int = 32,
+        norm_num_groups: int | None = 32,
         attn_norm_num_groups: int | None = None,
         norm_eps: float = 1e-5,
         resnet_time_scale_shift: str = "default",
@@ -1020,13 +1049,22 @@ def _names(block_types):
     return [name.removeprefix("UNetRes") for name in block_types]  # the prefix of 2022 configs
 
 
+def _most_parameters(config):
+    """An upper bound of the number of parameters: a network of this config has a quarter to a half as many."""
+    channels, layers = config["block_out_channels"], config["layers_per_block"]
+    widest, embedding = max(channels), config["time_embedding_dim"] or 4 * channels[0]
+    # a level's blocks on both ways, those that resample, and the middle's; an input beside its skip connection is the widest
+    blocks = sum((2 * layers + 3) * c * (20 * widest + 13 * c + 2 * embedding) for c in (*channels, channels[-1]))
+    tables = (config["num_class_embeds"] or 0) * embedding + (config["num_train_timesteps"] or 0) * channels[0]
+    ends = 9 * channels[0] * (config["in_channels"] + config["out_channels"]) + 6 * embedding * (
+        channels[0] + embedding
+    )
+    return blocks + tables + ends
+
+
 def _by_resnet(name, attends, resample_type):
     """Whether a level resamples within a residual block; plain levels only by their name, as in diffusers."""
     return name.startswith("Resnet") or (attends[name] and resample_type == "resnet")
-
-
-def _listed(names):
-    return ", ".join(str(name) for name in names)
 
 
 def _check_range(name, values, end):
