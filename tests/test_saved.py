@@ -10,7 +10,14 @@ import pytest
 import torch
 import yaml
 
-from ddpm_hf import CascadePipeline, DDPMImagePipeline, NoisyClassifier, VariationalDDPMScheduler, VPSDEScheduler
+from ddpm_hf import (
+    CascadePipeline,
+    DDPMImagePipeline,
+    DDPMUNet,
+    NoisyClassifier,
+    VariationalDDPMScheduler,
+    VPSDEScheduler,
+)
 from ddpm_hf.hub import card_text, code, evaluation_command, write_model_card
 from ddpm_hf.push import published_files, weights_digest
 from ddpm_hf.saved import read_json
@@ -402,3 +409,26 @@ def test_what_reads_is_what_was_written(tmp_path):
     values = {"a": [1, -2.5, None, True, "é"], "b": {"c": {}}, "d": float("-inf")}
     (tmp_path / "x.json").write_text(json.dumps(values))
     assert read_json(tmp_path / "x.json") == values
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", "classifier/config.json"])
+def test_keys_that_would_replace_methods_of_a_config(saved, file):
+    values = json.loads((saved / file).read_text())
+    for key in ("get", "items", "__class__"):
+        (saved / file).write_text(json.dumps({**values, key: 3}))
+        assert all(f"{file}: '{key}' is no key of a config" in message for message in refusals(saved).values())
+
+
+def test_a_network_opened_alone_names_its_config(saved):
+    path = saved / "unet/config.json"
+    values = json.loads(path.read_text())
+    for content in (
+        "[]",
+        json.dumps({**values, "layers_per_block": "x"}),
+        '{"a": ' + "[" * 10**5 + "]" * 10**5 + "}",
+        "{",
+    ):
+        path.write_text(content)
+        with pytest.raises((ValueError, OSError), match="unet/config.json") as caught:
+            DDPMUNet.from_pretrained(saved / "unet")
+        assert "\n" not in str(caught.value)

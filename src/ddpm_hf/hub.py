@@ -24,6 +24,7 @@ from .saved import (
     checked,
     component_classes,
     naming,
+    read_config,
     read_json,
     read_text,
 )
@@ -225,13 +226,13 @@ SCHEDULER = {
 
 def _scheduler(folder):
     path = folder / "scheduler/scheduler_config.json"
-    return checked(read_json(path, folder), SCHEDULER, path)
+    return checked(read_config(path, folder), SCHEDULER, path)
 
 
 def _network(part, cls, folder):
     """The network whose config lies in the folder `part`, without weights."""
     with naming(part / "config.json"), torch.device("meta"):
-        network = cls.from_config(read_json(part / "config.json", folder))
+        network = cls.from_config(read_config(part / "config.json", folder))
         size = network.config.sample_size
         if size is not None and not SIDES.fits(list(sides(size))):
             raise ValueError(f"sample_size={size!r} must be {SIDES.words}, or one number for both")

@@ -31,7 +31,7 @@ from .evaluation_mode import evaluation_mode
 from .guidance import NamedClasses, check_classifier, classifier_free, label_ids, scales, shifted_output
 from .inference import InferenceUNet
 from .push import Published
-from .saved import check_part, component_classes, naming, pipeline_class, read_json, variants_in
+from .saved import check_part, component_classes, naming, pipeline_class, read_config, read_json, variants_in
 from .scheduler import VariationalDDPMScheduler
 from .sde import SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .unet import DDPMUNet, sides
@@ -753,7 +753,7 @@ def open_scheduler(folder: Path, class_name: str, pipeline_folder: Path):
         raise ValueError(
             f"{path} is for the class {class_name}, which is no scheduler of diffusers {diffusers.__version__}"
         )
-    sizes = {name: value for name, value in read_json(path, pipeline_folder).items() if isinstance(value, int)}
+    sizes = {name: value for name, value in read_config(path, pipeline_folder).items() if isinstance(value, int)}
     absurd = next((name for name, value in sizes.items() if abs(value) > 10**6), None)
     if absurd:
         raise ValueError(f"{path}: {absurd}={sizes[absurd]} is beyond 1,000,000; no scheduler is that large")

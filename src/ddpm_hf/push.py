@@ -26,6 +26,7 @@ from .saved import (
     component_classes,
     naming,
     pipeline_class,
+    read_config,
     read_json,
     read_record,
     read_shards,
@@ -368,7 +369,7 @@ def published_files(folder: Path, pipeline_folder: Path | None = None) -> dict[s
             what = "config" if config.endswith(".json") else config
             raise ValueError(f"{folder / name} has no {what}, but model_index.json names it; save the pipeline again")
         if config.endswith(".json"):
-            read_json(path, root)
+            read_config(path, root)
         files[f"{name}/{config}"] = check_file(path, root)
     for name, cls in networks.items():
         _check_weights(folder / name, cls, root)
@@ -383,7 +384,7 @@ def published_files(folder: Path, pipeline_folder: Path | None = None) -> dict[s
 
 def _check_weights(folder, cls, root):
     with naming(folder / "config.json"), torch.device("meta"):
-        network = cls.from_config(read_json(folder / "config.json", root))
+        network = cls.from_config(read_config(folder / "config.json", root))
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     variants = variants_in(folder)  # "diffusion_pytorch_model.fp16" -> its files
     if not variants:

@@ -94,6 +94,15 @@ def read_json(path: Path, folder: Path | None = None) -> dict:
     return value
 
 
+def read_config(path: Path, folder: Path | None = None) -> dict:
+    """The config of a component, as `read_json`; ValueError for a key that would take the place of a dict's method in it."""
+    config = read_json(path, folder)
+    key = next((key for key in config if hasattr(dict, key)), None)
+    if key is not None:
+        raise ValueError(f"{path}: {reprlib.repr(key)} is no key of a config; remove it")
+    return config
+
+
 def _object(pairs):
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -183,7 +192,7 @@ def check_part(part: Path, folder: Path) -> None:
     """
     for path in sorted(part.iterdir()):
         if path.name in ("config.json", "scheduler_config.json"):
-            read_json(path, folder)
+            read_config(path, folder)
         elif variant_of(path.name) and path.suffix == ".json":
             read_shards(path, folder)
         elif variant_of(path.name):

@@ -693,11 +693,11 @@ class Encoder(ModelMixin, ConfigMixin):
             _check_variant(folder, kwargs.get("variant"))
         try:
             network, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
-            text = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-            raise ValueError(
-                f"{folder}: its config or the index of its weights is not as diffusers writes it: {text}"
-            ) from error
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            if folder in str(error):
+                raise
+            text = " ".join(f"{'' if isinstance(error, ValueError) else type(error).__name__} {error}".split())
+            raise ValueError(f"{os.path.join(folder, 'config.json')}: {text[:500]}") from error
         _check_names(folder, info["missing_keys"], info["unexpected_keys"])
         bad = [
             name for name, weight in network.named_parameters() if not weight.is_meta and not weight.isfinite().all()
