@@ -7,7 +7,7 @@ DEMO := runs/demo
 # one process, every choice named so that accelerate asks for no configuration; it finds a GPU by itself
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-device test-slow bench lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,11 @@ demo: $(READY)
 # a process for each core; a file's tests share what they have trained
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# on an accelerator that is simulated, "cuda" and "mps"; the first call compiles it, in a minute
+test-device: $(READY)
+	for device in cuda mps; do \
+	    SIMULATED_ACCELERATOR=$$device $(BIN)/python -m pytest -n auto --dist loadfile tests/device || exit 1; done
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -12,6 +12,11 @@ HUB = HubServer(Path(FOLDER.name) / "hub")
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_TOKEN="writer")
 os.environ.update(HF_HOME=f"{FOLDER.name}/home", HF_HUB_DISABLE_TELEMETRY="1")
 
+if os.environ.get("SIMULATED_ACCELERATOR"):  # "cuda" or "mps"; torch finds it when it is imported
+    from support import simulated_accelerator
+
+    simulated_accelerator.start(os.environ["SIMULATED_ACCELERATOR"])
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

@@ -22,6 +22,16 @@ class _NotWritten(RuntimeError):
     """A checkpoint that a process could not write its part of."""
 
 
+class AppleRandom:
+    """The state of the random numbers of Apple's GPU, which accelerate does not save."""
+
+    def state_dict(self):
+        return {"state": torch.mps.get_rng_state()}
+
+    def load_state_dict(self, state):
+        torch.mps.set_rng_state(state["state"])
+
+
 class Checkpoints:
     """Saves and loads the state of a run in `<output_dir>/checkpoints/<step>/`.
 
@@ -34,6 +44,7 @@ class Checkpoints:
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, own: dict, facts: dict | None = None, **parts):
+        own = {**own, "random": AppleRandom()} if accelerator.device.type == "mps" else own
         self.config, self.accelerator, self.own, self.parts = config, accelerator, own, parts
         self.facts = facts or {}
         self.folder = Path(config.output_dir) / "checkpoints"

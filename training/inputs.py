@@ -153,10 +153,12 @@ def open_loader(dataset, config: RunConfig, accelerator: Accelerator) -> torch.u
         num_workers=config.num_workers,
         collate_fn=collate,
         worker_init_fn=ignore_interrupts,
+        pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # reading ahead shall not draw from the generator of noise and timesteps
     )
     if config.streaming:  # divided already; a process whose part is shorter begins its next epoch earlier
-        return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True, dispatch_batches=False)
+        placement = dict(put_on_device=True, dispatch_batches=False, non_blocking=accelerator.non_blocking)
+        return prepare_data_loader(loader, accelerator.device, 1, 0, **placement)
     return accelerator.prepare(loader)
 
 
@@ -187,6 +189,7 @@ def batches(loader, config, at):
     while empty < 10:
         loader.set_epoch(at.epoch)
         rest = skip_first_batches(loader, at.batch)
+        rest._non_blocking = loader._non_blocking  # accelerate 1.15 forgets it
         epoch = iter(rest)
         try:
             while (batch := _next(epoch, config)) is not None:

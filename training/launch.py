@@ -85,7 +85,12 @@ def open_accelerator(config: RunConfig) -> Accelerator:
             dynamo_backend="no",  # the network is compiled in place: names of weights stay as they are
             log_with=config.trackers or None,
             project_dir=config.output_dir,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True,
+                data_seed=config.seed,
+                # from pinned memory. On Apple's GPUs such a copy can read memory that is no longer there (pytorch#189690)
+                non_blocking=torch.cuda.is_available(),
+            ),
         )
     except ValueError as error:
         raise ConfigError(f"mixed_precision={config.mixed_precision!r}: {' '.join(str(error).split())}") from error

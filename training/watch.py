@@ -465,7 +465,7 @@ def held_out_loss(config, signals, unet, objective, held_out, seen) -> dict[str,
                     torch.randn(held_out[0].shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
                 ]
                 t = chain[places * len(chain) // (count * ROUNDS)]
-                given = dict(t=t.to(device), noise=torch.stack(noise).to(device))
+                given = dict(t=t, noise=torch.stack(noise).to(device))
                 for row, (x_start, labels) in enumerate((held_out, seen)):
                     labels = None if labels is None else labels[part].to(device)
                     with torch.no_grad():

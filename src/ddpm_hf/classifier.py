@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from .arguments import checked, shown
-from .unet import MOST_PARAMETERS, NETWORK_RANGES, ActivatedNorm, DDPMUNet, Encoder, sides
+from .unet import MOST_PARAMETERS, NETWORK_RANGES, ActivatedNorm, DDPMUNet, Encoder, sides, time_tensor
 
 POOLS = ("attention", "average")
 
@@ -138,7 +138,7 @@ class NoisyClassifier(Encoder):
         Raises:
             ValueError: a wrong shape.
         """
-        t = torch.as_tensor(timestep, device=sample.device)
+        t = time_tensor(timestep, sample.device)
         self._check_image(sample, t)
         height, width = sides(self.config.sample_size)
         if sample.shape[2:] != (height, width):

@@ -19,8 +19,8 @@ from torchdiffeq import odeint
 from tqdm.auto import tqdm
 
 from .evaluation_mode import evaluation_mode
-from .likelihood import check_images, check_scheduler, standard_error
-from .sde import SDE, ChainSDE, clip_limits
+from .likelihood import check_images, check_scheduler, standard_error, to_float64
+from .sde import SDE, ChainSDE, clip_limits, finest_dtype
 
 TRACES = ("rademacher", "gaussian", "exact")
 DEQUANTIZATIONS = ("uniform", "decoder")
@@ -34,7 +34,7 @@ class OdeLikelihood(NamedTuple):
     """log p(x) of each of B images by the ODE."""
 
     log_likelihood: torch.Tensor  # (B,) float64, nats, summed over the dimensions
-    probe_error: torch.Tensor  # (B,) nats: its standard error by the probes; 0 for the exact trace, NaN for one probe
+    probe_error: torch.Tensor  # (B,) float64, nats: its error by the probes; 0 for the exact trace, NaN for one probe
     latents: torch.Tensor  # (B, C, H, W), x at t = 1
     evaluations: torch.Tensor  # (B,) int64: of the network for this image
 
@@ -104,7 +104,7 @@ def ode_log_likelihood(
         progress_bar: show one, in a terminal or a notebook.
 
     Returns:
-        `OdeLikelihood` on the device of x.
+        `OdeLikelihood` on the device of x; what is float64 of Apple's GPUs, which have none, on the CPU.
 
     Raises:
         ValueError: an argument that cannot be used; a process that is not the network's; a network without gradients.
@@ -121,19 +121,21 @@ def ode_log_likelihood(
     def directions(part):
         if trace == "exact":
             return None
-        shape, device = (probes, *part.shape), "cpu" if generator is None else generator.device
+        device = torch.device("cpu") if generator is None else generator.device
+        shape, source = (probes, *part.shape), dict(generator=generator, device=device)
         if trace == "gaussian":
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.float64).to(part.device)
-        return torch.randint(0, 2, shape, generator=generator, device=device).to(part.device) * 2.0 - 1
+            return to_float64(torch.randn(shape, dtype=finest_dtype(device), **source)).to(part.device)
+        return torch.randint(0, 2, shape, **source).to(part.device) * 2.0 - 1
 
     def solve(part, network, bar):
-        e, shape = directions(part), part.shape
+        state, shape = to_float64(part.flatten(1)), part.shape
+        e = directions(state.view(shape))
 
         def slope(t, state):
             x_t = state[:, :dimensions].view(shape)
             with torch.enable_grad():
-                x_in = x_t.detach().to(network.dtype).requires_grad_()
-                output = network(x_in, sde.labels(t))
+                x_in = x_t.detach().to(part.device, network.dtype).requires_grad_()
+                output = to_float64(network(x_in, sde.labels(t)))
                 if not output.requires_grad:
                     raise ValueError(
                         "the network gives no gradients, which the likelihood needs; give the DDPMUNet itself"
@@ -152,7 +154,7 @@ def ode_log_likelihood(
             drift, growth = rate * x_t - half * score, rate - half * bend
             return torch.cat((drift.flatten(1), growth.expand(-1, columns)), dim=1)
 
-        state = torch.cat((part.flatten(1).double(), part.new_zeros(len(part), columns, dtype=torch.float64)), dim=1)
+        state = torch.cat((state, state.new_zeros(len(part), columns)), dim=1)
         return _solve(slope, state, dimensions, eps, 1.0, rtol, atol, max_evaluations, bar)
 
     found = []
@@ -161,7 +163,7 @@ def ode_log_likelihood(
         log_likelihood = sde.prior_log_prob(latents) + gained.mean(1)
         error = gained.std(1) / columns**0.5 if columns > 1 else torch.full_like(log_likelihood, math.nan)
         error = torch.zeros_like(error) if trace == "exact" else error
-        found.append((log_likelihood, error, latents.to(x.dtype), torch.full((len(part),), evaluations)))
+        found.append((log_likelihood, error, latents.to(x), torch.full((len(part),), evaluations)))
     return OdeLikelihood(*(torch.cat(each) for each in zip(*found)))
 
 
@@ -230,14 +232,14 @@ def ode_bits_per_dim(
         how |= dict(eps=begin, clip_sample=clip_sample, generator=generator)
         found = ode_log_likelihood(unet, process, x, **how)
         std = math.sqrt(1 - chain.alphas_cumprod[first].item())
-        log_q = -0.5 * (noise.double() ** 2).flatten(1).sum(1) - dimensions * math.log(math.sqrt(2 * math.pi) * std)
+        log_q = -0.5 * (to_float64(noise) ** 2).flatten(1).sum(1) - dimensions * math.log(math.sqrt(2 * math.pi) * std)
         decoder = torch.cat(
             [
                 chain.decoder_bits_per_dim(chain.p_mean_variance(output, part, first, True), start, levels)
                 for output, part, start in _outputs(unet, x, x_start, first, how)
             ]
         )
-        nats = -found.log_likelihood + log_q + decoder.double() * dimensions * math.log(2)
+        nats = -found.log_likelihood + log_q + to_float64(decoder) * dimensions * math.log(2)
     scale = dimensions * math.log(2)
     return OdeBitsPerDim(nats / scale, found.probe_error / scale, found.latents, found.evaluations)
 
@@ -316,12 +318,13 @@ def decode(
 
 def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: list[float]) -> torch.Tensor:
     """On the sphere from latents a to b, each (B, C, H, W) (DDIM eq. 67): (B * len(weights), C, H, W), of each pair in turn."""
-    angle = torch.nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double()).clamp(-1, 1).acos()
-    weight = torch.tensor(weights, dtype=torch.float64, device=a.device)[None]
+    x, y = to_float64(a), to_float64(b)
+    angle = torch.nn.functional.cosine_similarity(x.flatten(1), y.flatten(1)).clamp(-1, 1).acos()
+    weight = torch.tensor(weights, dtype=torch.float64, device=x.device)[None]
     angle = angle[:, None].clamp(min=1e-6)  # nearly equal ones are mixed linearly
-    of_a, of_b = torch.sin((1 - weight) * angle) / angle.sin(), torch.sin(weight * angle) / angle.sin()
-    mixed = of_a[..., None, None, None] * a[:, None] + of_b[..., None, None, None] * b[:, None]
-    return mixed.flatten(0, 1).to(a.dtype)
+    of_x, of_y = torch.sin((1 - weight) * angle) / angle.sin(), torch.sin(weight * angle) / angle.sin()
+    mixed = of_x[..., None, None, None] * x[:, None] + of_y[..., None, None, None] * y[:, None]
+    return mixed.flatten(0, 1).to(a)
 
 
 def _carry(
@@ -353,14 +356,14 @@ def _carry(
         def solve(part, network, bar):
             def slope(t, state):
                 x_t = state.view(part.shape)
-                output = network(x_t.to(network.dtype), sde.labels(t))
+                output = to_float64(network(x_t.to(part.device, network.dtype), sde.labels(t)))
                 score, _ = _score(sde, t, x_t, output, limits)
                 return sde.reverse_drift(x_t, t, score, probability_flow=True).flatten(1)
 
-            return _solve(slope, part.flatten(1).double(), None, *ends, rtol, atol, max_evaluations, bar)
+            return _solve(slope, to_float64(part.flatten(1)), None, *ends, rtol, atol, max_evaluations, bar)
 
     found = list(_batches(unet, sde, x, class_labels, batch_size, name, progress_bar, solve))
-    parts = [end.view(part.shape).to(x.dtype) for part, end, _ in found]
+    parts = [end.view(part.shape).to(x) for part, end, _ in found]
     counts = [torch.full((len(part),), evaluations) for part, _, evaluations in found]
     return Encoding(torch.cat(parts), torch.cat(counts))
 
@@ -415,16 +418,16 @@ def _score(sde, t, x_t, output, limits):
 
 
 class _Network:
-    """A network as a function (x_t, label) -> output, float64 (B, C, H, W), of fixed classes."""
+    """A network as a function (x_t, label) -> output (B, C, H, W), of fixed classes."""
 
-    def __init__(self, unet, class_labels, channels):
-        self.unet, self.class_labels, self.channels = unet, class_labels, channels
-        self.dtype = getattr(unet, "dtype", torch.float64)
+    def __init__(self, unet, class_labels, x):
+        self.unet, self.class_labels, self.channels = unet, class_labels, x.shape[1]
+        self.dtype = getattr(unet, "dtype", finest_dtype(x.device))
 
     def __call__(self, x_t, label):
         label = label.float() if isinstance(label, torch.Tensor) else label
         output = self.unet(x_t.to(self.dtype), label, class_labels=self.class_labels, return_dict=False)[0]
-        return output[:, : self.channels].double()  # learned variances are not asked for
+        return output[:, : self.channels]  # learned variances are not asked for
 
 
 def _batches(unet, sde, x, class_labels, batch_size, name, progress_bar, solve):
@@ -442,7 +445,7 @@ def _batches(unet, sde, x, class_labels, batch_size, name, progress_bar, solve):
     labels = [None] * len(x) if class_labels is None else torch.as_tensor(class_labels, device=x.device).split(size)
     with evaluation_mode(unet), tqdm(desc=name, unit=" calls", disable=not progress_bar or None) as bar:
         for part, some in zip(x.split(size), labels):
-            end, evaluations = solve(part, _Network(unet, some, x.shape[1]), bar)
+            end, evaluations = solve(part, _Network(unet, some, x), bar)
             yield part, end, evaluations
 
 
@@ -478,12 +481,12 @@ def _outputs(unet, x, x_start, t, how):
 def _along(output, x, e):
     """e^T J e of each image (B,), with J the Jacobian of output by x and e (B, C, H, W)."""
     (product,) = torch.autograd.grad((output * e).sum(), x, retain_graph=True)
-    return (product * e).flatten(1).sum(1).double()
+    return (product.to(e.device) * e).flatten(1).sum(1).double()
 
 
 def _exact_trace(output, x):
     """The trace of each image's Jacobian (B,)."""
-    directions = torch.eye(x[0].numel(), dtype=output.dtype, device=x.device).view(-1, 1, *x.shape[1:])
+    directions = torch.eye(x[0].numel(), dtype=output.dtype, device=output.device).view(-1, 1, *x.shape[1:])
     return sum(_along(output, x, e) for e in directions)
 
 

@@ -171,7 +171,7 @@ def check_classifier(
     trained = VariationalDDPMScheduler.from_config(config.scheduler).alphas_cumprod
     if len(trained) != len(abar):
         raise ValueError(f"the classifier was trained with T={len(trained)}, the scheduler has T={len(abar)}")
-    difference = (trained - abar.double().cpu()).abs()
+    difference = (trained - abar.cpu().double()).abs()
     if difference.max() > 1e-3:  # float32 tables differ by less
         t = int(difference.argmax())
         raise ValueError(

@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from .memory import keep_freed_memory
-from .unet import DDPMUNet, ResidualBlock, SelfAttention, Upsample
+from .unet import DDPMUNet, ResidualBlock, SelfAttention, Upsample, time_tensor
 from .winograd import WinogradConv2d, by_tiles
 
 logger = logging.get_logger(__name__)
@@ -155,7 +155,7 @@ class InferenceUNet(nn.Module):
 
     @torch.no_grad()
     def _call(self, projections_at, sample, timestep, class_labels=None, return_dict=True):
-        unet, t = self.source[0], torch.as_tensor(timestep, device=sample.device)
+        unet, t = self.source[0], time_tensor(timestep, sample.device)
         unet._check_input(sample, t, class_labels)
         if isinstance(timestep, torch.Tensor) and timestep.dim() == 0 and timestep.device.type == "cpu":
             timestep = timestep.item()

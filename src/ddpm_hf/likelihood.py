@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from .evaluation_mode import evaluation_mode
@@ -38,7 +39,7 @@ class BitsPerDim(NamedTuple):
     @property
     def mean(self) -> float:
         """The mean of `total` over the images, bits per dimension."""
-        return self.total.double().mean().item()
+        return to_float64(self.total).mean().item()
 
     @property
     def standard_error(self) -> float:
@@ -59,7 +60,7 @@ class BitsPerDimEstimate(NamedTuple):
     @property
     def mean(self) -> float:
         """The mean of `total` over the images, bits per dimension."""
-        return self.total.double().mean().item()
+        return to_float64(self.total).mean().item()
 
     @property
     def standard_error(self) -> float:
@@ -69,7 +70,12 @@ class BitsPerDimEstimate(NamedTuple):
 
 def standard_error(values: torch.Tensor) -> float:
     """The standard error of the mean of values (B,); NaN for a single one."""
-    return values.double().std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return to_float64(values).std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
+def to_float64(x: torch.Tensor) -> torch.Tensor:
+    """x in float64; of Apple's GPUs, which have none, on the CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 @torch.no_grad()
@@ -125,12 +131,12 @@ def bits_per_dim(
         tqdm(total=len(x_start) * len(chain), desc="bits/dim", disable=not progress_bar or None) as bar,
     ):
         for start in range(0, len(x_start), b):
-            images = torch.arange(start, min(start + b, len(x_start)))
+            images = torch.arange(start, min(start + b, len(x_start)), device=x_start.device)
             shape, columns = (len(images), *x_start.shape[1:]), []
             for ts in calls:
                 noise = torch.cat(
                     [noise_fn(t, torch.Size(shape)) if noise_fn else evaluate.noise(shape, generator) for t in ts]
-                )
+                ).to(x_start.device)
                 t = ts[0] if len(ts) == 1 else torch.tensor(ts).repeat_interleave(len(images))
                 columns += evaluate.at_noise(images.repeat(len(ts)), t, noise).split(len(images), dim=1)
                 bar.update(len(images) * len(ts))
@@ -172,7 +178,7 @@ def progressive_coding(
         evaluate,
         tqdm(total=len(x_start) * len(scheduler.chain), desc="coding", disable=not progress_bar or None) as bar,
     ):
-        for index in torch.arange(len(x_start)).split(batch_size or len(x_start)):
+        for index in torch.arange(len(x_start), device=x_start.device).split(batch_size or len(x_start)):
             x_0, columns = x_start[index], []
             x_t = scheduler.q_sample(x_0, scheduler.chain[-1], evaluate.noise(x_0.shape, generator))
             for t in reversed(scheduler.chain):
@@ -200,11 +206,11 @@ def rate_distortion(result: BitsPerDim) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Two float64 tensors (T + 1,), means over the images, in the order of receiving: the rate in bits per dimension spent
         so far, and the root of the mean squared error of the predicted x_0 on the scale 0 .. 255. The last entry is the
-        whole image, without error.
+        whole image, without error. On the device of the result, or for Apple's GPUs on the CPU.
     """
-    terms, mse = result.terms.double().mean(0), result.x_start_mse.double().mean(0)
+    terms, mse = to_float64(result.terms).mean(0), to_float64(result.x_start_mse).mean(0)
     # with x_t received, all terms of later t are paid
-    rate = torch.cat((result.prior.double().mean()[None], terms.flip(0))).cumsum(0)
+    rate = torch.cat((to_float64(result.prior).mean()[None], terms.flip(0))).cumsum(0)
     return rate, torch.cat((mse.flip(0).sqrt() * 127.5, mse.new_zeros(1)))
 
 
@@ -265,7 +271,7 @@ def estimate_bits_per_dim(
             rows, noise = rows.to(x_start.device), evaluate.noise((len(rows), *x_start.shape[1:]), generator)
             t = chain[at] if at.any() else int(chain[0])
             term, *_ = evaluate.at_noise(rows, t, noise)
-            found.append(torch.stack((term.double(), linear.excess(rows, chain[at].to(rows.device), noise))))
+            found.append(torch.stack((to_float64(term), linear.excess(rows, chain[at], noise))))
             bar.update(len(rows))
         evaluate.check_terms()
         return torch.cat(found, dim=1).cpu().view(2, B, -1)
@@ -327,9 +333,9 @@ class _LinearDenoiser:
 
     def __init__(self, scheduler, x_start):
         self.alphas_cumprod = scheduler.alphas_cumprod.double()
-        images = x_start[:512].flatten(1).double()  # enough for a covariance
+        images = to_float64(x_start[:512].flatten(1))  # enough for a covariance
         _, values, self.directions = torch.linalg.svd(images - images.mean(0), full_matrices=False)
-        self.x_start = (x_start.flatten(1) - images.mean(0)) @ self.directions.T
+        self.x_start = (to_float64(x_start.flatten(1)) - images.mean(0)) @ self.directions.T
         # the rest of the space has the weight of one image whose pixels vary alike
         self.rest = images.var(correction=0) / (len(images) + 1)
         self.variances = values.square() / (len(images) + 1) + self.rest
@@ -339,9 +345,9 @@ class _LinearDenoiser:
 
         Of images beyond the first 512 it is the error in the plane of those: as good for a control variate.
         """
-        alpha = self.alphas_cumprod.to(t.device)[t][:, None]
+        noise = to_float64(noise.flatten(1))
+        alpha, index = self.alphas_cumprod[t][:, None].to(noise.device), index.to(noise.device)
         keep, add = alpha.sqrt(), (1 - alpha).sqrt()
-        noise = noise.flatten(1).double()
         along = noise @ self.directions.T
         beyond = noise.square().sum(1, keepdim=True) - along.square().sum(1, keepdim=True)
         dimensions = noise.shape[1] - len(self.variances)
@@ -382,7 +388,7 @@ class _Evaluator:
             self.check_terms()
 
     def noise(self, shape, generator):
-        return torch.randn(shape, generator=generator, device=self.x_start.device, dtype=self.x_start.dtype)
+        return randn_tensor(shape, generator=generator, device=self.x_start.device, dtype=self.x_start.dtype)
 
     def at_noise(self, index, t, noise):
         return self(index, t, self.scheduler.q_sample(self.x_start[index], t, noise), noise)
@@ -437,7 +443,7 @@ def check_images(x_start: torch.Tensor, levels: int) -> None:
         raise ValueError(f"x_start is {x_start.dtype}; give float32 or float64, which hold every grey level")
     if not x_start.abs().max() <= 1 + 1e-5:  # NaN too
         raise ValueError(f"x_start reaches {x_start.abs().max().item():.4g}; images must be in [-1, 1]")
-    grey = (x_start.double() + 1) * ((levels - 1) / 2)
+    grey = (to_float64(x_start) + 1) * ((levels - 1) / 2)
     off = (grey - grey.round()).abs().max().item()
     if off > max(0.01, levels * 2e-7):
         raise ValueError(

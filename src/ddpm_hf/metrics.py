@@ -2,6 +2,8 @@
 
 import torch
 
+from .likelihood import to_float64
+
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     """Fréchet distance of two normal distributions with the means and covariances of the features (Heusel et al. 2017).
@@ -57,4 +59,4 @@ def _features(real, generated, least):
             raise ValueError(f"{name} has {len(features)} features; {least} at least are needed")
         if not features.isfinite().all():
             raise ValueError(f"{name} has features that are not finite")
-    return real.double(), generated.double()
+    return to_float64(real), to_float64(generated)

@@ -8,7 +8,7 @@ import torch
 
 from .arguments import checked
 from .scheduler import VariationalDDPMScheduler
-from .sde import SDE
+from .sde import SDE, finest_dtype
 
 LOSSES = ("simple", "vlb", "hybrid")
 SCORE_WEIGHTINGS = ("variance", "likelihood")
@@ -81,7 +81,7 @@ class DiffusionObjective:
             unet: called as `unet(x_t, t, class_labels=..., return_dict=False)`; a tuple with the output first.
             x_start: images (B, C, H, W) in [-1, 1].
             class_labels: (B,) for a class-conditional network.
-            t: int64 (B,), 0-based timesteps of the chain; None to draw them uniformly.
+            t: int64 (B,), 0-based timesteps of the chain, on any device; None to draw them uniformly.
             noise: of the shape of x_start; None to draw it.
 
         Returns:
@@ -90,6 +90,7 @@ class DiffusionObjective:
         scheduler, steps = self.scheduler, len(self.scheduler.chain)
         if t is None:
             t = scheduler.draw_timesteps(len(x_start), x_start.device)
+        t = t.to(x_start.device)
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = scheduler.q_sample(x_start, t, noise)
@@ -145,7 +146,7 @@ class ScoreObjective:
         """
         Args:
             unet, x_start, class_labels, noise: as in `DiffusionObjective`.
-            t: (B,) in (0, 1]; None to draw them evenly from the process's `least` on.
+            t: (B,) in (0, 1], on any device; None to draw them evenly from the process's `least` on.
 
         Returns:
             (B,) losses, float32 at least.
@@ -153,6 +154,7 @@ class ScoreObjective:
         sde = self.sde
         if t is None:
             t, _ = ContinuousTimes(sde).sample(len(x_start), x_start.device)
+        t = t.to(x_start.device, finest_dtype(x_start.device))
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = sde.sample(x_start, t, noise)
@@ -243,7 +245,7 @@ class LossSecondMomentTimesteps:
         self.count = torch.zeros(len(self.chain), dtype=torch.int64)
 
     def probabilities(self) -> torch.Tensor:
-        """float64 (N,): of each step of the chain."""
+        """(N,), of each step of the chain: float64, float32 on a device that has no other."""
         N, history = len(self.chain), self.losses.shape[1]
         size = self.losses[:-1].square().mean(1).sqrt().clamp(min=1e-30)
         learned = size / size.sum() * (1 - self.uniform_probability) + self.uniform_probability / N
@@ -271,7 +273,7 @@ class LossSecondMomentTimesteps:
         """
         self._to(t.device)
         device = self.chain.device
-        seen = torch.stack((t.to(device).double(), losses.detach().to(device).double()))
+        seen = torch.stack((t.to(device, self.losses.dtype), losses.detach().to(device, self.losses.dtype)))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts = [torch.empty_like(seen) for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather(parts, seen)
@@ -283,16 +285,16 @@ class LossSecondMomentTimesteps:
         order = step.argsort(stable=True)
         step, loss = step[order], torch.where(good, seen[1], 0.0)[order]
         rank = torch.arange(len(step), device=step.device) - torch.searchsorted(step, step)
-        total = torch.bincount(step, minlength=N + 1)
+        total = step.new_zeros(N + 1).index_add_(0, step, torch.ones_like(step))
         slot = (torch.cat((self.count, self.count.new_zeros(1)))[step] + rank) % history
         row = torch.where(total[step] - rank <= history, step, N)
         self.losses[row, slot] = loss
         self.count += total[:N]
 
     def _to(self, device):
-        device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
-        for name in ("chain", "position", "losses", "count"):
+        for name in ("chain", "position", "count"):
             setattr(self, name, getattr(self, name).to(device))
+        self.losses = self.losses.to(device, finest_dtype(torch.device(device)))
 
     def state_dict(self) -> dict:
         return {"losses": self.losses, "count": self.count}
@@ -305,7 +307,8 @@ class LossSecondMomentTimesteps:
                     f"{name} of shape {tuple(state[name].shape)} is the state of another sampler; this one has "
                     f"{tuple(getattr(self, name).shape)}"
                 )
-            setattr(self, name, state[name].clone().to(getattr(self, name).device))
+            own = getattr(self, name)
+            setattr(self, name, state[name].clone().to(own.device, own.dtype))
 
 
 class ContinuousTimes:
@@ -324,10 +327,11 @@ class ContinuousTimes:
         logarithmic = torch.linspace(math.log(sde.least), 0.0, 2001, dtype=torch.float64).exp()
         even = torch.linspace(sde.least, 1.0, 5001, dtype=torch.float64)
         edges = torch.cat((logarithmic, even)).clamp(sde.least, 1.0).unique()
-        self.first, self.width = edges[:-1], edges.diff()
-        middle = (edges[1:] + edges[:-1]) / 2
-        self.density = (sde.diffusion(middle) / sde.std(middle)) ** 2
-        self.density /= (self.density * self.width).sum()
+        width, middle = edges.diff(), (edges[1:] + edges[:-1]) / 2
+        density = (sde.diffusion(middle) / sde.std(middle)) ** 2
+        density /= (density * width).sum()
+        self.cells = edges[:-1], width, density
+        self.cells_on = {}  # by device
 
     def sample(
         self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
@@ -336,14 +340,15 @@ class ContinuousTimes:
 
         The generator, where one is given, must be of `device`.
         """
-        dtype = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
-        u = torch.rand(batch_size, generator=generator, device=device, dtype=dtype)
+        device = torch.device(device or "cpu")
+        u = torch.rand(batch_size, generator=generator, device=device, dtype=finest_dtype(device))
         if not self.importance:
             return self.least + (1 - self.least) * u, torch.ones(batch_size, device=device)
-        for name in ("first", "width", "density"):  # moved once
-            setattr(self, name, getattr(self, name).to(device, dtype))
-        cell = torch.multinomial(self.density * self.width, batch_size, replacement=True, generator=generator)
-        return self.first[cell] + u * self.width[cell], (1 / (self.density[cell] * (1 - self.least))).float()
+        if device not in self.cells_on:
+            self.cells_on[device] = [each.to(device, u.dtype) for each in self.cells]
+        first, width, density = self.cells_on[device]
+        cell = torch.multinomial(density * width, batch_size, replacement=True, generator=generator)
+        return first[cell] + u * width[cell], (1 / (density[cell] * (1 - self.least))).float()
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Nothing is learned from the losses."""

@@ -164,9 +164,10 @@ def discretized_gaussian_log_likelihood(
     if levels < 2:
         raise ValueError(f"levels={levels!r}: the data needs two grey levels at least")
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    # float64 is not to be had on Apple's GPUs; float32 there costs precision in the tails
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
-    x, mean, log_scale = x.to(exact), mean.to(exact), log_scale.to(exact)
+    device = mean.device
+    if device.type == "mps":  # Apple's GPUs have no float64, and torch no log_ndtr for them
+        x, mean, log_scale = x.cpu(), mean.cpu(), log_scale.cpu()
+    x, mean, log_scale = x.double(), mean.double(), log_scale.double()
     half_bin = 1 / (levels - 1)
     centered, inverse_scale = x - mean, torch.exp(-log_scale)
     upper = (centered + half_bin) * inverse_scale
@@ -182,7 +183,7 @@ def discretized_gaussian_log_likelihood(
         torch.special.log_ndtr(upper),
         torch.where(x > 1 - half_bin, torch.special.log_ndtr(-lower), inner),
     )
-    return log_likelihood.to(dtype)
+    return log_likelihood.to(device, dtype)
 
 
 class _Tables:
@@ -238,6 +239,7 @@ class _Chain(_Tables):
         one_minus = 1 - alpha_bar
 
         # q(x_t | x_0), eq. 4
+        tables["timesteps"] = np.array(timesteps, dtype=np.int64)
         tables["positions"] = np.full(T, len(timesteps))
         tables["sqrt_alphas_cumprod"] = np.sqrt(alpha_bar)
         tables["sqrt_one_minus_alphas_cumprod"] = np.sqrt(one_minus)
@@ -621,10 +623,13 @@ class VariationalDDPMScheduler(DDPMScheduler):
     def draw_timesteps(
         self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Timesteps of the chain, drawn uniformly: int64 (batch_size,), 0-based original timesteps."""
-        steps = torch.tensor(self._chain.timesteps)
-        drawn = torch.randint(len(steps), (batch_size,), generator=generator)
-        return steps[drawn].to(device)
+        """Timesteps of the chain, drawn uniformly: int64 (batch_size,) on `device`, 0-based original timesteps.
+
+        They are drawn where the generator is, if one is given.
+        """
+        chain, source = self._chain, device if generator is None else generator.device
+        drawn = torch.randint(len(chain.timesteps), (batch_size,), generator=generator, device=source)
+        return chain.on("timesteps", drawn.device)[drawn].to(device)
 
     def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
         """q(x_t | x_0), eq. 4. x_start: (B, C, H, W) in [-1, 1]; t: 0-based, of the chain."""
@@ -646,9 +651,10 @@ class VariationalDDPMScheduler(DDPMScheduler):
         )
 
     def _full(self, name, position, like):
-        entry = self._chain.at(name, position, like)
-        entry = entry if isinstance(entry, torch.Tensor) else like.new_tensor(entry)
-        return entry.expand(like.shape)
+        """A table's entry at each pixel, beside `like`."""
+        if isinstance(position, int):
+            return self._chain.on(name, like.device)[position].to(like.dtype).expand(like.shape)
+        return self._chain.at(name, position, like).expand(like.shape)
 
     # p
 

@@ -150,7 +150,7 @@ class SDE:
 
     def prior_log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """log of the density of z (B, C, H, W) at t = 1, (B,) nats, summed over the dimensions."""
-        z = z.flatten(1).double() / self.prior_std
+        z = _double(z.flatten(1)) / self.prior_std
         return -0.5 * (z**2).sum(1) - z.shape[1] * (0.5 * math.log(2 * math.pi) + math.log(self.prior_std))
 
 
@@ -223,20 +223,22 @@ class ChainSDE(VPSDE):
         self.least = 1 / self.N
         if not (abar.min() > 0 and (torch.diff(abar, prepend=torch.ones(1)) < 0).all()):
             raise ValueError("alphas_cumprod must fall and stay above 0: of zero SNR there is no way back")
-        self.knots = torch.cat((torch.zeros(1, dtype=torch.float64), 0.5 * abar.log()))
-        step = torch.diff(self.knots)
-        slope = 2 * step[1:] * step[:-1] / (step[1:] + step[:-1])  # the harmonic mean overshoots nowhere
-        self.slopes = torch.cat((step[:1], slope, step[-1:]))
+        knots = torch.cat((torch.zeros(1, dtype=torch.float64), 0.5 * abar.log()))
+        rise = torch.diff(knots)
+        slope = 2 * rise[1:] * rise[:-1] / (rise[1:] + rise[:-1])  # the harmonic mean overshoots nowhere
+        first, last = torch.cat((rise[:1], slope)), torch.cat((slope, rise[-1:]))
+        # (N, 4), a cubic for each interval; by device, each moved there once
+        self.cubics = torch.stack((knots[:-1], first, 3 * rise - 2 * first - last, first + last - 2 * rise), dim=1)
+        self.cubics_on = {}
 
     def _piece(self, t):
         """Where t is in its interval, 0 to 1, and the cubic's coefficients there: value, slope, and the next two."""
         at = _double(t) * self.N
         k = at.long().clamp(0, self.N - 1)
-        i = k.to(self.knots.device)
-        rise = self.knots[i + 1] - self.knots[i]
-        first, last = self.slopes[i], self.slopes[i + 1]
-        coefficients = (self.knots[i], first, 3 * rise - 2 * first - last, first + last - 2 * rise)
-        return at - k, *(each.to(at) for each in coefficients)
+        if at.device not in self.cubics_on:
+            with torch.inference_mode(False):
+                self.cubics_on[at.device] = self.cubics.to(at.device, at.dtype)
+        return at - k, *self.cubics_on[at.device][k].unbind(-1)
 
     def log_scale(self, t):
         u, a, b, c, d = self._piece(t)
@@ -619,10 +621,13 @@ def clip_limits(config: dict) -> tuple[float, float]:
     return -most if config.get("centered", True) else 0.0, most
 
 
+def finest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _double(t):
-    if not isinstance(t, torch.Tensor):
-        return torch.tensor(t, dtype=torch.float64)
-    return t.to(torch.float32 if t.device.type == "mps" else torch.float64)  # where there is no float64
+    return t.to(finest_dtype(t.device)) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
 def _like(coefficient, x):

@@ -283,6 +283,24 @@ class SelfAttention(nn.Module):
         return h if self.output_scale == 1 else h / self.output_scale
 
 
+class _SameRandomNumbers:
+    """A module as gradient checkpointing calls it twice, with one dropout: for Apple's GPUs torch 2.13 does not see to that."""
+
+    def __init__(self, module):
+        self.module, self.state, self.called = module, torch.mps.get_rng_state(), False
+
+    def __call__(self, *args):
+        if not self.called:
+            self.called = True
+            return self.module(*args)
+        now = torch.mps.get_rng_state()
+        torch.mps.set_rng_state(self.state)
+        try:
+            return self.module(*args)
+        finally:
+            torch.mps.set_rng_state(now)
+
+
 class Level(nn.Module):
     """What every level of the U-Net has: residual blocks, and attention after as many of the last ones as there is."""
 
@@ -294,9 +312,11 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList(attentions)
 
     def checkpointed(self, module, *args):
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(module, *args)
-        return module(*args)
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return module(*args)
+        if args[0].device.type == "mps" and self.training:
+            module = _SameRandomNumbers(module)
+        return self._gradient_checkpointing_func(module, *args)
 
     def layer(self, i, x, emb):
         x = self.checkpointed(self.resnets[i], x, emb)
@@ -938,7 +958,7 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         Raises:
             ValueError: a wrong shape, missing, superfluous or out-of-range labels; before anything is computed.
         """
-        t = torch.as_tensor(timestep, device=sample.device)
+        t = time_tensor(timestep, sample.device)
         self._check_input(sample, t, class_labels)
         x = self.unscaled(self.denoise(sample, self.embed(t.reshape(-1), class_labels)), t)
         return UNet2DOutput(sample=x) if return_dict else (x,)
@@ -1032,6 +1052,19 @@ def _check_variant(folder, variant):
             f"{folder} has no safetensors; if you trust who made its pickled weights, open it with use_safetensors=False and "
             "save it: save_pretrained writes safetensors"
         )
+
+
+def time_tensor(timestep: torch.Tensor | float | int, device: torch.device) -> torch.Tensor:
+    """What a network is given as its time, as a tensor on `device`, () or (B,).
+
+    One number that the host knows is written there by a kernel: the host would wait for a copy, once a sampling step.
+    """
+    t = torch.as_tensor(timestep)
+    if device.type == "mps" and t.dtype == torch.float64:  # which it has not
+        t = t.float()
+    if t.dim() == 0 and t.device.type == "cpu" != device.type:
+        return torch.full((), t.item(), dtype=t.dtype, device=device)
+    return t.to(device)
 
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,0 +1,67 @@
+"""Tests on the accelerator that torch finds: a real one, or the one that `make test-device` simulates. Else they are skipped.
+
+Each compares with the same computation on the CPU: with given noise or a generator of the CPU, for each device draws numbers of
+its own.
+"""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from ddpm_hf import DDPMUNet
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name == "device":
+            item.add_marker(pytest.mark.device)
+
+
+@pytest.fixture(scope="session")
+def device():
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        pytest.skip("torch finds no accelerator; `make test-device` simulates one")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # products as exact as the CPU's
+    return torch.device(found.type)
+
+
+@pytest.fixture
+def generator():
+    """A function seed -> generator of the CPU."""
+    return lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def unet():
+    """A network of 8x8 images that is not the zero function."""
+
+    def make(**config):
+        network = DDPMUNet(
+            **dict(
+                sample_size=8,
+                in_channels=1,
+                out_channels=1,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                norm_num_groups=4,
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            )
+            | config
+        )
+        network.reset_parameters("torch")
+        return network.eval()
+
+    return make
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """A function that has accelerate forget the device and the precision of the run before."""
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    yield reset
+    reset()
