@@ -262,6 +262,7 @@ def test_labels():
     assert label_names(data, None) is None
     stream = labelled([1, 0], integers).to_iterable_dataset()
     assert label_names(stream, "kind", 3) == ["0", "1", "2"] and label_names(stream, "kind") is None
+    assert label_names(labelled(["1", "0"]).to_iterable_dataset(), "kind", 3) is None
     with pytest.raises(ValueError, match="has no value in 1 of 2 rows"):
         found(labelled([0.5, math.nan], datasets.Value("float32")), 2)
     with pytest.raises(ValueError, match="label_column='kind' holds List.*, not labels"):

@@ -390,7 +390,7 @@ def label_ids(
 def label_names(dataset, label_column: str | None, num_classes: int | None = None) -> list[str] | None:
     """Names of the labels 0, 1, ... that `training_set` gives: their texts, those of a `ClassLabel`, or the numbers themselves.
 
-    None without a label column, and for integers of a stream where `num_classes` does not say how many there are.
+    None without a label column, and for a stream, unless its type or, for integers, `num_classes` has them.
     """
     if label_column is None:
         return None
@@ -399,9 +399,11 @@ def label_names(dataset, label_column: str | None, num_classes: int | None = Non
         return [str(value) for value in ids]
     if classes := _classes(dataset.features[label_column]):
         return classes
-    if num_classes is None and not isinstance(dataset, datasets.IterableDataset):
-        num_classes = len(dataset.unique(label_column))
-    return None if num_classes is None else [str(i) for i in range(num_classes)]
+    if isinstance(dataset, datasets.IterableDataset):
+        known = num_classes if "int" in dataset.features[label_column].dtype else None
+    else:
+        known = num_classes or len(dataset.unique(label_column))
+    return None if known is None else [str(i) for i in range(known)]
 
 
 def _classes(feature):
