@@ -54,7 +54,7 @@ def test_command_line_beats_the_file(tmp_path):
         (["--steps", "0"], r"steps=0 must be an integer in \[1,"),
         (["--steps"], "--steps has no value"),
         (["steps", "3"], "cannot read 'steps'"),
-        (["--learning_rate", "-1"], r"learning_rate=-1 must be a number in \(0, 100\]"),
+        (["--learning_rate", "-1"], r"learning_rate=-1 must be a number in \(0, 1e38\]"),
         (["--image_size", "9"], "image_size=9 must be a multiple of 2"),
         (["--image_size", "[8, 8, 8]"], "image_size"),
         (["--net.dropout", "1"], "--net.dropout"),

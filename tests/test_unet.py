@@ -532,7 +532,7 @@ def test_each_opens_what_the_other_saved(saver, name, safe, tmp_path):
     net.save_pretrained(tmp_path, safe_serialization=safe)
     inputs = make_inputs(net)
     for opener in (UNet2DModel, DDPMUNet):
-        opened = opener.from_pretrained(tmp_path)
+        opened = opener.from_pretrained(tmp_path, use_safetensors=safe)
         assert type(opened) is opener and not opened.training
         assert_same_weights(opened, net)
         assert_close(output(opened, inputs), output(net, inputs), 1e-5)

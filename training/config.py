@@ -634,7 +634,8 @@ def _find_checkpoint(config):
     if path and path.parent.resolve() == (output / "checkpoints").resolve():
         if not found or path.name != found[-1].name:
             raise ConfigError(
-                f"output_dir={shown(config.output_dir)} has newer checkpoints than resume={shown(config.resume)}; "
+                f"output_dir={shown(config.output_dir)} holds something already: "
+                f"newer checkpoints than resume={shown(config.resume)}; "
                 "to resume from an older one give another output_dir"
             )
         path = None  # what auto does

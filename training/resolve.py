@@ -226,7 +226,7 @@ def _follow_data(config, classes):
         config.learning_rate = learning_rate
     if isinstance(config, TrainConfig) and "sample_steps" not in explicit:
         T = config.scheduler.get("num_train_timesteps", 1000)
-        config.sample_steps = min(100, T) if isinstance(T, int) else 100
+        config.sample_steps = min(100, T) if isinstance(T, int) and T > 0 else 100
     if os.environ.get("RANK", "0") == "0":
         tell(f"{config.PROGRAM}: data={config.data!r}: {'; '.join(found)}; --dry_run shows all of it")
 

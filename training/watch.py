@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 import ddpm_hf
 from config import ConfigError, nearest
 from ddpm_hf import OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
+from ddpm_hf.arguments import shown
 from ddpm_hf.atomic import write_bytes
 from ddpm_hf.likelihood import standard_error
 
@@ -44,9 +45,9 @@ def check_trackers(names: list[str]) -> None:
     there = [str(kind) for kind in get_available_trackers()]
     for name in names:
         if name not in known:
-            raise ConfigError(f"trackers={names}: {name!r} is not known{nearest(name, known)}")
+            raise ConfigError(f"trackers={shown(names)}: {shown(name)} is not known{nearest(name, known)}")
         if name not in there:
-            raise ConfigError(f"trackers={names}: {name!r} is not installed; pip install {name}")
+            raise ConfigError(f"trackers={shown(names)}: {shown(name)} is not installed; pip install {name}")
 
 
 def environment(accelerator) -> dict:

@@ -58,14 +58,14 @@ def _demo_module(name, source):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ImportError(f'the data set {source!r} needs {error.name}; pip install "ddpm-hf[demo]"') from error
+        raise ImportError(f'the data set {shown(source)} needs {error.name}; pip install "ddpm-hf[demo]"') from error
 
 
 def _built_in(images, labels, split, test_images):
     order = np.random.RandomState(0).permutation(len(images))
     parts = {"train": order[test_images:], "test": order[:test_images]}
     if split not in parts:
-        raise ValueError(f"split={split!r} is not in this data set; choose train or test")
+        raise ValueError(f"split={shown(split)} is not in this data set; choose train or test")
     columns = {
         "image": [Image.fromarray(images[i]) for i in parts[split]],
         "label": labels[parts[split]].astype(int).tolist(),
@@ -126,7 +126,7 @@ def _saved_to_disk(source, split):
         raise ValueError(f"{source} is not what `save_to_disk` writes: {error!r}; save it again") from error
     parts = images if isinstance(images, datasets.DatasetDict) else {str(images.split or "train"): images}
     if split not in parts:
-        raise ValueError(f"split={split!r} is not in {source}; it has {', '.join(parts)}")
+        raise ValueError(f"split={shown(split)} is not in {source}; it has {', '.join(parts)}")
     return parts[split]
 
 
@@ -134,7 +134,7 @@ def check_levels(source: str, levels: int) -> None:
     """Raises ValueError where it is known that the data has other grey levels."""
     if LEVELS.get(source, levels) != levels:
         raise ValueError(
-            f"levels={levels}, but the data set {source!r} has {LEVELS[source]} grey levels; set levels to it"
+            f"levels={levels}, but the data set {shown(source)} has {LEVELS[source]} grey levels; set levels to it"
         )
 
 
@@ -146,9 +146,11 @@ def image_column(dataset: datasets.Dataset | datasets.IterableDataset, column: s
     """
     if column is not None:
         if column not in dataset.column_names:
-            raise ValueError(f"image_column={column!r} is not in the data; it has {', '.join(dataset.column_names)}")
+            raise ValueError(
+                f"image_column={shown(column)} is not in the data; it has {', '.join(dataset.column_names)}"
+            )
         if not isinstance(dataset.features[column], datasets.Image):
-            raise ValueError(f"image_column={column!r} holds {dataset.features[column]}, not images")
+            raise ValueError(f"image_column={shown(column)} holds {dataset.features[column]}, not images")
         return column
     found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if len(found) != 1:
@@ -347,10 +349,12 @@ def label_ids(
     if label_column is None:
         return None
     if label_column not in dataset.column_names:
-        raise ValueError(f"label_column={label_column!r} is not in the data; it has {', '.join(dataset.column_names)}")
+        raise ValueError(
+            f"label_column={shown(label_column)} is not in the data; it has {', '.join(dataset.column_names)}"
+        )
     feature = dataset.features[label_column]
     if not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
-        raise ValueError(f"label_column={label_column!r} holds {feature}, not labels")
+        raise ValueError(f"label_column={shown(label_column)} holds {feature}, not labels")
     classes, stream = _classes(feature), isinstance(dataset, datasets.IterableDataset)
     values = set(range(len(classes or ())))
 
@@ -362,7 +366,7 @@ def label_ids(
         if any(map(missing, found)):
             count = sum(map(missing, dataset[label_column]))
             raise ValueError(
-                f"label_column={label_column!r} has no value in {count} of {len(dataset)} rows; fill or remove them"
+                f"label_column={shown(label_column)} has no value in {count} of {len(dataset)} rows; fill or remove them"
             )
         values |= found
     if names is not None:
@@ -373,12 +377,12 @@ def label_ids(
         unknown = set() if stream else {called[value] for value in found} - ids.keys()
         if unknown:
             raise ValueError(
-                f"label_column={label_column!r} has the label {min(unknown)!r}; known are {', '.join(names)}"
+                f"label_column={shown(label_column)} has the label {min(unknown)!r}; known are {', '.join(names)}"
             )
         return {value: ids[name] for value, name in called.items() if name in ids}
     if num_classes is not None and len(values) > num_classes:
         raise ValueError(
-            f"label_column={label_column!r} has {len(values)} labels, the network {num_classes} classes; set "
+            f"label_column={shown(label_column)} has {len(values)} labels, the network {num_classes} classes; set "
             f"unet.num_class_embeds, or classifier.num_classes, to {len(values)}"
         )
     if classes or all(isinstance(value, int) and 0 <= value < (num_classes or len(values)) for value in values):
@@ -463,7 +467,7 @@ class _Reader:
             label = row[self.label_column]
             known = label if self.ids is None else self.ids.get(label)
             if not isinstance(known, int) or not 0 <= known < (self.num_classes or known + 1):
-                problem = f"label_column={self.label_column!r} holds {label!r}"
+                problem = f"label_column={shown(self.label_column)} holds {label!r}"
                 if label is None:
                     raise ValueError(f"{problem} for an image; give it a label, or remove it")
                 if self.ids is not None:

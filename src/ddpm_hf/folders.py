@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageFile
 
+from .arguments import shown
+
 logger = logging.getLogger(__name__)
 
 # ending -> the loader of `datasets` for files that hold many images
@@ -309,5 +311,7 @@ def _select(parts, split, source):
     try:
         spans = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in parts.items()})
     except ValueError as error:
-        raise ValueError(f"split={split!r} is not a split or slice of {source}; it has {', '.join(parts)}") from error
+        raise ValueError(
+            f"split={shown(split)} is not a split or slice of {source}; it has {', '.join(parts)}"
+        ) from error
     return datasets.concatenate_datasets([parts[span.splitname].select(range(span.from_, span.to)) for span in spans])

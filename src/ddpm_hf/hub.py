@@ -21,7 +21,6 @@ from .saved import (
     STAGES,
     WORD,
     Kind,
-    checked,
     component_classes,
     naming,
     read_config,
@@ -141,12 +140,12 @@ def model_card(
     network, scheduler = _network(folder / "unet", DDPMUNet, folder), _scheduler(folder)
     stock_prediction, process = scheduler["prediction_type"] or "epsilon", _continuous_process(scheduler)
     own_settings = scheduler["_ddpm_hf"] or {}
-    checked(own_settings, SCHEDULER, folder / "scheduler/scheduler_config.json")
+    check_values(own_settings, SCHEDULER, folder / "scheduler/scheduler_config.json")
     scheduler |= own_settings
     told = told_of(folder)
     training, evaluation = told.get("training"), told.get("evaluation")
     data_id = (training or {}).get("hub_dataset") or ""
-    low = checked(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]
+    low = check_values(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]
     low = low and "x".join(map(str, low))
     size = network.config.sample_size
     images = "images of any size" if size is None else "x".join(map(str, sides(size))) + " images"
@@ -226,7 +225,7 @@ SCHEDULER = {
 
 def _scheduler(folder):
     path = folder / "scheduler/scheduler_config.json"
-    return checked(read_config(path, folder), SCHEDULER, path)
+    return check_values(read_config(path, folder), SCHEDULER, path)
 
 
 def _network(part, cls, folder):
@@ -296,7 +295,7 @@ def _listed_names(names):
 def _card_of_two_stages(folder, repo_id, license):
     """Of a cascade: how it is opened; its stages have cards of their own."""
     path = folder / "upsampler/model_index.json"
-    low = checked(read_json(path, folder), {"low_resolution": SIDES}, path)["low_resolution"]
+    low = check_values(read_json(path, folder), {"low_resolution": SIDES}, path)["low_resolution"]
     side = "x".join(map(str, sides(_network(folder / "upsampler/unet", DDPMUNet, folder).config.sample_size)))
     data = ModelCardData(
         license=license,

@@ -275,7 +275,7 @@ EVALUATION_BY_ODE = {
 }
 
 
-def checked(values: dict, schema: dict[str, Kind], path: Path, mend: str = "save the pipeline again") -> dict:
+def check_values(values: dict, schema: dict[str, Kind], path: Path, mend: str = "save the pipeline again") -> dict:
     """`values` with None for the keys of the schema that are left out. Raises ValueError for the first that does not fit."""
     values = values | {key: None for key in schema if key not in values}
     for key, kind in schema.items():
@@ -292,7 +292,7 @@ def read_record(path: Path, folder: Path) -> dict:
     values = read_json(path, folder)
     by_ode = "dequantization" in values
     schema = TRAINING if path.stem == "training" else EVALUATION_BY_ODE if by_ode else EVALUATION
-    return checked(values, schema, path, mend="remove the file")
+    return check_values(values, schema, path, mend="remove the file")
 
 
 def check_target(folder: Path, parts: Iterable[str]) -> None:

@@ -357,7 +357,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
         prediction_type=PREDICTION_TYPES,
         dynamic_thresholding_ratio="(0, 1]",
         clip_sample_range="(0, 1000000]",
-        sample_max_value="[1, 1000000]",
+        sample_max_value="(0, 1000000]",
         timestep_spacing=TIMESTEP_SPACINGS,
         steps_offset="[0, 99999]",
         levels="[2, 16777216]",

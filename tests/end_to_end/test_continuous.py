@@ -182,9 +182,9 @@ def test_presets_of_the_paper(preset, parameters, tmp_path):
         (["--scheduler.beta_min", "30"], "beta_min=30, beta_max=20.0: must be 0 < beta_min <= beta_max"),
         (["--scheduler.sigma_min", "1"], "unknown key 'scheduler.sigma_min'"),
         (["--scheduler.variance_type", "fixed_small"], "unknown key 'scheduler.variance_type'"),
-        (["--scheduler.num_train_timesteps", "1", "--sample_steps", "null"], "num_inference_steps=1 must be"),
+        (["--scheduler.num_train_timesteps", "1", "--sample_steps", "null"], "sample_steps=1 must be"),
         ([*VE, "--scheduler.prediction_type", "epsilon"], "networks that are told sigma divide by it, as scores want"),
-        (["--sample_steps", "1"], "num_inference_steps=1 must be an integer, 2 or more"),
+        (["--sample_steps", "1"], "sample_steps=1 must be an integer, 2 or more"),
     ],
 )
 def test_a_config_that_cannot_be(arguments, message, tmp_path):

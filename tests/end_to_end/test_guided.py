@@ -11,9 +11,10 @@ from diffusers import DDPMScheduler
 from elsewhere import ROUNDING, run_elsewhere
 from inputs import open_data, open_images
 from PIL import Image
+from resolve import guided_class_names, resolve
 from safetensors.torch import load_file
 from scripts import script
-from train_classifier import fit_to_pipeline, random_crop
+from train_classifier import random_crop
 
 from config import ClassifierConfig, ConfigError, load_config
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, NoisyClassifier
@@ -215,7 +216,8 @@ def test_preprocessing_is_that_of_the_pipeline(trained, tmp_path):
     unet.preprocessing = {"background": "#123456", "crop": "none"}
     unet.save_config(tmp_path / "base/unet")
     config, *_ = load_config(["--pipeline", str(tmp_path / "base")], ClassifierConfig)
-    assert fit_to_pipeline(config) == [str(digit) for digit in range(10)]
+    resolve(config)
+    assert guided_class_names(config) == [str(digit) for digit in range(10)]
     assert (config.background, config.crop) == ("#123456", "none")
 
 

@@ -161,10 +161,10 @@ def test_sheets_of_both(trained, tmp_path):
     "argv, message",
     [
         (["--low_resolution", "32"], "low_resolution=32 must be smaller than image_size=32"),
-        (["--low_resolution", "0"], "low_resolution=0 must be smaller"),
+        (["--low_resolution", "0"], r"low_resolution=0 must be an integer or a list of integers in \[1, 65536\]"),
         (["--low_resolution", "[8, 8, 8]"], "must be smaller"),
-        (["--conditioning_noise", "1"], "conditioning_noise=1.0 must be 0 to below 1"),
-        (["--low_resolution", "null"], "conditioning_noise=0.5 must be .* for networks with low_resolution"),
+        (["--conditioning_noise", "1"], r"conditioning_noise=1 must be a number in \[0, 1\)"),
+        (["--low_resolution", "null"], "conditioning_noise=0.5 is for networks with low_resolution; leave it out"),
         (["--eval_every", "5"], "eval_every measures networks that begin with noise alone"),
     ],
 )
