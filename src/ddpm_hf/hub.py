@@ -21,6 +21,7 @@ from .saved import (
     STAGES,
     WORD,
     Kind,
+    check_values,
     component_classes,
     naming,
     read_config,
