@@ -92,7 +92,7 @@ def _follow_guided(config):
     for key in ("background", "crop"):
         setattr(config, key, unet.preprocessing.get(key, getattr(config, key)))
     if unet.config.sample_size is not None:
-        config.image_size = unet.config.sample_size
+        config.image_size = _plain(unet.config.sample_size)
     config.channels = unet.config.in_channels
     return unet.num_classes
 
@@ -124,7 +124,7 @@ def _follow_pipeline(config):
     if unet["in_channels"] != in_channels(config):
         raise ConfigError(f"{where}: its network has in_channels {unet['in_channels']}, not {in_channels(config)}")
     if unet.get("sample_size") is not None and "image_size" not in config.explicit:  # other sizes do
-        config.image_size = unet["sample_size"]
+        config.image_size = _plain(unet["sample_size"])
     if "loss" not in config.explicit and config.loss == ("simple" if learned else "hybrid"):
         config.loss = "hybrid" if learned else "simple"  # simple leaves the learned variance untrained
 
@@ -218,6 +218,8 @@ def _follow_data(config, classes):
     network = getattr(config, part)
     if not set(shape) <= explicit and (not begins or isinstance(config, ClassifierConfig)):
         setattr(config, part, _network_for(size, channels, network, isinstance(config, TrainConfig)))
+        if getattr(config, "process", None) == "ve":  # of which networks are given sigma
+            config.unet = {"time_embedding_type": "fourier", **config.unet}
     found += _hold_out(config, count)
     if "batch_size" not in explicit:
         trained = batch_size if count is None else len(held_out_rows(config, count)[1]) if config.held_out else count
