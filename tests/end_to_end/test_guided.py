@@ -204,7 +204,9 @@ def test_labels_are_those_of_the_pipeline(trained, tmp_path):
     arguments = [*CLASSIFIER, "--pipeline", trained / "base/pipeline", "--steps", 2, "--eval_every", 0]
     script("train_classifier.py", *arguments, "--data", tmp_path / "reversed.parquet", "--output_dir", tmp_path / "run")
     assert DDPMImagePipeline.from_pretrained(tmp_path / "run/pipeline").classifier.class_names == names
-    config, *_ = load_config(["--config", "digits", "--data", str(tmp_path / "reversed.parquet"), "--batch_size", "16"], ClassifierConfig)
+    config, *_ = load_config(
+        ["--config", "digits", "--data", str(tmp_path / "reversed.parquet"), "--batch_size", "16"], ClassifierConfig
+    )
     found = open_data(config, open_images(config)[0], names=names)
     assert found.tensors["class_labels"].tolist() == rows["label"]
     told = script(
