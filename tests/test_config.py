@@ -1,4 +1,7 @@
 import dataclasses
+import inspect
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,8 @@ import torch
 import yaml
 from scripts import ROOT, script
 
-from config import PRESETS, ClassifierConfig, ConfigError, as_yaml, checkpoint_to_resume, load_config
+from config import PRESETS, ClassifierConfig, ConfigError, TrainConfig, as_yaml, checkpoint_to_resume, load_config
+from ddpm_hf import DDPMUNet, NoisyClassifier
 from train import build
 
 TRAIN = ROOT / "training/train.py"
@@ -86,6 +90,102 @@ def test_mistakes_are_told_in_one_line(argv, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("lr", "learning_rate"), ("bs", "batch_size"), ("epochs", "steps"), ("output", "output_dir"), ("dataset", "data"),
+        ("resolution", "image_size"), ("wd", "weight_decay"), ("warmup", "lr_warmup_steps"), ("mgn", "max_grad_norm"),
+        ("max_train_steps", "steps"), ("report_to", "trackers"), ("dropout", "unet.dropout"), ("workers", "num_workers"),
+        ("beta_schedule", "scheduler.beta_schedule"), ("learning-rates", "learning_rate"), ("confg", "config"),
+        ("dryrun", "dry_run"),
+    ],
+)  # fmt: skip
+def test_other_names_of_keys(word, key):
+    with pytest.raises(ConfigError, match=f"unknown key '.*'; did you mean '{key}'"):
+        load(f"--{word}", "1")
+
+
+def test_ways_to_write_values():
+    config = load("--streaming", "--steps", "5", "--trackers", "tensorboard", "--max_grad_norm=.inf", "--random_flip")
+    assert (config.streaming, config.random_flip, config.trackers, config.steps) == (True, True, ["tensorboard"], 5)
+    assert config.max_grad_norm == float("inf")
+    config = load(
+        "--trackers=tensorboard,wandb", "--adam_betas", "0.8, 0.9", "--image_size", "8,16", "--compile", "false"
+    )
+    assert (config.trackers, config.adam_betas, config.compile) == (["tensorboard", "wandb"], [0.8, 0.9], False)
+    assert config.image_size == [8, 16] and load("--trackers", "[]").trackers == load("--trackers", "").trackers == []
+    config = load(
+        "--unet.block_out_channels", "8,16", "--unet.down_block_types", "DownBlock2D, DownBlock2D", "--compile"
+    )
+    assert config.unet["block_out_channels"] == [8, 16] and config.unet["down_block_types"] == ["DownBlock2D"] * 2
+    assert config.compile and load("--scheduler.beta_start=-0.5").scheduler["beta_start"] == -0.5
+    with pytest.raises(ConfigError, match="weight_decay=-1.0 must be 0 or more"):
+        load("--weight_decay", "-1")
+
+
+@pytest.mark.parametrize(("kind", "program"), [(TrainConfig, "train.py"), (ClassifierConfig, "train_classifier.py")])
+def test_help(kind, program, capsys):
+    """Each key with its default, those of the sections, and the presets; without the slow imports."""
+    with pytest.raises(SystemExit) as end:
+        load_config(["--steps", "x", "--help"], kind)
+    told = capsys.readouterr().out
+    assert end.value.code == 0 and f"usage: python training/{program}" in told
+    for field in dataclasses.fields(kind):
+        assert not field.init or f"\n  --{field.name} " in told
+    assert "--log_every INT                 steps between rows of metrics.jsonl (20)" in told
+    assert "--weight_decay NUMBER" in told and f"({'0.0' if kind is TrainConfig else '0.05'})" in told
+    cls = DDPMUNet if kind is TrainConfig else NoisyClassifier
+    for key, parameter in inspect.signature(cls).parameters.items():
+        default = "required"
+        if parameter.default is not inspect.Parameter.empty:
+            default = json.dumps(parameter.default, separators=(",", ":")).replace('"', "")
+        assert key in kind.DERIVED or re.search(rf"[ ]{key}={re.escape(default)}\s", told), key
+    for path in kind.PRESETS.glob("*.yaml"):
+        assert re.search(rf"^  {path.stem} +\S", told, re.MULTILINE)
+    code = f"import sys; sys.argv = ['x', '-h']; sys.path.insert(0, {str(TRAIN.parent)!r}); import config\n"
+    code += (
+        "try: config.load_config(['-h'])\nexcept SystemExit: print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    )
+    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert probe.stdout.endswith("False False\n"), probe.stderr
+
+
+def test_base(tmp_path):
+    """A file says what differs from a preset, or from another file beside it."""
+    (tmp_path / "a.yaml").write_text("base: mnist\nsteps: 7\nunet:\n  dropout: 0.2\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/b.yaml").write_text("base: ../a.yaml\nsteps: 9\nscheduler: {levels: 4}\n")
+    config = load("--config", str(tmp_path / "sub/b.yaml"))
+    mnist = load("--config", "mnist")
+    assert (config.steps, config.preset, config.batch_size) == (9, "mnist", mnist.batch_size)
+    assert config.unet == {**mnist.unet, "dropout": 0.2} and config.scheduler == {**mnist.scheduler, "levels": 4}
+    assert config.explicit == {"steps", "unet.dropout", "scheduler.levels", "output_dir"}
+    (tmp_path / "a.yaml").write_text("base: sub/b.yaml\n")
+    for text, message in (
+        ("base: sub/b.yaml", "leads back to itself: .*a.yaml -> .*b.yaml -> .*a.yaml"),
+        ("base: mnits", "base of .*a.yaml: 'mnits' is neither a .yaml file nor a preset; did you mean 'mnist'"),
+        ("base: none.yaml", "none.yaml' does not exist"),
+        ("base: [mnist]", r"base=\['mnist'\] must be a preset or a .yaml file"),
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message) as caught:
+            load("--config", str(tmp_path / "a.yaml"))
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_config(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("steps: 1")
+    for source, message in (
+        ("cifar", "did you mean 'cifar10'"),
+        (str(tmp_path), f"is a folder; its pictures are given by --data {tmp_path}"),
+        (str(tmp_path / "run"), "is a folder; give .*run/config.yaml"),
+        (str(tmp_path / "none.yaml"), "none.yaml' does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load("--config", source)
+
+
 def test_a_folder_with_another_run_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("steps: 1")
     load("--output_dir", str(tmp_path))  # stopped before its first checkpoint
@@ -152,6 +252,29 @@ def test_the_checkpoint_to_resume(tmp_path):
         ConfigError, match="12000000/config.yaml cannot be read; put it back, or take another output_dir"
     ):
         load("--output_dir", str(run), *steps)
+
+
+def test_what_may_change_when_a_run_is_resumed(tmp_path):
+    """With a constant schedule steps and learning rate, and all that is not of the training."""
+    checkpoint = tmp_path / "run/checkpoints/0000004"
+    checkpoint.mkdir(parents=True)
+    constant = ["--lr_schedule", "constant_with_warmup", "--output_dir", str(tmp_path / "run")]
+    text, other = as_yaml(load(*constant[:2])), as_yaml(load())
+    for folder in (tmp_path / "run", checkpoint):
+        (folder / "config.yaml").write_text(text)
+    config = load(*constant, "--steps", "9", "--learning_rate", "0.5", "--tracker_run", "second")
+    assert checkpoint_to_resume(config) == checkpoint and config.learning_rate == 0.5
+    argv = ["--unet.dropout", "0.5", "--scheduler.beta_schedule", "linear", "--unet.block_out_channels", "8,16"]
+    with pytest.raises(ConfigError) as caught:
+        load(*constant, *argv)
+    told = str(caught.value)  # the keys that differ alone, with both values
+    assert told.startswith("scheduler.beta_schedule='linear', but ") and "was trained with 'cosine' (2 more: " in told
+    assert "unet.dropout=0.5, but it had its default" in told and "[8, 16], but it had [32, 64]" in told
+    assert "norm_num_groups" not in told and f"--init_from {tmp_path}/run/pipeline --output_dir" in told
+    for folder in (tmp_path / "run", checkpoint):
+        (folder / "config.yaml").write_text(other)
+    with pytest.raises(ConfigError, match="learning_rate=0.5, but .* was trained with 0.001; .* --init_from"):
+        load("--output_dir", str(tmp_path / "run"), "--learning_rate", "0.5")
 
 
 def test_a_checkpoint_is_compared_with_its_own_config(tmp_path, monkeypatch):

@@ -271,7 +271,8 @@ def load_config(argv: list[str], kind: type[RunConfig] = TrainConfig) -> tuple[R
 
 
 def _folder_of(data, kind):
-    name = re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(data)).stem) or "data"
+    path = Path(os.path.abspath(data))
+    name = re.sub(r"[^\w.-]+", "-", path.stem if path.is_file() else path.name) or "data"
     return f"runs/{name}{'-classifier' if kind is ClassifierConfig else ''}"
 
 
@@ -311,7 +312,8 @@ def _unknown(key, kind, fields):
     for section in sections_of(kind):
         if key in section_keys(kind, section):
             return ConfigError(f"unknown key {key!r}; did you mean '{section}.{key}'?")
-    return ConfigError(f"unknown key {key!r}{nearest(key, fields)}")
+    close = nearest(key, (*fields, "config", "dry_run"))
+    return ConfigError(f"unknown key {key!r}{close if 'mean' in close else '; --help lists all keys'}")
 
 
 def _names(values, kind):
@@ -346,8 +348,9 @@ def _read_config(source, kind, seen=()):
         raise ConfigError(f"{where} leads back to itself: {' -> '.join(map(str, (*seen, path)))}")
     values = _read_yaml(path)
     base = values.pop("base", None)
+    names = set() if is_preset else _names(values, kind)
     if base is None:
-        return values, set() if is_preset else _names(values, kind), source if is_preset else None
+        return values, names, source if is_preset else None
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base={base!r} must be a preset or a .yaml file")
     if base.endswith((".yaml", ".yml")):
@@ -356,7 +359,7 @@ def _read_config(source, kind, seen=()):
     for section in sections_of(kind):
         if isinstance(values.get(section), dict) and isinstance(inherited.get(section), dict):
             values[section] = inherited[section] | values[section]
-    return inherited | values, explicit | (set() if is_preset else _names(values, kind)), preset
+    return inherited | values, explicit | names, preset
 
 
 def _read_yaml(path):
@@ -379,7 +382,8 @@ def _parse(text, kinds=()):
         value = parse_yaml(text)
     except ValueError:
         value = text
-    if isinstance(value, str) and ("," in text or (kinds and all(typing.get_origin(each) is list for each in kinds))):
+    a_list = kinds and all(typing.get_origin(each) is list for each in kinds)
+    if a_list and not isinstance(value, list) or isinstance(value, str) and "," in text:
         entries = [entry.strip() for entry in text.split(",") if entry.strip()]
         return entries if list[str] in kinds else [_parse(entry) for entry in entries]
     return value

@@ -15,7 +15,7 @@ from launch import PROCESSES, opening
 from stages import in_channels
 from stops import tell
 
-from config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check, image_size
+from config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check, image_size, sides
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.data import LEVELS, image_column, label_names, load_images, open_image
 
@@ -80,32 +80,34 @@ def _process_of(path):
     return process, scheduler, {key: value for key, value in values.items() if key in known and value is not None}
 
 
+def _network_of(path):
+    """The network of a saved pipeline, without its weights."""
+    with torch.device("meta"):
+        return DDPMUNet.from_config(DDPMUNet.load_config(path, subfolder="unet"))
+
+
 def _follow_guided(config):
-    """The process, the size and the channels of the pipeline that a classifier guides; returns its number of classes."""
-    with opening(f"pipeline={config.pipeline!r}"), torch.device("meta"):
+    """The process, size, channels and pre-processing of the pipeline that a classifier guides; returns its classes."""
+    where = f"pipeline={config.pipeline!r}"
+    with opening(where), torch.device("cpu"):
         process, scheduler, keys = _process_of(config.pipeline)
         if process != "ddpm":
             name = type(scheduler).__name__
             raise ValueError(f"its {name} is in continuous time; classifiers are of discrete timesteps")
-    unet = _guided_network(config)
-    config.scheduler = keys
-    for key in ("background", "crop"):
-        setattr(config, key, unet.preprocessing.get(key, getattr(config, key)))
+        unet = _network_of(config.pipeline)
+    config.scheduler = {**keys, **_asked(config, where, scheduler, keys)}
     if unet.config.sample_size is not None:
-        config.image_size = unet.config.sample_size
-    config.channels = unet.config.in_channels
+        _follow(config, where, "image_size", unet.config.sample_size)
+    _follow(config, where, "channels", unet.config.in_channels)
+    for key in {"background", "crop"} & unet.preprocessing.keys():
+        _follow(config, where, key, unet.preprocessing[key])
     return unet.num_classes
 
 
 def guided_class_names(config: ClassifierConfig) -> list[str] | None:
     """Names of the labels 0, 1, ... of the pipeline that a classifier guides; None where they are not known."""
-    return _guided_network(config).class_names
-
-
-def _guided_network(config):
-    """The network of the pipeline that a classifier guides, without its weights."""
-    with opening(f"pipeline={config.pipeline!r}"), torch.device("meta"):
-        return DDPMUNet.from_config(DDPMUNet.load_config(config.pipeline, subfolder="unet"))
+    with opening(f"pipeline={config.pipeline!r}"):
+        return _network_of(config.pipeline).class_names
 
 
 def _follow_pipeline(config):
@@ -114,52 +116,58 @@ def _follow_pipeline(config):
     with opening(where), torch.device("cpu"):
         index = DDPMImagePipeline.load_config(config.init_from)
         process, scheduler, keys = _process_of(config.init_from)
-        unet = DDPMUNet.load_config(config.init_from, subfolder="unet")
+        unet = _network_of(config.init_from)
+    if not keys.get("centered", True):
+        raise ConfigError(f"{where}: its network is of images in [0, 1]; images are trained in [-1, 1] here")
     _follow(config, where, "process", process)
     config.scheduler = {**keys, **_asked(config, where, scheduler, keys)}
     learned = process == "ddpm" and scheduler.variance_type.startswith("learned")
     _follow(config, where, "low_resolution", index.get("low_resolution"))
     _follow(config, where, "conditioning_noise", index.get("conditioning_noise") or 0.0)
-    _follow(config, where, "channels", unet["out_channels"] // (1 + learned))
-    if unet["in_channels"] != in_channels(config):
-        raise ConfigError(f"{where}: its network has in_channels {unet['in_channels']}, not {in_channels(config)}")
-    if unet.get("sample_size") is not None and "image_size" not in config.explicit:  # other sizes do
-        config.image_size = unet["sample_size"]
+    _follow(config, where, "channels", unet.config.out_channels // (1 + learned))
+    if unet.config.in_channels != in_channels(config):
+        raise ConfigError(f"{where}: its network has in_channels {unet.config.in_channels}, not {in_channels(config)}")
+    if unet.config.sample_size is not None and "image_size" not in config.explicit:  # other sizes do
+        config.image_size = _plain(unet.config.sample_size)
     if "loss" not in config.explicit and config.loss == ("simple" if learned else "hybrid"):
         config.loss = "hybrid" if learned else "simple"  # simple leaves the learned variance untrained
-
-    null_class = unet.get("_ddpm_hf", {}).get("null_class")
-    classes = unet.get("num_class_embeds") if null_class is None else null_class
-    if classes is None and "label_column" not in config.explicit:
+    if unet.num_classes is None and "label_column" not in config.explicit:
         config.label_column = None
-    if null_class is None and "label_dropout" not in config.explicit:
+    dropped = unet.null_class is not None
+    if not dropped and "label_dropout" not in config.explicit:
         config.label_dropout = 0.0
-    if (null_class is None) == (config.label_dropout > 0):
+    if dropped != (config.label_dropout > 0):
         raise ConfigError(
-            f"{where}: its network was trained with{'out' if null_class is None else ''} label dropout; "
-            f"give {'0' if null_class is None else 'a share above 0'} as label_dropout"
+            f"{where}: its network was trained with{'' if dropped else 'out'} label dropout; "
+            f"give {'a share above 0' if dropped else '0'} as label_dropout"
         )
-    network = {key: unet[key] for key in inspect.signature(DDPMUNet).parameters if key in unet}
-    network = {**network, "num_class_embeds": classes}
+    network = {key: unet.config[key] for key in inspect.signature(DDPMUNet).parameters}
+    network = {key: _plain(value) for key, value in network.items() if key not in config.DERIVED}
+    network["num_class_embeds"] = unet.num_classes
     for key, value in config.unet.items():
-        if f"unet.{key}" not in config.explicit:
-            continue
-        if key != "dropout" and key in network and _plain(value) != _plain(network[key]):
-            raise ConfigError(f"unet.{key}={value!r}, but the network of {where} has {network[key]!r}; leave it out")
-        network[key] = value
-    config.unet = {key: value for key, value in network.items() if key not in config.DERIVED}
-    return classes
+        if f"unet.{key}" in config.explicit:
+            if key in network.keys() - {"dropout"} and _plain(value) != network[key]:
+                raise ConfigError(
+                    f"unet.{key}={value!r}, but the network of {where} has {network[key]!r}; leave it out"
+                )
+            network[key] = value
+    config.unet = network
+    return unet.num_classes
 
 
 def _follow(config, where, key, value):
     """The pipeline's value of a key; another one that was asked for is refused."""
-    asked = getattr(config, key)
-    if key in config.explicit and _plain(asked) != _plain(value):
+    asked, value = getattr(config, key), _plain(value)
+    if key not in config.explicit:
+        setattr(config, key, value)
+    elif asked != value and not (
+        asked and value and key in ("image_size", "low_resolution") and sides(asked) == sides(value)
+    ):
         raise ConfigError(f"{key}={asked!r}, but {where} has {value!r}; leave it out")
-    setattr(config, key, value)
 
 
 def _plain(value):
+    """As YAML has it."""
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
@@ -173,18 +181,21 @@ def _asked(config, where, scheduler, keys):
     if LEVELS.get(config.data) and "levels" not in applied:
         applied["levels"] = LEVELS[config.data]
     known = inspect.signature(type(scheduler)).parameters
-    betas = {key: asked.pop(key) for key in BETAS & asked.keys() & known.keys()} if hasattr(scheduler, "betas") else {}
+    applied |= {key: asked.pop(key) for key in asked.keys() - known.keys()}  # check_keys will refuse them
+    betas = {key: asked.pop(key) for key in BETAS & asked.keys()} if hasattr(scheduler, "betas") else {}
     if betas:
         own = {key: value for key, value in keys.items() if key != "trained_betas"}
         other = type(scheduler)(**{**own, **betas}).betas
         if len(other) == len(scheduler.betas) and torch.allclose(other, scheduler.betas, rtol=1e-4):
             betas = {}  # the same, said in other words
     for key, value in {**asked, **betas}.items():
-        default = known[key].default if key in known else None
-        if key in betas or _plain(value) != _plain(keys.get(key, default)):
+        own = keys.get(key, known[key].default)
+        if key in betas and "trained_betas" in keys:
+            own = "betas of its own"
+        if _plain(value) != _plain(own):
             raise ConfigError(
-                f"scheduler.{key}={value!r}, but the network of {where} was trained with {keys.get(key, default)!r}; "
-                "leave it out: the process is the pipeline's"
+                f"scheduler.{key}={value!r}, but the network of {where} was trained with {own!r}; leave it out: the process is "
+                "the pipeline's"
             )
     return applied
 
@@ -218,6 +229,8 @@ def _follow_data(config, classes):
     network = getattr(config, part)
     if not set(shape) <= explicit and (not begins or isinstance(config, ClassifierConfig)):
         setattr(config, part, _network_for(size, channels, network, isinstance(config, TrainConfig)))
+        if getattr(config, "process", None) == "ve":  # of which networks are given sigma
+            config.unet = {"time_embedding_type": "fourier", **config.unet}
     found += _hold_out(config, count)
     if "batch_size" not in explicit:
         trained = batch_size if count is None else len(held_out_rows(config, count)[1]) if config.held_out else count
@@ -238,20 +251,20 @@ def _look(config, images, column, wanted):
         rows = itertools.islice(rows, PICTURES)
     elif len(rows) > PICTURES:
         rows = rows.select(sorted(np.random.default_rng(0).choice(len(rows), PICTURES, replace=False)))
-    sides, grey = [], True
+    shorter, grey = [], True
     for row in rows:
         # reading the data says which are broken
         with contextlib.suppress(Exception), open_image(**row[column]) as image:
-            sides.append(min(image.size))
+            shorter.append(min(image.size))
             grey = grey and ("channels" not in wanted or _is_grey(image))
-    if not sides:
+    if not shorter:
         raise ValueError("no image could be read to see its size; give image_size and channels")
     found = []
     if "image_size" in wanted:
-        side = statistics.median_low(sides)
+        side = statistics.median_low(shorter)
         step = 4 if side < 32 else 8  # so that the network can halve them
         config.image_size = min(MOST_COMMON_SIDE, max(8, side // step * step))
-        span = f"{side} pixels" if min(sides) == max(sides) else f"{side} pixels, {min(sides)} to {max(sides)}"
+        span = f"{side} pixels" if min(shorter) == max(shorter) else f"{side} pixels, {min(shorter)} to {max(shorter)}"
         found.append(f"image_size={config.image_size} (their shorter side is {span})")
     if "channels" in wanted:
         config.channels = 1 if grey else 3
@@ -304,8 +317,7 @@ def _network_for(size, channels, given, up):
         return given  # checked later
     while given_channels is None and len(channels) > 2 and any(side % 2 ** (len(channels) - 1) for side in size):
         channels = channels[:-1]
-    sides = [max(size) // 2**level for level in range(len(channels))]
-    attends = [8 < side <= 16 for side in sides]
+    attends = [8 < max(size) // 2**level <= 16 for level in range(len(channels))]
     attends[-1] |= not any(attends)
     down = given.get("down_block_types") or ["AttnDownBlock2D" if each else "DownBlock2D" for each in attends]
     network = {"block_out_channels": list(channels), "down_block_types": down}

@@ -1,11 +1,11 @@
 """Trains a DDPM (Ho, Jain, Abbeel 2020, Algorithm 1) and saves it as a pipeline that diffusers opens.
 
-    accelerate launch training/train.py --config digits
+    accelerate launch training/train.py --data my_pictures/            # the settings follow the pictures
+    accelerate launch training/train.py --config digits                # a preset, or a YAML file
     accelerate launch training/train.py --config cifar10 --data my_images/ --image_size 64 --output_dir runs/mine
     python training/train.py --config mnist --steps 100 --dry_run      # shows what it would do
 
-A preset is a name in training/configs or the path of a YAML file; every key of training/config.py can be given as
---key value, those of the network and the scheduler as --unet.key value and --scheduler.key value.
+--help lists the keys: each is one of a YAML file too.
 """
 
 import dataclasses

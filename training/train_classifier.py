@@ -3,9 +3,8 @@
     accelerate launch training/train_classifier.py --config digits --pipeline runs/digits/pipeline
     python training/train_classifier.py --config digits --steps 100 --dry_run
 
-With --pipeline it is trained on that pipeline's process, and saved with it as <output_dir>/pipeline too. A preset is a name in
-training/configs/classifier or the path of a YAML file; every key of ClassifierConfig in training/config.py can be given as
---key value.
+With --pipeline it is trained on that pipeline's process, and saved with it as <output_dir>/pipeline too. --help lists the keys:
+each is one of a YAML file too.
 """
 
 import json
