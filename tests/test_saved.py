@@ -351,8 +351,14 @@ def test_commands_are_calls_of_the_script_alone():
         and "';'" in quoted
     )
     others = (None, "", "rm -r /", "python evaluate.py x", "python training/evaluate.py", "python 'training")
-    for other in (*others, f"{plain}\nrm x", f"{plain} --data=$(x)"):
+    assert evaluation_command(f"{plain} --levels=$(x)").endswith(" '--levels=$(x)'")
+    for other in (*others, f"{plain}\nrm x", f"{plain} --$(x) y"):
         assert evaluation_command(other) is None
+
+
+def test_a_subset_is_told_in_the_card(saved):
+    (saved / "evaluation.json").write_text(json.dumps({**EVALUATION, "subset": {"of": 100, "seed": 0, "rows": "x"}}))
+    assert "Over 4 images, a fixed random subset of the 100 of split `test` of `digits`" in card_text(saved)
 
 
 def test_class_names_are_in_the_card(saved, make_pipeline, tmp_path):

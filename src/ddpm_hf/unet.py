@@ -695,6 +695,14 @@ class Encoder(ModelMixin, ConfigMixin):
         self.register_to_config(_ddpm_hf={key: value for key, value in own.items() if value is not None})
 
     @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """diffusers' hook for reading a config, which it would take for the name of another one where it is a text."""
+        config = super()._dict_from_json_file(json_file)
+        if not isinstance(config, dict):
+            raise ValueError(f"{json_file} holds {shortened(config)}, not keys and values")
+        return config
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As diffusers' method, but for safetensors unless use_safetensors=False, and only for weights that fit.
 
