@@ -89,7 +89,7 @@ def test_a_resumed_run_is_the_whole_one(device, fresh_accelerate, tmp_path, prog
         found.append(load_file(saved / "diffusion_pytorch_model.safetensors"))
         shutil.rmtree(tmp_path / "run/checkpoints/0000006")
         shutil.rmtree(saved.parent if program == "train.py" else saved)
-    assert_close(*found, tolerance=1e-6)
+    assert_close(*found, tolerance=1e-5)  # a GPU adds gradients in an order of its own
 
 
 @pytest.fixture
