@@ -13,7 +13,7 @@ from config import ClassifierConfig, TrainConfig, load_config, sections_of
 DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 KINDS = {"train.py": TrainConfig, "train_classifier.py": ClassifierConfig}
 # of accelerate launch, torchrun and make
-OTHERS = {"--cpu", "--num_processes", "--nproc_per_node", "--dynamo_backend"}
+OTHERS = {"--key", "--cpu", "--num_processes", "--nproc_per_node", "--dynamo_backend"}
 
 
 def commands(text):

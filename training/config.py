@@ -223,7 +223,7 @@ MAY_CHANGE |= {"eval_every", "eval_data", "eval_split", "eval_images", "eval_eva
 
 
 def load_config(argv: list[str], kind: type[RunConfig] = TrainConfig) -> tuple[RunConfig, bool]:
-    """`--config digits --key value --unet.key value` -> the resolved config, and whether `--dry_run` was given.
+    """`--config digits --steps 10 --unet.dropout 0.1` -> the resolved config, and whether `--dry_run` was given.
 
     What the data and a pipeline to begin with decide is left to `resolve.resolve`, unless a run is resumed, which knows it.
 

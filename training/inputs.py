@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import itertools
 import re
+import sys
 import tarfile
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -24,6 +26,9 @@ from ddpm_hf.data import (
     pixels_to_tensor,
     training_set,
 )
+
+if not sys.stderr.isatty():
+    datasets.disable_progress_bars()  # a log would have a line of each of their changes
 
 
 def levels_of(config: RunConfig) -> int:

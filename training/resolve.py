@@ -313,7 +313,7 @@ def _network_for(size, channels, given, up):
     """The keys of a network for images of a size, beside those given: one head of attention at 16 pixels, as Ho et al."""
     given_channels = given.get("block_out_channels")
     channels = given_channels or channels
-    if not isinstance(channels, (list, tuple)):
+    if not isinstance(channels, (list, tuple)) or not all(isinstance(each, int) for each in channels):
         return given  # checked later
     while given_channels is None and len(channels) > 2 and any(side % 2 ** (len(channels) - 1) for side in size):
         channels = channels[:-1]

@@ -1055,11 +1055,13 @@ def _check_variant(folder, variant):
         raise ValueError(
             f"{folder} has no weights of variant={variant!r}; it holds {', '.join(usual + [others] * (others != ''))}"
         )
-    if any(name.endswith(".bin") for name in names):
-        raise ValueError(
-            f"{folder} has no safetensors; if you trust who made its pickled weights, open it with use_safetensors=False and "
-            "save it: save_pretrained writes safetensors"
-        )
+    pickled = any(name.endswith(".bin") for name in names)
+    mend = (
+        "if you trust who made its pickled weights, open it with use_safetensors=False and save it"
+        if pickled
+        else "save it"
+    )
+    raise ValueError(f"{folder} has no safetensors; {mend}: save_pretrained writes safetensors")
 
 
 def time_tensor(timestep: torch.Tensor | float | int, device: torch.device) -> torch.Tensor:

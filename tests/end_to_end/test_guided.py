@@ -1,6 +1,7 @@
 """A class-conditional network and a classifier of its noisy images, trained, saved, opened and sampled as a user does it."""
 
 import json
+import re
 import shutil
 
 import datasets
@@ -52,7 +53,7 @@ def test_a_network_with_label_dropout(trained):
     assert not {"null_class", "class_names", "preprocessing"} & saved.keys()
     assert Image.open(trained / "base/samples/0000006.png").width == 10 * (8 * 8 + 4)  # a column for each class
     card = (trained / "base/pipeline/README.md").read_text()
-    assert "| classes | 10: `class_labels=`; classifier-free guidance by `guidance_scale=` |" in card
+    assert re.search(r"\| classes \| 10 .*: `class_labels=`; classifier-free guidance by `guidance_scale=` \|", card)
 
 
 def test_what_a_run_writes(trained):
@@ -266,8 +267,8 @@ def test_fine_tuning_keeps_the_null_class(trained, tmp_path):
         (["--label_column", "null"], "a classifier needs label_column, and classifier.num_classes"),
         (["--classifier.block_out_channels", "32"], "classifier.block_out_channels=32 must be a list of integers"),
         (["--classifier.num_classes", "a"], "a classifier needs label_column, and classifier.num_classes"),
-        (["--random_crop", "0"], "random_crop=0.0 must be above 0, up to 1"),
-        (["--random_crop", "2"], "random_crop=2.0"),
+        (["--random_crop", "0"], r"random_crop=0 must be a number in \(0, 1\]"),
+        (["--random_crop", "2"], "random_crop=2 must be"),
         (["--classifier.sample_size", "8"], "classifier.sample_size follows"),
         (["--unet.dropout", "0.1"], "only classifier and scheduler have keys of their own"),
         (["--ema_decay", "0.9"], "unknown key 'ema_decay'"),
