@@ -128,7 +128,8 @@ def test_estimate(device, network, scheduler, x_start, generator, images):
     [("chain", "rademacher"), ("chain", "gaussian"), ("chain", "exact"), ("vp", "rademacher"), ("ve", "rademacher")],
 )
 def test_likelihood_by_the_ode(device, scheduler, x_start, generator, process, trace):
-    sde = {"chain": scheduler, "vp": VPSDEScheduler(clip_sample=True), "ve": VESDEScheduler(clip_sample=True)}[process]
+    mild = VESDEScheduler(sigma_min=0.1, sigma_max=2.0, clip_sample=True)  # of a steep flow rounding changes the end
+    sde = {"chain": scheduler, "vp": VPSDEScheduler(clip_sample=True), "ve": mild}[process]
     found, expected = on_both(
         device,
         Convolution(),
@@ -141,7 +142,7 @@ def test_likelihood_by_the_ode(device, scheduler, x_start, generator, process, t
     assert found.log_likelihood.dtype == torch.float64
     assert found.latents.device.type == device.type
     # not the calls: rounding decides whether the solver repeats a step
-    assert_close(found[:3], expected[:3], 2e-2 if process == "ve" else 2e-3)
+    assert_close(found[:3], expected[:3], 2e-3)
 
 
 @pytest.mark.parametrize("dequantization", ["uniform", "decoder"])
