@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ddpm_hf.arguments import check_argument, checked, shown
+from ddpm_hf.arguments import check_argument, checked_arguments, shown
 
 VALUES = [
     # annotation, allowed, value, what it becomes
@@ -80,7 +80,7 @@ def test_values_are_shown_short_and_on_one_line():
 
 def test_a_checked_constructor():
     class Thing:
-        @checked(size="[1, 4]", kind=("a", "b"))
+        @checked_arguments(size="[1, 4]", kind=("a", "b"))
         def __init__(self, size: int, kind: str = "a", other: object = None):
             self.given = size, kind, other
 

@@ -275,7 +275,9 @@ def test_names_of_published_modules_do_not_collide():
     for node in tree.body:
         names += [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
     twice = {name for name in names if names.count(name) > 1}
-    assert twice <= {"logger"} and {"checked", "DDPMUNet", "VPSDEScheduler", "DDPMImagePipeline"} <= set(names)
+    assert twice <= {"logger"} and {"checked_arguments", "DDPMUNet", "VPSDEScheduler", "DDPMImagePipeline"} <= set(
+        names
+    )
 
 
 def test_a_swapped_scheduler_is_saved_as_it_is(make_pipeline, tmp_path):

@@ -1,6 +1,7 @@
 """Every argument of our classes, every key of a run, with every kind of value: it works, or one line says what is allowed."""
 
 import dataclasses
+import functools
 import inspect
 import math
 
@@ -28,8 +29,8 @@ from ddpm_hf import (
 DEEP = []
 for _ in range(5000):
     DEEP = [DEEP]
-NUMBERS = [-1, 0, 1, 3, 1e3, 1e30, -1e30, 1e-30, 1e300, 10**30, 10**400, 0.5, 1.5, math.nan, math.inf, 1e-16, 100_001]
-OTHERS = [None, True, False, "x", "never", "", "1e3", "x" * 1000, b"x", object(), 1 + 2j, {}, {"a": 1}, np.int64(3)]
+NUMBERS = [-1, 0, 1, 3, 1e30, 1e-30, 10**30, 10**400, 0.5, 1.5, math.nan, math.inf, 100_001]
+OTHERS = [None, True, "never", "", "1e3", "x" * 1000, b"x", object(), 1 + 2j, {}, {"a": 1}, np.int64(3)]
 LISTS = [[], [0], [4, 4], [1, 2, 3], [[1]], [10**30] * 2, [math.nan], [True], ["x"], np.ones(2), np.array("a"), DEEP]
 VALUES = [*NUMBERS, *OTHERS, *LISTS, [8] * 100_000]
 
@@ -108,10 +109,13 @@ def run_timesteps(kind, arguments):
     yield from timesteps.sample(3)
 
 
+@functools.cache
+def parts_of_an_upsampler():
+    return DDPMUNet(**NETWORK | dict(in_channels=3)), VariationalDDPMScheduler(2)
+
+
 def run_upsampler(kind, arguments):
-    with torch.device("meta"):
-        unet = DDPMUNet(**NETWORK | dict(in_channels=3))
-    kind(unet, VariationalDDPMScheduler(2), **arguments)
+    kind(*parts_of_an_upsampler(), **arguments)
     yield torch.zeros(1)
 
 

@@ -2,7 +2,7 @@
 
 The type of an argument is its annotation; what else is allowed stands above the constructor:
 
-    @checked(dropout="[0, 1)", pool=("attention", "average"))
+    @checked_arguments(dropout="[0, 1)", pool=("attention", "average"))
     def __init__(self, dropout: float = 0.0, pool: str = "attention"):
 """
 
@@ -65,7 +65,7 @@ def check_argument(name: str, value, annotation, allowed: str | tuple | None = N
     return result
 
 
-def checked(**allowed: str | tuple) -> Callable:
+def checked_arguments(**allowed: str | tuple) -> Callable:
     """Decorator of a constructor: `check_argument` for every argument whose annotation it can read.
 
     `allowed` may name more arguments than the constructor has. Arguments with other annotations, and those that begin with an

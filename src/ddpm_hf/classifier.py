@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .arguments import checked, shown
+from .arguments import checked_arguments, shown
 from .unet import MOST_PARAMETERS, NETWORK_RANGES, ActivatedNorm, DDPMUNet, Encoder, sides, time_tensor
 
 POOLS = ("attention", "average")
@@ -62,7 +62,7 @@ class NoisyClassifier(Encoder):
             value and what is.
     """
 
-    @checked(**NETWORK_RANGES, num_classes="[2, 100000000]", pool=POOLS)
+    @checked_arguments(**NETWORK_RANGES, num_classes="[2, 100000000]", pool=POOLS)
     @register_to_config
     def __init__(
         self,

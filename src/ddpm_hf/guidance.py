@@ -5,9 +5,10 @@ import math
 
 import torch
 
+from .arguments import shown
 from .classifier import NoisyClassifier
 from .scheduler import VariationalDDPMScheduler
-from .unet import shortened, sides
+from .unet import sides
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -80,13 +81,13 @@ def label_ids(names: list[str], class_names: list[str] | None, argument: str = "
     """
     for name in names:
         if class_names is None:
-            raise ValueError(f"{argument}={shortened(name)}: the names of the classes are not known; give numbers")
+            raise ValueError(f"{argument}={shown(name)}: the names of the classes are not known; give numbers")
         if name not in class_names:
             lower = {each.lower(): each for each in class_names}
             near = difflib.get_close_matches(str(name).lower(), lower)
             near = [lower[each] for each in near] or [each for key, each in lower.items() if str(name).lower() in key]
-            hint = f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"known: {shortened(class_names)}"
-            raise ValueError(f"{argument}={shortened(name)} is not the name of a class; {hint}")
+            hint = f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"known: {shown(class_names)}"
+            raise ValueError(f"{argument}={shown(name)} is not the name of a class; {hint}")
     return [class_names.index(name) for name in names]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .arguments import checked
+from .arguments import checked_arguments
 from .scheduler import VariationalDDPMScheduler
 from .sde import SDE, finest_dtype
 
@@ -41,7 +41,7 @@ class DiffusionObjective:
             error of epsilon is one of x_0 up to 4e8 times its square (cosine schedule).
     """
 
-    @checked(loss=LOSSES, vlb_weight="[0, 1000000]", weighting=(None, *WEIGHTINGS))
+    @checked_arguments(loss=LOSSES, vlb_weight="[0, 1000000]", weighting=(None, *WEIGHTINGS))
     def __init__(
         self,
         scheduler: VariationalDDPMScheduler,
@@ -123,7 +123,7 @@ class ScoreObjective:
         ValueError: unknown weighting.
     """
 
-    @checked(weighting=SCORE_WEIGHTINGS)
+    @checked_arguments(weighting=SCORE_WEIGHTINGS)
     def __init__(self, sde: SDE, weighting: str = "variance"):
         self.sde, self.weighting = sde, weighting
 
@@ -228,7 +228,7 @@ class LossSecondMomentTimesteps:
         ValueError: history_per_timestep outside [1, 10000], uniform_probability outside (0, 1].
     """
 
-    @checked(history_per_timestep="[1, 10000]", uniform_probability="(0, 1]")
+    @checked_arguments(history_per_timestep="[1, 10000]", uniform_probability="(0, 1]")
     def __init__(
         self,
         scheduler: VariationalDDPMScheduler,

@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOut
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import check_argument, checked, shown
+from .arguments import check_argument, checked_arguments, shown
 
 logger = logging.get_logger(__name__)
 
@@ -349,7 +349,7 @@ class VariationalDDPMScheduler(DDPMScheduler):
             timestep nothing is left of x_0.
     """
 
-    @checked(
+    @checked_arguments(
         num_train_timesteps="[1, 100000]",
         beta_start="[1e-15, 1)",
         beta_end="[1e-15, 1]",

@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOut
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import check_argument, checked, shown
+from .arguments import check_argument, checked_arguments, shown
 
 SDE_PREDICTIONS = ("epsilon", "score", "sample", "v_prediction")
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "probability_flow", "ddim", "none")
@@ -54,7 +54,7 @@ class SDE:
     prior_std = 1.0
     least = 1e-5
 
-    @checked(**SDE_RANGES)
+    @checked_arguments(**SDE_RANGES)
     def __init__(self, N: int, prediction_type: str):
         self.N, self.prediction_type = N, prediction_type
 
@@ -163,7 +163,7 @@ class VPSDE(SDE):
         ValueError: not 0 < beta_min <= beta_max.
     """
 
-    @checked(**SDE_RANGES)
+    @checked_arguments(**SDE_RANGES)
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, N: int = 1000, prediction_type: str = "epsilon"):
         super().__init__(N, prediction_type)
         if beta_min > beta_max:
@@ -281,7 +281,7 @@ class VESDE(SDE):
         ValueError: not 0 < sigma_min < sigma_max.
     """
 
-    @checked(**SDE_RANGES)
+    @checked_arguments(**SDE_RANGES)
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, N: int = 1000, prediction_type: str = "score"):
         super().__init__(N, prediction_type)
         if sigma_min >= sigma_max:
@@ -546,7 +546,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 class VPSDEScheduler(SDEScheduler):
     """Samplers of `VPSDE`, or with `trained_betas`, those of a discrete chain, of `ChainSDE`; see `SDEScheduler`."""
 
-    @checked(**SDE_RANGES)
+    @checked_arguments(**SDE_RANGES)
     @register_to_config
     def __init__(
         self,
@@ -595,7 +595,7 @@ class VESDEScheduler(SDEScheduler):
         centered: whether the images are in [-1, 1]; False for [0, 1], as NCSN's and those of diffusers' ScoreSdeVeScheduler.
     """
 
-    @checked(**SDE_RANGES)
+    @checked_arguments(**SDE_RANGES)
     @register_to_config
     def __init__(
         self,

@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
-from .arguments import checked, shown
+from .arguments import checked_arguments, shown
 from .classifier import NoisyClassifier
 from .conditioning import condition_planes
 from .guidance import NamedClasses, check_names
@@ -43,7 +43,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
 
     _source_module = __name__
 
-    @checked(low_resolution="[1, 65536]", conditioning_noise="[0, 1)")
+    @checked_arguments(low_resolution="[1, 65536]", conditioning_noise="[0, 1)")
     def __init__(
         self,
         unet: DDPMUNet | UNet2DModel,

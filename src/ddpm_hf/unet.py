@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel, UNet2DOutput
 from diffusers.utils import logging
 from torch import nn
 
-from .arguments import checked, shown
+from .arguments import checked_arguments, shown
 
 logger = logging.get_logger(__name__)
 
@@ -650,10 +650,10 @@ class Encoder(ModelMixin, ConfigMixin):
     def _checked_names(self, names):
         texts = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         if not texts or not names or len(set(names)) < len(names):
-            raise ValueError(f"class_names={shortened(names)} must be a list of different texts, one for each label")
+            raise ValueError(f"class_names={shown(names)} must be a list of different texts, one for each label")
         if len(names) > (self.num_classes or 0):
             raise ValueError(
-                f"class_names={shortened(names)} has {len(names)} names, but this network has "
+                f"class_names={shown(names)} has {len(names)} names, but this network has "
                 f"{self.num_classes or 'no'} classes; give one for each label"
             )
         return list(names)
@@ -678,16 +678,14 @@ class Encoder(ModelMixin, ConfigMixin):
         if not isinstance(values, dict) or not all(
             name in PREPROCESSING and isinstance(value, str) for name, value in values.items()
         ):
-            raise ValueError(
-                f"preprocessing={shortened(values)} must have texts by the keys {', '.join(PREPROCESSING)}"
-            )
+            raise ValueError(f"preprocessing={shown(values)} must have texts by the keys {', '.join(PREPROCESSING)}")
         return dict(values)
 
     def _own_settings(self):
         """What the config holds beside diffusers' keys, which ignores a key that begins with an underscore."""
         own = self.config.get("_ddpm_hf") or {}
         if not isinstance(own, dict):
-            raise ValueError(f"_ddpm_hf={shortened(own)} in the network's config must hold keys and values")
+            raise ValueError(f"_ddpm_hf={shown(own)} in the network's config must hold keys and values")
         return own
 
     def _set_own(self, **settings):
@@ -858,7 +856,7 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         ValueError: for a config that is not supported; one line that names the key, the value and what is.
     """
 
-    @checked(**NETWORK_RANGES)
+    @checked_arguments(**NETWORK_RANGES)
     @register_to_config
     def __init__(
         self,
@@ -1080,12 +1078,6 @@ def time_tensor(timestep: torch.Tensor | float | int, device: torch.device) -> t
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of what a config may hold as one number."""
     return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def shortened(value, length: int = 120) -> str:
-    """`repr` of a value for an error message, cut where it is longer."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _names(block_types):
