@@ -697,7 +697,7 @@ class Encoder(ModelMixin, ConfigMixin):
         """diffusers' hook for reading a config, which it would take for the name of another one where it is a text."""
         config = super()._dict_from_json_file(json_file)
         if not isinstance(config, dict):
-            raise ValueError(f"{json_file} holds {shortened(config)}, not keys and values")
+            raise ValueError(f"{json_file} holds {shown(config)}, not keys and values")
         return config
 
     @classmethod
