@@ -245,7 +245,7 @@ def load_config(argv: list[str], kind: type[RunConfig] = TrainConfig) -> tuple[R
         if name:
             inner = values.get(part) or {}
             if not isinstance(inner, dict):
-                raise ConfigError(f"{part}={inner!r} must hold keys and values")
+                raise ConfigError(f"{part}={shown(inner)} must hold keys and values")
             values[part] = {**inner, name: _parse(text)}
         else:
             values[key] = _parse(text, _kinds(fields[key]))
@@ -272,7 +272,7 @@ def load_config(argv: list[str], kind: type[RunConfig] = TrainConfig) -> tuple[R
 
 def _folder_of(data, kind):
     path = Path(os.path.abspath(data))
-    name = re.sub(r"[^\w.-]+", "-", path.stem if path.is_file() else path.name) or "data"
+    name = re.sub(r"[^\w.-]+", "-", path.stem if os.path.isfile(path) else path.name) or "data"
     return f"runs/{name}{'-classifier' if kind is ClassifierConfig else ''}"
 
 
@@ -281,7 +281,7 @@ def _read_arguments(argv, kind, fields):
     while rest:
         word = rest.pop(0)
         if not re.match(r"--[A-Za-z]", word):
-            raise ConfigError(f"cannot read {word!r}; arguments are --key value, see --help")
+            raise ConfigError(f"cannot read {shown(word)}; arguments are --key value, see --help")
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
         if key == "dry_run" and not equals:
@@ -311,9 +311,9 @@ def _unknown(key, kind, fields):
 
     for section in sections_of(kind):
         if key in section_keys(kind, section):
-            return ConfigError(f"unknown key {key!r}; did you mean '{section}.{key}'?")
+            return ConfigError(f"unknown key {shown(key)}; did you mean '{section}.{key}'?")
     close = nearest(key, (*fields, "config", "dry_run"))
-    return ConfigError(f"unknown key {key!r}{close if 'mean' in close else '; --help lists all keys'}")
+    return ConfigError(f"unknown key {shown(key)}{close if 'mean' in close else '; --help lists all keys'}")
 
 
 def _names(values, kind):
@@ -352,7 +352,7 @@ def _read_config(source, kind, seen=()):
     if base is None:
         return values, names, source if is_preset else None
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base={base!r} must be a preset or a .yaml file")
+        raise ConfigError(f"{path}: base={shown(base)} must be a preset or a .yaml file")
     if base.endswith((".yaml", ".yml")):
         base = str(path.parent / os.path.expanduser(base))
     inherited, explicit, preset = _read_config(base, kind, (*seen, path))
@@ -384,7 +384,7 @@ def _parse(text, kinds=()):
         value = text
     a_list = kinds and all(typing.get_origin(each) is list for each in kinds)
     if a_list and not isinstance(value, list) or isinstance(value, str) and "," in text:
-        entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+        entries = [entry.strip() for entry in text.split(",", 1000) if entry.strip()]
         return entries if list[str] in kinds else [_parse(entry) for entry in entries]
     return value
 
@@ -477,7 +477,7 @@ def _check_run(config):
         )
     if config.held_out and config.eval_data:
         raise ConfigError(
-            f"held_out={config.held_out} and eval_data={config.eval_data!r} name held-out images twice; give one"
+            f"held_out={config.held_out} and eval_data={shown(config.eval_data)} name held-out images twice; give one"
         )
     if config.num_workers > WORKERS_A_CORE * os.cpu_count():
         raise ConfigError(

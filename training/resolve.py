@@ -17,6 +17,7 @@ from stops import tell
 
 from config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check, image_size, sides
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
+from ddpm_hf.arguments import shown
 from ddpm_hf.data import LEVELS, image_column, label_names, load_images, open_image
 
 PICTURES = 100  # that are looked at
@@ -148,7 +149,7 @@ def _follow_pipeline(config):
         if f"unet.{key}" in config.explicit:
             if key in network.keys() - {"dropout"} and _plain(value) != network[key]:
                 raise ConfigError(
-                    f"unet.{key}={value!r}, but the network of {where} has {network[key]!r}; leave it out"
+                    f"unet.{key}={shown(value)}, but the network of {where} has {shown(network[key])}; leave it out"
                 )
             network[key] = value
     config.unet = network
@@ -163,7 +164,7 @@ def _follow(config, where, key, value):
     elif asked != value and not (
         asked and value and key in ("image_size", "low_resolution") and sides(asked) == sides(value)
     ):
-        raise ConfigError(f"{key}={asked!r}, but {where} has {value!r}; leave it out")
+        raise ConfigError(f"{key}={shown(asked)}, but {where} has {shown(value)}; leave it out")
 
 
 def _plain(value):
@@ -194,8 +195,8 @@ def _asked(config, where, scheduler, keys):
             own = "betas of its own"
         if _plain(value) != _plain(own):
             raise ConfigError(
-                f"scheduler.{key}={value!r}, but the network of {where} was trained with {own!r}; leave it out: the process is "
-                "the pipeline's"
+                f"scheduler.{key}={shown(value)}, but the network of {where} was trained with {shown(own)}; leave it out: the "
+                "process is the pipeline's"
             )
     return applied
 

@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
 from .atomic import write_text
+from .arguments import shown
 from .classifier import NoisyClassifier
 from .conditioning import Conditioned
 from .evaluation_mode import evaluation_mode
@@ -669,7 +670,7 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         try:
             labels = torch.as_tensor(labels)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"class_labels={labels!r} must be numbers or names, one for each image") from None
+            raise ValueError(f"class_labels={shown(labels)} must be numbers or names, one for each image") from None
         labels = labels.expand(batch_size) if labels.dim() == 0 else labels
         classes = getattr(self.unet, "num_classes", None)
         if not self.takes_labels:
@@ -680,7 +681,7 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             other = labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
             if other or labels.dim() != 1 or len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
                 raise ValueError(
-                    f"class_labels={labels.tolist()}: give integers from 0 to {classes - 1}, one for each image"
+                    f"class_labels={shown(labels.tolist())}: give integers from 0 to {classes - 1}, one for each image"
                 )
             labels = labels.long()
         if labels.shape[0] != batch_size:

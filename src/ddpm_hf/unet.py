@@ -284,7 +284,10 @@ class SelfAttention(nn.Module):
 
 
 class _SameRandomNumbers:
-    """A module as gradient checkpointing calls it twice, with one dropout: for Apple's GPUs torch 2.13 does not see to that."""
+    """A module that gradient checkpointing calls twice, with the same dropout.
+
+    On Apple's GPUs torch 2.13 does not see to that: the second call would draw another mask, and gradients be wrong.
+    """
 
     def __init__(self, module):
         self.module, self.state, self.called = module, torch.mps.get_rng_state(), False
