@@ -24,8 +24,8 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
-from .atomic import write_text
 from .arguments import shown
+from .atomic import write_text
 from .classifier import NoisyClassifier
 from .conditioning import Conditioned
 from .evaluation_mode import evaluation_mode
