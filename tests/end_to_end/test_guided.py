@@ -214,7 +214,7 @@ def test_labels_are_those_of_the_pipeline(trained, tmp_path):
         "train_classifier.py", *arguments, "--data", tmp_path / "others.parquet", "--output_dir", tmp_path / "no", check=False
     )  # fmt: skip
     assert told.returncode == 1 and "label_column='label' has the label 'digit 0'; known are 0, 1, 2" in told.stderr
-    assert len(told.stderr.strip().splitlines()) == 1 and not (tmp_path / "no").exists()
+    assert len(told.stderr.strip().splitlines()) <= 2 and not (tmp_path / "no").exists()  # what was found, the mistake
 
 
 def test_preprocessing_is_that_of_the_pipeline(trained, tmp_path):
