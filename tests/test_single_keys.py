@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import train_classifier
+from PIL import Image
 
 import train
 from config import ClassifierConfig, TrainConfig, load_config
@@ -213,3 +214,15 @@ def test_every_key_of_a_run(kind, build, network, process, more, tmp_path, hub):
                 if key.rpartition(".")[2] not in message or "\n" in message or len(message) > 400:
                     faults.append(f"--{key} {text[:9]}: {message[:400]}")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("text", ["-1", "[[1]]"])
+def test_keys_of_a_network_that_is_to_fit_the_data(text, tmp_path):
+    """The rest of it follows from the pictures: its keys are checked before."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.new("L", (8, 8), i).save(tmp_path / f"pictures/{i}.png")
+    for key in ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block"):
+        argv = ["--data", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "run"), f"--unet.{key}", text]
+        with pytest.raises(ValueError, match=f"^unet.{key}=.* must be"), torch.device("meta"):
+            train.build(load_config(argv)[0])

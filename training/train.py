@@ -85,8 +85,8 @@ def build(config: TrainConfig) -> tuple:
     Raises:
         ValueError: a key or value that one of them does not take.
     """
-    resolve(config)
     check_keys(config, "unet", DDPMUNet)
+    resolve(config)
     check_schedule(config)
     with torch.device("cpu"):  # where main() checks a config, the network alone is on the meta device
         scheduler = open_scheduler(config)

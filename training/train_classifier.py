@@ -68,8 +68,8 @@ def build(config: ClassifierConfig) -> tuple:
     Raises:
         ValueError: a key or value that one of them does not take.
     """
-    resolve(config)
     check_keys(config, "classifier", NoisyClassifier)
+    resolve(config)
     check_schedule(config)
     check_trackers(config.trackers)
     check_matplotlib("train")
