@@ -18,6 +18,11 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
+def final_name(path: str | os.PathLike) -> str:
+    """The name that a file or folder will have, also while it is being written."""
+    return re.sub(r"^\.(.+)\.[0-9a-f]{16}\.tmp$", r"\1", Path(path).name)
+
+
 def leftovers(folder: str | os.PathLike) -> list[Path]:
     """Temporary files and folders that a killed process has left behind in `folder`."""
     folder = Path(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .atomic import write_text
+from .atomic import final_name, write_text
 from .classifier import NoisyClassifier
 from .push import told_of
 from .saved import (
@@ -134,7 +134,7 @@ def model_card(
     index = read_json(folder / "model_index.json", folder)
     cascade = index.keys() >= {*STAGES}
     classes = component_classes(index, folder, STAGES if cascade else PARTS)
-    name = folder.name.lstrip(".")  # a folder that is being written has a dot
+    name = final_name(folder)
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
     if cascade:
         return _card_of_two_stages(folder, repo_id, license)
