@@ -165,7 +165,7 @@ def terms_table(result, chain):
     lines = ["t,bits_per_dim,standard_error,x_start_mse,epsilon_mse"]
     for column, t in enumerate(chain):
         term, *errors = (part[:, column] for part in (result.terms, result.x_start_mse, result.epsilon_mse))
-        values = (term.double().mean(), standard_error(term), *(error.double().mean() for error in errors))
+        values = (term.cpu().double().mean(), standard_error(term), *(error.cpu().double().mean() for error in errors))
         lines.append(",".join([str(t), *(f"{float(value):.8g}" for value in values)]))
     return "\n".join([*lines, ""])
 
@@ -412,7 +412,7 @@ def main():
     if arguments.histogram:
         pixels = (tensor_to_pixels(x, levels) for x in (train, x_start))
         histogram = histogram_bits_per_dim(*pixels, levels)
-        above = histogram - result.total.double().cpu()  # of the same images, so its error is smaller than theirs
+        above = histogram - result.total.cpu().double()  # of the same images, so its error is smaller than theirs
         report["per_pixel_histogram"] = histogram.mean().item()
         beside = f"{above.mean():+.4f} +- {standard_error(above):.4f} from the total"
         lines.append(f"  an independent per-pixel histogram of {arguments.histogram}: {histogram.mean():.4f}, {beside}")
@@ -467,7 +467,7 @@ def by_bound(unet, scheduler, x_start, how, arguments):
     parts = {"total": result.total, "prior": result.prior, "kl": result.kl, "decoder": result.decoder}
     errors = {name: standard_error(part) for name, part in parts.items()}
     report = {
-        **{name: part.double().mean().item() for name, part in parts.items()},
+        **{name: part.cpu().double().mean().item() for name, part in parts.items()},
         "standard_errors": None if math.isnan(errors["total"]) else errors,
         "steps": len(scheduler.chain),
         "first_timestep": scheduler.chain[0],

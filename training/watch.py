@@ -422,7 +422,7 @@ def held_out_bits_per_dim(config, signals, unet, scheduler, x_start, labels) -> 
             result, error = estimate.total, estimate.sampling_error
         else:
             result, error = bits_per_dim(unet, process, part, **how).total, 0.0
-        return result.double().cpu(), error * len(part)
+        return result.cpu().double(), error * len(part)
 
     found = [share for share in signals.measure(unet, compute) if share]
     total = torch.cat([values for values, _ in found])

@@ -67,9 +67,9 @@ def shifted_output(model_output: torch.Tensor, gradient: torch.Tensor, scheduler
 
 def sigma_at(scheduler, t) -> float:
     """sqrt((1 - abar) / abar) at a timestep, between two linear, as diffusers' schedulers of sigmas have it."""
-    abar, low = scheduler.alphas_cumprod, math.floor(float(t))
+    abar, low = scheduler.alphas_cumprod.cpu().double(), math.floor(float(t))
     high = min(low + 1, len(abar) - 1)
-    a, b = (((1 - abar[i].double()) / abar[i].double().clamp(min=1e-24)).sqrt().item() for i in (low, high))
+    a, b = (((1 - abar[i]) / abar[i].clamp(min=1e-24)).sqrt().item() for i in (low, high))
     return a + (float(t) - low) * (b - a)
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .evaluation_mode import evaluation_mode
 from .scheduler import VariationalDDPMScheduler
+from .sde import finest_dtype
 
 
 class BitsPerDim(NamedTuple):
@@ -260,8 +261,8 @@ def estimate_bits_per_dim(
     strata = num_evaluations - pilot - 2
 
     def uniform(*shape):
-        device = "cpu" if generator is None else generator.device
-        return torch.rand(shape, generator=generator, device=device, dtype=torch.float64).cpu()
+        device = torch.device("cpu") if generator is None else generator.device
+        return torch.rand(shape, generator=generator, device=device, dtype=finest_dtype(device)).cpu().double()
 
     def terms(positions):
         """Each image's term at its (B, n) positions in the chain, 0 alone or not at all, and the excess their noise costs."""

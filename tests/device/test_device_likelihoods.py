@@ -121,6 +121,9 @@ def test_estimate(device, network, scheduler, x_start, generator, images):
     assert found.total.device.type == device.type
     assert_close(found[:4], expected[:4], 1e-3)
     assert abs(found.sampling_error - expected.sampling_error) < 1e-3 * max(1, expected.sampling_error)
+    source = torch.Generator(device).manual_seed(0)
+    there, x = copy.deepcopy(network).to(device), x_start[:images].to(device)
+    assert estimate_bits_per_dim(there, scheduler, x, num_evaluations=20, generator=source).total.isfinite().all()
 
 
 @pytest.mark.parametrize(
