@@ -14,7 +14,7 @@ from scripts import script
 
 from ddpm_hf import DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.data import load_images
-from ddpm_hf.hub import write_model_card
+from ddpm_hf.hub import evaluation_command, write_model_card
 from ddpm_hf.push import push_folder
 from evaluate import check_out, command_of, load_tensor, make_parser
 
@@ -125,12 +125,14 @@ def test_the_command_has_every_option_that_is_not_its_default():
             argv = [f"--{option}", str(values[kind])]
         arguments = parser.parse_args(["pipeline", *argv])
         assert arguments != plain
-        words = shlex.split(command_of(parser, arguments))
-        assert words[:2] == ["python", "training/evaluate.py"]
-        assert parser.parse_args(words[2:]) == arguments, option
+        command = command_of(parser, arguments)
+        assert shlex.split(command)[:2] == ["python", "training/evaluate.py"]
+        assert parser.parse_args(shlex.split(command)[2:]) == arguments, option
+        assert evaluation_command(command) == command  # as the card shows it
     for text in ("-5", "--steps"):  # begins as an option
-        arguments = parser.parse_args(["pipeline", f"--label_column={text}"])
-        assert parser.parse_args(shlex.split(command_of(parser, arguments))[2:]) == arguments
+        arguments = parser.parse_args(["pipeline", f"--label_column={text}", f"--split={text}"])
+        command = command_of(parser, arguments)
+        assert parser.parse_args(shlex.split(command)[2:]) == arguments and evaluation_command(command) == command
     assert "out" not in command_of(parser, parser.parse_args(["pipeline", "--out", "/home/me"]))
 
 

@@ -265,20 +265,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def command_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
-    """A shell's command that measures the same again: every option that is not its default but --out, which changes nothing.
+    """A shell's command that measures the same again: data, split and every option that is not its default.
 
-    Of local paths it has the last name only.
+    --out is left out, as it changes nothing; of local paths it has the last name only.
     """
-    words = [
-        *PROGRAM.split(),
-        _public(arguments.pipeline),
-        "--data",
-        _public(arguments.data),
-        "--split",
-        arguments.split,
-    ]
-    for name, value in vars(arguments).items():
-        if name in ("pipeline", "data", "split", "out") or value == parser.get_default(name):
+    words = [*PROGRAM.split(), _public(arguments.pipeline)]
+    for name, value in (vars(arguments) | {"data": _public(arguments.data)}).items():
+        if name in ("pipeline", "out") or (value == parser.get_default(name) and name not in ("data", "split")):
             continue
         if value is True:
             words.append(f"--{name}")
