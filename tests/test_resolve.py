@@ -1,15 +1,19 @@
 """What a config leaves open: found in the data, or taken from the pipeline that a run begins with."""
 
+import inspect
 import json
+import types
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from inputs import open_images, open_some
+from launch import open_trackers
 from PIL import Image
-from resolve import resolve
+from resolve import check_class_names, resolve
 from scripts import script
 
 from config import ClassifierConfig, ConfigError, as_yaml, checkpoint_to_resume, load_config
@@ -225,6 +229,35 @@ def test_a_pipeline_of_continuous_time(tmp_path, saved):
     assert (config.process, config.scheduler["beta_max"], config.scheduler["predictor"]) == ("vp", 15.0, "ddim")
     with pytest.raises(ConfigError, match=r"scheduler.beta_max=20.0, but .* trained with 15.0"):
         resolved(*arguments, "--scheduler.beta_max", "20.0")
+
+
+def test_classes_keep_their_labels(tmp_path, make_pipeline):
+    """A name that both have must have one label; others are new classes."""
+    pipeline = make_pipeline(num_class_embeds=2)
+    pipeline.unet.class_names = ["cat", "dog"]
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    config, _ = load_config(["--init_from", str(tmp_path / "pipeline"), "--output_dir", str(tmp_path / "run")])
+    for names in (["cat", "dog"], ["cow", "hen"], ["cat", "hen"], None):
+        check_class_names(config, names)
+    with pytest.raises(
+        ConfigError, match="its label 1 is 'dog', which is 0 in the data; give data with the classes cat, dog"
+    ):
+        check_class_names(config, ["dog", "cat"])
+
+
+def test_what_trackers_are_given(tmp_path):
+    """By the names that accelerate's trackers take: project, and a run's name that is its folder's unless given."""
+    given = []
+    accelerator = types.SimpleNamespace(init_trackers=lambda *arguments: given.append(arguments))
+    for extra, name in (([], "run"), (["--tracker_run", "second"], "second")):
+        config, _ = load_config(["--output_dir", str(tmp_path / "run"), "--tracker_project", "mine", *extra])
+        open_trackers(config, accelerator)
+        project, values, names = given.pop()
+        assert project == "mine" and values["seed"] == "0" and names["wandb"] == {"name": name}
+    for tracker, arguments in names.items():  # each class passes them on, or takes them itself
+        assert tracker in accelerate.tracking.LOGGER_TYPE_TO_CLASS
+        parameters = inspect.signature(accelerate.tracking.LOGGER_TYPE_TO_CLASS[tracker]).parameters
+        assert "kwargs" in parameters or arguments.keys() <= parameters.keys()
 
 
 def test_a_learned_variance_is_trained(tmp_path, saved):

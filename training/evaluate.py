@@ -214,14 +214,19 @@ SEED = number(int, -(2**63), 2**64 - 1)  # what torch takes
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
-    parser.add_argument("--data", default="digits", help="digits, mnist, a folder, a .parquet file or a Hub id")
-    parser.add_argument("--split", default="test")
+    parser.add_argument(
+        "--data", default="digits", help="digits, mnist, a folder, a .parquet file or a Hub id (%(default)s)"
+    )
+    parser.add_argument("--split", default="test", help="of --data (%(default)s)")
     parser.add_argument("--image_column", help="if left out, that of the training, or the only one")
     parser.add_argument(
         "--label_column", help="for a class-conditional network; if left out, that of the training, or the only one"
     )
     parser.add_argument(
-        "--max_broken", type=number(float, 0, 1), default=0.0, help="share of images that may be left out as unreadable"
+        "--max_broken",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="share of images that may be left out as unreadable (%(default)s)",
     )
     parser.add_argument(
         "--max_image_pixels", type=number(int, 1), help="larger images count as unreadable; Pillow's limit if left out"
@@ -231,7 +236,9 @@ def make_parser() -> argparse.ArgumentParser:
         type=number(int, 1),
         help="how many images of the split, always the same random ones; all if left out",
     )
-    parser.add_argument("--batch_size", type=number(int, 1), default=128, help="images times timesteps a network call")
+    parser.add_argument(
+        "--batch_size", type=number(int, 1), default=128, help="images times timesteps a network call (%(default)s)"
+    )
     parser.add_argument(
         "--levels", type=number(int, 2, 65536), help="grey levels of the data; those of the pipeline if left out"
     )
@@ -241,7 +248,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=number(int, 0),
         default=0,
         metavar="T0",
-        help="leave out the timesteps below: see bits_per_dim",
+        help="leave out the timesteps below: see bits_per_dim (%(default)s)",
     )
     parser.add_argument(
         "--estimate", type=number(int, 1), metavar="N", help="estimate from N network evaluations an image"
@@ -253,11 +260,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--dequantization", choices=DEQUANTIZATIONS, help="of --ode; decoder for a chain, uniform in continuous time"
     )
     parser.add_argument(
-        "--tolerance", type=number(float, 1e-12, 1), default=1e-5, help="of the ODE's solver, absolute and relative"
+        "--tolerance",
+        type=number(float, 1e-12, 1),
+        default=1e-5,
+        help="of the ODE's solver, absolute and relative (%(default)s)",
     )
-    parser.add_argument("--probes", type=number(int, 1), default=1, help="of the ODE's trace, for each image")
+    parser.add_argument(
+        "--probes", type=number(int, 1), default=1, help="of the ODE's trace, for each image (%(default)s)"
+    )
     parser.add_argument("--optimize", action="store_true", help="compile the network first, worth it for many images")
-    parser.add_argument("--seed", type=SEED, default=0, help="of the noise; the images of --images do not depend on it")
+    parser.add_argument(
+        "--seed", type=SEED, default=0, help="of the noise; the images of --images do not depend on it (%(default)s)"
+    )
     parser.add_argument("--histogram", metavar="SPLIT", help="also fit a per-pixel histogram on this split")
     parser.add_argument("--device", help="as torch calls it; an accelerator if left out, where there is one")
     parser.add_argument("--out", help="folder to write to; if left out, that of a run's own pipeline, or none")

@@ -129,7 +129,11 @@ def open_some(config: RunConfig, names: list[str] | None, images=None) -> tuple:
     where = f"data={source!r}, split={split!r}" if of_data else f"eval_data={source!r}, eval_split={split!r}"
     with _told(where):
         if images is None:
-            images = load_images(source, split, config.streaming)
+            try:
+                images = load_images(source, split, config.streaming)
+            except ValueError as error:
+                hint = "" if of_data or config.eval_data else "; --held_out 0.05 sets a share of the images aside"
+                raise ValueError(f"{error}{hint}") from error
             images = images.select(held_out_rows(config, len(images))[0]) if config.held_out else images
         if config.streaming:  # some of all that there are: data is often sorted
             images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer)

@@ -156,6 +156,17 @@ def _follow_pipeline(config):
     return unet.num_classes
 
 
+def check_class_names(config: TrainConfig, names: list[str] | None) -> None:
+    """Raises ConfigError where a class of the pipeline `init_from` has another label in the data. New classes are allowed."""
+    own = _network_of(config.init_from).class_names or []
+    for label, name in enumerate(names or []):
+        if name in own and own.index(name) != label:
+            raise ConfigError(
+                f"init_from={config.init_from!r}: its label {own.index(name)} is {name!r}, which is {label} in the data; "
+                f"give data with the classes {', '.join(own)} in this order"
+            )
+
+
 def _follow(config, where, key, value):
     """The pipeline's value of a key; another one that was asked for is refused."""
     asked, value = getattr(config, key), _plain(value)

@@ -36,12 +36,12 @@ def make_parser() -> argparse.ArgumentParser:
     scale = number(float, 0)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
-    parser.add_argument("--out", default="samples.png", help="file to write, in the format of its ending")
+    parser.add_argument("--out", default="samples.png", help="file to write, in the format of its ending (%(default)s)")
     parser.add_argument(
         "--count",
         type=number(int, 1),
         default=64,
-        help="number of images, a column for each class; of rows with the next two",
+        help="number of images, a column for each class; of rows with the next two (%(default)s)",
     )
     parser.add_argument(
         "--progressive",
@@ -58,12 +58,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         default="digits",
-        help="as in evaluate.py; random images of it for --interpolate, and for an upsampler, which sees them made small",
+        help="as in evaluate.py; random images for --interpolate, and for an upsampler, which sees them small (%(default)s)",
     )
-    parser.add_argument("--split", default="test", help="of --data")
+    parser.add_argument("--split", default="test", help="of --data (%(default)s)")
     parser.add_argument("--label_column", help="of --data, for a class-conditional upsampler; as in evaluate.py")
     parser.add_argument(
-        "--noise_level", type=number(float, 0, 1), default=0.0, help="of an upsampler: noise on the small images"
+        "--noise_level",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="of an upsampler: noise on the small images (%(default)s)",
     )
     parser.add_argument("--steps", type=number(int, 1), help="network calls an image; all timesteps if left out")
     parser.add_argument(
@@ -75,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--optimize", action="store_true", help="pipe.optimize(): compiles first, worth it for many steps"
     )
-    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--seed", type=SEED, default=0, help="of the noise (%(default)s)")
     parser.add_argument("--device", help="as torch calls it; an accelerator if left out, where there is one")
     return parser
 

@@ -63,7 +63,7 @@ from launch import (
 )
 from output import OutputFolder
 from publish import Publisher
-from resolve import resolve
+from resolve import check_class_names, resolve
 from sheets import Sheets, check_matplotlib
 from stages import conditioned, in_channels, pipeline_class, pipeline_of
 from stops import FiniteSteps, Interrupted, Signals, Stopped, going_on
@@ -140,6 +140,8 @@ def _train(config, accelerator, folder):
     main, output = accelerator.is_main_process, Path(config.output_dir)
     set_seed(config.seed, device_specific=True)
     images, names = open_images(config)
+    if config.init_from and not resumed:
+        check_class_names(config, names)
     held_out, seen = (open_some(config, names, given) if config.eval_every else None for given in (None, images))
     publisher = Publisher(config) if config.push_to_hub and main else None  # no repository for data that is not there
     dataset = open_data(config, images, accelerator.process_index, accelerator.num_processes, names)

@@ -128,8 +128,18 @@ def test_fine_tuning(trained, tmp_path):
 def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    script("train.py", *SMALL.split(), *NETWORK, "--trackers", "[tensorboard]", "--output_dir", tmp_path)
-    events = EventAccumulator(str(tmp_path / "ddpm-hf")).Reload()
+    script(
+        "train.py",
+        *SMALL.split(),
+        *NETWORK,
+        "--trackers",
+        "tensorboard",
+        "--tracker_project",
+        "mine",
+        "--output_dir",
+        tmp_path,
+    )
+    events = EventAccumulator(str(tmp_path / "mine")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert events.Scalars("gradient_norm")[0].value == pytest.approx(rows[0]["gradient_norm"])
