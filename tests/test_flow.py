@@ -337,12 +337,13 @@ def test_a_network_with_classes(unet):
     fast = InferenceUNet(unet, compile=False)
     with pytest.raises(ValueError, match="^the network gives no gradients"):
         ode_log_likelihood(fast, scheduler, x, class_labels=labels)
-    # a network that knows nothing, clipped, multiplies rounding errors; and steps that differ in size differ by the tolerance
-    how |= dict(clip_sample=False, rtol=1e-5, atol=1e-5)
-    z = encode(fast, scheduler, x, **how)
+    # in float64, as a network that knows nothing multiplies rounding errors; clipped, it has kinks that the solver cannot step over
+    unet, x = unet.double(), x.double()
+    how |= dict(clip_sample=False)
+    z = encode(InferenceUNet(unet, compile=False), scheduler, x, **how)
     expected = encode(unet, scheduler, x, **how)
     assert z.sample.dtype == x.dtype
-    torch.testing.assert_close(z.sample, expected.sample, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(z.sample, expected.sample, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,14 @@ def test_another_run_is_told_and_a_killed_one_taken_over(tmp_path, config, accel
 def test_forked_processes_do_not_keep_the_lock(tmp_path, config, accelerator):
     """As those that read images, which outlive a killed run for a while."""
     with OutputFolder(config, accelerator, "pipeline") as folder:
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(writer, b"forked")  # what is done after a fork is done
             time.sleep(60)
             os._exit(0)
+        assert os.read(reader, 6) == b"forked"
+        os.close(reader), os.close(writer)
         (folder.path / "config.yaml").touch()
         (folder.path / ".lock").rename(folder.path / "kept")  # the same file for the next one
     try:
