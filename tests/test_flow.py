@@ -337,7 +337,7 @@ def test_a_network_with_classes(unet):
     fast = InferenceUNet(unet, compile=False)
     with pytest.raises(ValueError, match="^the network gives no gradients"):
         ode_log_likelihood(fast, scheduler, x, class_labels=labels)
-    # in float64, as a network that knows nothing multiplies rounding errors; clipped, it has kinks that the solver cannot step over
+    # in float64: a network that knows nothing multiplies rounding errors; not clipped: kinks stop the solver
     unet, x = unet.double(), x.double()
     how |= dict(clip_sample=False)
     z = encode(InferenceUNet(unet, compile=False), scheduler, x, **how)

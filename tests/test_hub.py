@@ -53,10 +53,10 @@ def classes(how):
 
 
 # from a folder, all of them are in test_pipeline.py
-SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("stock", "remote")]
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("stock", "remote", "package")]
 
 
-@pytest.mark.parametrize("how", [*SLOW, "branch", "package"])
+@pytest.mark.parametrize("how", [*SLOW, "branch"])
 def test_who_opens_what(hub, saved, tmp_path, how):
     push_folder(saved, f"user/opened-{how}")
     here = images_of(DDPMImagePipeline.from_pretrained(saved))

@@ -412,8 +412,7 @@ class LinearUNet:
         return kl[..., 1:].sum(-1).flatten(1).mean(1) / math.log(2)
 
 
-@pytest.mark.parametrize("num_evaluations", [9, 20])
-@pytest.mark.parametrize("chain", [None, 50])
+@pytest.mark.parametrize("chain, num_evaluations", [(None, 9), (50, 20)])
 def test_the_estimate_is_unbiased(chain, num_evaluations):
     scheduler = VariationalDDPMScheduler(
         200, beta_schedule="cosine", variance_type="fixed_small_log", prediction_type="sample", timestep_spacing="iddpm"

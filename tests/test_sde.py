@@ -448,7 +448,13 @@ def test_a_ddpm_checkpoint_by_the_sde(unet):
     assert VariationalDDPMScheduler.from_config(pipe.scheduler.config).betas[-1] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("scheduler", [VPSDEScheduler(correct_steps=1), SubVPSDEScheduler(predictor="ddim")])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        VPSDEScheduler(correct_steps=1),
+        pytest.param(SubVPSDEScheduler(predictor="ddim"), marks=pytest.mark.slow),
+    ],
+)
 def test_pipelines_are_saved_with_their_scheduler(scheduler, unet, tmp_path):
     pipe = DDPMImagePipeline(unet, scheduler)
     expected = seeded(pipe)

@@ -142,7 +142,13 @@ class Trigger(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.parametrize("line", ["step 4: sampling a sheet of 2 images", "step 6: measuring 4 held-out images"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param("step 4: sampling a sheet of 2 images", marks=pytest.mark.slow),
+        "step 6: measuring 4 held-out images",
+    ],
+)
 def test_a_run_interrupted_while_it_measures(tmp_path, line):
     """Measures after it is resumed, also after the last step: it ends as one that was not interrupted."""
     extra = "--sample_every 2 --sample_count 2 --eval_every 3 --eval_images 4 --eval_evaluations 8"
@@ -245,7 +251,12 @@ def test_a_full_disk_ends_nothing(tmp_path):
     assert [path.name for path in checkpoints_in(str(tmp_path))] == ["0000004", "0000006"]
 
 
-@pytest.mark.parametrize("name", ["random_states_0.pkl", "run.pt", "model.safetensors", "optimizer.bin"])
+CUT = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("random_states_0.pkl", "model.safetensors", "optimizer.bin")
+]
+
+
+@pytest.mark.parametrize("name", ["run.pt", *CUT])
 def test_a_checkpoint_cut_short(tmp_path, capsys, name):
     arguments = [*RUN.split(), "--output_dir", str(tmp_path)]
     whole = train(load_config(arguments)[0])

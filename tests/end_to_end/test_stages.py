@@ -106,7 +106,9 @@ OPEN = """
 
 
 @pytest.mark.parametrize("how", ["remote", pytest.param("package", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["DDPMSuperResolutionPipeline", "CascadePipeline"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("DDPMSuperResolutionPipeline", marks=pytest.mark.slow), "CascadePipeline"]
+)  # a cascade has both
 def test_opened_in_a_new_process(trained, tmp_path, how, kind):
     """To the same pixels."""
     torch.save(small := torch.rand(2, 1, 8, 8) * 2 - 1, tmp_path / "small.pt")
@@ -174,7 +176,9 @@ def test_mistakes(argv, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["DDPMSuperResolutionPipeline", "CascadePipeline"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("DDPMSuperResolutionPipeline", marks=pytest.mark.slow), "CascadePipeline"]
+)
 def test_published(hub, trained, tmp_path, kind):
     cls, repo = getattr(ddpm_hf, kind), f"user/{kind.lower()}"
     cls.from_pretrained(trained / ("cascade" if kind == "CascadePipeline" else "upsampler/pipeline")).push_to_hub(repo)
