@@ -109,6 +109,28 @@ def test_the_subset_and_the_command_are_told(run_folder, tmp_path):
     assert report_of(run_folder)["images"] == 24 and "subset" not in report_of(run_folder)
 
 
+def test_what_the_run_set_aside_is_measured(run_folder, tmp_path):
+    """Of the data that it was trained on; all of other data, or where that is asked for."""
+    rows = save_rows(tmp_path / "rows.parquet", NAMES, [0] * 8 + [1] * 8 + [2] * 8)
+    told = {"data": "rows.parquet", "split": "train", "steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1}
+    told |= {"learning_rate": 0.1, "ema_decay": 0.0, "seed": 0, "loss": "mse", "weighting": "none", "held_out": 0.25}
+    (run_folder / "training.json").write_text(json.dumps(told))
+    aside = np.sort(np.random.default_rng(0).permutation(24)[:6])
+    kept = datasets.load_dataset("parquet", data_files=str(rows), split="train").select(aside)
+    kept.to_parquet(tmp_path / "aside.parquet")
+    printed = evaluate(run_folder, "--data", rows, "--histogram", "train").stdout
+    report = report_of(run_folder)
+    assert "bits/dim over 6 images that held_out=0.25 sets aside of 24 (" in printed
+    assert report["images"] == 6 and report["held_out"] == 0.25 and "--held_out 0.25" in report["command"]
+    card = (run_folder / "README.md").read_text()
+    assert "Over 6 images that the training set aside (held_out=0.25) of split `train` of `rows.parquet`," in card
+    evaluate(run_folder, "--data", tmp_path / "aside.parquet")
+    other = report_of(run_folder)
+    assert other["total"] == report["total"] and other["held_out"] is None and "--held_out" not in other["command"]
+    evaluate(run_folder, "--data", rows, "--held_out", 0)
+    assert report_of(run_folder)["images"] == 24 and "--held_out 0.0" in report_of(run_folder)["command"]
+
+
 def test_the_command_has_every_option_that_is_not_its_default():
     parser = make_parser()
     plain = parser.parse_args(["pipeline"])

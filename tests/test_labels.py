@@ -141,6 +141,14 @@ def test_setting_one_keeps_the_others(make_pipeline):
     assert unet.config["_ddpm_hf"] == {"null_class": 3, "preprocessing": HOW}
 
 
+def test_a_classifier_that_was_set_later_is_saved(named, tmp_path):
+    for classifier, saved in ((make_classifier(), True), (None, False)):
+        named.classifier = classifier
+        named.save_pretrained(tmp_path / str(saved))
+        assert (tmp_path / str(saved) / "classifier/config.json").is_file() == saved
+        assert (DDPMImagePipeline.from_pretrained(tmp_path / str(saved)).classifier is not None) == saved
+
+
 def test_a_classifier_of_other_classes(named, make_pipeline):
     """Of as many, under other names or in another order, where the names of both are known."""
     for names in (["ant", "cat", "bee"], ["ant", "bee", "dog"]):

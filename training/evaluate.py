@@ -33,6 +33,7 @@ from ddpm_hf.data import (
     ImageDoesNotFit,
     PixelTensors,
     check_levels,
+    held_out_rows,
     image_to_pixels,
     load_images,
     pixels_to_tensor,
@@ -43,6 +44,7 @@ from ddpm_hf.flow import DEQUANTIZATIONS
 from ddpm_hf.hub import has_our_card, write_model_card
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
 from ddpm_hf.push import weights_digest
+from ddpm_hf.saved import read_record
 
 SUBSET_SEED = 0  # of --images: another --seed draws other noise, but measures the same images
 REPORT, TERMS = "evaluation.json", ("evaluation.csv", "evaluation.png")
@@ -218,6 +220,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--data", default="digits", help="digits, mnist, a folder, a .parquet file or a Hub id (%(default)s)"
     )
     parser.add_argument("--split", default="test", help="of --data (%(default)s)")
+    parser.add_argument(
+        "--held_out",
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        help="only what train.py --held_out SHARE set aside of the split; if left out, as the run did with the same data",
+    )
     parser.add_argument("--image_column", help="if left out, that of the training, or the only one")
     parser.add_argument(
         "--label_column", help="for a class-conditional network; if left out, that of the training, or the only one"
@@ -314,6 +322,16 @@ def choose_device(name: str | None) -> str:
     return name
 
 
+def held_out_of(pipeline: str, data: str, split: str) -> float:
+    """The share of this split that the run of a pipeline's folder set aside; 0 of other data than it was trained on.
+
+    Raises ValueError for a training.json that train.py does not write.
+    """
+    path = Path(pipeline) / "training.json"
+    told = read_record(path, path.parent) if path.is_file() else {"data": None, "split": None}
+    return told["held_out"] or 0.0 if (told["data"], told["split"]) == (_public(data), split) else 0.0
+
+
 def check_out(out: str) -> None:
     """Whether an evaluation may be written to this folder: before it is computed.
 
@@ -383,11 +401,18 @@ def main():
         parser.error(f"--first {arguments.first} is of a chain; {type(scheduler).__name__} has none")
     levels = scheduler.levels if arguments.levels is None else arguments.levels
     check_levels(arguments.data, levels)
-    dataset = load_images(arguments.data, arguments.split)
+    dataset = whole = load_images(arguments.data, arguments.split)
+    if arguments.held_out is None:
+        arguments.held_out = held_out_of(arguments.pipeline, arguments.data, arguments.split) or None
+    if arguments.held_out:
+        dataset = whole.select(held_out_rows(arguments.held_out, len(whole))[0])
     columns = {name: getattr(arguments, name) for name in READING}
     x_start, labels = read_tensor(dataset, unet, levels, arguments.images, **columns)
     if arguments.histogram:
-        train, _ = load_tensor(arguments.data, arguments.histogram, unet, levels, **columns, with_labels=False)
+        rest = load_images(arguments.data, arguments.histogram)
+        if arguments.held_out and arguments.histogram == arguments.split:
+            rest = rest.select(held_out_rows(arguments.held_out, len(rest))[1])
+        train, _ = read_tensor(rest, unet, levels, **columns, with_labels=False)
     if arguments.optimize:
         unet = InferenceUNet(unet)
         print(unet.report)
@@ -407,6 +432,7 @@ def main():
         "images": len(x_start),
         "data": _public(arguments.data),
         "split": arguments.split,
+        "held_out": arguments.held_out,
         "levels": levels,
         "seed": arguments.seed,
     }
@@ -415,6 +441,8 @@ def main():
         rows = f"numpy.random.default_rng({SUBSET_SEED}).permutation({total})[:{arguments.images}]"
         report["subset"] = {"of": total, "seed": SUBSET_SEED, "rows": rows}
         images = f"{len(x_start)} of {total} images, a fixed random subset"
+    if arguments.held_out:
+        images += f" that held_out={arguments.held_out:g} sets aside of {len(whole)}"
     report["command"] = command_of(parser, arguments)
     if arguments.histogram:
         pixels = (tensor_to_pixels(x, levels) for x in (train, x_start))

@@ -20,6 +20,7 @@ from ddpm_hf.data import (
     PixelTensors,
     check_levels,
     collate,
+    held_out_rows,
     image_to_pixels,
     label_names,
     load_images,
@@ -60,13 +61,7 @@ def open_images(config: RunConfig) -> tuple:
         check_levels(config.data, levels_of(config))
         images = load_images(config.data, config.split, config.streaming)
         names = label_names(images, config.label_column, config.classes)
-        return (images.select(held_out_rows(config, len(images))[1]) if config.held_out else images), names
-
-
-def held_out_rows(config: RunConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows, of `count`, that the run sets aside, one at least, and those it trains on; always the same for a share."""
-    order, size = np.random.default_rng(0).permutation(count), max(1, round(config.held_out * count))
-    return np.sort(order[:size]), np.sort(order[size:])
+        return (images.select(held_out_rows(config.held_out, len(images))[1]) if config.held_out else images), names
 
 
 def record_data(network, config: RunConfig, names: list[str] | None) -> None:
@@ -134,7 +129,7 @@ def open_some(config: RunConfig, names: list[str] | None, images=None) -> tuple:
             except ValueError as error:
                 hint = "" if of_data or config.eval_data else "; --held_out 0.05 sets a share of the images aside"
                 raise ValueError(f"{error}{hint}") from error
-            images = images.select(held_out_rows(config, len(images))[0]) if config.held_out else images
+            images = images.select(held_out_rows(config.held_out, len(images))[0]) if config.held_out else images
         if config.streaming:  # some of all that there are: data is often sorted
             images = images.shuffle(seed=0, buffer_size=config.shuffle_buffer)
         columns = config.image_column, config.label_column, config.classes, names

@@ -10,7 +10,6 @@ import statistics
 import datasets
 import numpy as np
 import torch
-from inputs import held_out_rows
 from launch import PROCESSES, opening
 from stages import in_channels
 from stops import tell
@@ -18,7 +17,7 @@ from stops import tell
 from config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check, image_size, sides
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.arguments import shown
-from ddpm_hf.data import LEVELS, image_column, label_names, load_images, open_image
+from ddpm_hf.data import LEVELS, held_out_rows, image_column, label_names, load_images, open_image
 
 PICTURES = 100  # that are looked at
 MOST_COMMON_SIDE = 64  # larger images only where image_size asks for them
@@ -245,7 +244,8 @@ def _follow_data(config, classes):
             config.unet = {"time_embedding_type": "fourier", **config.unet}
     found += _hold_out(config, count)
     if "batch_size" not in explicit:
-        trained = batch_size if count is None else len(held_out_rows(config, count)[1]) if config.held_out else count
+        rows = held_out_rows(config.held_out, count)[1] if config.held_out and count is not None else None
+        trained = batch_size if count is None else count if rows is None else len(rows)
         config.batch_size = max(1, min(batch_size, trained))
     if "learning_rate" not in explicit:
         config.learning_rate = learning_rate

@@ -66,7 +66,7 @@ from publish import Publisher
 from resolve import check_class_names, resolve
 from sheets import Sheets, check_matplotlib
 from stages import conditioned, in_channels, pipeline_class, pipeline_of
-from stops import FiniteSteps, Interrupted, Signals, Stopped, going_on
+from stops import FiniteSteps, Interrupted, Signals, Stopped, going_on, tell
 from watch import MODULES, Log, check_trackers, held_out_bits_per_dim, held_out_loss
 
 from ddpm_hf import ContinuousTimes, DDPMUNet, DiffusionObjective, ScoreObjective
@@ -306,7 +306,10 @@ def _write_pipeline(config, step, unet, scheduler, folder, label_names):
     for name, source in pictures.items():
         if (folder.parent / source).is_file():
             shutil.copy(folder.parent / source, folder / name)
-    write_model_card(folder)
+    try:
+        write_model_card(folder)
+    except ValueError as error:  # a pipeline without a card is worth more than none
+        tell(f"the pipeline has no model card: {' '.join(str(error).split())}")
 
 
 def main():

@@ -295,6 +295,15 @@ def tensor_to_pixels(images: torch.Tensor, levels: int = 256) -> torch.Tensor:
     return pixels.to(torch.uint8 if levels <= 256 else torch.int64)
 
 
+def held_out_rows(share: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that a run with held_out=share sets aside of `count`, one at least, and those it trains on.
+
+    They are a function of both numbers alone: drawn at random, and in order.
+    """
+    order, size = np.random.default_rng(0).permutation(count), max(1, round(share * count))
+    return np.sort(order[:size]), np.sort(order[size:])
+
+
 def training_set(
     dataset: datasets.Dataset | datasets.IterableDataset,
     to_pixels: Callable[[Image.Image], torch.Tensor],

@@ -99,6 +99,7 @@ class Published:
         where = {name: kwargs.pop(name) for name in names if name in kwargs}
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         check_target(Path(save_directory), self.components)
+        self.register_modules(**self.components)  # diffusers passes over a component that was None when it was made
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         if push_to_hub:
             push_folder(save_directory, repo_id, **where)

@@ -242,6 +242,7 @@ WORD = Kind("a word of letters, digits and . _ + -", _matches(r"[\w.+-]{1,100}")
 COUNT = Kind("an integer, 0 or more", lambda value: type(value) is int and 0 <= value < 2**63)
 INTEGER = Kind("an integer", lambda value: type(value) is int and abs(value) < 2**64)
 NUMBER = Kind("a finite number", lambda value: type(value) in (int, float) and abs(value) < 1e39)
+SHARE = Kind("a number in [0, 1)", lambda value: NUMBER.fits(value) and 0 <= value < 1)
 NAMES = Kind(
     "a list of at most 100,000 texts of 500 characters",
     lambda value: (
@@ -260,6 +261,7 @@ TRAINING = {
     **dict.fromkeys(("data", "split"), TEXT),
     **dict.fromkeys(("steps", "batch_size", "gradient_accumulation_steps"), COUNT),
     **dict.fromkeys(("learning_rate", "ema_decay"), NUMBER),
+    "held_out": SHARE | NULL,
     **{"seed": INTEGER, "loss": WORD, "weighting": WORD | NULL, "preset": TEXT | NULL, "weights": WORD | NULL},
     **{"hub_dataset": TEXT | NULL, "label_names": NAMES | NULL, "versions": VERSIONS | NULL},
 }
@@ -269,11 +271,23 @@ EVALUATION = {
     **dict.fromkeys(("images", "steps", "first_timestep"), COUNT),
     **dict.fromkeys(("standard_error", "sampling_error", "evaluations_per_image"), NUMBER | NULL),
     **{"seed": INTEGER, "subset": SUBSET | NULL, "command": COMMAND | NULL, "weights": WORD | NULL},
+    "held_out": SHARE | NULL,
 }
 EVALUATION_BY_ODE = {
     **{
         key: EVALUATION[key]
-        for key in ("data", "split", "total", "images", "seed", "standard_error", "subset", "command", "weights")
+        for key in (
+            "data",
+            "split",
+            "total",
+            "images",
+            "seed",
+            "standard_error",
+            "subset",
+            "held_out",
+            "command",
+            "weights",
+        )
     },
     **{"dequantization": WORD, "tolerance": NUMBER, "evaluations_per_image": NUMBER},
 }
