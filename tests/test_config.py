@@ -82,6 +82,10 @@ def test_command_line_beats_the_file(tmp_path):
         (["--resume", "0000004"], "resume='0000004' is neither auto, never nor a folder"),
         (["--unet.block_out_channels", "32"], "unet.block_out_channels=32 must be a list"),
         (["--dry_run=false"], "'dry_run'"),
+        (
+            ["--config", "digits", "--config", "my.yaml"],
+            "--config digits and --config my.yaml were given; name one as `base:`",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(argv, message):

@@ -16,9 +16,17 @@ from ddpm_hf import DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.data import load_images
 from ddpm_hf.hub import evaluation_command, write_model_card
 from ddpm_hf.push import push_folder
-from evaluate import check_out, command_of, load_tensor, make_parser
+from evaluate import check_out, command_of, data_of, load_tensor, make_parser
 
 NAMES = ["ant", "bee", "cat"]
+TOLD = {
+    "split": "train",
+    "steps": 1,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0.1,
+}  # training.json
+TOLD |= {"ema_decay": 0.0, "seed": 0, "loss": "simple", "weighting": "none"}
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +120,7 @@ def test_the_subset_and_the_command_are_told(run_folder, tmp_path):
 def test_what_the_run_set_aside_is_measured(run_folder, tmp_path):
     """Of the data that it was trained on; all of other data, or where that is asked for."""
     rows = save_rows(tmp_path / "rows.parquet", NAMES, [0] * 8 + [1] * 8 + [2] * 8)
-    told = {"data": "rows.parquet", "split": "train", "steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1}
-    told |= {"learning_rate": 0.1, "ema_decay": 0.0, "seed": 0, "loss": "mse", "weighting": "none", "held_out": 0.25}
-    (run_folder / "training.json").write_text(json.dumps(told))
+    (run_folder / "training.json").write_text(json.dumps(TOLD | {"data": "rows.parquet", "held_out": 0.25}))
     aside = np.sort(np.random.default_rng(0).permutation(24)[:6])
     kept = datasets.load_dataset("parquet", data_files=str(rows), split="train").select(aside)
     kept.to_parquet(tmp_path / "aside.parquet")
@@ -131,9 +137,30 @@ def test_what_the_run_set_aside_is_measured(run_folder, tmp_path):
     assert report_of(run_folder)["images"] == 24 and "--held_out 0.0" in report_of(run_folder)["command"]
 
 
+@pytest.mark.parametrize(
+    ("told", "data"),
+    [
+        ({"data": "mnist"}, "mnist"),
+        ({"data": "user/birds", "hub_dataset": "user/birds"}, "user/birds"),
+        ({"data": "birds"}, None),
+        (None, None),
+    ],
+)
+def test_data_if_left_out_is_that_of_the_training(tmp_path, told, data):
+    """Of a local folder only the last name is told, so there it must be given."""
+    if told:
+        (tmp_path / "training.json").write_text(json.dumps(TOLD | told))
+    if data:
+        assert data_of(str(tmp_path)) == data
+    else:
+        with pytest.raises(ValueError, match="does not say where its data is; give --data"):
+            data_of(str(tmp_path))
+
+
 def test_the_command_has_every_option_that_is_not_its_default():
     parser = make_parser()
-    plain = parser.parse_args(["pipeline"])
+    data = ["--data", "digits"]  # it is known by then
+    plain = parser.parse_args(["pipeline", *data])
     values = {int: 7, float: 0.25, str: "it's 100% $HOME; -x"}
     for option, value in vars(plain).items():
         if option in ("pipeline", "out"):
@@ -145,17 +172,17 @@ def test_the_command_has_every_option_that_is_not_its_default():
         else:
             kind = next((kind for kind in values if _takes(parser, option, values[kind])), str)
             argv = [f"--{option}", str(values[kind])]
-        arguments = parser.parse_args(["pipeline", *argv])
+        arguments = parser.parse_args(["pipeline", *data, *argv])
         assert arguments != plain
         command = command_of(parser, arguments)
         assert shlex.split(command)[:2] == ["python", "training/evaluate.py"]
         assert parser.parse_args(shlex.split(command)[2:]) == arguments, option
         assert evaluation_command(command) == command  # as the card shows it
     for text in ("-5", "--steps"):  # begins as an option
-        arguments = parser.parse_args(["pipeline", f"--label_column={text}", f"--split={text}"])
+        arguments = parser.parse_args(["pipeline", *data, f"--label_column={text}", f"--split={text}"])
         command = command_of(parser, arguments)
         assert parser.parse_args(shlex.split(command)[2:]) == arguments and evaluation_command(command) == command
-    assert "out" not in command_of(parser, parser.parse_args(["pipeline", "--out", "/home/me"]))
+    assert "out" not in command_of(parser, parser.parse_args(["pipeline", *data, "--out", "/home/me"]))
 
 
 def _takes(parser, option, value):

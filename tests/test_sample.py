@@ -2,6 +2,7 @@
 
 import os
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -45,6 +46,16 @@ def test_names_stand_above_their_classes(folder, tmp_path):
     for label in ("bee", "1"):
         sample(folder, "--count", 1, "--class_label", label, "--out", tmp_path / f"{label}.png")
     assert (tmp_path / "bee.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_the_steps_on_the_way_are_those_of_the_schedulers_chain(make_pipeline, tmp_path, name):
+    """50 steps of Euler if none are asked for, and two calls in each of Heun's."""
+    pipeline = make_pipeline()
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    script("sample.py", tmp_path / "pipeline", "--count", 1, "--progressive", 12, "--out", tmp_path / "rows.png")
+    assert Image.open(tmp_path / "rows.png").width == 12 * TILE
 
 
 def test_captions():
@@ -116,6 +127,7 @@ def test_mistakes_before_the_pipeline_is_opened(tmp_path, monkeypatch, argv, sta
         (["--class_label", "zebra"], "--class_label='zebra' is not the name of a class; known: ['ant', 'bee', 'cat']"),
         (["--class_label", "3"], "give integers from 0 to 2"),
         (["--noise_level", "0.5"], "--noise_level 0.5 is of an upsampler"),
+        (["--interpolate", "500"], "does not say where its data is; give --data"),
     ],
 )
 def test_mistakes_before_anything_is_drawn(folder, tmp_path, monkeypatch, argv, message):

@@ -301,6 +301,10 @@ def _read_arguments(argv, kind, fields):
                 text = "true"
             else:
                 raise ConfigError(f"--{key} has no value")
+        if key == "config" and key in arguments:
+            raise ConfigError(
+                f"--config {arguments[key]} and --config {text} were given; name one as `base:` of the other"
+            )
         arguments[key] = text
     return arguments, dry_run
 

@@ -30,6 +30,7 @@ from sheets import check_matplotlib, save_figure
 from ddpm_hf import DDPMImagePipeline, InferenceUNet, OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
 from ddpm_hf.atomic import write_text
 from ddpm_hf.data import (
+    BUILT_IN,
     ImageDoesNotFit,
     PixelTensors,
     check_levels,
@@ -217,7 +218,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
     parser.add_argument(
-        "--data", default="digits", help="digits, mnist, a folder, a .parquet file or a Hub id (%(default)s)"
+        "--data",
+        help="digits, mnist, a folder, a file or a Hub id; if left out, what it was trained on, where that has such a name",
     )
     parser.add_argument("--split", default="test", help="of --data (%(default)s)")
     parser.add_argument(
@@ -322,14 +324,30 @@ def choose_device(name: str | None) -> str:
     return name
 
 
+def data_of(pipeline: str) -> str:
+    """The built-in data set, or that of the Hub, which a pipeline's folder says that it was trained on.
+
+    Raises ValueError where it says none, and for a training.json that train.py does not write.
+    """
+    told = _training_of(pipeline)
+    data = told.get("data") if told.get("data") in BUILT_IN else told.get("hub_dataset")
+    if data is None:
+        raise ValueError(f"{pipeline} does not say where its data is; give --data")
+    return data
+
+
 def held_out_of(pipeline: str, data: str, split: str) -> float:
     """The share of this split that the run of a pipeline's folder set aside; 0 of other data than it was trained on.
 
     Raises ValueError for a training.json that train.py does not write.
     """
+    told = _training_of(pipeline)
+    return told["held_out"] or 0.0 if (told.get("data"), told.get("split")) == (_public(data), split) else 0.0
+
+
+def _training_of(pipeline):
     path = Path(pipeline) / "training.json"
-    told = read_record(path, path.parent) if path.is_file() else {"data": None, "split": None}
-    return told["held_out"] or 0.0 if (told["data"], told["split"]) == (_public(data), split) else 0.0
+    return read_record(path, path.parent) if path.is_file() else {}
 
 
 def check_out(out: str) -> None:
@@ -400,6 +418,8 @@ def main():
     elif arguments.first:
         parser.error(f"--first {arguments.first} is of a chain; {type(scheduler).__name__} has none")
     levels = scheduler.levels if arguments.levels is None else arguments.levels
+    if arguments.data is None:
+        arguments.data = data_of(arguments.pipeline)
     check_levels(arguments.data, levels)
     dataset = whole = load_images(arguments.data, arguments.split)
     if arguments.held_out is None:

@@ -29,7 +29,7 @@ from ddpm_hf import CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipel
 from ddpm_hf.conditioning import shrunk
 from ddpm_hf.data import PIL_MODES
 from ddpm_hf.guidance import label_ids
-from evaluate import SEED, choose_device, is_writable, load_tensor, number
+from evaluate import SEED, choose_device, data_of, is_writable, load_tensor, number
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,8 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        default="digits",
-        help="as in evaluate.py; random images for --interpolate, and for an upsampler, which sees them small (%(default)s)",
+        help="as in evaluate.py: random images for --interpolate, and for an upsampler, which sees them small",
     )
     parser.add_argument("--split", default="test", help="of --data (%(default)s)")
     parser.add_argument("--label_column", help="of --data, for a class-conditional upsampler; as in evaluate.py")
@@ -93,6 +92,8 @@ def main():
     pipeline = open_pipeline(arguments.pipeline).to(device)
     if type(pipeline) is not DDPMImagePipeline and (arguments.progressive, arguments.interpolate) != (None, None):
         parser.error(f"--progressive and --interpolate are not for a {type(pipeline).__name__}")
+    if arguments.data is None and (arguments.interpolate is not None or type(pipeline) is DDPMSuperResolutionPipeline):
+        arguments.data = data_of(arguments.pipeline)
     if type(pipeline) is DDPMImagePipeline and arguments.noise_level:
         parser.error(f"--noise_level {arguments.noise_level} is of an upsampler, which this pipeline has not")
     channels = (pipeline.base if isinstance(pipeline, CascadePipeline) else pipeline).channels
@@ -226,9 +227,9 @@ def upsampled_rows(pipeline, arguments, label, generator):
 
 def progressive_rows(pipeline, count, columns, how):
     """The predicted x_0 of each image, at evenly spread steps from noise to image (the paper's figure 6)."""
-    steps = how["num_inference_steps"] or pipeline.scheduler.config.num_train_timesteps
-    shown = {round(i * (steps - 1) / (columns - 1)) for i in range(columns)}
-    seen = [x_start for i, (_, _, x_start) in enumerate(pipeline.progressive(count, **how)) if i in shown]
+    steps = pipeline.progressive(count, **how)
+    shown = {round(i * (pipeline.num_timesteps - 1) / (columns - 1)) for i in range(columns)}
+    seen = [x_start for i, (_, _, x_start) in enumerate(steps) if i in shown]
     return as_images(torch.stack(seen, dim=1).flatten(0, 1)), len(seen)
 
 

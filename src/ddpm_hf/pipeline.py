@@ -231,6 +231,11 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         """True once a callback has set `pipe._interrupt = True`: the loop then stops early."""
         return self._interrupt
 
+    @property
+    def num_timesteps(self) -> int:
+        """Length of the chain of the latest call: more than its steps for schedulers of second order."""
+        return self._num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
@@ -485,6 +490,7 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             batch_size = latents.shape[0]
         self._check_arguments(batch_size, generator, eta, latents, channels)
         scheduler = self._prepared_scheduler(num_inference_steps, timesteps, sigmas)
+        self._num_timesteps = len(scheduler.timesteps)
         if latents is None:
             _check_start(scheduler)
         device, dtype = self._execution_device, self.unet.dtype
