@@ -24,9 +24,9 @@ demo: $(READY)
 	    print('opened by plain diffusers as', type(P.from_pretrained('$(DEMO)/pipeline')).__name__)"
 	@echo "look at $(DEMO)/samples.png, $(DEMO)/curves.png and $(DEMO)/pipeline/evaluation.png"
 
-# a process for each core; a file's tests share what they have trained
+# a process for each core; a file's tests share what they have trained, and the long files come first
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # on an accelerator that is simulated, "cuda" and "mps"; the first call compiles it, in a minute
 test-device: $(READY)
