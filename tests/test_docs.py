@@ -9,20 +9,25 @@ import pytest
 from scripts import ROOT, script
 from usage import section_keys, usage
 
-from config import ClassifierConfig, TrainConfig, load_config, sections_of
+from config import ClassifierConfig, ConfigError, TrainConfig, as_yaml, load_config, sections_of
 
 DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 KINDS = {"train.py": TrainConfig, "train_classifier.py": ClassifierConfig}
+STARTS = {"python", "accelerate", "torchrun"}
 # of accelerate launch, torchrun and make
 OTHERS = {"--key", "--cpu", "--num_processes", "--nproc_per_node", "--dynamo_backend"}
 
 
-def commands(text):
-    """(script, arguments) of the lines of its blocks that run a script of training/."""
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+def commands(path):
+    """(script, arguments) of the lines that run a script of training/, of a document or of a docstring."""
+    text = path.read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    if path.suffix == ".py":
+        blocks = [("", ast.get_docstring(ast.parse(text)))]
+    for language, block in blocks:
         for line in block.replace("\\\n", " ").splitlines() if not language else ():
-            program, _, arguments = line.partition("training/")[2].partition(".py ")
-            if arguments:
+            program, _, arguments = line.partition(" training/")[2].partition(".py ")
+            if arguments and line.split()[0] in STARTS:
                 yield f"{program}.py", shlex.split(arguments, comments=True)
 
 
@@ -30,23 +35,29 @@ def options(text):
     return set(re.findall(r"(?<![\w-])--[a-z]\w*(?:\.[a-z]\w*)?", text))
 
 
-@pytest.mark.parametrize("name", DOCS)
-def test_commands_can_be_given_one_after_the_other(name, tmp_path, monkeypatch):
-    """Each is understood, and none begins in the folder of another one's run."""
+def test_commands_can_be_given_one_after_the_other(tmp_path, monkeypatch):
+    """Those of all documents and scripts: each is understood, and none begins in the folder of another one's run."""
     monkeypatch.chdir(tmp_path)
-    runs, helps = {}, {}
-    for program, argv in commands((ROOT / name).read_text()):
-        if "--help" in argv:
-            continue
-        if program not in KINDS:
-            helps[program] = helps.get(program) or options(script(program, "--help").stdout)
-            assert options(" ".join(argv)) <= helps[program], (program, argv)
-            continue
-        if "--data" in argv and "/" in argv[argv.index("--data") + 1]:
-            Path(argv[argv.index("--data") + 1]).mkdir(parents=True, exist_ok=True)
-        config, dry_run = load_config(argv, KINDS[program])
-        if not dry_run:
-            assert runs.setdefault(config.output_dir, config) == config, f"{argv} begins in the folder of another run"
+    helps = {}
+    for path in [*(ROOT / name for name in DOCS), *sorted((ROOT / "training").glob("*.py"))]:
+        for program, argv in commands(path):
+            if "--help" in argv:
+                continue
+            if program not in KINDS:
+                helps[program] = helps.get(program) or options(script(program, "--help").stdout)
+                assert options(" ".join(argv)) <= helps[program], (path, program, argv)
+                continue
+            for word in ("--data", "--resume"):
+                if word in argv and "/" in argv[argv.index(word) + 1]:
+                    Path(argv[argv.index(word) + 1]).mkdir(parents=True, exist_ok=True)
+            try:
+                config, dry_run = load_config(argv, KINDS[program])
+            except ConfigError as error:  # as where the folder holds the run of another command
+                pytest.fail(f"{path}: {program} {shlex.join(argv)}: {error}")
+            if not dry_run:  # its first checkpoint, with which the next command in this folder has to agree
+                checkpoint = Path(config.output_dir, "checkpoints", "0000001")
+                checkpoint.mkdir(parents=True, exist_ok=True)
+                (checkpoint / "config.yaml").write_text(as_yaml(config))
 
 
 def test_options_exist():

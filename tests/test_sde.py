@@ -264,9 +264,9 @@ def test_configs_of_other_schedulers():
     ):
         with pytest.raises(ValueError, match=f"^{kind.__name__} has no process for beta_schedule="):
             kind.from_config(other.config)
-    with pytest.raises(ValueError, match="^VPSDEScheduler has no process of a config with sigma_min"):
+    with pytest.raises(ValueError, match="^VPSDEScheduler cannot be built from a config with sigma_min"):
         VPSDEScheduler.from_config(VESDEScheduler().config)
-    with pytest.raises(ValueError, match="^VESDEScheduler has no process of a config with beta_min"):
+    with pytest.raises(ValueError, match="^VESDEScheduler cannot be built from a config with beta_min"):
         VESDEScheduler.from_config(VPSDEScheduler().config)
     with pytest.raises(ValueError, match="^trained_betas=.*: alphas_cumprod must fall and stay above 0"):
         VPSDEScheduler.from_config(DDPMScheduler(rescale_betas_zero_snr=True).config)

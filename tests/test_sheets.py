@@ -166,4 +166,5 @@ def test_plots_without_matplotlib(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = script(name, "--config", "digits", "--dry_run", check=False)
     assert refused.returncode == 1 and refused.stdout == ""
-    assert refused.stderr == f'{name}: plots need matplotlib; pip install "ddpm-hf[train]"\n'
+    told = 'plots need matplotlib; pip install "ddpm-hf[train]", or pip install -e ".[train]" in a checkout\n'
+    assert refused.stderr == f"{name}: {told}"

@@ -53,7 +53,10 @@ _output, _evaluation, _publishing = _keys_of("what it writes"), _keys_of("evalua
 class RunConfig:
     """What every training run needs: keys of a YAML file or of the command line. "Steps" are optimizer steps."""
 
-    data: str = _data("digits", "digits, mnist, a folder of images, a .parquet file or folder, or a Hub id")
+    data: str = _data(
+        "digits",
+        "digits, mnist, a folder of images, .parquet, .arrow or .tar files, a save_to_disk folder, or a Hub id",
+    )
     split: str = _data("train", "split of the data, as train or train[:1000]")
     held_out: float = _data(0.0, "share of the split set aside at random, the same images always, for eval_every", True)
     streaming: bool = _data(
@@ -69,7 +72,7 @@ class RunConfig:
     crop: str = _data("center", "center: what is too long is cut off; none: stretched")
     background: str = _data("white", "behind transparent pixels, for less than 4 channels; a name or #rrggbb")
     channels: int = _data(1, "1 (grey), 3 (RGB) or 4 (RGBA)", True)
-    random_flip: bool = _data(False, "mirror every other image, left to right")
+    random_flip: bool = _data(False, "mirror each image left to right with probability 1/2")
     scheduler: dict = _network({}, "keys of the process: see --scheduler.KEY below", True)
     steps: int = _training(1000, "optimizer steps")
     batch_size: int = _training(128, "images a process and forward pass", True)
@@ -89,7 +92,7 @@ class RunConfig:
     gradient_checkpointing: bool = _training(False, "compute activations twice instead of keeping them")
     num_workers: int = _training(0, "processes that read images")
     seed: int = _training(0, "of weights, noise and the order of images")
-    output_dir: str = _output("runs/digits", "folder of the run: runs/NAME of the data where no preset is given", True)
+    output_dir: str = _output("runs/digits", "folder of the run", True)
     resume: str = _output(
         "auto", "auto: from the newest checkpoint in output_dir, if any; never; or a checkpoint's path"
     )
@@ -156,7 +159,7 @@ class TrainConfig(RunConfig):
     low_resolution: int | list[int] | None = _network(None, "size of the images that an upsampler makes larger")
     conditioning_noise: float = _network(0.0, "highest level of noise on those images in training, below 1")
     loss: str = _training("simple", "simple, vlb, hybrid")
-    vlb_weight: float = _training(0.001, "of the bound in hybrid")
+    vlb_weight: float = _training(0.001, "weight of the bound in the hybrid loss")
     weighting: str | None = _training(
         None, "of the loss by t: min_snr, truncated_snr, p2; in continuous time likelihood"
     )
@@ -167,7 +170,7 @@ class TrainConfig(RunConfig):
     sample_every: int = _output(1000, "steps between sheets of EMA samples; 0 for none")
     sample_raw: int = _output(5, "the first sheets that have one of the raw weights beside them")
     sample_count: int = _output(64, "samples on a sheet")
-    sample_steps: int | None = _output(None, "network calls a sample; null: all timesteps", True)
+    sample_steps: int | None = _output(None, "sampling steps; null: the process's default, see docs/samplers.md", True)
     eval_evaluations: int = _evaluation(50, "network calls a held-out image, of process ddpm")
     push_to_hub: str | None = _publishing(
         None, "user/name of a repository on the Hub, at each checkpoint; null: nowhere"
@@ -196,9 +199,7 @@ class ClassifierConfig(RunConfig):
     pipeline: str | None = _network(None, "folder or Hub id of the pipeline to guide: its process, size and channels")
     random_crop: float = _training(0.8, "images are cut to this share of their sides or more and scaled up; 1: never")
     weight_decay: float = _training(0.05, "weight decay of AdamW")
-    output_dir: str = _output(
-        "runs/digits-classifier", "folder of the run: runs/NAME-classifier without a preset", True
-    )
+    output_dir: str = _output("runs/digits-classifier", "folder of the run", True)
 
     @property
     def begins_with(self):
@@ -485,8 +486,8 @@ def _check_run(config):
         )
     if config.num_workers > WORKERS_A_CORE * os.cpu_count():
         raise ConfigError(
-            f"num_workers={config.num_workers} is more than {WORKERS_A_CORE} for each of {os.cpu_count()} cores, which ends in "
-            "a machine that answers no more; take as many as there are cores, or fewer"
+            f"num_workers={config.num_workers} is more than {WORKERS_A_CORE} for each of {os.cpu_count()} cores, which would "
+            "make the machine unresponsive; take as many as there are cores, or fewer"
         )
     if not config.data:
         raise ConfigError("data is empty; name a data set")

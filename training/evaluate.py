@@ -1,7 +1,7 @@
 """A saved pipeline and a data set -> bits/dim: the variational bound of Ho, Jain, Abbeel 2020, term by term, or the ODE's.
 
     python training/evaluate.py runs/digits/pipeline --data digits --split test
-    python training/evaluate.py google/ddpm-cifar10-32 --data cifar10 --split test --estimate 50 --out measured
+    python training/evaluate.py google/ddpm-cifar10-32 --data uoft-cs/cifar10 --split test --estimate 50 --out measured
     python training/evaluate.py runs/digits-vp/pipeline --data digits --ode      # Score-SDE, section 4.3
 
 Takes any DDPM folder or Hub id, diffusers' own included; networks of continuous time have --ode alone. Background, crop,
@@ -219,7 +219,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
     parser.add_argument(
         "--data",
-        help="digits, mnist, a folder, a file or a Hub id; if left out, what it was trained on, where that has such a name",
+        help="digits, mnist, a folder of images, a .parquet, .arrow or .tar file or a folder of these, a save_to_disk "
+        "folder, or a Hub id; if left out, digits, mnist or the Hub's data set that it was trained on",
     )
     parser.add_argument("--split", default="test", help="of --data (%(default)s)")
     parser.add_argument(
@@ -261,7 +262,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="leave out the timesteps below: see bits_per_dim (%(default)s)",
     )
     parser.add_argument(
-        "--estimate", type=number(int, 1), metavar="N", help="estimate from N network evaluations an image"
+        "--estimate", type=number(int, 8), metavar="N", help="estimate from N network evaluations an image, 8 or more"
     )
     parser.add_argument(
         "--ode", action="store_true", help="by the probability-flow ODE in place of the bound: see ode_bits_per_dim"
@@ -276,7 +277,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the ODE's solver, absolute and relative (%(default)s)",
     )
     parser.add_argument(
-        "--probes", type=number(int, 1), default=1, help="of the ODE's trace, for each image (%(default)s)"
+        "--probes", type=number(int, 1), default=1, help="random probes per image for the ODE's trace (%(default)s)"
     )
     parser.add_argument("--optimize", action="store_true", help="compile the network first, worth it for many images")
     parser.add_argument(
@@ -289,9 +290,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def command_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
-    """A shell's command that measures the same again: data, split and every option that is not its default.
+    """A shell command that measures the same again: data, split and every option that is not its default.
 
-    --out is left out, as it changes nothing; of local paths it has the last name only.
+    --out is left out, as it changes nothing. Of local paths it has the last name only; the reader puts their own in.
     """
     words = [*PROGRAM.split(), _public(arguments.pipeline)]
     for name, value in (vars(arguments) | {"data": _public(arguments.data)}).items():

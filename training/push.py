@@ -17,7 +17,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="of a saved pipeline; or of a run, whose pipeline/ is taken")
     parser.add_argument("--repo_id", required=True, help="user/name; made if it is not there")
-    parser.add_argument("--license", help="the Hub's name of one, as apache-2.0; nothing is said of it if left out")
+    parser.add_argument(
+        "--license", help="the Hub's name of one, as apache-2.0; if left out, that of the repository's card is kept"
+    )
     parser.add_argument("--private", action="store_true", help="where the repository is made: for its owner only")
     parser.add_argument("--revision", help="branch; main if left out")
     parser.add_argument(

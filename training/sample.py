@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--count",
         type=number(int, 1),
         default=64,
-        help="number of images, a column for each class; of rows with the next two (%(default)s)",
+        help="number of images, a column for each class; with --progressive or --interpolate, number of rows (%(default)s)",
     )
     parser.add_argument(
         "--progressive",
@@ -67,11 +67,16 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="of an upsampler: noise on the small images (%(default)s)",
     )
-    parser.add_argument("--steps", type=number(int, 1), help="network calls an image; all timesteps if left out")
+    parser.add_argument(
+        "--steps", type=number(int, 1), help="sampling steps; if left out the pipeline's default, see docs/samplers.md"
+    )
     parser.add_argument(
         "--eta", type=number(float, 0, 1), help="DDIM with this eta in [0, 1]; ancestral sampling if left out"
     )
-    parser.add_argument("--class_label", help="of every image, its name or number; all in turn if left out")
+    parser.add_argument(
+        "--class_label",
+        help="of every image, its name or number (a number that is a name means the name); all in turn if left out",
+    )
     parser.add_argument("--guidance_scale", type=scale, help="classifier-free guidance, 1 is none")
     parser.add_argument("--classifier_scale", type=scale, help="guidance by the pipeline's classifier, 0 is none")
     parser.add_argument(

@@ -168,11 +168,11 @@ class Sheets:
 def channel_statistics(name: str, mean: torch.Tensor, square: torch.Tensor) -> dict[str, float]:
     """Mean and standard deviation of each channel, of their means (C,) and those of their squares: tints are seen there."""
     spread = (square - mean**2).clamp(min=0).sqrt()
-    colours = CHANNELS[len(mean)]
+    colors = CHANNELS[len(mean)]
     return {
-        f"{name}_{what}_{colour}": value
+        f"{name}_{what}_{color}": value
         for what, values in (("mean", mean.tolist()), ("std", spread.tolist()))
-        for colour, value in zip(colours, values)
+        for color, value in zip(colors, values)
     }
 
 
@@ -277,7 +277,9 @@ def picture_format(path: str | os.PathLike) -> str:
 def check_matplotlib(extra: str) -> None:
     """Raises ConfigError where the package that draws plots is missing, before anything is computed for them."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f'plots need matplotlib; pip install "ddpm-hf[{extra}]"')
+        raise ConfigError(
+            f'plots need matplotlib; pip install "ddpm-hf[{extra}]", or pip install -e ".[{extra}]" in a checkout'
+        )
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:

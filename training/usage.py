@@ -55,10 +55,16 @@ def usage(kind: type[RunConfig]) -> str:
     return parser.format_help().rstrip()
 
 
+WITHOUT_PRESET = {"sample_steps": "100", "eval_every": "1000, for runs of 1000 steps or more"}
+
+
 def _default(field):
-    if field.metadata["found"] and field.name != "output_dir":
-        return "from the data without a preset"
-    return _shown(field.default if field.default is not dataclasses.MISSING else field.default_factory())
+    if field.name == "output_dir":
+        return f"runs/NAME of the {'preset or the data' if field.default == 'runs/digits' else 'data, and -classifier'}"
+    shown = _shown(field.default if field.default is not dataclasses.MISSING else field.default_factory())
+    if not field.metadata["found"]:
+        return shown
+    return f"{shown}; without a preset: {WITHOUT_PRESET.get(field.name, 'from the data')}"
 
 
 def _shown(value):

@@ -1,4 +1,4 @@
-"""What a run tells of itself: numbers, curves, bits/dim and loss of held-out images."""
+"""A run's log and curves, and its measurements of held-out images: bits/dim and loss."""
 
 import contextlib
 import itertools

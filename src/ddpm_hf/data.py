@@ -58,7 +58,10 @@ def _demo_module(name, source):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ImportError(f'the data set {shown(source)} needs {error.name}; pip install "ddpm-hf[demo]"') from error
+        raise ImportError(
+            f"the data set {shown(source)} needs {error.name}; "
+            'pip install "ddpm-hf[demo]", or pip install -e ".[demo]" in a checkout'
+        ) from error
 
 
 def _built_in(images, labels, split, test_images):
@@ -173,7 +176,7 @@ def image_to_pixels(
         size: (height, width).
         levels: grey levels of the data (17 for the digits).
         background: a name or "#rrggbb", as Pillow reads them.
-        crop: "center": scaled until it covers `size`, and cut at the centre. "none": stretched to it. One of that size is left
+        crop: "center": scaled until it covers `size`, and cut at the center. "none": stretched to it. One of that size is left
             as it is.
 
     Raises:

@@ -1,4 +1,6 @@
-"""The ODE with a diffusion's marginals (Score-SDE, section 4.3): likelihoods without a bound, encodings, and back.
+"""The ODE with a diffusion's marginals (Score-SDE, section 4.3): likelihoods without the KL terms, encodings, and back.
+
+The likelihood is exact for continuous data; for images of grey levels bits/dim are an upper bound (see `ode_bits_per_dim`).
 
 dx/dt = f(t) x - g(t)^2 / 2 score(x, t) takes data at t = eps to noise at t = 1 without randomness. It is solved by
 torchdiffeq's Dormand-Prince steps, whose size follows the image of a batch that has the largest error. Times are as in `sde`.
@@ -280,7 +282,7 @@ def encode(
 
     Args:
         unet, process, class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar: as in
-            `ode_log_likelihood`; the network needs no gradients, an `InferenceUNet` does too.
+            `ode_log_likelihood`; the network needs no gradients, so an `InferenceUNet` works too.
         x_start: (B, C, H, W).
         num_inference_steps: None for the adaptive solver; a number for as many steps of DDIM (eq. 13 there) up the chain of a
             `VariationalDDPMScheduler`: fewer calls, and `decode` does not come back exactly.

@@ -116,9 +116,9 @@ def check_tars(paths: Iterable[str]) -> None:
                 tar.fileobj.seek(tar.offset)
                 whole = not any(tar.fileobj.read(tarfile.BLOCKSIZE))
         except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
-            raise ValueError(f"{path} is no whole tar file ({error}); get it anew") from error
+            raise ValueError(f"{path} is truncated or corrupt ({error}); download it again") from error
         if not whole:
-            raise ValueError(f"{path} is damaged after its byte {tar.offset}; get it anew")
+            raise ValueError(f"{path} is corrupt after its byte {tar.offset}; download it again")
 
 
 def load_tables(

@@ -249,7 +249,7 @@ class FusedAttention(nn.Module):
 
 
 class FoldedUpsample(nn.Module):
-    """`Upsample`, nearest neighbours and a 3x3 convolution, as one transposed 4x4 convolution of stride 2.
+    """`Upsample`, nearest neighbors and a 3x3 convolution, as one transposed 4x4 convolution of stride 2.
 
     Of the nine products for a pixel of the result several have the same pixel below: their weights are added, four are left.
     """

@@ -253,7 +253,7 @@ def estimate_bits_per_dim(
         raise ValueError(f"a chain of {N} steps needs no estimate; bits_per_dim evaluates all of them")
     if not (isinstance(num_evaluations, Integral) and 8 <= num_evaluations < N):
         raise ValueError(
-            f"num_evaluations={num_evaluations} must be an integer, 8 to {N - 1}; all {N} steps are bits_per_dim's"
+            f"num_evaluations={num_evaluations} must be an integer, 8 to {N - 1}; to evaluate all {N} steps use bits_per_dim"
         )
     chain = torch.tensor(scheduler.chain)
     linear = _LinearDenoiser(scheduler, x_start)
@@ -299,7 +299,7 @@ def estimate_bits_per_dim(
     if B > 1:  # the images' draws in a stratum stand for repeated ones, but for what an image costs on the whole
         rest = drawn - drawn.mean(1, keepdim=True)
         variance = strata / (strata - 1) * rest.var(0).sum() / B
-    else:  # a stratum's draw for the line between its neighbours', too much where that is curved
+    else:  # a stratum's draw for the line between its neighbors', too much where that is curved
         off = drawn[:, 1:-1] - (drawn[:, :-2] + drawn[:, 2:]) / 2
         variance = strata * off.square().mean() / 1.5
     variance = variance + (first[:, 0] - first[:, 1]).square().mean() / (4 * B)
@@ -314,9 +314,9 @@ def _fit_pilot(positions, terms, excess, steps):
 
     def root_mean_square(values, parts):
         """Of values sorted by x: a function of x."""
-        centres = torch.stack([part.mean() for part in x.tensor_split(parts)])
+        centers = torch.stack([part.mean() for part in x.tensor_split(parts)])
         sizes = torch.stack([part.square().mean() for part in values.tensor_split(parts)]).clamp(min=1e-30).sqrt().log()
-        return lambda at: torch.from_numpy(np.exp(np.interp(at.numpy(), centres.numpy(), sizes.numpy())))
+        return lambda at: torch.from_numpy(np.exp(np.interp(at.numpy(), centers.numpy(), sizes.numpy())))
 
     size = root_mean_square(y, max(1, min(20, len(x) // 2)))
     if len(x) < 32:  # too few for a spread: take it in proportion to the size
@@ -402,7 +402,8 @@ class _Evaluator:
         output = self.unet(x_t.to(self.dtype), t, class_labels=labels, return_dict=False)[0]
         if output.shape[0] != len(x_t) or output.shape[2:] != x_t.shape[2:]:
             raise ValueError(
-                f"the network made {tuple(output.shape)} of {tuple(x_t.shape)}; rows and sides must be kept"
+                f"the network made {tuple(output.shape)} of {tuple(x_t.shape)}; the output must have the input's batch size, "
+                "height and width"
             )
         p = scheduler.p_mean_variance(output, x_t, t, self.clip_sample)
         if isinstance(t, int) and t == self.first:

@@ -28,7 +28,7 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
 def precision_recall(real: torch.Tensor, generated: torch.Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Precision and recall of the manifolds of features (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
-    A set's manifold is the union of balls about its features, each as far as its k-th nearest neighbour in the set. Precision
+    A set's manifold is the union of balls about its features, each as far as its k-th nearest neighbor in the set. Precision
     is the share of generated features within that of the real ones, recall the share of real ones within that of the generated.
 
     Args:
@@ -36,7 +36,7 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, neighbours: in
         neighbours: k; 3 in the paper.
 
     Raises:
-        ValueError: wrong shapes; no more features than neighbours.
+        ValueError: wrong shapes; no more features than nearest neighbors.
     """
     if neighbours < 1:
         raise ValueError(f"neighbours={neighbours} must be 1 or more")

@@ -255,7 +255,7 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample", "latents"),
     ) -> ImagePipelineOutput | tuple:
-        """The network and its classifier are in evaluation mode for the time of the call.
+        """Draws images. The network and its classifier are in evaluation mode during the call.
 
         Args:
             batch_size: number of images.

@@ -38,12 +38,12 @@ SDE_RANGES = {
 
 
 class SDE:
-    """What the three processes have in common.
+    """What all processes (VPSDE, SubVPSDE, VESDE, ChainSDE) have in common.
 
     Times t are floats or float tensors (), (B,) in [0, 1]; coefficients float64 tensors of the shape of t; images (B, C, H, W).
 
     Args:
-        N: steps of the discretisation of `discretize`; of VP also what its labels are counted in.
+        N: steps of the discretization by `discretize`; the times given to networks of VP are counted in these steps, too.
         prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
 
     Attributes:
@@ -85,13 +85,13 @@ class SDE:
         raise NotImplementedError
 
     def discrete(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(F, G) of the discretisation x_{k+1} = (1 + F) x_k + G z; Euler and Maruyama's if a process has none of its own."""
+        """(F, G) of the discretization x_{k+1} = (1 + F) x_k + G z; Euler and Maruyama's if a process has none of its own."""
         return self.rate(t) / self.N, self.diffusion(t) / self.N**0.5
 
     # and this follows from it
 
     def index(self, t: torch.Tensor | float) -> torch.Tensor:
-        """k = floor(t (N - 1)), int64: the step of the discretisation at t."""
+        """k = floor(t (N - 1)), int64: the step of the discretization at t."""
         return (_double(t) * (self.N - 1)).long()
 
     def scale(self, t: torch.Tensor | float) -> torch.Tensor:
@@ -188,7 +188,7 @@ class VPSDE(SDE):
         return torch.sqrt(self.beta(t))
 
     def step_beta(self, t: torch.Tensor | float) -> torch.Tensor:
-        """The beta of the discretisation's step at t: of N from beta_min / N to beta_max / N."""
+        """The beta of the discretization's step at t: of N from beta_min / N to beta_max / N."""
         share = _double(self.index(t)) / max(self.N - 1, 1)
         return (self.beta_min + share * (self.beta_max - self.beta_min)) / self.N
 
@@ -517,7 +517,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
                 config_dict.setdefault("centered", False)
         own = {"beta_min", "sigma_min"} & set(config_dict)
         if own == {"beta_min" if variance_exploding else "sigma_min"}:
-            raise ValueError(f"{cls.__name__} has no process of a config with {own.pop()}")
+            raise ValueError(f"{cls.__name__} cannot be built from a config with {own.pop()}")
         if {"beta_start", "beta_schedule"} & set(config_dict) and not own:
             schedule, T = config_dict.get("beta_schedule", "linear"), config_dict.get("num_train_timesteps", 1000)
             T = check_argument("num_train_timesteps", T, int, SDE_RANGES["N"])

@@ -95,7 +95,8 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample", "latents"),
     ) -> ImagePipelineOutput | tuple:
-        """
+        """Draws a larger image for each of `images`.
+
         Args:
             images: of the size `low_resolution`: PIL images or one, an array (B, H, W, C) in [0, 1], or a tensor (B, C, H,
                 W) in [-1, 1].
@@ -289,7 +290,8 @@ class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
         upsampler_kwargs: dict | None = None,
         **kwargs,
     ) -> ImagePipelineOutput | tuple:
-        """
+        """Draws small images with the base and enlarges them with the upsampler.
+
         Args:
             batch_size, generator, output_type, return_dict: as in `DDPMImagePipeline.__call__`, of both stages.
             num_inference_steps: network calls of the base; upsampler_steps: of the upsampler. None for all.

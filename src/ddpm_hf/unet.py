@@ -123,7 +123,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles H and W: nearest neighbour, then a 3x3 convolution."""
+    """Doubles H and W: nearest neighbor, then a 3x3 convolution."""
 
     def __init__(self, channels):
         super().__init__()
@@ -614,7 +614,7 @@ class Encoder(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.weight) if module in zero else nn.init.xavier_uniform_(module.weight)
 
     def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """What all residual blocks are told: (B, embedding width), or (1, ...) of one t (1,) without labels; activated."""
+        """The activated time and class embedding: (B, embedding width), or (1, ...) for one t (1,) without labels."""
         emb = self.time_embedding(self.time_proj(t))
         if self.class_embedding is not None:
             labels = class_labels.to(t.device)
@@ -950,7 +950,8 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """
+        """Denoises images: returns what the network predicts for noisy images and their timesteps.
+
         Args:
             sample: noisy images (B, in_channels, H, W), floating point; H and W divisible by 2**(levels - 1).
             timestep: 0-based timestep t as a number, a 0-d tensor or a (B,) tensor (the paper's t is one more); with
