@@ -161,7 +161,7 @@ def test_the_command_has_every_option_that_is_not_its_default():
     parser = make_parser()
     data = ["--data", "digits"]  # it is known by then
     plain = parser.parse_args(["pipeline", *data])
-    values = {int: 7, float: 0.25, str: "it's 100% $HOME; -x"}
+    values = {int: 9, float: 0.25, str: "it's 100% $HOME; -x"}
     for option, value in vars(plain).items():
         if option in ("pipeline", "out"):
             continue
