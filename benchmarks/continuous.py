@@ -5,7 +5,7 @@
     python benchmarks/continuous.py digits --only processes      # networks trained in continuous time, VP beside sub-VP
 
 The network is the unconditional one of benchmarks/guidance.py, trained if it is not there, the judge is also of there: a sample
-is recognised if the judge gives some class 0.9 of the probability or more; Fréchet distance is of its last features. Another
+is recognized if the judge gives some class 0.9 of the probability or more; Fréchet distance is of its last features. Another
 network of the same data and another seed is trained for the comparison of latents. Writes to benchmarks/results:
 continuous_<data>.json and .md (samplers), continuous_likelihood.json and .md, continuous_encodings.json and .md,
 continuous_processes.json and .md, the curves continuous_<data>.png, the pictures continuous_<data>_encodings.png,

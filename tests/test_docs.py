@@ -60,6 +60,26 @@ def test_commands_can_be_given_one_after_the_other(tmp_path, monkeypatch):
                 (checkpoint / "config.yaml").write_text(as_yaml(config))
 
 
+def anchors(path):
+    """Those of a document's headings, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE), re.M
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [*DOCS, "SECURITY.md"])
+def test_links_lead_somewhere(name):
+    path = ROOT / name
+    for link in re.findall(r"\]\(\s*([^)\s]+)\s*\)", path.read_text()):
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        there = (path.parent / target).resolve() if target else path
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
 def test_options_exist():
     known = {
         f"--{section}.{key}"
