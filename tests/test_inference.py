@@ -169,9 +169,11 @@ def test_the_pipelines_images(make_pipeline, scheduler, tmp_path):
     assert torch.equal(images(again, num_inference_steps=20), plain)
 
 
+@torch.no_grad()
 def scaled(unet):
     for parameter in unet.parameters():
         parameter.mul_(1.1)
+    return unet
 
 
 def averaged(unet):
@@ -219,22 +221,31 @@ def test_weights_that_change_often_are_kept_once(dtype):
     assert dtype or "by Winograd" in fast.report
     places = [weight.data_ptr() for weight in (*fast.parameters(), *fast.buffers())]
     for _ in range(3):
-        with torch.no_grad():
-            scaled(unet)
+        scaled(unet)
         fast = fast.updated(unet)
         assert torch.equal(fast(x, 5).sample, InferenceUNet(unet, dtype, compile=False)(x, 5).sample)
         assert places == [weight.data_ptr() for weight in (*fast.parameters(), *fast.buffers())]
     assert len(networks()) == before + 1
-    other = copy.deepcopy(unet)
-    assert fast.updated(other) is not fast and fast.updated(unet.double()) is not fast
+    other = scaled(copy.deepcopy(unet))
+    assert fast.updated(other) is fast and fast.updated(other) is fast  # of the same config: its weights are taken
+    assert torch.equal(fast(x, 5).sample, InferenceUNet(other, dtype, compile=False)(x, 5).sample)
+    assert fast.updated(network(BASE | {"norm_eps": 1e-3})) is not fast and fast.updated(other.double()) is not fast
+
+
+def test_packed_weights_are_let_go():
+    """The compiler keeps what it has packed: once weights change they are copied, and no graph is left behind each time."""
+    unet = network().eval()
+    packed = InferenceUNet(unet, torch.bfloat16)
+    fast = packed.updated(scaled(unet))
+    assert packed.packs and fast is not packed and not fast.packs and "packed" not in fast.report
+    assert fast.compiled is not None and fast.updated(scaled(unet)) is fast
 
 
 def test_a_compiled_network_takes_new_weights():
     unet, x = network(BASE | PLAIN | {"block_out_channels": (16, 16)}).eval(), torch.randn(2, 3, 8, 8)
     fast = InferenceUNet(unet)
     for _ in range(2):
-        with torch.no_grad():
-            scaled(unet)
+        scaled(unet)
         updated = fast.updated(unet)
         torch.testing.assert_close(updated(x, 5).sample, unet(x, 5).sample.detach(), atol=1e-5, rtol=1e-5)
         assert updated is fast and list(fast.paths.values()) == [fast.compiled]

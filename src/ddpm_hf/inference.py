@@ -31,7 +31,8 @@ class InferenceUNet(nn.Module):
     - on the CPU in float32, 3x3 convolutions of 256 channels and more are Winograd's, with four times their weights;
     - on the CPU, memory that is freed stays with the process for the next call (`keep_freed_memory`);
     - weights and activations are in channels-last layout on the CPU, and in half precision everywhere;
-    - what remains is compiled; in half precision on the CPU the compiler also packs the weights as oneDNN reads them.
+    - what remains is compiled; in half precision on the CPU the compiler also packs the weights as oneDNN reads them, into its
+      code, so once they have changed they are not packed any more.
 
     Args:
         unet: the network; its weights stay as they are. Where they change later: `update`.
@@ -40,6 +41,7 @@ class InferenceUNet(nn.Module):
             in the network's.
         compile: by torch.compile, at the first call of each shape of sample (a minute for a large network; its cache makes it
             seconds in the next process). Where there is no compiler, a warning, and the network as it is without.
+        pack: False where weights will change: see above.
 
     Attributes:
         report: one line on what was done.
@@ -48,7 +50,7 @@ class InferenceUNet(nn.Module):
         ValueError: not a `DDPMUNet`, or one with adapters, hooks or offloading, which would be passed over.
     """
 
-    def __init__(self, unet: DDPMUNet, dtype: torch.dtype | None = None, compile: bool = True):
+    def __init__(self, unet: DDPMUNet, dtype: torch.dtype | None = None, compile: bool = True, pack: bool = True):
         super().__init__()
         unet = getattr(unet, "_orig_mod", unet)  # of torch.compile
         _check_plain(unet)
@@ -86,7 +88,7 @@ class InferenceUNet(nn.Module):
         self.net = net
         done += ["freed memory kept"] if on_cpu and keep_freed_memory() else []
 
-        self.compiled, self.paths, self.packs = None, {}, on_cpu and half
+        self.compiled, self.paths, self.packs = None, {}, pack and compile and on_cpu and half
         if compile:
             # the module is this one's own and never changes
             options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "cpp_wrapper": on_cpu}
@@ -112,7 +114,7 @@ class InferenceUNet(nn.Module):
         """The network for inference of `unet` with the weights that it has now.
 
         It is this one where it is current, or after its weights are copied to where the old ones were; a new one where `unet`
-        is another network or has another dtype or device, or where the compiler has packed the weights into its code.
+        has another config, dtype or device, or where the compiler has packed the weights into its code.
 
         Raises:
             ValueError: as the constructor.
@@ -120,15 +122,15 @@ class InferenceUNet(nn.Module):
         if self.is_current(unet):
             return self
         unet = getattr(unet, "_orig_mod", unet)
-        same = unet is self.source[0] and (unet.dtype, unet.device) == (self.dtype, self.device)
-        keep = same and not (self.packs and self.compiled is not None)
-        fresh = InferenceUNet(unet, self.settings["dtype"], self.settings["compile"] and not keep)
+        same = _kind(unet) == _kind(self.source[0]) and (unet.dtype, unet.device) == (self.dtype, self.device)
+        keep = same and not self.packs
+        fresh = InferenceUNet(unet, self.settings["dtype"], self.settings["compile"] and not keep, pack=not same)
         if not keep:
             return fresh
         with torch.no_grad():
             for weight, new in zip((*self.parameters(), *self.buffers()), (*fresh.parameters(), *fresh.buffers())):
                 weight.copy_(new)
-        self.fingerprint = fresh.fingerprint
+        self.source, self.fingerprint = fresh.source, fresh.fingerprint
         return self
 
     def at_timesteps(self, timesteps: torch.Tensor | list) -> Callable:
@@ -288,6 +290,11 @@ def _check_plain(unet):
             )
         if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(f"{name or 'unet'} has hooks or is offloaded; remove them before the network is optimized")
+
+
+def _kind(unet):
+    """What networks have in common whose weights have the same places."""
+    return type(unet), {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 
 @torch.no_grad()
