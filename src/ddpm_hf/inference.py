@@ -122,7 +122,7 @@ class InferenceUNet(nn.Module):
         if self.is_current(unet):
             return self
         unet = getattr(unet, "_orig_mod", unet)
-        same = _kind(unet) == _kind(self.source[0]) and (unet.dtype, unet.device) == (self.dtype, self.device)
+        same = _layout(unet) == _layout(self.source[0]) and (unet.dtype, unet.device) == (self.dtype, self.device)
         keep = same and not self.packs
         fresh = InferenceUNet(unet, self.settings["dtype"], self.settings["compile"] and not keep, pack=not same)
         if not keep:
@@ -292,7 +292,7 @@ def _check_plain(unet):
             raise ValueError(f"{name or 'unet'} has hooks or is offloaded; remove them before the network is optimized")
 
 
-def _kind(unet):
+def _layout(unet):
     """What networks have in common whose weights have the same places."""
     return type(unet), {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
