@@ -153,7 +153,7 @@ def test_a_pipeline_pushes_itself(hub, saved, make_pipeline, tmp_path):
     assert "model_index.json" in hub.files("user/named-by-folder")
 
 
-def test_a_pipeline_pushes_what_its_folder_has_beside_the_weights(hub, saved):
+def test_a_pipeline_pushes_what_its_folder_has_beside_the_weights(hub, saved, tmp_path):
     """The same files as push.py sends, as long as the weights are those of the folder."""
     evaluation = {**EVALUATION, "weights": weights_digest(saved)}
     (saved / "evaluation.json").write_text(json.dumps(evaluation))
@@ -169,6 +169,11 @@ def test_a_pipeline_pushes_what_its_folder_has_beside_the_weights(hub, saved):
     )
     assert all(files[name] == others[name] for name in files if name != "README.md")
     assert files["README.md"].replace(b"by-folder", b"by-itself").rpartition(b"<!--")[0] in others["README.md"]
+    opened = DDPMImagePipeline.from_pretrained("user/by-folder", cache_dir=tmp_path)
+    assert opened.folder.parent.name == "snapshots" and opened.config._name_or_path == "user/by-folder"
+    opened.push_to_hub("user/by-hub")
+    again = hub.files("user/by-hub")
+    assert again.keys() == files.keys() and all(files[name] == again[name] for name in files if name != "README.md")
     (saved / "samples.png").unlink()
     (saved / "samples.png").symlink_to(__file__)
     with pytest.raises(ValueError, match="samples.png is a link to outside"):

@@ -280,6 +280,15 @@ def test_names_of_published_modules_do_not_collide():
     )
 
 
+def test_a_pipeline_knows_the_folder_that_it_was_opened_from(make_pipeline, tmp_path):
+    assert make_pipeline().folder is None
+    make_pipeline().save_pretrained(tmp_path / "a")
+    pipeline = DDPMImagePipeline.from_pretrained(tmp_path / "a")
+    assert pipeline.folder == tmp_path / "a"
+    pipeline.save_pretrained(tmp_path / "b")
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "b").rglob("*.json"))
+
+
 def test_a_swapped_scheduler_is_saved_as_it_is(make_pipeline, tmp_path):
     pipeline = make_pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)

@@ -38,8 +38,9 @@ from .sde import SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .unet import DDPMUNet, sides
 
 logger = logging.get_logger(__name__)
-# of a repository: no pickled weights
+# of a repository: no pickled weights, and what stands beside them
 FILES = ("*.json", "*.safetensors", "*.py")
+BESIDE = ("training.*", "evaluation.*", "samples.png", "README.md", "LICENSE")
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
 # By default, of solvers: twice what their papers need. In as many as the process has they visit timesteps twice or begin at
 # pure noise, and either is garbage.
@@ -745,11 +746,11 @@ def local_folder(path: str | os.PathLike, all_files: bool, **kwargs) -> Path:
     if os.path.isdir(path):
         return Path(path)
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
-    if all_files:
-        where.pop("proxies", None)
-        return Path(snapshot_download(str(path), allow_patterns=FILES, **where))
-    kinds = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
-    return Path(DDPMImagePipeline.download(str(path), **kinds, **where))
+    if not all_files:
+        kinds = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
+        where["revision"] = Path(DDPMImagePipeline.download(str(path), **kinds, **where)).name  # its commit
+    where.pop("proxies", None)
+    return Path(snapshot_download(str(path), allow_patterns=[*(FILES if all_files else ()), *BESIDE], **where))
 
 
 def open_scheduler(folder: Path, class_name: str, pipeline_folder: Path):

@@ -80,6 +80,14 @@ def check_repository(repo_id: str, *, private: bool | None = None, token: str | 
 class Published:
     """What a pipeline has of publishing, before diffusers' `DiffusionPipeline` among its bases."""
 
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or the snapshot of the Hub, that the pipeline's network was opened from; None if from neither."""
+        place = Path(self.unet.config.get("_name_or_path") or os.devnull)
+        # the oldest pipelines have the network in the folder itself
+        folders = (place, place.parent) if place.is_dir() else ()
+        return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -125,7 +133,7 @@ class Published:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
-            _copy_record(self.config.get("_name_or_path"), Path(folder))
+            _copy_record(self.folder, Path(folder))
             return push_folder(
                 folder,
                 repo_id,
@@ -141,11 +149,11 @@ class Published:
 def _copy_record(source, folder):
     """Copies card, license, pictures and numbers of the pipeline `source` and its stages, where the weights are the same."""
     for stage in ("", *STAGES) if source else ():
-        of, to = Path(source, stage), folder / stage
+        of, to = source / stage, folder / stage
         if (of / "unet").is_dir() and (to / "unet").is_dir() and weights_digest(of) == weights_digest(to) is not None:
             for path in of.iterdir():
                 if RECORD.fullmatch(path.name) or path.name in ("README.md", "LICENSE"):
-                    shutil.copyfile(check_file(path, Path(source), PICTURE_BYTES), to / path.name)
+                    shutil.copyfile(check_file(path, source, PICTURE_BYTES), to / path.name)
 
 
 def _api(token):

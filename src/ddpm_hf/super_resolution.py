@@ -254,6 +254,11 @@ class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
         """Names of the labels 0, 1, ... of the stages; None if not known."""
         return self.upsampler.class_names if self.base.class_names is None else self.base.class_names
 
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or the snapshot of the Hub, that the base was opened from; None if from neither."""
+        return self.base.folder and self.base.folder.parent
+
     @classmethod
     def _dict_from_json_file(cls, json_file):
         """diffusers' hook for reading `model_index.json`."""
