@@ -20,6 +20,7 @@ from stops import FiniteSteps, Interrupted, Signals, Stopped, going_on
 from watch import environment
 
 from config import ConfigError, checkpoints_in, load_config
+from ddpm_hf import DDPMUNet
 from train import train
 
 RUN = (
@@ -126,6 +127,37 @@ def test_a_signal_ends_a_measurement():
         assert calls == [0, 1, 2, 3] and caught.value.status == 128 + signal.SIGTERM
         assert signals.stop(1) == signal.SIGTERM
         network(torch.tensor(0))  # as before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_measurement_that_fails_in_one_process_is_left_out_in_all(rank, monkeypatch, capsys):
+    monkeypatch.setattr("stops.gather_object", lambda mine: [*mine, (None, None, "2 of 3 samples are not finite")])
+    signals = Signals(SimpleNamespace(num_processes=2, is_main_process=rank == 0))
+    assert signals.measure(torch.nn.Identity(), lambda: 7) is None
+    told = "a sheet or measurement is left out (2 of 3 samples are not finite); the run goes on\n"
+    assert capsys.readouterr().err == (told if rank == 0 else "")
+    monkeypatch.setattr("stops.gather_object", lambda mine: mine)
+    assert signals.measure(torch.nn.Identity(), lambda: torch.zeros(2).view(3)) is None
+
+
+def test_values_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):
+    """Of a sheet and of held-out images: its numbers are null, and the checkpoint is saved."""
+    forward = DDPMUNet.forward
+
+    def overflow(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        return output if self.training else tuple(each * math.nan for each in output)
+
+    monkeypatch.setattr(DDPMUNet, "forward", overflow)
+    extra = "--sample_every 2 --sample_count 2 --eval_every 2 --eval_images 4 --eval_evaluations 8 --steps 2"
+    whole = train(load_config([*RUN.split(), *extra.split(), "--output_dir", str(tmp_path)])[0])
+    assert (whole / "model_index.json").is_file() and [path.name for path in checkpoints_in(tmp_path)] == ["0000002"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][2:]
+    assert [[key for key in row if row[key] is not None] for row in rows] == [["step"], ["step"]]
+    assert "samples_mean_grey" in rows[0] and {"bits_per_dim", "loss_held_out", "loss_train"} <= rows[1].keys()
+    told = capsys.readouterr().err
+    assert told.count("left out (2 of 2 samples are not finite") == 2  # of the averaged and the raw weights
+    assert told.count("left out (the bound's term of image") == 1 and not (tmp_path / "samples").exists()
 
 
 class Trigger(io.StringIO):

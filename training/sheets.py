@@ -46,6 +46,8 @@ class Sheets:
     def draw(self, step: int) -> dict[str, float]:
         """Draws and saves the pictures of this step; returns the numbers, in the main process.
 
+        Where sampling fails there are no pictures, and the numbers are not finite.
+
         Raises:
             Interrupted: a signal came while the network was sampling. In all processes.
         """
@@ -55,9 +57,13 @@ class Sheets:
         pictures = {"samples": x_start, "denoising": strip}
         if step // self.config.sample_every <= self.config.sample_raw:
             with self.raw:
-                pictures["raw"], _ = self._sample("samples, raw")
+                raw, _ = self._sample("samples, raw")
+            pictures |= {} if raw is None else {"raw": raw}
         if not self.accelerator.is_main_process:
             return {}
+        if x_start is None:
+            unknown = torch.full((self.config.channels,), math.nan)
+            return channel_statistics("samples", unknown, unknown)
         labels, width = self._labels(), strip.shape[1]
         columns = dict.fromkeys(
             ("samples", "raw"), class_columns(self.unet, len(x_start)) if self.given is None else None
@@ -83,7 +89,10 @@ class Sheets:
         return numbers
 
     def _sample(self, told):
-        """Samples (N, C, H, W), each process's share computed there; the way to the first (R, K, C, H, W); None but in main."""
+        """Samples (N, C, H, W), each process's share computed there; the way to the first (R, K, C, H, W).
+
+        None for both but in main, and there where `measure` failed.
+        """
         config, index, processes = self.config, self.accelerator.process_index, self.accelerator.num_processes
         scheduler = type(self.scheduler).from_config(self.scheduler.config)  # the training's own chain shall stay
         pipeline = pipeline_of(config, self.unet, scheduler)
@@ -112,7 +121,7 @@ class Sheets:
             return found, dict(zip(mine, torch.stack(strip, dim=1)))
 
         shares = self.signals.measure(self.unet, sample)
-        if index:
+        if index or shares is None:
             return None, None
         found, strip = ({i: image for share in shares for i, image in share[which].items()} for which in (0, 1))
         return tuple(torch.stack([images[i] for i in sorted(images)]) for images in (found, strip))

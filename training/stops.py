@@ -74,10 +74,11 @@ class Signals:
         self.asked, self.start = step, time.perf_counter()
         return int(received) or None
 
-    def measure(self, network: torch.nn.Module, compute: Callable[[], object]) -> list:
-        """What `compute` returns in each process, in all of them.
+    def measure(self, network: torch.nn.Module, compute: Callable[[], object]) -> list | None:
+        """What `compute` returns in each process, in all of them; None in all where it failed in one, which is printed.
 
-        After a signal the next call of `network` ends the computation, so that a long one does not hold up the end of the run.
+        Values that are not finite, or too little memory for more than a training step, end no run. After a signal the next call
+        of `network` ends the computation, so that a long one does not hold up the end of the run.
 
         Raises:
             Interrupted: a process was interrupted. The next `stop` asks for the signal.
@@ -89,16 +90,22 @@ class Signals:
 
         hook, mine = network.register_forward_pre_hook(check), None
         try:
-            mine = (compute(), None)
+            mine = (compute(), None, None)
         except Interrupted:
-            mine = (None, self.received)
+            mine = (None, self.received, None)
+        except (ValueError, RuntimeError) as error:  # several processes would wait for this one without end
+            mine = (None, None, " ".join(str(error).split()) or type(error).__name__)
         finally:
             hook.remove()
         outcomes = gather_object([mine])
-        if number := max(received or 0 for _, received in outcomes):
+        if number := max(received or 0 for _, received, _ in outcomes):
             self.next = 0
             raise Interrupted(f"stopped by signal {number}; the same command measures again", status=128 + number)
-        return [result for result, _ in outcomes]
+        if problem := next((problem for *_, problem in outcomes if problem), None):
+            if self.accelerator.is_main_process:
+                tell(f"a sheet or measurement is left out ({problem}); the run goes on")
+            return None
+        return [result for result, *_ in outcomes]
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -8,6 +8,7 @@ each is one of a YAML file too.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -208,7 +209,7 @@ def random_crop(x_start: torch.Tensor, smallest: float) -> torch.Tensor:
 def of_held_out(config, signals, network, scheduler, x_start, labels) -> dict[str, float]:
     """Loss, accuracy, and that by quarter of t, of held-out images: each at `ROUNDS` timesteps, evenly over the process.
 
-    The noise is the same every time.
+    The noise is the same every time. Not a number where they cannot be computed.
 
     Raises:
         Interrupted: a signal came meanwhile. In all processes.
@@ -228,9 +229,10 @@ def of_held_out(config, signals, network, scheduler, x_start, labels) -> dict[st
 
     network.eval()
     try:
-        losses, right = signals.measure(network, compute)[0]
+        shares = signals.measure(network, compute)
     finally:
         network.train()
+    losses, right = torch.full((2, count * ROUNDS), math.nan) if shares is None else shares[0]
     quarter = t * 4 // T
     by_quarter = {f"accuracy_held_out_t_quarter_{i + 1}": right[quarter == i].mean().item() for i in range(4)}
     return {"loss_held_out": losses.mean().item(), "accuracy_held_out": right.mean().item(), **by_quarter}

@@ -397,7 +397,7 @@ def held_out_bits_per_dim(config, signals, unet, scheduler, x_start, labels) -> 
     """bits/dim of held-out images (the mean over them), with its errors: of the estimate, and over images.
 
     From `eval_evaluations` network calls an image, each process's share of the images computed there; all terms of a chain
-    that is no longer. In continuous time by the ODE; not a number where it does not come to an end.
+    that is no longer. In continuous time by the ODE. Not a number where it cannot be computed.
 
     Raises:
         Interrupted: a signal came meanwhile. In all processes.
@@ -424,7 +424,8 @@ def held_out_bits_per_dim(config, signals, unet, scheduler, x_start, labels) -> 
             result, error = bits_per_dim(unet, process, part, **how).total, 0.0
         return result.cpu().double(), error * len(part)
 
-    found = [share for share in signals.measure(unet, compute) if share]
+    shares = signals.measure(unet, compute)
+    found = [(torch.tensor([math.nan]), math.nan)] if shares is None else [share for share in shares if share]
     total = torch.cat([values for values, _ in found])
     return {
         "bits_per_dim": total.mean().item(),
@@ -447,6 +448,7 @@ def held_out_loss(config, signals, unet, objective, held_out, seen) -> dict[str,
 
     Where the first stays and the second falls, the network learns its images by heart. `held_out`, `seen`: x_start (N, C, H, W)
     and labels (N,) or None. Each image stands at `ROUNDS` timesteps; those of all are spread evenly over the chain.
+    Not a number where the losses cannot be computed.
 
     Raises:
         Interrupted: a signal came meanwhile. In all processes.
@@ -473,7 +475,8 @@ def held_out_loss(config, signals, unet, objective, held_out, seen) -> dict[str,
                         losses[row, rows] += objective(unet, x_start[part].to(device), labels, **given)
         return losses.cpu().double() / ROUNDS
 
-    of_held_out, of_seen = torch.cat(signals.measure(unet, compute), dim=1)
+    shares = signals.measure(unet, compute)
+    of_held_out, of_seen = torch.full((2, 1), math.nan) if shares is None else torch.cat(shares, dim=1)
     return {
         "loss_held_out": of_held_out.mean().item(),
         "loss_train": of_seen.mean().item(),
