@@ -11,9 +11,11 @@ import torch
 from accelerate import Accelerator
 from checkpoints import Checkpoints
 from digests import DIGESTS, check_digests, write_digests
-from inputs import Position
+from inputs import Position, data_facts, open_images
+from PIL import Image
 
-from config import ConfigError, TrainConfig, checkpoint_to_resume, checkpoints_in
+from config import ConfigError, TrainConfig, checkpoint_to_resume, checkpoints_in, load_config
+from train import train
 
 NAMES = ["config.yaml", "model.safetensors", "optimizer.bin", "random_states_0.pkl", "run.pt", "scaler.pt"]
 
@@ -150,7 +152,7 @@ def test_a_hostile_checkpoint_runs_no_code(run, tmp_path, capsys, name, kind):
     os.rmdir(marker)
 
 
-FACTS = dict(class_names=["bus", "tram"], number_of_images=20)
+FACTS = dict(class_names=["bus", "tram"], size_of_the_split=20)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ FACTS = dict(class_names=["bus", "tram"], number_of_images=20)
         (dict(class_names=["bus", "train"]), "class names 'train' added and 'tram' removed"),
         (dict(class_names=["tram", "bus"]), "class names in another order"),
         (dict(class_names=None), "class names ['bus', 'tram'] then, none now"),
-        (dict(number_of_images=21), "number of images 20 then, 21 now"),
+        (dict(size_of_the_split=21), "size of the split 20 then, 21 now"),
     ],
 )
 def test_other_facts_are_refused(tmp_path, now, difference):
@@ -172,6 +174,51 @@ def test_other_facts_are_refused(tmp_path, now, difference):
         other.checkpoints.load(path)
     assert f"{path} was trained on other data: {difference}; give the data that it was trained on" in str(caught.value)
     assert torch.equal(other.network[0].weight, before) and path.is_dir()
+    assert Run(tmp_path, {"a fact of a later version": 1}).checkpoints.load(path) == path
+
+
+def test_a_broken_image_is_left_out_of_a_run_that_resumes(tmp_path, capsys):
+    """By what its error advises: with a higher max_broken, or removed. The epoch begins anew."""
+    data = tmp_path / "pictures"
+    data.mkdir()
+    for i in range(8):
+        Image.new("L", (8, 8), 30 * i).save(data / f"{i}.png")
+    small = "--unet.block_out_channels 8,16 --unet.norm_num_groups 4 --unet.attention_head_dim 8 --scheduler.levels 256"
+    arguments = f"{small} --batch_size 2 --lr_schedule constant --lr_warmup_steps 0 --sample_every 0".split()
+    arguments += ["--config", "digits", "--data", str(data), "--output_dir", str(tmp_path / "run"), "--steps"]
+    train(load_config([*arguments, "2"])[0])
+    (data / "3.png").write_bytes(b"broken")
+    with pytest.raises(
+        ConfigError, match="1 of 8 images cannot be read, the last .*; remove it, or raise max_broken=0.01"
+    ):
+        train(load_config([*arguments, "3"])[0])
+    train(load_config([*arguments, "3", "--max_broken", "0.5"])[0])
+    assert "the data has 7 images, 8 before the run was stopped; the epoch begins anew" in capsys.readouterr().err
+    for name in ("3.png", "4.png"):
+        (data / name).unlink()
+    train(load_config([*arguments, "4"])[0])
+    assert "the data has 6 images, 7 before the run was stopped; the epoch begins anew" in capsys.readouterr().err
+    place = torch.load(tmp_path / "run/checkpoints/0000004/run.pt")["own"][0]["at"]
+    assert place == {"step": 4, "epoch": 0, "batch": 1, "images": 6}
+
+
+def test_the_same_images_at_another_place(capsys):
+    at = Position(images=8)
+    at.load_state_dict({"step": 5, "epoch": 2, "batch": 1, "images": 8})
+    assert at == Position(5, 2, 1, 8)
+    at.load_state_dict({"step": 4, "epoch": 1, "batch": 3})  # of an older version
+    assert at == Position(4, 1, 3, 8) and capsys.readouterr().err == ""
+
+
+def test_held_out_images_stay_the_same(tmp_path):
+    """Of another number of images the share would be others: the size of the split must stay, then."""
+    for i in range(8):
+        Image.new("L", (8, 8), 30 * i).save(tmp_path / f"{i}.png")
+    for share in (0.0, 0.25):
+        config = TrainConfig(data=str(tmp_path), held_out=share)
+        images, names = open_images(config)
+        assert len(images) == 8 * (1 - share) and config.split_size == 8
+        assert data_facts(config, names) == {"class_names": None} | ({"size_of_the_split": 8} if share else {})
 
 
 def test_a_damaged_checkpoint_of_another_run(tmp_path, capsys):

@@ -176,10 +176,12 @@ class Checkpoints:
                 f"{candidate} was written by {len(state['own'])} processes, this run has {processes}; start as many"
             )
         for name, value in self.facts.items():
-            if difference := _difference(state["facts"].get(name), value):
+            difference = _difference(state["facts"].get(name, value), value)  # older versions wrote others
+            if difference:
                 raise ConfigError(
                     f"{candidate} was trained on other data: {name.replace('_', ' ')} {difference}; give the data that it was "
                     "trained on, or another output_dir"
+                    + ("; unreadable images may stay in it, see max_broken" if name == "size_of_the_split" else "")
                 )
         load(candidate / f"random_states_{index}.pkl")  # accelerate goes on without it and says nothing
         self.accelerator.load_state(candidate)

@@ -119,6 +119,8 @@ class RunConfig:
     # keys that follow from the pipeline that a run begins with, where they are not given
     FROM_PIPELINE: typing.ClassVar[tuple[str, ...]]
 
+    # images of the split, those set aside by held_out among them, once it is open; None of a stream
+    split_size: typing.ClassVar[int | None] = None
     # names ("steps", "unet.dropout") given on the command line or in a file of the user's: presets are defaults
     explicit: typing.ClassVar[frozenset[str]] = frozenset()
     # whether nothing is left to be found in the data or a pipeline, see resolve.py
@@ -209,7 +211,7 @@ class ClassifierConfig(RunConfig):
 # of a run that is resumed; its steps and learning rate too where the schedule of the learning rate is constant
 MAY_CHANGE = {"preset", "num_workers", "output_dir", "resume", "checkpoint_every", "keep_checkpoints"}
 MAY_CHANGE |= {"compile", "channels_last", "gradient_checkpointing", "memory_gb", "max_steps_skipped", "trackers"}
-MAY_CHANGE |= {"tracker_project", "tracker_run"}
+MAY_CHANGE |= {"tracker_project", "tracker_run", "max_broken", "max_image_pixels"}
 MAY_CHANGE |= {
     "log_every",
     "sample_every",

@@ -10,7 +10,7 @@ import tarfile
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets.distributed import split_dataset_by_node
 from stops import find_dead_workers_when_reading, ignore_interrupts, tell
@@ -61,6 +61,7 @@ def open_images(config: RunConfig) -> tuple:
         check_levels(config.data, levels_of(config))
         images = load_images(config.data, config.split, config.streaming)
         names = label_names(images, config.label_column, config.classes)
+        config.split_size = count_images(images)
         return (images.select(held_out_rows(config.held_out, len(images))[1]) if config.held_out else images), names
 
 
@@ -69,6 +70,11 @@ def record_data(network, config: RunConfig, names: list[str] | None) -> None:
     network.class_names = names
     keys = "background", "crop", "image_column", "label_column"
     network.preprocessing = {key: getattr(config, key) for key in keys if getattr(config, key) is not None}
+
+
+def data_facts(config: RunConfig, names: list[str] | None) -> dict:
+    """What must be the same of the data of `open_images` when a run resumes; of another size, held_out divides it otherwise."""
+    return {"class_names": names, **({"size_of_the_split": config.split_size} if config.held_out else {})}
 
 
 def count_images(images) -> int | None:
@@ -168,16 +174,25 @@ def open_loader(dataset, config: RunConfig, accelerator: Accelerator) -> torch.u
 
 @dataclasses.dataclass
 class Position:
-    """How far a process is: optimizer steps in all, and batches of the present epoch."""
+    """How far a process is: optimizer steps in all, and batches of the present epoch of so many images.
+
+    Their order depends on how many they are: where the number has changed, the epoch begins anew.
+    """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    images: int | None = None  # None of a stream
 
     state_dict = dataclasses.asdict
 
     def load_state_dict(self, state):
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        before = state.get("images", self.images)
+        if before != self.images:
+            self.batch = 0
+            if PartialState().is_main_process:
+                tell(f"the data has {self.images} images, {before} before the run was stopped; the epoch begins anew")
 
 
 def batches(loader, config, at):

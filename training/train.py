@@ -40,6 +40,7 @@ from inputs import (
     batches,
     check_pixels,
     count_images,
+    data_facts,
     open_data,
     open_images,
     open_loader,
@@ -165,10 +166,11 @@ def _train(config, accelerator, folder):
         folder.begin()
     if config.trackers:
         open_trackers(config, accelerator)
-    log, at, signals = Log(config, folder, accelerator, objective.end), Position(), Signals(accelerator)
+    log, signals = Log(config, folder, accelerator, objective.end), Signals(accelerator)
+    at = Position(images=count_images(dataset))
     finite, average = FiniteSteps(accelerator.device, config.max_steps_skipped), Evaluation(network, ema)
     parts = dict(ema=ema, lr_schedule=lr_schedule, timesteps=timesteps, finite=finite)
-    facts = dict(class_names=names, number_of_images=count_images(images))
+    facts = data_facts(config, names)
     checkpoints = Checkpoints(config, accelerator, own=dict(at=at, log=log), facts=facts, **parts)
     if resumed:
         resumed = checkpoints.load(resumed)

@@ -29,6 +29,7 @@ from inputs import (
     batches,
     check_pixels,
     count_images,
+    data_facts,
     open_data,
     open_images,
     open_loader,
@@ -121,9 +122,9 @@ def _train(config, accelerator, folder):
     if config.trackers:
         open_trackers(config, accelerator)
     log = Log(config, folder, accelerator, len(scheduler.alphas_cumprod), also=("accuracy",))
-    at, signals = Position(), Signals(accelerator)
+    at, signals = Position(images=count_images(dataset)), Signals(accelerator)
     finite = FiniteSteps(accelerator.device, config.max_steps_skipped)
-    facts = dict(class_names=names, number_of_images=count_images(images))
+    facts = data_facts(config, names)
     checkpoints = Checkpoints(
         config, accelerator, own=dict(at=at, log=log), facts=facts, lr_schedule=lr_schedule, finite=finite
     )
