@@ -191,13 +191,41 @@ def test_what_is_no_config(tmp_path):
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
-    (tmp_path / "config.yaml").write_text("steps: 1")
+    (tmp_path / "environment.json").write_text("{}")  # a run that was killed a moment after it began
+    (tmp_path / "config.yaml").write_text(as_yaml(load("--output_dir", str(tmp_path))))
     load("--output_dir", str(tmp_path))  # stopped before its first checkpoint
+    load("--output_dir", str(tmp_path), "--seed", "7")  # nothing would be lost
+    (tmp_path / "metrics.jsonl").write_text('{"step": 20}\n')
+    config = load("--output_dir", str(tmp_path), "--log_every", "7")
+    assert checkpoint_to_resume(config) is None
+    message = f"^seed=7, but {tmp_path} was trained with 0; give that, or another output_dir$"
+    with pytest.raises(ConfigError, match=message):
+        load("--output_dir", str(tmp_path), "--seed", "7")
+    load("--output_dir", str(tmp_path), "--data", "digits")  # what the data decides is compared once it is known
+    with pytest.raises(ConfigError, match=message):
+        checkpoint_to_resume(dataclasses.replace(config, seed=7))
     with pytest.raises(ConfigError, match="holds something already"):
         load("--output_dir", str(tmp_path), "--resume", "never")
     (tmp_path / "pipeline").mkdir()
     with pytest.raises(ConfigError, match="holds something already"):
         load("--output_dir", str(tmp_path))
+
+
+def test_files_of_the_users_own_are_no_run(tmp_path):
+    whole, output = as_yaml(load()), ["--output_dir", str(tmp_path)]
+    for files in (
+        {"config.yaml": "my: precious"},
+        {"config.yaml": "my: precious", "environment.json": "{}"},
+        {"config.yaml": "a: [", "environment.json": "{}"},
+        {"config.yaml": whole},
+        {"environment.json": "{}", "metrics.jsonl": ""},
+    ):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match="^output_dir=.* holds something already; choose another$"):
+            load(*output)
+        for name in files:
+            (tmp_path / name).unlink()
 
 
 def test_the_checkpoint_to_resume(tmp_path):

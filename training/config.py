@@ -269,7 +269,7 @@ def load_config(argv: list[str], kind: type[RunConfig] = TrainConfig) -> tuple[R
     if path := _find_checkpoint(config):
         _adopt(config, path)
         check(config)
-        _compare(config, path)
+    _compare(config, path)
     return config, dry_run
 
 
@@ -628,8 +628,7 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
         ConfigError: output_dir holds something else than this run, or a run of another config; `resume` names no checkpoint.
     """
     path = _find_checkpoint(config)
-    if path:
-        _compare(config, path)
+    _compare(config, path)
     return path
 
 
@@ -650,15 +649,26 @@ def _find_checkpoint(config):
                 "to resume from an older one give another output_dir"
             )
         path = None  # what auto does
-    # perhaps stopped before its first checkpoint, or after somebody had removed the folder
-    ours = config.resume != "never" and bool(found or (output / "config.yaml").is_file())
+    ours = config.resume != "never" and bool(found or _has_begun(config))
     if ours and path:
         ours = _run_of(found[-1] if found else output).get("resume") == config.resume
-    filled = output.is_dir() and any(name[0] != "." for name in os.listdir(output))
+    # environment.json is the first file that a run writes
+    filled = output.is_dir() and any(name[0] != "." and name != "environment.json" for name in os.listdir(output))
     ended = (output / ("pipeline" if isinstance(config, TrainConfig) else "classifier")).exists()
     if filled and (not ours or (not found and ended)):
         raise ConfigError(f"output_dir={shown(config.output_dir)} holds something already; choose another")
     return found[-1] if found else path
+
+
+def _has_begun(config):
+    """Whether a run lies in output_dir, perhaps stopped before its first checkpoint, or its folder was removed meanwhile."""
+    if not Path(config.output_dir, "environment.json").is_file():
+        return False
+    try:
+        values = _read_run(Path(config.output_dir))
+    except ConfigError:
+        return False
+    return all(field.name in values for field in dataclasses.fields(config) if field.init)
 
 
 def _adopt(config, path):
@@ -677,7 +687,20 @@ def _adopt(config, path):
 
 
 def _compare(config, path):
-    """Raises ConfigError where a run would be resumed with other settings than it began with."""
+    """Raises ConfigError where a run would resume from the checkpoint `path`, or begin anew, with other settings."""
+    if path:
+        _compare_with(config, path)
+        if path.name.isdigit() and int(path.name) > config.steps:
+            raise ConfigError(
+                f"steps={config.steps}, but {path} is further already; give more steps or another output_dir"
+            )
+    rows = Path(config.output_dir, "metrics.jsonl")
+    if config.resolved and not checkpoints_in(config.output_dir) and rows.is_file() and rows.stat().st_size:
+        _compare_with(config, Path(config.output_dir))  # whose rows would be lost
+
+
+def _compare_with(config, path):
+    """Of `_compare`: with the config of a checkpoint, or of the run in the folder `path`."""
     defaults = dataclasses.asdict(type(config)())
     before, now = (_flat(values, config) for values in ({**defaults, **_run_of(path)}, dataclasses.asdict(config)))
     may_change = MAY_CHANGE
@@ -693,13 +716,10 @@ def _compare(config, path):
     ]
     if changed:
         more = f" ({len(changed) - 1} more: {'; '.join(changed[1:4])})".replace(f"{path} was trained with", "it had")
-        anew = "another output_dir"
-        if isinstance(config, TrainConfig):
-            run = path.parents[1] if path.parent.name == "checkpoints" else path
+        anew, run = "another output_dir", path.parents[1] if path.parent.name == "checkpoints" else path
+        if isinstance(config, TrainConfig) and path != Path(config.output_dir):
             anew = f"start a new run from its weights: --init_from {run / 'pipeline'} --output_dir <another>"
         raise ConfigError(f"{changed[0]}{more if len(changed) > 1 else ''}; give that, or {anew}")
-    if path.name.isdigit() and int(path.name) > config.steps:
-        raise ConfigError(f"steps={config.steps}, but {path} is further already; give more steps or another output_dir")
 
 
 def _flat(values, config):

@@ -87,8 +87,8 @@ class OutputFolder:
         return False
 
     def _describe(self):
-        write_text(self.path / "config.yaml", as_yaml(self.config))
         write_text(self.path / "environment.json", json.dumps(environment(self.accelerator), indent=2) + "\n")
+        write_text(self.path / "config.yaml", as_yaml(self.config))  # the last: with both a run has begun
 
     def _is_there(self):
         """Whether the name of the lock's file still stands for the file that is locked."""
