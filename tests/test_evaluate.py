@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from scripts import script
 
+from config import TrainConfig
 from ddpm_hf import DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.data import load_images
-from ddpm_hf.hub import evaluation_command, write_model_card
-from ddpm_hf.push import push_folder
-from evaluate import check_out, command_of, data_of, load_tensor, make_parser
+from ddpm_hf.hub import card_text, evaluation_command, write_model_card
+from ddpm_hf.push import published_files, push_folder, weights_digest
+from evaluate import check_out, command_of, data_of, held_out_of, load_tensor, make_parser
+from train import save_pipeline
 
 NAMES = ["ant", "bee", "cat"]
 TOLD = {
@@ -151,10 +153,45 @@ def test_data_if_left_out_is_that_of_the_training(tmp_path, told, data):
     if told:
         (tmp_path / "training.json").write_text(json.dumps(TOLD | told))
     if data:
-        assert data_of(str(tmp_path)) == data
+        assert data_of(str(tmp_path)) == data_of("user/pipeline", tmp_path) == data
     else:
         with pytest.raises(ValueError, match="does not say where its data is; give --data"):
             data_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["link", ".", "../pictures/"])
+def test_names_of_local_data_are_those_of_the_folders(make_pipeline, tmp_path, monkeypatch, source):
+    """However they are written: training.json has a name, and what was set aside is found by it."""
+    data, folder = tmp_path / "pictures", tmp_path / "run/pipeline"
+    data.mkdir()
+    (data / "link").symlink_to(data)
+    folder.parent.mkdir()
+    monkeypatch.chdir(data)
+    config, pipeline = TrainConfig(data=source, held_out=0.25, output_dir=str(tmp_path / "run")), make_pipeline()
+    config.split_size = 24
+    save_pipeline(config, 5, pipeline.unet, pipeline.scheduler, folder)
+    told = json.loads((folder / "training.json").read_text())
+    assert (told["data"], told["images"]) == ("pictures", 24) and "README.md" in published_files(folder)
+    assert held_out_of(str(folder), source, "train", 24) == held_out_of(folder, str(data), "train") == 0.25
+    assert held_out_of(folder, "digits", "train", 24) == held_out_of(folder, source, "test", 24) == 0
+    monkeypatch.chdir(folder)
+    assert card_text(".") == card_text(folder)
+
+
+def test_other_data_of_the_same_name_is_measured_whole(tmp_path, capsys):
+    (tmp_path / "training.json").write_text(json.dumps(TOLD | {"data": "here", "held_out": 0.25, "images": 24}))
+    assert held_out_of(tmp_path, ".", "train", 24) == 0.25 and capsys.readouterr().err == ""
+    assert held_out_of(tmp_path, ".", "train", 23) == 0
+    told = "the run set aside held_out=0.25 of 24 images, but . has 23: all are measured, those that it was trained on too\n"
+    assert capsys.readouterr().err == told
+
+
+def test_the_training_record_of_a_pipeline_on_the_hub(hub, run_folder, tmp_path):
+    rows = save_rows(tmp_path / "rows.parquet", NAMES, [0] * 8 + [1] * 8 + [2] * 8)
+    record = {"data": "rows.parquet", "held_out": 0.25, "weights": weights_digest(run_folder)}
+    (run_folder / "training.json").write_text(json.dumps(TOLD | record))
+    push_folder(run_folder, "user/measured")
+    assert "over 6 images that held_out=0.25 sets aside of 24 (" in evaluate("user/measured", "--data", rows).stdout
 
 
 def test_the_command_has_every_option_that_is_not_its_default():

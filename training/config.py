@@ -279,6 +279,14 @@ def _folder_of(data, kind):
     return f"runs/{name}{'-classifier' if kind is ClassifierConfig else ''}"
 
 
+def public_name(source: str) -> str:
+    """A Hub id, the name of a built-in data set, or the last name of a local path: folders of a machine concern nobody else."""
+    if not os.path.exists(source):
+        return source
+    name = Path(source).resolve().name or "data"
+    return name.encode(errors="replace").decode()  # bytes that are no text are in no file that is published
+
+
 def _read_arguments(argv, kind, fields):
     arguments, rest, dry_run = {}, list(argv), False
     while rest:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from sheets import check_matplotlib, save_figure
 
+from config import public_name
 from ddpm_hf import DDPMImagePipeline, InferenceUNet, OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
 from ddpm_hf.atomic import write_text
 from ddpm_hf.data import (
@@ -294,8 +295,8 @@ def command_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
 
     --out is left out, as it changes nothing. Of local paths it has the last name only; the reader puts their own in.
     """
-    words = [*PROGRAM.split(), _public(arguments.pipeline)]
-    for name, value in (vars(arguments) | {"data": _public(arguments.data)}).items():
+    words = [*PROGRAM.split(), public_name(arguments.pipeline)]
+    for name, value in (vars(arguments) | {"data": public_name(arguments.data)}).items():
         if name in ("pipeline", "out") or (value == parser.get_default(name) and name not in ("data", "split")):
             continue
         if value is True:
@@ -303,11 +304,6 @@ def command_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
         else:
             words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
     return shlex.join(words)
-
-
-def _public(source):
-    """A Hub id, the name of a built-in data set, or the last name of a local path: folders of a machine concern nobody else."""
-    return Path(source).resolve().name if os.path.exists(source) else source
 
 
 def choose_device(name: str | None) -> str:
@@ -325,25 +321,38 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def data_of(pipeline: str) -> str:
+def data_of(pipeline: str, folder: Path | None = None) -> str:
     """The built-in data set, or that of the Hub, which a pipeline's folder says that it was trained on.
+
+    folder: the snapshot that a pipeline of the Hub was opened from.
 
     Raises ValueError where it says none, and for a training.json that train.py does not write.
     """
-    told = _training_of(pipeline)
+    told = _training_of(folder or pipeline)
     data = told.get("data") if told.get("data") in BUILT_IN else told.get("hub_dataset")
     if data is None:
         raise ValueError(f"{pipeline} does not say where its data is; give --data")
     return data
 
 
-def held_out_of(pipeline: str, data: str, split: str) -> float:
+def held_out_of(pipeline: str | Path, data: str, split: str, images: int | None = None) -> float:
     """The share of this split that the run of a pipeline's folder set aside; 0 of other data than it was trained on.
+
+    images: how many the split has. Of another number than in the training other images would be set aside, so it is 0, too.
 
     Raises ValueError for a training.json that train.py does not write.
     """
     told = _training_of(pipeline)
-    return told["held_out"] or 0.0 if (told.get("data"), told.get("split")) == (_public(data), split) else 0.0
+    if (told.get("data"), told.get("split")) != (public_name(data), split) or not told["held_out"]:
+        return 0.0
+    if None not in (images, told["images"]) and images != told["images"]:
+        print(
+            f"the run set aside held_out={told['held_out']:g} of {told['images']} images, but {data} has {images}: all are "
+            "measured, those that it was trained on too",
+            file=sys.stderr,
+        )
+        return 0.0
+    return told["held_out"]
 
 
 def _training_of(pipeline):
@@ -420,11 +429,12 @@ def main():
         parser.error(f"--first {arguments.first} is of a chain; {type(scheduler).__name__} has none")
     levels = scheduler.levels if arguments.levels is None else arguments.levels
     if arguments.data is None:
-        arguments.data = data_of(arguments.pipeline)
+        arguments.data = data_of(arguments.pipeline, pipeline.folder)
     check_levels(arguments.data, levels)
     dataset = whole = load_images(arguments.data, arguments.split)
     if arguments.held_out is None:
-        arguments.held_out = held_out_of(arguments.pipeline, arguments.data, arguments.split) or None
+        opened = pipeline.folder or arguments.pipeline
+        arguments.held_out = held_out_of(opened, arguments.data, arguments.split, len(whole)) or None
     if arguments.held_out:
         dataset = whole.select(held_out_rows(arguments.held_out, len(whole))[0])
     columns = {name: getattr(arguments, name) for name in READING}
@@ -451,7 +461,7 @@ def main():
         **measured,
         "standard_error": None if math.isnan(error) else error,
         "images": len(x_start),
-        "data": _public(arguments.data),
+        "data": public_name(arguments.data),
         "split": arguments.split,
         "held_out": arguments.held_out,
         "levels": levels,

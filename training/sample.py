@@ -98,7 +98,7 @@ def main():
     if type(pipeline) is not DDPMImagePipeline and (arguments.progressive, arguments.interpolate) != (None, None):
         parser.error(f"--progressive and --interpolate are not for a {type(pipeline).__name__}")
     if arguments.data is None and (arguments.interpolate is not None or type(pipeline) is DDPMSuperResolutionPipeline):
-        arguments.data = data_of(arguments.pipeline)
+        arguments.data = data_of(arguments.pipeline, pipeline.folder)
     if type(pipeline) is DDPMImagePipeline and arguments.noise_level:
         parser.error(f"--noise_level {arguments.noise_level} is of an upsampler, which this pipeline has not")
     channels = (pipeline.base if isinstance(pipeline, CascadePipeline) else pipeline).channels

@@ -23,6 +23,7 @@ from config import (
     image_size,
     load_config,
     nearest,
+    public_name,
 )
 
 if __name__ == "__main__":  # before the slow imports: a mistyped key shall not wait for them
@@ -296,10 +297,10 @@ def _write_pipeline(config, step, unet, scheduler, folder, label_names):
         del told[key]  # of nobody else's concern
     local = os.path.exists(config.data)
     for key in ("data", "eval_data", "init_from"):
-        if told[key] and os.path.exists(told[key]):
-            told[key] = Path(told[key]).name
+        if told[key]:
+            told[key] = public_name(told[key])
     told["hub_dataset"] = None if local or config.data in BUILT_IN else config.data
-    told["label_names"] = label_names
+    told["images"], told["label_names"] = config.split_size, label_names
     told["weights"] = weights_digest(folder)
     told["versions"] = {module.__name__: module.__version__ for module in MODULES}
     told["steps"] = step

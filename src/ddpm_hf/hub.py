@@ -134,7 +134,7 @@ def model_card(
     index = read_json(folder / "model_index.json", folder)
     cascade = index.keys() >= {*STAGES}
     classes = component_classes(index, folder, STAGES if cascade else PARTS)
-    name = final_name(folder)
+    name = final_name(folder.absolute())
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
     if cascade:
         return _card_of_two_stages(folder, repo_id, license)

@@ -261,7 +261,7 @@ TRAINING = {
     **dict.fromkeys(("data", "split"), TEXT),
     **dict.fromkeys(("steps", "batch_size", "gradient_accumulation_steps"), COUNT),
     **dict.fromkeys(("learning_rate", "ema_decay"), NUMBER),
-    "held_out": SHARE | NULL,
+    **{"held_out": SHARE | NULL, "images": COUNT | NULL},
     **{"seed": INTEGER, "loss": WORD, "weighting": WORD | NULL, "preset": TEXT | NULL, "weights": WORD | NULL},
     **{"hub_dataset": TEXT | NULL, "label_names": NAMES | NULL, "versions": VERSIONS | NULL},
 }
