@@ -54,6 +54,7 @@ def test_command_line_beats_the_file(tmp_path):
         (["--stepz", "3"], "'stepz'; did you mean 'steps'"),
         (["--steps", "x"], r"steps='x' must be an integer in \[1, 1000000000000\]"),
         (["--steps", "1.5"], "steps=1.5"),
+        (["--split", "train+" * 90], "split='train.*' must be text of at most 500 characters"),
         (["--steps", "true"], "steps=True"),
         (["--steps", "0"], r"steps=0 must be an integer in \[1,"),
         (["--steps"], "--steps has no value"),

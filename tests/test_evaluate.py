@@ -357,6 +357,7 @@ def test_a_folder_of_somebody_else(folder_of_a_stranger):
         (["--levels", "17"], 1, "levels=17, but the data has a pixel of 2"),
         (["--label_column", "sort"], 1, "label_column='sort' is not in the data; it has image, kind"),
         (["--split", "test"], 1, "test"),
+        (["--split", "+".join(["train"] * 90)], 1, "must be text of 1 to 500 characters; shorten it"),
         (["--data", "no/such/folder"], 1, "no/such/folder"),
         (["--histogram", "validation"], 1, "validation"),
     ],

@@ -7,10 +7,10 @@ import datasets
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
-from inputs import open_images, open_some
+from inputs import open_images, open_some, record_data
 from PIL import Image
 
-from config import load_config
+from config import ConfigError, TrainConfig, load_config
 from ddpm_hf import (
     CascadePipeline,
     DDPMImagePipeline,
@@ -19,6 +19,7 @@ from ddpm_hf import (
     NoisyClassifier,
     VariationalDDPMScheduler,
 )
+from ddpm_hf.saved import check_label_names
 
 NAMES = ["ant", "bee", "cat"]
 HOW = {"background": "black", "crop": "none", "label_column": "kind"}
@@ -118,6 +119,26 @@ def test_what_is_no_list_of_names(named, names):
     named.unet.register_to_config(_ddpm_hf={"class_names": names})  # as a stranger's config may hold it
     with pytest.raises(ValueError, match="class_names="):
         named.labels  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["x" * 501, "\udc80"])
+def test_names_that_could_not_be_read_again(named, tmp_path, name):
+    """Refused when they are set, and of data before it is trained on."""
+    with pytest.raises(
+        ValueError, match="^class_names=.* must be a list of at most 100,000 texts of 500 .* shorter names$"
+    ):
+        named.unet.class_names = ["ant", "bee", name]
+    config = TrainConfig(data="digits")
+    with pytest.raises(ConfigError, match="^data='digits': class_names=.* must be"):
+        record_data(named.unet, config, [name])
+    assert named.unet.class_names == NAMES
+
+
+def test_names_of_more_than_a_config_may_have():
+    names = [f"{i:0500}" for i in range(10_000)]
+    assert check_label_names(names[:5000]) == names[:5000]
+    with pytest.raises(ValueError, match="3 MiB in all; give shorter names"):
+        check_label_names(names)
 
 
 def test_what_is_no_preprocessing(make_pipeline):

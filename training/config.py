@@ -477,9 +477,10 @@ def _check_run(config):
             check_argument(field.name, value, field.type, RANGES.get(field.name))
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        if isinstance(value, str) and (len(value) > 2000 or NO_TEXT.search(value)):
+        most = 500 if field.name == "split" else 2000  # as in the record of a training that is read again
+        if isinstance(value, str) and (len(value) > most or NO_TEXT.search(value)):
             raise ConfigError(
-                f"{field.name}={shown(value)} must be text of at most 2,000 characters that can be written"
+                f"{field.name}={shown(value)} must be text of at most {most:,} characters that can be written"
             )
     for key in PATHS:
         if any(len(part.encode(errors="surrogateescape")) > 255 for part in Path(getattr(config, key, "") or "").parts):

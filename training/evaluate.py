@@ -46,7 +46,7 @@ from ddpm_hf.flow import DEQUANTIZATIONS
 from ddpm_hf.hub import has_our_card, write_model_card
 from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
 from ddpm_hf.push import weights_digest
-from ddpm_hf.saved import read_record
+from ddpm_hf.saved import EVALUATION, check_values, read_record
 
 SUBSET_SEED = 0  # of --images: another --seed draws other noise, but measures the same images
 REPORT, TERMS = "evaluation.json", ("evaluation.csv", "evaluation.png")
@@ -437,6 +437,8 @@ def main():
         arguments.held_out = held_out_of(opened, arguments.data, arguments.split, len(whole)) or None
     if arguments.held_out:
         dataset = whole.select(held_out_rows(arguments.held_out, len(whole))[0])
+    told = {"data": public_name(arguments.data), "split": arguments.split, "command": command_of(parser, arguments)}
+    check_values(told, {key: EVALUATION[key] for key in told}, REPORT, mend="shorten it")
     columns = {name: getattr(arguments, name) for name in READING}
     x_start, labels = read_tensor(dataset, unet, levels, arguments.images, **columns)
     if arguments.histogram:

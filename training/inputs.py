@@ -66,8 +66,13 @@ def open_images(config: RunConfig) -> tuple:
 
 
 def record_data(network, config: RunConfig, names: list[str] | None) -> None:
-    """Saves with a network what its labels mean and how images were prepared for it: evaluate.py and others go by that."""
-    network.class_names = names
+    """Saves with a network what its labels mean and how images were prepared for it: evaluate.py and others go by that.
+
+    Raises:
+        ConfigError: names of labels that a network cannot be saved with.
+    """
+    with _told(f"data={config.data!r}"):
+        network.class_names = names
     keys = "background", "crop", "image_column", "label_column"
     network.preprocessing = {key: getattr(config, key) for key in keys if getattr(config, key) is not None}
 

@@ -249,6 +249,7 @@ NAMES = Kind(
         isinstance(value, list) and len(value) <= 10**5 and all(name == "" or TEXT.fits(name) for name in value)
     ),
 )
+NAMES_BYTES = TEXT_BYTES - 2**20  # the rest of a config has its space, too
 VERSIONS = Kind(
     "versions by name",
     lambda value: isinstance(value, dict) and all(WORD.fits(word) for pair in value.items() for word in pair),
@@ -291,6 +292,17 @@ EVALUATION_BY_ODE = {
     },
     **{"dequantization": WORD, "tolerance": NUMBER, "evaluations_per_image": NUMBER},
 }
+
+
+def check_label_names(names: list[str]) -> list[str]:
+    """Returns names of labels. Raises ValueError for those that could be saved, but not be read again."""
+    size = len(json.dumps(names, indent=8))
+    if not NAMES.fits(list(names)) or size > NAMES_BYTES or re.search("[\ud800-\udfff]", "".join(names)):
+        raise ValueError(
+            f"class_names={reprlib.repr(names)} must be {NAMES.words}, in UTF-8, {NAMES_BYTES // 2**20} MiB in all; "
+            "give shorter names"
+        )
+    return names
 
 
 def check_values(values: dict, schema: dict[str, Kind], path: Path, mend: str = "save the pipeline again") -> dict:

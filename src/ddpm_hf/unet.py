@@ -19,6 +19,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from .arguments import checked_arguments, shown
+from .saved import check_label_names
 
 logger = logging.get_logger(__name__)
 
@@ -648,7 +649,7 @@ class Encoder(ModelMixin, ConfigMixin):
 
     @class_names.setter
     def class_names(self, names: list[str] | None) -> None:
-        self._set_own(class_names=None if names is None else self._checked_names(names))
+        self._set_own(class_names=None if names is None else check_label_names(self._checked_names(names)))
 
     def _checked_names(self, names):
         texts = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
