@@ -131,6 +131,23 @@ def test_repeated_timesteps_are_refused():
             pipeline(1, num_inference_steps=1000)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", MULTISTEP)
+@pytest.mark.parametrize(
+    "schedule, sigmas, steps", [("linear", "exponential", 50), ("linear", "karras", 100), ("cosine", "karras", 50)]
+)
+def test_sigmas_whose_rounded_timesteps_are_equal(name, schedule, sigmas, steps):
+    """Steps are between sigmas. Of the cosine the first timesteps are equal."""
+    pipeline = exact_pipeline(VariationalDDPMScheduler(beta_schedule=schedule, clip_sample=False))
+    pipeline.scheduler = scheduler_class(name).from_config(pipeline.scheduler.config, **{f"use_{sigmas}_sigmas": True})
+    chain, grey = pipeline._prepared_scheduler(steps, None, None).timesteps, torch.zeros(8, 1, 16, 16)
+    assert len(chain.unique()) < len(chain)
+    images = pipeline(8, seeded(), steps, "latent").images
+    on_the_way = pipeline.interpolate(grey, grey, [0.5], 980, num_inference_steps=steps, output_type="latent").images
+    for each in images, on_the_way:
+        assert each.mean().item() == pytest.approx(MEAN, abs=0.03) and each.std().item() == pytest.approx(STD, rel=0.3)
+
+
 def test_samples_that_are_not_finite_are_no_pictures():
     pipeline = exact_pipeline()
     pipeline.unet.error = float("nan")

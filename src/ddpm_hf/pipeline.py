@@ -447,7 +447,7 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             pairs * count, generator, num_inference_steps, eta, class_labels, latents, *guidance, timesteps
         )
         chain, order = scheduler.timesteps, getattr(scheduler, "order", 1)
-        if order == 1 and len(chain.unique()) < len(chain):
+        if order == 1 and not hasattr(scheduler, "sigmas") and len(chain.unique()) < len(chain):
             raise ValueError(
                 f"{type(scheduler).__name__} visits its first timesteps twice and cannot start at another; use a DDIM scheduler"
             )
@@ -562,15 +562,21 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             raise ValueError(f"{name}: {cls} takes none; give num_inference_steps, or use another scheduler")
         if name != "num_inference_steps":
             scheduler.set_timesteps(**{name: _descending(name, given[name])})
-            return scheduler
-        if num_inference_steps is None:
-            T = scheduler.config.num_train_timesteps
-            n = min(SOLVER_STEPS, max(1, T // 2)) if _is_solver(scheduler) else T
         else:
-            n = positive_integer(name, num_inference_steps)
-        scheduler.set_timesteps(n)
-        if len(scheduler.timesteps.unique()) < n:
-            raise ValueError(f"{cls} visits timesteps twice in {n} steps, and divides by their distance; give fewer")
+            if num_inference_steps is None:
+                T = scheduler.config.num_train_timesteps
+                n = min(SOLVER_STEPS, max(1, T // 2)) if _is_solver(scheduler) else T
+            else:
+                n = positive_integer(name, num_inference_steps)
+            scheduler.set_timesteps(n)
+            # where there are sigmas the steps are between those: timesteps are rounded, and may be equal
+            places = scheduler.sigmas[:-1] if hasattr(scheduler, "sigmas") else scheduler.timesteps
+            if len(places.unique()) < n:
+                raise ValueError(
+                    f"{cls} visits timesteps twice in {n} steps, and divides by their distance; give fewer"
+                )
+        if hasattr(scheduler, "set_begin_index"):  # else it would begin at the second of two equal timesteps
+            scheduler.set_begin_index(0)
         return scheduler
 
     def _predictor(self, class_labels, batch_size, guidance_scale, channels):
