@@ -194,6 +194,27 @@ def test_the_training_record_of_a_pipeline_on_the_hub(hub, run_folder, tmp_path)
     assert "over 6 images that held_out=0.25 sets aside of 24 (" in evaluate("user/measured", "--data", rows).stdout
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "/etc",
+        "../secret",
+        "private",
+        "user/x.parquet",
+        "imagefolder",
+        "https://host/x.tar",
+        "hf://datasets/x/y",
+        "a\x1b",
+    ],
+)
+def test_a_strangers_record_chooses_no_files(tmp_path, source):
+    (tmp_path / "here/private").mkdir()
+    (tmp_path / "training.json").write_text(json.dumps(TOLD | {"data": source, "hub_dataset": source}))
+    with pytest.raises(ValueError, match="is not the id of a data set on the Hub; give --data") as error:
+        data_of(str(tmp_path))
+    assert f"hub_dataset={source!r}" in str(error.value)
+
+
 def test_the_command_has_every_option_that_is_not_its_default():
     parser = make_parser()
     data = ["--data", "digits"]  # it is known by then

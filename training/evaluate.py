@@ -29,6 +29,7 @@ from sheets import check_matplotlib, save_figure
 
 from config import public_name
 from ddpm_hf import DDPMImagePipeline, InferenceUNet, OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
+from ddpm_hf.arguments import shown
 from ddpm_hf.atomic import write_text
 from ddpm_hf.data import (
     BUILT_IN,
@@ -37,6 +38,7 @@ from ddpm_hf.data import (
     check_levels,
     held_out_rows,
     image_to_pixels,
+    is_hub_id,
     load_images,
     pixels_to_tensor,
     tensor_to_pixels,
@@ -326,12 +328,16 @@ def data_of(pipeline: str, folder: Path | None = None) -> str:
 
     folder: the snapshot that a pipeline of the Hub was opened from.
 
-    Raises ValueError where it says none, and for a training.json that train.py does not write.
+    Raises ValueError where it says none or another source, and for a training.json that train.py does not write.
     """
     told = _training_of(folder or pipeline)
     data = told.get("data") if told.get("data") in BUILT_IN else told.get("hub_dataset")
     if data is None:
         raise ValueError(f"{pipeline} does not say where its data is; give --data")
+    if data not in BUILT_IN and not is_hub_id(data):  # a stranger does not choose which files are read
+        raise ValueError(
+            f"{pipeline}: hub_dataset={shown(data)} in its training.json is not the id of a data set on the Hub; give --data"
+        )
     return data
 
 

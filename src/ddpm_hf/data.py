@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import datasets
 import numpy as np
 import torch
+from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image, ImageColor, ImageOps
 from tqdm.auto import tqdm
 
@@ -120,6 +121,16 @@ def _load(source, split, streaming):
         escaped = glob.escape(source)  # `datasets` takes a path for a pattern
         return load_tables(TABLES[ending], escaped, split, streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `load_images` takes this for the id of a data set on the Hub, and opens no file of this machine or of a URL."""
+    try:
+        validate_repo_id(source)
+    except ValueError:
+        return False
+    of_files = source.lower().endswith((*TABLES,)) or hasattr(datasets.packaged_modules, source)  # "imagefolder", "csv"
+    return not (of_files or os.path.lexists(source))
 
 
 def _saved_to_disk(source, split):
