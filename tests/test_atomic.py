@@ -73,6 +73,26 @@ def test_folders_are_replaced_whole(tmp_path):
     )
 
 
+def test_a_folder_that_is_a_link(tmp_path):
+    """The link is replaced; what it leads to stays. So too where a link is moved aside, or leads nowhere."""
+    folder, real = tmp_path / "pipeline", tmp_path / "real"
+    real.mkdir()
+    (real / "mine").touch()
+    for target in real, tmp_path / "nowhere":
+        folder.symlink_to(target)
+        for text in ("first", "second"):
+            with replacing_folder(folder) as temporary:
+                (temporary / "x").write_text(text)
+            assert (folder / "x").read_text() == text and not folder.is_symlink()
+        folder.rename(tmp_path / "aside")
+        moved_aside(folder).symlink_to(target)  # killed between the two renames
+        restore_folder(folder)
+        assert folder.readlink() == target
+        remove_folder(folder)
+        remove_folder(tmp_path / "aside")
+    assert os.listdir(tmp_path) == ["real"] and os.listdir(real) == ["mine"]
+
+
 def test_what_a_kill_leaves_behind(tmp_path):
     folder, names = tmp_path / "pipeline", {".pipeline.0123456789abcdef.tmp", ".x.json.0123456789abcdef.tmp"}
     moved_aside(folder).mkdir()  # killed between the two renames

@@ -33,11 +33,16 @@ def leftovers(folder: str | os.PathLike) -> list[Path]:
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Removes what `leftovers` finds. No other process may be writing in `folder`; what cannot be removed stays."""
     for path in leftovers(folder):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        _remove(path)
+
+
+def _remove(path):
+    """Removes a file, a link or a folder, if it is there and may be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -80,7 +85,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
 def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """A new, empty folder beside `folder` to write to; it takes its name when the context ends without an error.
 
-    Its files are on the disk before it does, and the name is when this ends. A folder of that name is moved aside
+    Its files are on the disk before it does, and the name is when this ends. A folder of that name, or a link, is moved aside
     (`moved_aside`) for the moment that it takes to put the new one in its place: of a process that is killed then,
     `restore_folder` brings it back. After an error nothing is left.
 
@@ -94,15 +99,15 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         flush_to_disk(temporary)
         old = moved_aside(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
+        _remove(old)
+        if os.path.lexists(folder):
             os.replace(folder, old)
         os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk must not stay full
         raise
     _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def moved_aside(folder: str | os.PathLike) -> Path:
@@ -117,23 +122,24 @@ def restore_folder(folder: str | os.PathLike) -> None:
     Where the new one is in place, the previous one is removed.
     """
     old = moved_aside(folder)
-    if not old.is_dir():
-        return
-    if Path(folder).exists():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
+    if os.path.lexists(folder):
+        _remove(old)
+    elif os.path.lexists(old):
         os.replace(old, folder)
 
 
 def remove_folder(folder: str | os.PathLike) -> None:
-    """Removes a folder. Its name is gone at once: a killed process leaves a temporary name, never a part under this one.
+    """Removes a folder or a link. The name is gone at once: a killed process leaves a temporary name, never a part under this.
 
     Raises:
         OSError: it is missing, or a part of it cannot be removed.
     """
     temporary = _temporary(Path(folder))
     os.replace(folder, temporary)
-    shutil.rmtree(temporary)
+    if temporary.is_symlink():
+        temporary.unlink()
+    else:
+        shutil.rmtree(temporary)
 
 
 def flush_to_disk(folder: str | os.PathLike) -> None:
