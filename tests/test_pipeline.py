@@ -136,11 +136,13 @@ def test_other_schedulers_swap_in(make_pipeline, scheduler, schedule):
     assert np.isfinite(run(pipeline)).all()
 
 
-def test_learned_variance_with_a_scheduler_that_has_no_use_for_it(make_pipeline):
-    pipeline = make_pipeline(out_channels=2, scheduler=VariationalDDPMScheduler(variance_type="learned_range"))
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_learned_variance_with_a_scheduler_that_has_no_use_for_it(make_pipeline, variance_type):
+    pipeline = make_pipeline(out_channels=2, scheduler=VariationalDDPMScheduler(variance_type=variance_type))
     assert run(pipeline).shape == (2, 8, 8, 1)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    assert run(pipeline).shape == (2, 8, 8, 1)
+    for scheduler in DDIMScheduler, DDPMScheduler:
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        assert run(pipeline).shape == (2, 8, 8, 1)
 
 
 def test_ddim_equals_diffusers_ddim_without_clipping(make_pipeline):

@@ -18,7 +18,6 @@ import diffusers
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -520,7 +519,8 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         if planes is not None:
             network = Conditioned(network, planes)
 
-        cut = not isinstance(scheduler, DDPMScheduler) and not _uses_learned_variance(scheduler)
+        ours = any(base.__name__ == "VariationalDDPMScheduler" for base in type(scheduler).__mro__)
+        cut = not ours and not _uses_learned_variance(scheduler)
 
         def output_at(t, sample):
             model_input = scheduler.scale_model_input(sample, t)
