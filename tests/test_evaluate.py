@@ -145,7 +145,7 @@ def test_what_the_run_set_aside_is_measured(run_folder, tmp_path):
         ({"data": "mnist"}, "mnist"),
         ({"data": "user/birds", "hub_dataset": "user/birds"}, "user/birds"),
         ({"data": "birds"}, None),
-        (None, None),
+        (None, "digits"),
     ],
 )
 def test_data_if_left_out_is_that_of_the_training(tmp_path, told, data):
@@ -155,7 +155,7 @@ def test_data_if_left_out_is_that_of_the_training(tmp_path, told, data):
     if data:
         assert data_of(str(tmp_path)) == data_of("user/pipeline", tmp_path) == data
     else:
-        with pytest.raises(ValueError, match="does not say where its data is; give --data"):
+        with pytest.raises(ValueError, match="was trained on 'birds', a local folder or file; give --data"):
             data_of(str(tmp_path))
 
 

@@ -127,7 +127,6 @@ def test_mistakes_before_the_pipeline_is_opened(tmp_path, monkeypatch, argv, sta
         (["--class_label", "zebra"], "--class_label='zebra' is not the name of a class; known: ['ant', 'bee', 'cat']"),
         (["--class_label", "3"], "give integers from 0 to 2"),
         (["--noise_level", "0.5"], "--noise_level 0.5 is of an upsampler"),
-        (["--interpolate", "500"], "does not say where its data is; give --data"),
     ],
 )
 def test_mistakes_before_anything_is_drawn(folder, tmp_path, monkeypatch, argv, message):

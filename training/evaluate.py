@@ -223,7 +223,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         help="digits, mnist, a folder of images, a .parquet, .arrow or .tar file or a folder of these, a save_to_disk "
-        "folder, or a Hub id; if left out, digits, mnist or the Hub's data set that it was trained on",
+        "folder, or a Hub id; if left out, what it was trained on by training.json, digits without one",
     )
     parser.add_argument("--split", default="test", help="of --data (%(default)s)")
     parser.add_argument(
@@ -324,16 +324,16 @@ def choose_device(name: str | None) -> str:
 
 
 def data_of(pipeline: str, folder: Path | None = None) -> str:
-    """The built-in data set, or that of the Hub, which a pipeline's folder says that it was trained on.
+    """The built-in or Hub data set that a pipeline's training.json says that it was trained on; digits without a training.json.
 
     folder: the snapshot that a pipeline of the Hub was opened from.
 
-    Raises ValueError where it says none or another source, and for a training.json that train.py does not write.
+    Raises ValueError where the data was a local path or has no id of the Hub, and for a training.json not of train.py.
     """
-    told = _training_of(folder or pipeline)
+    told = _training_of(folder or pipeline) or {"data": "digits"}
     data = told.get("data") if told.get("data") in BUILT_IN else told.get("hub_dataset")
     if data is None:
-        raise ValueError(f"{pipeline} does not say where its data is; give --data")
+        raise ValueError(f"{pipeline} was trained on {shown(told['data'])}, a local folder or file; give --data")
     if data not in BUILT_IN and not is_hub_id(data):  # a stranger does not choose which files are read
         raise ValueError(
             f"{pipeline}: hub_dataset={shown(data)} in its training.json is not the id of a data set on the Hub; give --data"

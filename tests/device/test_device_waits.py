@@ -49,26 +49,20 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_training_step_waits_for_nothing(device, tmp_path, fresh_accelerate, name):
-    """But on Apple's GPUs for the batch, which torch cannot copy otherwise."""
+    """But on Apple's GPUs for the batch, which torch cannot copy otherwise, and for the bound: float64 is on the CPU alone."""
     program, *arguments = RUNS[name]
-    always = dict(batch_size=16, log_every=100, sample_every=0, eval_every=0, checkpoint_every=0, random_flip="true")
+    always = dict(batch_size=16, log_every=100, eval_every=0, checkpoint_every=0, random_flip="true")
+    always |= {} if name == "classifier" else {"sample_every": 0}
     arguments += [word for key, value in always.items() for word in (f"--{key}", value)]
 
     def run(steps):
         fresh_accelerate()
-        script(
-            program,
-            *arguments,
-            *always,
-            "--steps",
-            steps,
-            "--output_dir",
-            tmp_path / f"{steps}-{len(list(tmp_path.iterdir()))}",
-        )
+        folder = tmp_path / f"{steps}-{len(list(tmp_path.iterdir()))}"
+        script(program, *arguments, "--steps", steps, "--output_dir", folder)
 
     more = waits_of_more(run, 6, 9)
-    copied = 1 if name in ("ddpm", "fp16", "importance", "continuous") else 2  # labels too
-    assert sum(more.values()) == (3 * copied if device.type == "mps" else 0), more
+    copied = {"classes": 2, "classifier": 2, "importance": 6}.get(name, 1) if device.type == "mps" else 0
+    assert sum(more.values()) == 3 * copied, more
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "ddim", "learned", "guided", "classifier", "continuous", "optimized"])
@@ -124,12 +118,11 @@ def test_what_samplers_of_timesteps_and_losses_wait_for(device, unet):
 
 def test_the_bound_waits_seldom(device, unet):
     """Once in 50 terms it looks whether they are finite."""
-    network, x_start = unet().to(device), torch.zeros(2, 1, 8, 8, device=device)
+    network, x_start = unet().to(device), -torch.ones(2, 1, 8, 8, device=device)
 
     def run(steps):
         scheduler = VariationalDDPMScheduler(steps)
         bits_per_dim(network, scheduler, x_start, generator=torch.Generator(device).manual_seed(0))
 
     more = waits_of_more(run, 200, 400)
-    moved_tables = 0
-    assert sum(more.values()) - moved_tables == 4, more
+    assert sum(more.values()) == 4, more
