@@ -17,7 +17,7 @@ from ddpm_hf import DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.data import load_images
 from ddpm_hf.hub import card_text, evaluation_command, write_model_card
 from ddpm_hf.push import published_files, push_folder, weights_digest
-from evaluate import check_out, command_of, data_of, held_out_of, load_tensor, make_parser
+from evaluate import check_out, command_of, data_of, held_out_of, load_tensor, make_parser, own_folder
 from train import save_pipeline
 
 NAMES = ["ant", "bee", "cat"]
@@ -355,6 +355,12 @@ def test_what_is_in_the_way_stays(run_folder, tmp_path):
         told = evaluate("no/pipeline", "--data", data, "--out", wrong, check=False)
         assert told.returncode == 1 and len(told.stderr.strip().splitlines()) == 1
         assert re.search(message, told.stderr)
+
+
+def test_a_whole_run_of_another_user_is_not_ones_own(run_folder, monkeypatch):
+    assert own_folder(str(run_folder)) == run_folder
+    monkeypatch.setattr("os.geteuid", lambda: os.stat(run_folder).st_uid + 1)
+    assert own_folder(str(run_folder)) is None
 
 
 def test_a_folder_of_somebody_else(folder_of_a_stranger):

@@ -162,7 +162,7 @@ def label_column_of(dataset: datasets.Dataset, unet, column: str | None = None) 
         if name in dataset.column_names:
             return name
     raise ValueError(
-        f"the network is class-conditional: give label_column, the labels among {', '.join(dataset.column_names)}"
+        f"the network is class-conditional: give label_column, the labels among {shown(', '.join(dataset.column_names))[1:-1]}"
     )
 
 
@@ -398,10 +398,11 @@ def _written(folder):
 
 
 def own_folder(pipeline: str) -> Path | None:
-    """The folder of a pipeline that a run of train.py has saved; None for any other, in which nothing is written unasked."""
+    """The folder of a pipeline that a run of this user's has saved; None for any other, in which nothing is written unasked."""
     folder = Path(pipeline).resolve()
     files = [folder / "model_index.json", folder.parent / "config.yaml", folder.parent / "environment.json"]
-    own = folder.name == "pipeline" and all(path.is_file() for path in files)
+    whole = folder.name == "pipeline" and all(path.is_file() for path in files)
+    own = whole and all(path.stat().st_uid == os.geteuid() for path in files if hasattr(os, "geteuid"))
     return folder if own and is_writable(folder) else None
 
 
