@@ -144,6 +144,14 @@ def test_what_a_killed_run_left_behind_is_removed(tmp_path, config, accelerator)
     }  # fmt: skip
 
 
+def test_both_folders_of_a_classifiers_run_are_brought_back(tmp_path, config, accelerator):
+    for name in (".classifier.old", ".pipeline.old"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    with OutputFolder(config, accelerator, "classifier") as folder:
+        folder.begin()
+    assert (tmp_path / "run/classifier").is_dir() and (tmp_path / "run/pipeline").is_dir()
+
+
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -65,7 +65,8 @@ class OutputFolder:
 
     def begin(self) -> None:
         """Tidies up after a run that was killed, and writes what the run is made by and on. Of the main process."""
-        restore_folder(self.path / self.saved)
+        for name in {self.saved, "pipeline"}:  # train_classifier.py saves both
+            restore_folder(self.path / name)
         for folder in (self.path, self.path / "samples", self.path / "checkpoints"):
             remove_leftovers(folder)
         self._describe()
