@@ -11,7 +11,16 @@ import torch
 import yaml
 from scripts import ROOT, script
 
-from config import PRESETS, ClassifierConfig, ConfigError, TrainConfig, as_yaml, checkpoint_to_resume, load_config
+from config import (
+    PRESETS,
+    ClassifierConfig,
+    ConfigError,
+    TrainConfig,
+    as_yaml,
+    check,
+    checkpoint_to_resume,
+    load_config,
+)
 from ddpm_hf import DDPMUNet, NoisyClassifier
 from train import build
 
@@ -63,6 +72,8 @@ def test_command_line_beats_the_file(tmp_path):
         (["--image_size", "9"], "image_size=9 must be a multiple of 2"),
         (["--image_size", "[8, 8, 8]"], "image_size"),
         (["--net.dropout", "1"], "--net.dropout"),
+        (["--unet.", "1"], "--unet. names no key of 'unet'; give one, as in --unet.dropout"),
+        (["--scheduler.=1"], "--scheduler. names no key"),
         (["--unet.in_channels", "3"], "unet.in_channels follows"),
         (["--data", "./no/such/folder"], "data='./no/such/folder' does not exist"),
         (["--data", "nothing.parquet"], "does not exist"),
@@ -210,6 +221,16 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     (tmp_path / "pipeline").mkdir()
     with pytest.raises(ConfigError, match="holds something already"):
         load("--output_dir", str(tmp_path))
+
+
+def test_a_config_that_could_not_be_read_again(monkeypatch):
+    """As one with the betas of a pipeline, whose file may be larger than a config's."""
+    monkeypatch.setattr("strict_yaml.MOST_VALUES", 1200)
+    scheduler = {"trained_betas": [0.01] * 1001}
+    check(TrainConfig(scheduler=scheduler, unet={"block_out_channels": [8, 16]}))
+    message = "^scheduler.trained_betas has 1,190 values, with which config.yaml could not be read again: more than 1200 values"
+    with pytest.raises(ConfigError, match=message):
+        check(TrainConfig(scheduler={"trained_betas": [0.01] * 1190}))
 
 
 def test_files_of_the_users_own_are_no_run(tmp_path):

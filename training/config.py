@@ -298,7 +298,11 @@ def _read_arguments(argv, kind, fields):
         if key == "dry_run" and not equals:
             dry_run = True
             continue
-        part, _, name = key.partition(".")
+        part, dot, name = key.partition(".")
+        if dot and not name:
+            raise ConfigError(
+                f"--{key} names no key of {shown(part)}; give one, as in --{sections_of(kind)[0]}.dropout"
+            )
         if name and part not in sections_of(kind):
             raise ConfigError(
                 f"--{key}: only {' and '.join(sections_of(kind))} have keys of their own{nearest(part, sections_of(kind))}"
@@ -500,6 +504,20 @@ def _check_run(config):
             f"num_workers={config.num_workers} is more than {WORKERS_A_CORE} for each of {os.cpu_count()} cores, which would "
             "make the machine unresponsive; take as many as there are cores, or fewer"
         )
+    lists = {
+        f"{part}.{key}": value
+        for part in sections_of(config)
+        for key, value in getattr(config, part).items()
+        if isinstance(value, (list, tuple)) and len(value) > 1000
+    }
+    if lists:  # of a pipeline perhaps, whose file may be larger
+        try:
+            parse_yaml(as_yaml(config))
+        except ValueError as error:
+            key = max(lists, key=lambda key: len(lists[key]))
+            raise ConfigError(
+                f"{key} has {len(lists[key]):,} values, with which config.yaml could not be read again: {error}; give fewer"
+            ) from None
     if not config.data:
         raise ConfigError("data is empty; name a data set")
     if not config.output_dir:
