@@ -245,6 +245,28 @@ def test_classes_keep_their_labels(tmp_path, make_pipeline):
         check_class_names(config, ["dog", "cat"])
 
 
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", ['{"_use_default_values": null}', "[" * 100_000])
+def test_a_config_that_cannot_be_used_is_named(tmp_path, saved, file, content):
+    path = saved() / file
+    if content[0] == "{":
+        content = json.dumps(json.loads(path.read_text()) | json.loads(content))
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=f"^init_from='{tmp_path}/pipeline': .*{path}") as caught:
+        resolved("--init_from", tmp_path / "pipeline", "--output_dir", tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_strangers_are_shortened(tmp_path, make_pipeline):
+    pipeline = make_pipeline(num_class_embeds=1000)
+    pipeline.unet.class_names = ["\x1b[2J", *(f"class {i}" for i in range(999))]
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    config, _ = load_config(["--init_from", str(tmp_path / "pipeline"), "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ConfigError, match="its label 1 is 'class 0', which is 0 in the data; ") as caught:
+        check_class_names(config, ["class 0", "\x1b[2J"])
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 400
+
+
 def test_what_trackers_are_given(tmp_path):
     """By the names that accelerate's trackers take: project, and a run's name that is its folder's unless given."""
     given = []

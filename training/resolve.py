@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import statistics
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,6 +19,7 @@ from config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check,
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.arguments import shown
 from ddpm_hf.data import LEVELS, held_out_rows, image_column, label_names, load_images, open_image
+from ddpm_hf.saved import naming
 
 PICTURES = 100  # that are looked at
 MOST_COMMON_SIDE = 64  # larger images only where image_size asks for them
@@ -68,11 +70,15 @@ def resolve(config: RunConfig) -> None:
 
 def _process_of(path):
     """The name of a saved pipeline's process, its scheduler, and the keys that make it anew."""
-    saved = VariationalDDPMScheduler.load_config(path, subfolder="scheduler")
+    with naming(Path(path, "scheduler/scheduler_config.json")):
+        return _process(VariationalDDPMScheduler.load_config(path, subfolder="scheduler"))
+
+
+def _process(saved):
     name = str(saved.get("_class_name"))
     known = (*VariationalDDPMScheduler._compatibles, "VariationalDDPMScheduler", *SDES)
     if name not in known or name.startswith("EDM"):
-        raise ValueError(f"its {name} is of no process that is trained here")
+        raise ValueError(f"its {shown(name)} is of no process that is trained here")
     process = SDES.get(name, "ddpm")
     scheduler = PROCESSES[process].from_config(saved)
     values = {**scheduler.config, **scheduler.config.get("_ddpm_hf", {})}
@@ -82,7 +88,7 @@ def _process_of(path):
 
 def _network_of(path):
     """The network of a saved pipeline, without its weights."""
-    with torch.device("meta"):
+    with naming(Path(path, "unet/config.json")), torch.device("meta"):
         return DDPMUNet.from_config(DDPMUNet.load_config(path, subfolder="unet"))
 
 
@@ -161,8 +167,8 @@ def check_class_names(config: TrainConfig, names: list[str] | None) -> None:
     for label, name in enumerate(names or []):
         if name in own and own.index(name) != label:
             raise ConfigError(
-                f"init_from={config.init_from!r}: its label {own.index(name)} is {name!r}, which is {label} in the data; "
-                f"give data with the classes {', '.join(own)} in this order"
+                f"init_from={config.init_from!r}: its label {own.index(name)} is {shown(name)}, which is {label} in the data; "
+                f"give data with the classes {shown(', '.join(own))[1:-1]} in this order"
             )
 
 
