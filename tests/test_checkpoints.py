@@ -98,13 +98,15 @@ def test_no_bit_of_1200_that_has_changed_is_loaded(run):
         (lambda folder: [path.unlink() for path in folder.iterdir()], f"{DIGESTS} cannot be read"),
     ],
 )
-def test_files_that_are_not_those_written(run, change, problem):
+def test_files_that_are_not_those_written(run, capsys, change, problem):
     newest = run.checkpoints.folder / "0000002"
     change(newest)
     with pytest.raises(ValueError) as caught:
         check_digests(newest)
     assert str(caught.value) == problem
     assert run.checkpoints.load(newest) == newest.with_name("0000001")
+    told, without = capsys.readouterr().err, not (newest.with_name("0000002.unreadable") / DIGESTS).exists()
+    assert ("an older version of this package wrote it, and can resume from it" in told) == without
     assert (newest.with_name("0000002.unreadable")).is_dir() and not newest.exists()
 
 
@@ -177,8 +179,9 @@ def test_other_facts_are_refused(tmp_path, now, difference):
     assert Run(tmp_path, {"a fact of a later version": 1}).checkpoints.load(path) == path
 
 
-def test_a_broken_image_is_left_out_of_a_run_that_resumes(tmp_path, capsys):
+def test_a_broken_image_is_left_out_of_a_run_that_resumes(tmp_path, monkeypatch, capsys):
     """By what its error advises: with a higher max_broken, or removed. The epoch begins anew."""
+    monkeypatch.setattr("watch.Log.plot", lambda log: None)  # which takes most of the time
     data = tmp_path / "pictures"
     data.mkdir()
     for i in range(8):

@@ -149,6 +149,7 @@ def test_values_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):
         return output if self.training else tuple(each * math.nan for each in output)
 
     monkeypatch.setattr(DDPMUNet, "forward", overflow)
+    monkeypatch.setattr("watch.Log.plot", lambda log: None)  # which takes most of the time
     extra = "--sample_every 2 --sample_count 2 --eval_every 2 --eval_images 4 --eval_evaluations 8 --steps 2"
     whole = train(load_config([*RUN.split(), *extra.split(), "--output_dir", str(tmp_path)])[0])
     assert (whole / "model_index.json").is_file() and [path.name for path in checkpoints_in(tmp_path)] == ["0000002"]

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, load
-from digests import check_digests, write_digests
+from digests import DIGESTS, check_digests, write_digests
 from safetensors import SafetensorError
 from stops import going_on, tell
 
 from config import ConfigError, RunConfig, as_yaml, checkpoints_before, checkpoints_in
+from ddpm_hf.arguments import shown
 from ddpm_hf.atomic import remove_folder, replacing_folder
 
 
@@ -132,6 +133,8 @@ class Checkpoints:
             problem = self._problem(lambda: check_digests(candidate) if main else None)  # noqa: B023
             problem = problem or self._problem(lambda: self._read(candidate))  # noqa: B023
             if problem:
+                if not (candidate / DIGESTS).exists():
+                    problem = f"{DIGESTS} is missing: an older version of this package wrote it, and can resume from it"
                 damaged.append((candidate, problem))
                 continue
             if main:
@@ -197,12 +200,12 @@ def _difference(before, now):
     if before == now:
         return ""
     if not (isinstance(before, list) and isinstance(now, list)):
-        return f"{'none' if before is None else before} then, {'none' if now is None else now} now"
+        return f"{'none' if before is None else shown(before)} then, {'none' if now is None else shown(now)} now"
     changes = []
     for names, verb in (
         ([x for x in now if x not in before], "added"),
         ([x for x in before if x not in now], "removed"),
     ):
         if names:
-            changes.append(f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''} {verb}")
+            changes.append(f"{', '.join(map(shown, names[:5]))}{', ...' if len(names) > 5 else ''} {verb}")
     return " and ".join(changes) or "in another order"
