@@ -199,9 +199,46 @@ def test_links_of_the_hubs_cache_are_opened_and_pushed(hub, saved, tmp_path):
     assert (snapshot / "unet/config.json").is_symlink()
     assert torch.equal(pipeline.unet.conv_in.weight, DDPMImagePipeline.from_pretrained(snapshot).unet.conv_in.weight)
     assert "unet/config.json" in published_files(snapshot)
+    DDPMUNet.from_pretrained(snapshot / "unet")
+    DDPMUNet.from_pretrained("user/cached", subfolder="unet", cache_dir=tmp_path / "cache")
+    VariationalDDPMScheduler.from_pretrained(snapshot, subfolder="scheduler")
     (snapshot / "LICENSE").symlink_to(tmp_path / "saved/training.json")
     with pytest.raises(ValueError, match="LICENSE is a link to outside"):
         published_files(snapshot)
+
+
+PARTS = {
+    "unet/config.json": DDPMUNet, "unet/*-00001-of-*": DDPMUNet,
+    "classifier/config.json": NoisyClassifier, "scheduler/scheduler_config.json": VariationalDDPMScheduler,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_by_themselves_follow_no_link(saved, tmp_path, name):
+    """Into the pipeline's folder a link may lead, as for a pipeline."""
+    path, cls = next(saved.glob(name)), PARTS[name]
+    shutil.move(path, saved / "kept")
+    path.symlink_to(saved / "kept")
+    part = cls.from_pretrained(path.parent)
+    path.unlink()
+    shutil.move(saved / "kept", tmp_path / "victim")
+    path.symlink_to(tmp_path / "victim")
+    for where in (path.parent, {}), (saved, {"subfolder": path.parent.name}):
+        with pytest.raises(ValueError, match=f"{re.escape(path.name)} is a link to outside"):
+            cls.from_pretrained(where[0], **where[1])
+    before = (tmp_path / "victim").read_bytes()
+    for save in part.save_config, part.save_pretrained:
+        with pytest.raises(ValueError, match=f"{re.escape(path.name)} is a link, and what it leads to"):
+            save(path.parent)
+    assert (tmp_path / "victim").read_bytes() == before
+
+
+@pytest.mark.parametrize("cls", [VariationalDDPMScheduler, VPSDEScheduler])
+def test_a_schedulers_config_that_is_no_json(cls, tmp_path):
+    for text in "[" * 100_000, "{" * 3, '{"levels": ' + "9" * 5000 + "}":
+        (tmp_path / "scheduler_config.json").write_text(text)
+        with pytest.raises(ValueError, match="^[^\n]*scheduler_config.json is not JSON [^\n]*$"):
+            cls.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "samples.png", "pipeline.py"])
@@ -223,8 +260,10 @@ def test_saving_writes_through_no_link(saved, make_pipeline, tmp_path):
         victim.write_text("mine")
         (saved / name).unlink(missing_ok=True)
         (saved / name).symlink_to(victim)
-        with pytest.raises(ValueError, match=f"saved/{name} is a link, and what it leads to would be overwritten"):
-            make_pipeline().save_pretrained(saved)
+        pipeline = make_pipeline()
+        for save in (pipeline.save_pretrained, *([pipeline.save_config] if name == "model_index.json" else [])):
+            with pytest.raises(ValueError, match=f"saved/{name} is a link, and what it leads to would be overwritten"):
+                save(saved)
         assert victim.read_text() == "mine"
         (saved / name).unlink()
     shutil.rmtree(saved / "unet")

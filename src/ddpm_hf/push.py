@@ -112,6 +112,11 @@ class Published:
         if push_to_hub:
             push_folder(save_directory, repo_id, **where)
 
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As diffusers' method. Raises ValueError where it would write through a link."""
+        check_target(Path(save_directory))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def push_to_hub(
         self,
         repo_id: str,

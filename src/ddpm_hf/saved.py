@@ -188,6 +188,11 @@ def variants_in(folder: Path) -> dict[str, list[Path]]:
     return variants
 
 
+def folder_of_part(part: Path) -> Path:
+    """The folder of the pipeline whose component lies in the folder `part`; `part` itself where it stands alone."""
+    return part.parent if (part.parent / "model_index.json").is_file() else part
+
+
 def check_part(part: Path, folder: Path) -> None:
     """Checks the files that are read of a component in the folder `part` of the pipeline in `folder`.
 
@@ -325,8 +330,8 @@ def read_record(path: Path, folder: Path) -> dict:
     return check_values(values, schema, path, mend="remove the file")
 
 
-def check_target(folder: Path, parts: Iterable[str]) -> None:
-    """Raises ValueError where saving a pipeline of these parts to `folder` would write through a link, to a file elsewhere."""
+def check_target(folder: Path, parts: Iterable[str] = ()) -> None:
+    """Raises ValueError where saving to `folder`, and to the folders of these parts in it, would write through a link."""
     for place in (folder, *(folder / part for part in parts)):
         paths = list(place.iterdir()) if place.is_dir() else []
         links = [path for path in paths if path.suffix in (".json", ".py") or variant_of(path.name)]
@@ -335,3 +340,17 @@ def check_target(folder: Path, parts: Iterable[str]) -> None:
             raise ValueError(
                 f"{link} is a link, and what it leads to would be overwritten; remove it, or save to a new folder"
             )
+
+
+class GuardedConfig:
+    """How a component reads and writes its config; before diffusers' `ConfigMixin` among its bases."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """diffusers' hook for reading a config. Raises as `read_config`."""
+        return read_config(Path(json_file), folder_of_part(Path(json_file).parent))
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As diffusers' method, of which `save_pretrained` is made. Raises ValueError where it would write through a link."""
+        check_target(Path(save_directory))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

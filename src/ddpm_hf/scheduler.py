@@ -21,6 +21,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .arguments import check_argument, checked_arguments, shown
+from .saved import GuardedConfig
 
 logger = logging.get_logger(__name__)
 
@@ -318,7 +319,7 @@ def _shortened(chain):
     return f"[{first}, ..., {last}] of {len(chain)} timesteps"
 
 
-class VariationalDDPMScheduler(DDPMScheduler):
+class VariationalDDPMScheduler(GuardedConfig, DDPMScheduler):
     """diffusers' `DDPMScheduler` with the whole of the paper: exact tables, posteriors, the bound and its decoder.
 
     "The chain" is the list of timesteps last given to `set_timesteps`, all T before any call. q, p, the bound and `step`

@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from .arguments import check_argument, checked_arguments, shown
+from .saved import GuardedConfig
 
 SDE_PREDICTIONS = ("epsilon", "score", "sample", "v_prediction")
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "probability_flow", "ddim", "none")
@@ -315,7 +316,7 @@ class VESDE(SDE):
         return torch.log(_double(labels) / self.sigma_min) / self.log_ratio
 
 
-class SDEScheduler(SchedulerMixin, ConfigMixin):
+class SDEScheduler(GuardedConfig, SchedulerMixin, ConfigMixin):
     """The reverse of an SDE as a diffusers scheduler: a predictor from each time to the next, correctors before it.
 
     `timesteps` are what the network is told, so that pipelines need to know nothing of the process: t (N - 1) for VP and

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from .arguments import checked_arguments, shown
-from .saved import check_label_names
+from .saved import GuardedConfig, check_file, check_label_names, check_part, folder_of_part
 
 logger = logging.get_logger(__name__)
 
@@ -408,7 +409,7 @@ class SkipUpLevel(UpLevel):
         return x, image
 
 
-class Encoder(ModelMixin, ConfigMixin):
+class Encoder(GuardedConfig, ModelMixin, ConfigMixin):
     """Embeddings, the way down and the middle: what `DDPMUNet` has in common with classifiers of noisy images."""
 
     _supports_gradient_checkpointing = True
@@ -699,7 +700,9 @@ class Encoder(ModelMixin, ConfigMixin):
     @classmethod
     def _dict_from_json_file(cls, json_file):
         """diffusers' hook for reading a config, which it would take for the name of another one where it is a text."""
-        config = super()._dict_from_json_file(json_file)
+        config = json.loads(
+            check_file(Path(json_file), folder_of_part(Path(json_file).parent)).read_text(encoding="utf-8")
+        )
         if not isinstance(config, dict):
             raise ValueError(f"{json_file} holds {shown(config)}, not keys and values")
         return config
@@ -713,14 +716,17 @@ class Encoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the weights are not those of the network that the config describes: tensors are missing, of another
                 shape, not of floating point, or not the network's; the weights asked for are not there, but others are; the
-                config or the index of the weights is not as diffusers writes it.
+                config or the index of the weights is not as diffusers writes it; a file is a link to outside of the folder, or
+                of the pipeline's folder that it is in.
             OSError: a file is missing or cannot be read.
         """
         folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "").rstrip(os.sep)
         kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
         with_info = kwargs.pop("output_loading_info", False)
-        if kwargs["use_safetensors"] and os.path.isdir(folder):
-            _check_variant(folder, kwargs.get("variant"))
+        if os.path.isdir(folder):
+            check_part(Path(folder), folder_of_part(Path(folder)))
+            if kwargs["use_safetensors"]:
+                _check_variant(folder, kwargs.get("variant"))
         try:
             network, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -778,7 +784,8 @@ class Encoder(ModelMixin, ConfigMixin):
         """As diffusers' method.
 
         Raises:
-            ValueError: the network holds other tensors than its config describes, such as adapters: no class would open them.
+            ValueError: the network holds other tensors than its config describes, such as adapters: no class would open them; a
+                file to be written is a link.
         """
         config = {key: value for key, value in self.config.items() if key != "_use_default_values"}  # as it is written
         with torch.device("meta"):
