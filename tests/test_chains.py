@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import re
 import threading
 
 import diffusers
@@ -113,6 +114,14 @@ def test_default_steps_of_solvers(name):
     assert images.mean().item() == pytest.approx(MEAN, abs=0.02) and images.std().item() == pytest.approx(STD, rel=0.15)
     with_steps = pipeline(8, seeded(), 50, output_type="latent").images
     assert torch.equal(images, with_steps)
+
+
+@pytest.mark.parametrize("name", ["TCD", "LCM"])
+def test_default_steps_of_distilled_networks(name):
+    pipeline = exact_pipeline()
+    pipeline.scheduler = scheduler_class(name).from_config(pipeline.scheduler.config, original_inference_steps=20)
+    pipeline(output_type="latent")
+    assert pipeline.num_timesteps == 20
 
 
 def test_default_steps_of_a_short_process():
@@ -302,6 +311,20 @@ def test_own_timesteps_and_sigmas_of_other_schedulers():
         (None, {"timesteps": "all"}, "^timesteps='all'"),
         (None, {"timesteps": [1000, 5]}, r"^timesteps makes the chain \[1000, 5\]"),
         ("EulerDiscrete", {"timesteps": [5, 5]}, "strictly descending"),
+        *(
+            (
+                name,
+                {"timesteps": chain},
+                f"^timesteps={re.escape(str(chain))} must be strictly descending numbers, 999 to 0$",
+            )
+            for name in ("DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete")
+            for chain in ([5000, 10], [-5, -6], [999.5, 3])
+        ),
+        (
+            "EulerDiscrete",
+            {"sigmas": [1.0, -1.0]},
+            r"^sigmas=\[1.0, -1.0\] must be strictly descending numbers, 0 or more$",
+        ),
         ("DPMSolverMultistep", {"num_inference_steps": 2.0}, "^num_inference_steps=2.0 must be an integer, 1 or more"),
         ("DPMSolverMultistep", {"num_inference_steps": 0}, "^num_inference_steps=0"),
     ],

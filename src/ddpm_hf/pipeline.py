@@ -561,11 +561,15 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"{name}: {cls} takes none; give num_inference_steps, or use another scheduler")
         if name != "num_inference_steps":
-            scheduler.set_timesteps(**{name: _descending(name, given[name])})
+            # those of this package's scheduler it checks itself
+            bounded = name == "timesteps" and not hasattr(scheduler, "chain")
+            most = scheduler.config.num_train_timesteps - 1 if bounded else math.inf
+            scheduler.set_timesteps(**{name: _descending(name, given[name], most)})
         else:
             if num_inference_steps is None:
                 T = scheduler.config.num_train_timesteps
                 n = min(SOLVER_STEPS, max(1, T // 2)) if _is_solver(scheduler) else T
+                n = min(n, scheduler.config.get("original_inference_steps") or n)  # of distilled networks: LCM, TCD
             else:
                 n = positive_integer(name, num_inference_steps)
             scheduler.set_timesteps(n)
@@ -793,8 +797,8 @@ def positive_integer(name, value):
     return number
 
 
-def _descending(name, values):
-    """A chain that was given, as a list of numbers."""
+def _descending(name, values, most):
+    """A chain that was given, from `most` at most down to 0 at least, as a list of numbers."""
     try:
         numbers = torch.as_tensor(values)
         valid = numbers.dim() == 1 and len(numbers) > 0 and bool((numbers.diff() < 0).all() & numbers.isfinite().all())
@@ -802,6 +806,9 @@ def _descending(name, values):
         valid = False
     if not valid:
         raise ValueError(f"{name}={values!r} must be strictly descending numbers, one at least")
+    if numbers[-1] < 0 or numbers[0] > most:
+        allowed = "0 or more" if most == math.inf else f"{most} to 0"
+        raise ValueError(f"{name}={shown(values)} must be strictly descending numbers, {allowed}")
     return numbers.tolist()
 
 
