@@ -279,6 +279,10 @@ def test_labels():
     assert data.tensors["class_labels"].tolist() == [0, 2]
     with pytest.raises(ValueError, match="has the label 'owl'; known are ant, cat, dog"):
         training_set(labelled(["owl"]), to_pixels, None, "kind", 3, ["ant", "cat", "dog"])
+    hostile = ["\x1b[2J", *map(str, range(80_000))]  # a stranger's
+    with pytest.raises(ValueError, match="known are .* 3, ") as error:
+        training_set(labelled(["\x1b[0m" * 100]), to_pixels, None, "kind", len(hostile), hostile)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
     stream = labelled([1, 0, 2], integers).to_iterable_dataset()
     assert [item["class_labels"] for item in training_set(stream, to_pixels, None, "kind", 3)] == [1, 0, 2]
     with pytest.raises(

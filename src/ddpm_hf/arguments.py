@@ -37,6 +37,13 @@ def shown(value) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def listed(names) -> str:
+    """Names as error messages list them: the first 16 on one line, with what does not print as its escape."""
+    names = list(map(str, names))
+    texts = [name if name.isprintable() and len(name) <= 60 else shown(name) for name in names[:16]]
+    return ", ".join(texts) + (", ..." if len(names) > 16 else "")
+
+
 def check_argument(name: str, value, annotation, allowed: str | tuple | None = None):
     """The value in the type of its annotation; numpy's numbers and arrays become Python's.
 

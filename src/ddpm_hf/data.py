@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image, ImageColor, ImageOps
 from tqdm.auto import tqdm
 
-from .arguments import shown
+from .arguments import listed, shown
 from .folders import TABLES, as_stream, check_tars, in_order, load_tables, open_folder
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _saved_to_disk(source, split):
         raise ValueError(f"{source} is not what `save_to_disk` writes: {error!r}; save it again") from error
     parts = images if isinstance(images, datasets.DatasetDict) else {str(images.split or "train"): images}
     if split not in parts:
-        raise ValueError(f"split={shown(split)} is not in {source}; it has {', '.join(parts)}")
+        raise ValueError(f"split={shown(split)} is not in {source}; it has {listed(parts)}")
     return parts[split]
 
 
@@ -160,16 +160,14 @@ def image_column(dataset: datasets.Dataset | datasets.IterableDataset, column: s
     """
     if column is not None:
         if column not in dataset.column_names:
-            raise ValueError(
-                f"image_column={shown(column)} is not in the data; it has {', '.join(dataset.column_names)}"
-            )
+            raise ValueError(f"image_column={shown(column)} is not in the data; it has {listed(dataset.column_names)}")
         if not isinstance(dataset.features[column], datasets.Image):
             raise ValueError(f"image_column={shown(column)} holds {dataset.features[column]}, not images")
         return column
     found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if len(found) != 1:
         raise ValueError(
-            f"image_column is needed: the data has {len(found)} image columns among {', '.join(dataset.column_names)}"
+            f"image_column is needed: the data has {len(found)} image columns among {listed(dataset.column_names)}"
         )
     return found[0]
 
@@ -373,11 +371,11 @@ def label_ids(
         return None
     if label_column not in dataset.column_names:
         raise ValueError(
-            f"label_column={shown(label_column)} is not in the data; it has {', '.join(dataset.column_names)}"
+            f"label_column={shown(label_column)} is not in the data; it has {listed(dataset.column_names)}"
         )
     feature = dataset.features[label_column]
     if not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
-        raise ValueError(f"label_column={shown(label_column)} holds {feature}, not labels")
+        raise ValueError(f"label_column={shown(label_column)} holds {shown(feature)}, not labels")
     classes, stream = _classes(feature), isinstance(dataset, datasets.IterableDataset)
     values = set(range(len(classes or ())))
 
@@ -400,7 +398,7 @@ def label_ids(
         unknown = set() if stream else {called[value] for value in found} - ids.keys()
         if unknown:
             raise ValueError(
-                f"label_column={shown(label_column)} has the label {min(unknown)!r}; known are {', '.join(names)}"
+                f"label_column={shown(label_column)} has the label {shown(min(unknown))}; known are {listed(names)}"
             )
         return {value: ids[name] for value, name in called.items() if name in ids}
     if num_classes is not None and len(values) > num_classes:

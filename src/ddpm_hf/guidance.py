@@ -86,7 +86,7 @@ def label_ids(names: list[str], class_names: list[str] | None, argument: str = "
             lower = {each.lower(): each for each in class_names}
             near = difflib.get_close_matches(str(name).lower(), lower)
             near = [lower[each] for each in near] or [each for key, each in lower.items() if str(name).lower() in key]
-            hint = f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"known: {shown(class_names)}"
+            hint = f"did you mean {' or '.join(map(shown, near[:3]))}?" if near else f"known: {shown(class_names)}"
             raise ValueError(f"{argument}={shown(name)} is not the name of a class; {hint}")
     return [class_names.index(name) for name in names]
 
@@ -122,7 +122,7 @@ def check_names(class_names: list[str] | None, others: list[str] | None, of: tup
     if class_names is None or others is None or class_names == others:
         return
     at = next((i for i, (a, b) in enumerate(zip(class_names, others)) if a != b), min(len(class_names), len(others)))
-    a, b = (repr(names[at]) if at < len(names) else "none" for names in (class_names, others))
+    a, b = (shown(names[at]) if at < len(names) else "none" for names in (class_names, others))
     raise ValueError(
         f"label {at} is {a} of {of[0]}, {b} of {of[1]}: their classes must have the same names in one order"
     )

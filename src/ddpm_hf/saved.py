@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .arguments import listed
+
 # bytes of what is read into memory at once or published as text: a config with the betas of 4,000 steps has 0.1 million
 TEXT_BYTES = 4 * 2**20
 PICTURE_BYTES = 64 * 2**20
@@ -154,9 +156,9 @@ def component_classes(index: dict, path, known: tuple[str, ...] = PARTS) -> dict
         if name in known or (isinstance(entry, list) and name[:1] != "_" and not _is_setting(entry))
     }
     if not entries.keys() <= {*known}:
-        others = ", ".join(sorted(reprlib.repr(name)[1:-1] for name in entries))
         raise ValueError(
-            f"{path} holds a {pipeline_class(index, path)} of {others}; this class opens pipelines of {', '.join(known)} only"
+            f"{path} holds a {pipeline_class(index, path)} of {listed(sorted(entries))}; "
+            f"this class opens pipelines of {', '.join(known)} only"
         )
     for name, entry in entries.items():
         whole = isinstance(entry, list) and len(entry) == 2
