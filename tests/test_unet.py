@@ -20,6 +20,7 @@ from ddpm_hf.unet import (
     DDPMUNet,
     FourierEmbedding,
     _most_parameters,
+    time_tensor,
 )
 
 # google/ddpm-cifar10-32, and the one network of ddpm-celebahq-256, ddpm-church-256, ddpm-bedroom-256 and ddpm-cat-256
@@ -835,3 +836,8 @@ def test_the_null_class_is_kept(tmp_path):
     for wrong in {"num_class_embeds": 6}, {}, {"class_embed_type": "identity"}:
         with pytest.raises(ValueError, match="null_class=4 must be the last"):
             DDPMUNet(**BASE, **wrong, _ddpm_hf={"null_class": 4}).null_class  # noqa: B018
+
+
+def test_a_time_on_the_cpu_breaks_no_compiled_graph():
+    compiled = torch.compile(lambda t: time_tensor(t, torch.device("meta")) + 1, backend="eager", fullgraph=True)
+    assert compiled(torch.tensor(3)).device.type == "meta"

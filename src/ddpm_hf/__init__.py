@@ -48,6 +48,8 @@ __all__ = sorted(name for names in MODULES.values() for name in names)
 
 
 def __getattr__(name):
+    if name in MODULES:
+        return importlib.import_module(f".{name}", __name__)
     for module, names in MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f".{module}", __name__), name)

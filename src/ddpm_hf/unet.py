@@ -1077,12 +1077,13 @@ def _check_variant(folder, variant):
 def time_tensor(timestep: torch.Tensor | float | int, device: torch.device) -> torch.Tensor:
     """What a network is given as its time, as a tensor on `device`, () or (B,).
 
-    One number that the host knows is written there by a kernel: the host would wait for a copy, once a sampling step.
+    One number that the host knows is written there by a kernel: the host would wait for a copy, once a sampling step. Not in a
+    compiled graph, which reading the number would break.
     """
     t = torch.as_tensor(timestep)
     if device.type == "mps" and t.dtype == torch.float64:  # which it has not
         t = t.float()
-    if t.dim() == 0 and t.device.type == "cpu" != device.type:
+    if t.dim() == 0 and t.device.type == "cpu" != device.type and not torch.compiler.is_compiling():
         return torch.full((), t.item(), dtype=t.dtype, device=device)
     return t.to(device)
 
