@@ -251,6 +251,8 @@ def test_configs_of_other_schedulers():
     found = VPSDEScheduler.from_config(DDPMScheduler(num_train_timesteps=500, beta_start=2e-4, beta_end=0.03).config)
     assert (found.config.beta_min, found.config.beta_max) == (pytest.approx(0.1), pytest.approx(15.0))
     assert found.config.num_train_timesteps == 500
+    found = VPSDEScheduler.from_config(DDPMScheduler(num_train_timesteps=10_000).config)
+    assert found.config.beta_max == pytest.approx(200.0) and found.sde.scale(1.0) > 1e-22
     ours = VariationalDDPMScheduler(
         num_train_timesteps=500, beta_schedule="linear_scaled_by_T", prediction_type="sample"
     )
@@ -351,6 +353,11 @@ def test_sampling_may_end_anywhere():
 @pytest.mark.parametrize(
     "kind, arguments, message",
     [
+        (
+            VPSDEScheduler,
+            {"beta_min": 101.0, "beta_max": 200.0},
+            "beta_min=101.0, beta_max=200.0: their sum must be 300 at most",
+        ),
         (VPSDEScheduler, {"beta_min": 0.0}, "beta_min=0.0 must be a number in (0, 150]"),
         (VPSDEScheduler, {"beta_min": 30.0}, "beta_min=30.0, beta_max=20.0: must be 0 < beta_min <= beta_max"),
         (VESDEScheduler, {"sigma_max": 0.001}, "sigma_min=0.01, sigma_max=0.001: must be"),

@@ -19,12 +19,12 @@ from .saved import GuardedConfig
 SDE_PREDICTIONS = ("epsilon", "score", "sample", "v_prediction")
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "probability_flow", "ddim", "none")
 CORRECTORS = ("langevin", "annealed_langevin")
-# Of the processes and their schedulers. Larger betas would leave x_1 less than 1e-33 of x_0, beyond float32.
+# Of the processes and their schedulers; of beta_min and beta_max see `VPSDE`, too.
 SDE_RANGES = {
     "N": "[1, 100000]",
     "num_train_timesteps": "[1, 100000]",
     "beta_min": "(0, 150]",
-    "beta_max": "(0, 150]",
+    "beta_max": "(0, 300]",
     "sigma_min": "[0.000001, 1000000]",
     "sigma_max": "[0.000001, 1000000]",
     "sampling_eps": "(0, 1)",
@@ -161,7 +161,7 @@ class VPSDE(SDE):
     Networks are told t (N - 1), as those of N discrete timesteps are.
 
     Raises:
-        ValueError: not 0 < beta_min <= beta_max.
+        ValueError: not 0 < beta_min <= beta_max, or their sum is above 300.
     """
 
     @checked_arguments(**SDE_RANGES)
@@ -169,6 +169,8 @@ class VPSDE(SDE):
         super().__init__(N, prediction_type)
         if beta_min > beta_max:
             raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: must be 0 < beta_min <= beta_max")
+        if beta_min + beta_max > 300:  # x_1 would have less than 1e-32 of x_0, beyond float32
+            raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: their sum must be 300 at most")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def beta(self, t):
