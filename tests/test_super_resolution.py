@@ -204,6 +204,9 @@ def test_cascade(make_upsampler, make_pipeline, tmp_path):
     for stage in again.base, again.upsampler:
         stage.set_progress_bar_config(disable=True)
     torch.testing.assert_close(again(2, seeded(), **how).images, found, rtol=0, atol=1e-4)
+    assert again.folder == tmp_path and cascade.folder is None
+    given = CascadePipeline.from_pretrained(tmp_path, base=base)
+    assert given.base is base and given.upsampler is not upsampler and given.folder is None
 
 
 def test_cascade_of_two_class_conditional_stages(make_upsampler, make_pipeline):

@@ -256,8 +256,10 @@ class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
 
     @property
     def folder(self) -> Path | None:
-        """The local folder, or the snapshot of the Hub, that the base was opened from; None if from neither."""
-        return self.base.folder and self.base.folder.parent
+        """The local folder, or the snapshot of the Hub, that both stages were opened from; None if from neither."""
+        folders = {stage.folder and stage.folder.parent for stage in (self.base, self.upsampler)}
+        folder = folders.pop() if len(folders) == 1 else None
+        return folder if folder and (folder / "model_index.json").is_file() else None
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
@@ -266,17 +268,23 @@ class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CascadePipeline":
-        """Opens both stages of a folder or of a repository on the Hub; arguments as those of their own."""
+        """Opens both stages of a folder or of a repository on the Hub; arguments as those of their own.
+
+        Stages can be given in place of the folder's, as base= and upsampler=.
+        """
         path = pretrained_model_name_or_path
         index = super().load_config(path, **{name: kwargs[name] for name in WHERE if name in kwargs})
         missing = [stage for stage in STAGES if stage not in component_classes(index, path, STAGES)]
         folder = local_folder(path, all_files=True, **kwargs)
-        missing += [stage for stage in STAGES if not (folder / stage).is_dir() or not is_inside(folder / stage, folder)]
+        stages = {stage: kwargs.pop(stage) for stage in STAGES if stage in kwargs}
+        opened = [stage for stage in STAGES if stage not in stages]
+        missing += [stage for stage in opened if not (folder / stage).is_dir() or not is_inside(folder / stage, folder)]
         if missing:
             raise ValueError(f"{path} is no cascade: it has no folder {missing[0]} of its own")
-        classes = (DDPMImagePipeline, DDPMSuperResolutionPipeline)
         kwargs = {name: value for name, value in kwargs.items() if name not in WHERE}
-        pipeline = cls(*(kind.from_pretrained(folder / stage, **kwargs) for stage, kind in zip(STAGES, classes)))
+        kinds = dict(zip(STAGES, (DDPMImagePipeline, DDPMSuperResolutionPipeline)))
+        stages |= {stage: kinds[stage].from_pretrained(folder / stage, **kwargs) for stage in opened}
+        pipeline = cls(**stages)
         pipeline.register_to_config(_name_or_path=str(path))
         return pipeline
 
