@@ -1,4 +1,5 @@
 import ast
+import importlib
 import inspect
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers import (
 )
 from elsewhere import ROUNDING, open_elsewhere
 
+import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.hub import has_our_card, write_model_card
 from ddpm_hf.pipeline import self_contained_source
@@ -183,11 +185,33 @@ def test_stock_parts_become_ours_and_share_their_weights(make_pipeline):
         ({"eta": 2.0}, "eta=2.0"),
         ({"class_labels": 1}, "this network has no classes"),
         ({"callback_on_step_end_tensor_inputs": ("x",)}, "'x'"),
+        (
+            {"callback_on_step_end_tensor_inputs": None},
+            "^callback_on_step_end_tensor_inputs=None must be a list of names",
+        ),
+        ({"latents": [1]}, r"^latents=\[1\] must be a tensor \(B, 1, H, W\)"),
+        ({"latents": torch.tensor(1.0)}, r"latents has shape \(\)"),
+        (
+            {"callback_on_step_end": lambda *args: {"latents": None}},
+            "^callback_on_step_end returned {'latents': None}; return",
+        ),
+        ({"callback_on_step_end": lambda *args: [1]}, r"^callback_on_step_end returned \[1\]; return a dict"),
     ],
 )
 def test_wrong_arguments(make_pipeline, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_pipeline()(**{"num_inference_steps": 2, **kwargs})
+
+
+def test_wrong_arguments_of_interpolation(make_pipeline):
+    pipeline, image = make_pipeline(), torch.zeros(1, 1, 8, 8)
+    for a, b, weights, message in (
+        (image, image.numpy(), [0.5], "^images_a and images_b must be tensors"),
+        (image, image, 0.5, "^weights=0.5 must be numbers in"),
+        (image, image, ["a"], r"^weights=\['a'\] must be numbers in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline.interpolate(a, b, weights, 500)
 
 
 def test_wrong_labels_and_channels(make_pipeline):
@@ -280,6 +304,12 @@ def test_names_of_published_modules_do_not_collide():
     assert twice <= {"logger"} and {"checked_arguments", "DDPMUNet", "VPSDEScheduler", "DDPMImagePipeline"} <= set(
         names
     )
+
+
+def test_modules_are_attributes_of_the_package():
+    """Also before they are imported, when the package is asked for them."""
+    for name in ddpm_hf.MODULES:
+        assert ddpm_hf.__getattr__(name) is importlib.import_module(f"ddpm_hf.{name}")
 
 
 def test_a_pipeline_knows_the_folder_that_it_was_opened_from(make_pipeline, tmp_path):

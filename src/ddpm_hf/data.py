@@ -488,7 +488,7 @@ class _Reader:
             label = row[self.label_column]
             known = label if self.ids is None else self.ids.get(label)
             if not isinstance(known, int) or not 0 <= known < (self.num_classes or known + 1):
-                problem = f"label_column={shown(self.label_column)} holds {label!r}"
+                problem = f"label_column={shown(self.label_column)} holds {shown(label)}"
                 if label is None:
                     raise ValueError(f"{problem} for an image; give it a label, or remove it")
                 if self.ids is not None:

@@ -314,9 +314,8 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
                 model_output, sample, _ = step(t, sample)
                 if callback is not None:
                     tensors = {"sample": sample, "latents": sample, "model_output": model_output}
-                    changed = callback(self, i, t, {name: tensors[name] for name in tensor_inputs}) or {}
-                    changed = [changed.get(name, sample) for name in ("sample", "latents")]
-                    sample = next((each for each in changed if each is not sample), sample)
+                    changed = callback(self, i, t, {name: tensors[name] for name in tensor_inputs})
+                    sample = _changed_sample(changed, sample)
                 if self.interrupt:
                     break
 
@@ -424,12 +423,18 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             ValueError: as `__call__`; images of different shapes, weights outside [0, 1], a timestep that is not one of the
                 process, or below the whole chain; a scheduler whose first steps prepare the others (PNDM).
         """
+        if not (isinstance(images_a, torch.Tensor) and isinstance(images_b, torch.Tensor)):
+            raise ValueError("images_a and images_b must be tensors (B, C, H, W) in [-1, 1]")
         if images_a.shape != images_b.shape:
             raise ValueError(
                 f"images_a has shape {tuple(images_a.shape)}, images_b {tuple(images_b.shape)}; give the same"
             )
-        if len(weights) == 0 or not all(0 <= weight <= 1 for weight in weights):
-            raise ValueError(f"weights={list(weights)} must be numbers in [0, 1], one at least")
+        try:
+            valid = len(weights) > 0 and all(0 <= weight <= 1 for weight in weights)
+        except TypeError:
+            valid = False
+        if not valid:
+            raise ValueError(f"weights={weights} must be numbers in [0, 1], one at least")
         sde = getattr(self.scheduler, "sde", None)  # in continuous time
         most = self.scheduler.config.num_train_timesteps - 1 if sde is None else sde.labels(1.0).item()
         if not (isinstance(timestep, (Real, torch.Tensor)) and timestep <= most):
@@ -486,7 +491,9 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         channels, sample_size = self.channels, self.unet.config.sample_size
         generator = list(generator) if isinstance(generator, tuple) else generator
         batch_size = positive_integer("batch_size", batch_size)
-        if latents is not None and latents.shape[0] != batch_size and batch_size == 1:
+        if latents is not None and not isinstance(latents, torch.Tensor):
+            raise ValueError(f"latents={shown(latents)} must be a tensor (B, {channels}, H, W)")
+        if latents is not None and latents.dim() > 0 and latents.shape[0] != batch_size and batch_size == 1:
             batch_size = latents.shape[0]
         self._check_arguments(batch_size, generator, eta, latents, channels)
         scheduler = self._prepared_scheduler(num_inference_steps, timesteps, sigmas)
@@ -636,7 +643,12 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             raise ValueError(
                 f"output_type='pil' shows 1, 3 or 4 channels, this network has {channels}; use 'np' or 'pt'"
             )
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        try:
+            unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        except TypeError:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={shown(tensor_inputs)} must be a list of names"
+            ) from None
         if unknown:
             known = ", ".join(self._callback_tensor_inputs)
             raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; known are {known}")
@@ -810,6 +822,19 @@ def _descending(name, values, most):
         allowed = "0 or more" if most == math.inf else f"{most} to 0"
         raise ValueError(f"{name}={shown(values)} must be strictly descending numbers, {allowed}")
     return numbers.tolist()
+
+
+def _changed_sample(changed, sample):
+    """The sample that a callback returned, or the same if it returned none."""
+    if changed is None or changed is False:
+        return sample
+    values = [changed.get(name, sample) for name in ("sample", "latents")] if hasattr(changed, "get") else [None]
+    sample = next((each for each in values if each is not sample), sample)
+    if not isinstance(sample, torch.Tensor):
+        raise ValueError(
+            f"callback_on_step_end returned {shown(changed)}; return a dict, its sample or latents a tensor"
+        )
+    return sample
 
 
 def _is_solver(scheduler):
