@@ -129,17 +129,14 @@ def restore_folder(folder: str | os.PathLike) -> None:
 
 
 def remove_folder(folder: str | os.PathLike) -> None:
-    """Removes a folder or a link. The name is gone at once: a killed process leaves a temporary name, never a part under this.
+    """Removes a folder. Its name is gone at once: a killed process leaves a temporary name, never a part under this one.
 
     Raises:
-        OSError: it is missing, or a part of it cannot be removed.
+        OSError: it is missing or a link, or a part of it cannot be removed.
     """
     temporary = _temporary(Path(folder))
     os.replace(folder, temporary)
-    if temporary.is_symlink():
-        temporary.unlink()
-    else:
-        shutil.rmtree(temporary)
+    shutil.rmtree(temporary)
 
 
 def flush_to_disk(folder: str | os.PathLike) -> None:
