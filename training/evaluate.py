@@ -50,6 +50,9 @@ from ddpm_hf.likelihood import check_scheduler, rate_distortion, standard_error
 from ddpm_hf.push import weights_digest
 from ddpm_hf.saved import EVALUATION, check_values, read_record
 
+if not sys.stderr.isatty():
+    datasets.disable_progress_bars()  # a log would have a line of each of their changes
+
 SUBSET_SEED = 0  # of --images: another --seed draws other noise, but measures the same images
 REPORT, TERMS = "evaluation.json", ("evaluation.csv", "evaluation.png")
 READING = "image_column", "label_column", "max_broken", "max_image_pixels"  # options that `read_tensor` takes
