@@ -203,9 +203,9 @@ def test_what_is_no_config(tmp_path):
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
-    (tmp_path / "environment.json").write_text("{}")  # a run that was killed a moment after it began
-    (tmp_path / "config.yaml").write_text(as_yaml(load("--output_dir", str(tmp_path))))
+    (tmp_path / "config.yaml").write_text("steps: 1")
     load("--output_dir", str(tmp_path))  # stopped before its first checkpoint
+    (tmp_path / "config.yaml").write_text(as_yaml(load("--output_dir", str(tmp_path))))
     load("--output_dir", str(tmp_path), "--seed", "7")  # nothing would be lost
     (tmp_path / "metrics.jsonl").write_text('{"step": 20}\n')
     config = load("--output_dir", str(tmp_path), "--log_every", "7")
@@ -234,12 +234,12 @@ def test_a_config_that_could_not_be_read_again(monkeypatch):
 
 
 def test_files_of_the_users_own_are_no_run(tmp_path):
-    whole, output = as_yaml(load()), ["--output_dir", str(tmp_path)]
+    output = ["--output_dir", str(tmp_path)]
     for files in (
         {"config.yaml": "my: precious"},
         {"config.yaml": "my: precious", "environment.json": "{}"},
         {"config.yaml": "a: [", "environment.json": "{}"},
-        {"config.yaml": whole},
+        {"environment.json": '{"mine": 1}'},
         {"environment.json": "{}", "metrics.jsonl": ""},
     ):
         for name, text in files.items():

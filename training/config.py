@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import json
 import os
 import re
 import types
@@ -281,7 +282,9 @@ def _folder_of(data, kind):
 
 def public_name(source: str) -> str:
     """A Hub id, the name of a built-in data set, or the last name of a local path: folders of a machine concern nobody else."""
-    if not os.path.exists(source):
+    from ddpm_hf.data import BUILT_IN
+
+    if source in BUILT_IN or not os.path.exists(source):
         return source
     name = Path(source).resolve().name or "data"
     return name.encode(errors="replace").decode()  # bytes that are no text are in no file that is published
@@ -679,8 +682,9 @@ def _find_checkpoint(config):
     ours = config.resume != "never" and bool(found or _has_begun(config))
     if ours and path:
         ours = _run_of(found[-1] if found else output).get("resume") == config.resume
-    # environment.json is the first file that a run writes
-    filled = output.is_dir() and any(name[0] != "." and name != "environment.json" for name in os.listdir(output))
+    names = {name for name in os.listdir(output) if name[0] != "."} if output.is_dir() else set()
+    # the first file that a run writes
+    filled = bool(names - {"environment.json"} if _is_environment(output / "environment.json") else names)
     ended = (output / ("pipeline" if isinstance(config, TrainConfig) else "classifier")).exists()
     if filled and (not ours or (not found and ended)):
         raise ConfigError(f"output_dir={shown(config.output_dir)} holds something already; choose another")
@@ -689,13 +693,20 @@ def _find_checkpoint(config):
 
 def _has_begun(config):
     """Whether a run lies in output_dir, perhaps stopped before its first checkpoint, or its folder was removed meanwhile."""
-    if not Path(config.output_dir, "environment.json").is_file():
-        return False
     try:
         values = _read_run(Path(config.output_dir))
     except ConfigError:
         return False
-    return all(field.name in values for field in dataclasses.fields(config) if field.init)
+    return values.keys() <= {field.name for field in dataclasses.fields(config)}
+
+
+def _is_environment(path):
+    """Whether a file is what a run writes of where it is computed."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"versions", "platform", "processes"} <= values.keys()
 
 
 def _adopt(config, path):

@@ -172,6 +172,9 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             network_kwargs["torch_dtype"] = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
             with naming(place / "config.json"):
                 parts[name] = (DDPMUNet if name == "unet" else NoisyClassifier).from_pretrained(place, **network_kwargs)
+            parts[name].register_to_config(
+                _name_or_path=os.path.abspath(place)
+            )  # for `folder`, from wherever it is asked
         settings = {name: index[name] for name in cls._get_signature_keys(cls)[1] if name in index} | settings
         with naming(folder / "model_index.json"):
             pipeline = cls(**parts, **settings)
@@ -826,7 +829,7 @@ def _descending(name, values, most):
 
 def _changed_sample(changed, sample):
     """The sample that a callback returned, or the same if it returned none."""
-    if changed is None or changed is False:
+    if not isinstance(changed, torch.Tensor) and not changed:
         return sample
     values = [changed.get(name, sample) for name in ("sample", "latents")] if hasattr(changed, "get") else [None]
     sample = next((each for each in values if each is not sample), sample)

@@ -16,6 +16,7 @@ from .arguments import listed
 # bytes of what is read into memory at once or published as text: a config with the betas of 4,000 steps has 0.1 million
 TEXT_BYTES = 4 * 2**20
 PICTURE_BYTES = 64 * 2**20
+CONFIGS = ("config.json", "scheduler_config.json", "model_index.json")
 JSON_DEPTH, DIGITS = 16, 40
 NAME = re.compile(r"[A-Za-z_]\w{0,99}", re.ASCII)
 WEIGHTS = re.compile(
@@ -336,7 +337,7 @@ def check_target(folder: Path, parts: Iterable[str] = ()) -> None:
     """Raises ValueError where saving to `folder`, and to the folders of these parts in it, would write through a link."""
     for place in (folder, *(folder / part for part in parts)):
         paths = list(place.iterdir()) if place.is_dir() else []
-        links = [path for path in paths if path.suffix in (".json", ".py") or variant_of(path.name)]
+        links = [path for path in paths if path.name in CONFIGS or path.suffix == ".py" or variant_of(path.name)]
         link = next((path for path in (*links, place) if path.is_symlink() and path != folder), None)
         if link is not None:
             raise ValueError(
