@@ -1,5 +1,6 @@
 """evaluate.py: which images and labels it measures, how it says so, and where it writes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -174,6 +175,9 @@ def test_names_of_local_data_are_those_of_the_folders(make_pipeline, tmp_path, m
     assert (told["data"], told["images"]) == ("pictures", 24) and "README.md" in published_files(folder)
     assert held_out_of(str(folder), source, "train", 24) == held_out_of(folder, str(data), "train") == 0.25
     assert held_out_of(folder, "digits", "train", 24) == held_out_of(folder, source, "test", 24) == 0
+    (data / "digits").symlink_to(tmp_path)  # a name of built-in data is that, whatever lies there
+    save_pipeline(dataclasses.replace(config, data="digits"), 5, pipeline.unet, pipeline.scheduler, folder)
+    assert data_of(str(folder)) == json.loads((folder / "training.json").read_text())["data"] == "digits"
     monkeypatch.chdir(folder)
     assert card_text(".") == card_text(folder)
 

@@ -203,6 +203,13 @@ def test_wrong_arguments(make_pipeline, kwargs, message):
         make_pipeline()(**{"num_inference_steps": 2, **kwargs})
 
 
+@pytest.mark.parametrize("answer", [None, False, 0, [], {}])
+def test_callbacks_that_return_nothing(make_pipeline, answer):
+    pipeline = make_pipeline()
+    images = [run(pipeline, callback_on_step_end=callback) for callback in (None, lambda *args: answer)]
+    np.testing.assert_array_equal(*images)
+
+
 def test_wrong_arguments_of_interpolation(make_pipeline):
     pipeline, image = make_pipeline(), torch.zeros(1, 1, 8, 8)
     for a, b, weights, message in (
@@ -312,11 +319,15 @@ def test_modules_are_attributes_of_the_package():
         assert ddpm_hf.__getattr__(name) is importlib.import_module(f"ddpm_hf.{name}")
 
 
-def test_a_pipeline_knows_the_folder_that_it_was_opened_from(make_pipeline, tmp_path):
+def test_a_pipeline_knows_the_folder_that_it_was_opened_from(make_pipeline, tmp_path, monkeypatch):
     assert make_pipeline().folder is None
     make_pipeline().save_pretrained(tmp_path / "a")
     pipeline = DDPMImagePipeline.from_pretrained(tmp_path / "a")
     assert pipeline.folder == tmp_path / "a"
+    monkeypatch.chdir(tmp_path)
+    relative = DDPMImagePipeline.from_pretrained("a")
+    monkeypatch.chdir("/")
+    assert relative.folder == tmp_path / "a"
     pipeline.save_pretrained(tmp_path / "b")
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "b").rglob("*.json"))
 

@@ -134,8 +134,6 @@ def remove_folder(folder: str | os.PathLike) -> None:
     Raises:
         OSError: it is missing or a link, or a part of it cannot be removed.
     """
-    if os.path.islink(folder):
-        raise OSError(f"{folder} is a link")
     temporary = _temporary(Path(folder))
     os.replace(folder, temporary)
     shutil.rmtree(temporary)
