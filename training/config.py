@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
 import re
 import types
@@ -14,6 +13,7 @@ from digests import DIGESTS, check_digests
 from strict_yaml import dump_yaml, parse_yaml, read_yaml
 
 from ddpm_hf.arguments import check_argument, shown
+from ddpm_hf.saved import read_json
 
 WORKERS_A_CORE = 16  # the most that can be meant
 PRESETS = Path(__file__).parent / "configs"
@@ -703,10 +703,9 @@ def _has_begun(config):
 def _is_environment(path):
     """Whether a file is what a run writes of where it is computed."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return {"versions", "platform", "processes"} <= read_json(path).keys()
+    except (OSError, ValueError):
         return False
-    return isinstance(values, dict) and {"versions", "platform", "processes"} <= values.keys()
 
 
 def _adopt(config, path):

@@ -29,7 +29,7 @@ from sheets import check_matplotlib, save_figure
 
 from config import public_name
 from ddpm_hf import DDPMImagePipeline, InferenceUNet, OdeStopped, bits_per_dim, estimate_bits_per_dim, ode_bits_per_dim
-from ddpm_hf.arguments import shown
+from ddpm_hf.arguments import listed, shown
 from ddpm_hf.atomic import write_text
 from ddpm_hf.data import (
     BUILT_IN,
@@ -165,7 +165,7 @@ def label_column_of(dataset: datasets.Dataset, unet, column: str | None = None) 
         if name in dataset.column_names:
             return name
     raise ValueError(
-        f"the network is class-conditional: give label_column, the labels among {shown(', '.join(dataset.column_names))[1:-1]}"
+        f"the network is class-conditional: give label_column, the labels among {listed(dataset.column_names)}"
     )
 
 
@@ -473,7 +473,7 @@ def main():
         **measured,
         "standard_error": None if math.isnan(error) else error,
         "images": len(x_start),
-        "data": public_name(arguments.data),
+        "data": told["data"],
         "split": arguments.split,
         "held_out": arguments.held_out,
         "levels": levels,
@@ -486,7 +486,7 @@ def main():
         images = f"{len(x_start)} of {total} images, a fixed random subset"
     if arguments.held_out:
         images += f" that held_out={arguments.held_out:g} sets aside of {len(whole)}"
-    report["command"] = command_of(parser, arguments)
+    report["command"] = told["command"]
     if arguments.histogram:
         pixels = (tensor_to_pixels(x, levels) for x in (train, x_start))
         histogram = histogram_bits_per_dim(*pixels, levels)

@@ -17,7 +17,7 @@ from stops import tell
 
 from config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check, image_size, sides
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
-from ddpm_hf.arguments import shown
+from ddpm_hf.arguments import listed, shown
 from ddpm_hf.data import LEVELS, held_out_rows, image_column, label_names, load_images, open_image
 from ddpm_hf.saved import naming
 
@@ -168,7 +168,7 @@ def check_class_names(config: TrainConfig, names: list[str] | None) -> None:
         if name in own and own.index(name) != label:
             raise ConfigError(
                 f"init_from={config.init_from!r}: its label {own.index(name)} is {shown(name)}, which is {label} in the data; "
-                f"give data with the classes {shown(', '.join(own))[1:-1]} in this order"
+                f"give data with the classes {listed(own)} in this order"
             )
 
 

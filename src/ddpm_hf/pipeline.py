@@ -172,9 +172,8 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             network_kwargs["torch_dtype"] = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
             with naming(place / "config.json"):
                 parts[name] = (DDPMUNet if name == "unet" else NoisyClassifier).from_pretrained(place, **network_kwargs)
-            parts[name].register_to_config(
-                _name_or_path=os.path.abspath(place)
-            )  # for `folder`, from wherever it is asked
+            # for `folder`, from wherever it is asked
+            parts[name].register_to_config(_name_or_path=os.path.abspath(place))
         settings = {name: index[name] for name in cls._get_signature_keys(cls)[1] if name in index} | settings
         with naming(folder / "model_index.json"):
             pipeline = cls(**parts, **settings)
@@ -529,8 +528,7 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         if planes is not None:
             network = Conditioned(network, planes)
 
-        ours = any(base.__name__ == "VariationalDDPMScheduler" for base in type(scheduler).__mro__)
-        cut = not ours and not _uses_learned_variance(scheduler)
+        cut = not hasattr(scheduler, "chain") and not _uses_learned_variance(scheduler)  # this package's takes all
 
         def output_at(t, sample):
             model_input = scheduler.scale_model_input(sample, t)

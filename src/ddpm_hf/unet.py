@@ -20,7 +20,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from .arguments import checked_arguments, shown
-from .saved import GuardedConfig, check_file, check_label_names, check_part, folder_of_part
+from .saved import GuardedConfig, check_label_names, check_part, folder_of_part, read_text
 
 logger = logging.get_logger(__name__)
 
@@ -700,9 +700,7 @@ class Encoder(GuardedConfig, ModelMixin, ConfigMixin):
     @classmethod
     def _dict_from_json_file(cls, json_file):
         """diffusers' hook for reading a config, which it would take for the name of another one where it is a text."""
-        config = json.loads(
-            check_file(Path(json_file), folder_of_part(Path(json_file).parent)).read_text(encoding="utf-8")
-        )
+        config = json.loads(read_text(Path(json_file), folder_of_part(Path(json_file).parent)))
         if not isinstance(config, dict):
             raise ValueError(f"{json_file} holds {shown(config)}, not keys and values")
         return config
