@@ -14,20 +14,15 @@ continuous_<data>_trajectories.png, continuous_<data>_ways.png.
 
 import argparse
 import math
-import sys
 import time
 
 import torch
+from digits import pixels
 from guidance import LEVELS, ROOT, RUNS, judge_of, run
 from measure import RESULTS, record
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(ROOT / "training"))
-
-from digits import pixels  # noqa: E402
-from sheets import as_images, as_sheet, save_figure, save_picture  # noqa: E402
-
-from ddpm_hf import (  # noqa: E402
+from ddpm_hf import (
     InferenceUNet,
     OdeStopped,
     VariationalDDPMScheduler,
@@ -38,9 +33,10 @@ from ddpm_hf import (  # noqa: E402
     interpolate_latents,
     ode_bits_per_dim,
 )
-from ddpm_hf.data import pixels_to_tensor  # noqa: E402
-from ddpm_hf.metrics import frechet_distance  # noqa: E402
-from ddpm_hf.unet import sides  # noqa: E402
+from ddpm_hf.data.pixels import pixels_to_tensor
+from ddpm_hf.evaluation.metrics import frechet_distance
+from ddpm_hf.evaluation.sheets import as_images, as_sheet, save_figure, save_picture
+from ddpm_hf.models.unet import sides
 
 # name -> its scheduler's settings, and network calls a step; None: the chain's own
 SAMPLERS = {

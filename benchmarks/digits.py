@@ -9,26 +9,24 @@ when its top probability is above the 5 % quantile of the real test digits'.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from sklearn.svm import SVC
+from tqdm.auto import tqdm
+
+from ddpm_hf import DDPMImagePipeline, bits_per_dim
+from ddpm_hf.data.pixels import pixels_to_tensor, tensor_to_pixels
+from ddpm_hf.data.sources import load_images
+from ddpm_hf.evaluation.evaluate import histogram_bits_per_dim
+from ddpm_hf.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "training"))
-
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
-from diffusers.optimization import get_scheduler  # noqa: E402
-from diffusers.training_utils import EMAModel  # noqa: E402
-from sklearn.svm import SVC  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
-
-from config import load_config  # noqa: E402
-from ddpm_hf import DDPMImagePipeline, bits_per_dim  # noqa: E402
-from ddpm_hf.data import load_images, pixels_to_tensor, tensor_to_pixels  # noqa: E402
-from evaluate import histogram_bits_per_dim  # noqa: E402
 
 LEVELS = 17
 

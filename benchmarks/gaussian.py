@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ddpm_hf import VariationalDDPMScheduler, bits_per_dim
-from ddpm_hf.atomic import write_text
-from ddpm_hf.likelihood import standard_error
+from ddpm_hf.files.atomic import write_text
+from ddpm_hf.likelihood.bound import standard_error
 
 MEAN, STD, LEVELS = 0.1, 0.15, 2**16 + 1
 STEPS = (10, 100, 1000, 4000)

@@ -11,19 +11,17 @@ times the batch uniform sampling needs. Errors by the jackknife over batches. Ap
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "training"))
+from ddpm_hf import DDPMImagePipeline, DiffusionObjective
+from ddpm_hf.evaluation.evaluate import load_tensor
+from ddpm_hf.files.atomic import write_text
+from ddpm_hf.training.timesteps import LossSecondMomentTimesteps, UniformTimesteps
 
-from ddpm_hf import DDPMImagePipeline, DiffusionObjective  # noqa: E402
-from ddpm_hf.atomic import write_text  # noqa: E402
-from ddpm_hf.objectives import LossSecondMomentTimesteps, UniformTimesteps  # noqa: E402
-from evaluate import load_tensor  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 KINDS = {
     "hybrid": ("hybrid", UniformTimesteps),

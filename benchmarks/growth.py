@@ -24,7 +24,8 @@ from networks import config_of, network
 from PIL import Image
 
 from ddpm_hf import DDPMUNet, VariationalDDPMScheduler, bits_per_dim
-from ddpm_hf.data import collate, image_to_pixels, training_set
+from ddpm_hf.data.dataset import collate, training_set
+from ddpm_hf.data.pixels import image_to_pixels
 
 SWEEPS = {
     "resolution": (16, 32, 64, 128),

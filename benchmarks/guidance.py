@@ -19,19 +19,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from digits import pixels
 from measure import RESULTS, in_turns, medians, ratio, record
 from torch import nn
 from tqdm.auto import tqdm
 
+from ddpm_hf import DDPMImagePipeline
+from ddpm_hf.data.pixels import pixels_to_tensor
+from ddpm_hf.data.sources import LEVELS
+from ddpm_hf.evaluation.metrics import frechet_distance, precision_recall
+from ddpm_hf.evaluation.sheets import as_images, as_sheet, save_figure, save_picture
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "training"))
-
-from digits import pixels  # noqa: E402
-from sheets import as_images, as_sheet, save_figure, save_picture  # noqa: E402
-
-from ddpm_hf import DDPMImagePipeline  # noqa: E402
-from ddpm_hf.data import LEVELS, pixels_to_tensor  # noqa: E402
-from ddpm_hf.metrics import frechet_distance, precision_recall  # noqa: E402
 
 SMALL_MNIST = [
     "--steps", "4000", "--batch_size", "32", "--unet.block_out_channels", "[16, 32, 64, 64]", "--sample_every", "0",

@@ -10,19 +10,17 @@ Writes benchmarks/results/likelihood_<data>.json, or likelihood_time_<data>.json
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 from measure import RESULTS, in_turns, machine
 from tqdm.auto import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "training"))
+from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
+from ddpm_hf.evaluation.evaluate import load_tensor
+from ddpm_hf.files.atomic import write_text
 
-from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim  # noqa: E402
-from ddpm_hf.atomic import write_text  # noqa: E402
-from evaluate import load_tensor  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 @torch.no_grad()

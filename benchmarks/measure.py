@@ -14,9 +14,10 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_hf.atomic import write_text
+from ddpm_hf.files.atomic import write_text
 
 ROOT = Path(__file__).parents[1]
+
 RESULTS = ROOT / "benchmarks" / "results"
 ROUNDS = 9
 

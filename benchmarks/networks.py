@@ -1,14 +1,10 @@
 """The networks that the benchmarks run: those of the presets, and the cifar10 one at a quarter of its width."""
 
-import sys
-from pathlib import Path
-
 import torch
 from diffusers import UNet2DModel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from config import load_config  # noqa: E402
-from ddpm_hf import DDPMUNet  # noqa: E402
+from ddpm_hf import DDPMUNet
+from ddpm_hf.training.config import load_config
 
 NETWORKS = {
     "digits": {"preset": "digits", "batch_sizes": (1, 64)},

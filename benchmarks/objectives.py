@@ -11,26 +11,24 @@ settings. Beside bits/dim stand a per-pixel histogram of the training split, and
 import argparse
 import io
 import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from digits import pixels
 from PIL import Image
+from sklearn.svm import SVC
+
+from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
+from ddpm_hf.data.pixels import pixels_to_tensor, tensor_to_pixels
+from ddpm_hf.data.sources import LEVELS
+from ddpm_hf.evaluation.evaluate import histogram_bits_per_dim
+from ddpm_hf.files.atomic import write_text
+from ddpm_hf.training.config import as_yaml, load_config
+from ddpm_hf.training.diffusion import train
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "training"))
-
-from digits import pixels  # noqa: E402
-from sklearn.svm import SVC  # noqa: E402
-
-from config import as_yaml, load_config  # noqa: E402
-from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim  # noqa: E402
-from ddpm_hf.atomic import write_text  # noqa: E402
-from ddpm_hf.data import LEVELS, pixels_to_tensor, tensor_to_pixels  # noqa: E402
-from evaluate import histogram_bits_per_dim  # noqa: E402
-from train import train  # noqa: E402
 
 SMALL = {
     "digits": ["--steps", "1500"],

@@ -14,7 +14,7 @@ from torch.profiler import profile
 from training_step import BATCH_SIZES, make_step
 
 from ddpm_hf import InferenceUNet
-from ddpm_hf.atomic import write_text
+from ddpm_hf.files.atomic import write_text
 
 CALLS = 3
 

@@ -10,23 +10,21 @@ import contextlib
 import statistics
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from measure import in_turns
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from accelerate import Accelerator  # noqa: E402
-from checkpoints import Checkpoints  # noqa: E402
-from diffusers.training_utils import EMAModel  # noqa: E402
-from inputs import Position, batches, open_loader  # noqa: E402
-from output import OutputFolder  # noqa: E402
-from stops import FiniteSteps  # noqa: E402
-from watch import Log  # noqa: E402
-
-from config import load_config  # noqa: E402
-from ddpm_hf.data import PixelTensors, pixels_to_batch  # noqa: E402
-from train import build  # noqa: E402
+from ddpm_hf.data.dataset import PixelTensors
+from ddpm_hf.data.pixels import pixels_to_batch
+from ddpm_hf.training.checkpoints import Checkpoints
+from ddpm_hf.training.config import load_config
+from ddpm_hf.training.diffusion import build
+from ddpm_hf.training.inputs import Position, batches, open_loader
+from ddpm_hf.training.interrupts import FiniteSteps
+from ddpm_hf.training.log import Log
+from ddpm_hf.training.output import OutputFolder
 
 
 def seconds(call, repeats):

@@ -9,23 +9,19 @@ Peak memory: the resident set in the steps after the first, less that before the
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from measure import has_bfloat16, in_turns_apart, medians, ratio, record
+from networks import network
 from torch.nn.utils import clip_grad_norm_
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from launch import channels_last, compile_network  # noqa: E402
-from networks import network  # noqa: E402
-
-from config import TrainConfig  # noqa: E402
-from ddpm_hf import DDPMUNet, DiffusionObjective, UniformTimesteps, VariationalDDPMScheduler  # noqa: E402
-from ddpm_hf.memory import keep_freed_memory  # noqa: E402
+from ddpm_hf import DDPMUNet, DiffusionObjective, UniformTimesteps, VariationalDDPMScheduler
+from ddpm_hf.fast.allocator import keep_freed_memory
+from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.training.devices import channels_last, compile_network
 
 BATCH_SIZES = {"digits": 64, "quarter": 32, "cifar10": 16}
 KINDS = ("stock", "stock compiled", "ours", "ours compiled")

@@ -2,7 +2,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from hub_server import HubServer
+from support.hub_server import HubServer
 
 # networks this small are slower on more threads, and far slower beside other work; torch reads it when it is imported
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from scripts import ROOT, script
-from usage import section_keys, usage
 
-from config import ClassifierConfig, ConfigError, TrainConfig, as_yaml, load_config, sections_of
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, as_yaml, load_config, sections_of
+from ddpm_hf.training.usage import section_keys, usage
+from support.scripts import ROOT, script
 
 DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 KINDS = {"train.py": TrainConfig, "train_classifier.py": ClassifierConfig}
@@ -88,7 +88,7 @@ def test_options_exist():
         for key in section_keys(kind, section)
     }
     known |= OTHERS | {option for kind in KINDS.values() for option in options(usage(kind))}
-    scripts = [*(ROOT / "training").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    scripts = [path for folder in ("src", "training", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     known |= {option for path in scripts for option in re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text())}
     for path in [*DOCS, "model_card.md", *(ROOT / "training/configs").rglob("*.yaml")]:
         assert options((ROOT / path).read_text()) <= known, path

@@ -6,9 +6,9 @@ import tarfile
 
 import pytest
 from emoji import PICTURES, unpack
-from scripts import script
 
-from ddpm_hf.data import load_images
+from ddpm_hf.data.sources import load_images
+from support.scripts import script
 
 EMOJI = [
     {"image": "1.png", "category": "Flags", "skin_variations": {"A": {"image": "1-a.png"}}},

@@ -17,7 +17,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from ddpm_hf.atomic import replacing_folder
+from ddpm_hf.files.atomic import replacing_folder
 
 VERSION, SHA256 = "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
 PICTURES = "package/img/google/64/"

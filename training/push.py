@@ -6,38 +6,9 @@ Nothing else of the run is sent. The card is written anew for that name, unless 
 the repository has is not sent again.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from ddpm_hf.push import HubError, push_folder
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", help="of a saved pipeline; or of a run, whose pipeline/ is taken")
-    parser.add_argument("--repo_id", required=True, help="user/name; made if it is not there")
-    parser.add_argument(
-        "--license", help="the Hub's name of one, as apache-2.0; if left out, that of the repository's card is kept"
-    )
-    parser.add_argument("--private", action="store_true", help="where the repository is made: for its owner only")
-    parser.add_argument("--revision", help="branch; main if left out")
-    parser.add_argument(
-        "--create_pr", action="store_true", help="as a pull request; push to main once more when it is merged"
-    )
-    parser.add_argument("--commit_message")
-    parser.add_argument("--token", help="better: `hf auth login`, or HF_TOKEN")
-    options = vars(parser.parse_args())
-    folder = Path(options.pop("folder"))
-    if not (folder / "model_index.json").is_file() and (folder / "pipeline").is_dir():
-        folder = folder / "pipeline"
-    options["private"] = options["private"] or None  # leave it to the owner's default
-    info = push_folder(folder, options.pop("repo_id"), **options)
-    print(f"published {info.pr_url or info.commit_url}")
-
+from ddpm_hf.cli import push
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, HubError) as error:
-        sys.exit(f"push.py: {' '.join(str(error).split())}")
+    push(sys.argv[1:])

@@ -16,8 +16,14 @@ from collections.abc import Callable
 from numbers import Integral, Real
 
 SHORT = reprlib.Repr()
+
+
 SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = 16
+
+
 SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 60
+
+
 # type -> its name in a message for one value, and for the entries of a list
 TYPE_NAMES = {
     int: ("an integer", "integers"),

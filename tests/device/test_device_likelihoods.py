@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from compare import assert_close
 
 from ddpm_hf import (
     VariationalDDPMScheduler,
@@ -17,8 +16,9 @@ from ddpm_hf import (
     progressive_coding,
     rate_distortion,
 )
-from ddpm_hf.flow import interpolate_latents
-from ddpm_hf.metrics import frechet_distance, precision_recall
+from ddpm_hf.evaluation.metrics import frechet_distance, precision_recall
+from ddpm_hf.likelihood.encoding import interpolate_latents
+from support.compare import assert_close
 
 T = 30
 

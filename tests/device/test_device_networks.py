@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from compare import assert_close
 
 from ddpm_hf import InferenceUNet, NoisyClassifier
+from support.compare import assert_close
 
 RGB = dict(in_channels=3, out_channels=3, sample_size=16)
 NETWORKS = {

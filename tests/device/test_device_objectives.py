@@ -2,19 +2,13 @@ import copy
 
 import pytest
 import torch
-from compare import assert_close
 
 from ddpm_hf import DiffusionObjective, ScoreObjective, VariationalDDPMScheduler
-from ddpm_hf.objectives import (
-    SCORE_WEIGHTINGS,
-    WEIGHTINGS,
-    ContinuousTimes,
-    LossSecondMomentTimesteps,
-    UniformTimesteps,
-    drop_labels,
-)
-from ddpm_hf.scheduler import PREDICTION_TYPES
-from ddpm_hf.sde import VESDE, VPSDE, ChainSDE, SubVPSDE
+from ddpm_hf.schedulers.ddpm import PREDICTION_TYPES
+from ddpm_hf.schedulers.sde import VESDE, VPSDE, ChainSDE, SubVPSDE
+from ddpm_hf.training.losses import SCORE_WEIGHTINGS, WEIGHTINGS, drop_labels
+from ddpm_hf.training.timesteps import ContinuousTimes, LossSecondMomentTimesteps, UniformTimesteps
+from support.compare import assert_close
 
 T = 20
 LOSSES = [

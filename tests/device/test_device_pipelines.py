@@ -3,7 +3,6 @@ import copy
 import diffusers
 import pytest
 import torch
-from compare import assert_close
 
 from ddpm_hf import (
     CascadePipeline,
@@ -15,6 +14,7 @@ from ddpm_hf import (
     VESDEScheduler,
     VPSDEScheduler,
 )
+from support.compare import assert_close
 
 T = 20
 

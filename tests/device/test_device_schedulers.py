@@ -1,6 +1,5 @@
 import pytest
 import torch
-from compare import assert_close
 
 from ddpm_hf import (
     SubVPSDEScheduler,
@@ -9,8 +8,9 @@ from ddpm_hf import (
     VPSDEScheduler,
     discretized_gaussian_log_likelihood,
 )
-from ddpm_hf.scheduler import PREDICTION_TYPES
-from ddpm_hf.sde import PREDICTORS, VESDE, VPSDE, ChainSDE, SubVPSDE
+from ddpm_hf.schedulers.ddpm import PREDICTION_TYPES
+from ddpm_hf.schedulers.sde import PREDICTORS, VESDE, VPSDE, ChainSDE, SubVPSDE
+from support.compare import assert_close
 
 T = 20
 # one for all images as an int and a 0-d tensor, one for each; the first step of the chain is among them

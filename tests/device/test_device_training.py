@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from compare import assert_close
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import script
+
+from support.compare import assert_close
+from support.scripts import script
 
 
 def options(**values):

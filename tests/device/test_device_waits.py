@@ -9,11 +9,12 @@ from collections import Counter
 
 import pytest
 import torch
-from scripts import script
 
 from ddpm_hf import DDPMImagePipeline, NoisyClassifier, VariationalDDPMScheduler, VPSDEScheduler, bits_per_dim
-from ddpm_hf.objectives import ContinuousTimes, LossSecondMomentTimesteps, ScoreObjective
-from ddpm_hf.sde import VPSDE, ChainSDE
+from ddpm_hf.schedulers.sde import VPSDE, ChainSDE
+from ddpm_hf.training.losses import ScoreObjective
+from ddpm_hf.training.timesteps import ContinuousTimes, LossSecondMomentTimesteps
+from support.scripts import script
 
 pytestmark = pytest.mark.skipif(
     "SIMULATED_ACCELERATOR" not in os.environ, reason="counted by the simulated accelerator"

@@ -1,13 +1,11 @@
 """train.py with timesteps and noise that hang on the image and the step alone, not on the process that draws them."""
 
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
-import train  # noqa: E402
-from config import load_config  # noqa: E402
+from ddpm_hf.training import diffusion as train
+from ddpm_hf.training.config import load_config
 
 CONFIG = load_config(sys.argv[1:])[0]
 

@@ -9,11 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
-from scripts import script
-from stops import Signals
-from watch import held_out_bits_per_dim
 
-from config import TrainConfig, load_config
 from ddpm_hf import (
     DDPMImagePipeline,
     SubVPSDEScheduler,
@@ -22,8 +18,13 @@ from ddpm_hf import (
     VPSDEScheduler,
     ode_bits_per_dim,
 )
-from ddpm_hf.data import image_transform, load_images
-from train import build
+from ddpm_hf.data.pixels import image_transform
+from ddpm_hf.data.sources import load_images
+from ddpm_hf.training.config import TrainConfig, load_config
+from ddpm_hf.training.diffusion import build
+from ddpm_hf.training.interrupts import Signals
+from ddpm_hf.training.measurements import held_out_bits_per_dim
+from support.scripts import script
 
 SMALL = [
     "--config", "digits-vp", "--steps", "6", "--batch_size", "16", "--lr_schedule", "constant", "--checkpoint_every", "3",

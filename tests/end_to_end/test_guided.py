@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from elsewhere import ROUNDING, run_elsewhere
-from inputs import open_data, open_images
 from PIL import Image
-from resolve import guided_class_names, resolve
 from safetensors.torch import load_file
-from scripts import script
-from train_classifier import random_crop
 
-from config import ClassifierConfig, ConfigError, load_config
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, NoisyClassifier
-from ddpm_hf.data import digits
-from ddpm_hf.hub import write_model_card
-from ddpm_hf.push import push_folder
+from ddpm_hf.data.sources import digits
+from ddpm_hf.hub.card import write_model_card
+from ddpm_hf.hub.upload import push_folder
+from ddpm_hf.training.classifier import random_crop
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, load_config
+from ddpm_hf.training.inputs import open_data, open_images
+from ddpm_hf.training.resolve import guided_class_names, resolve
+from support.elsewhere import ROUNDING, run_elsewhere
+from support.scripts import script
 
 SMALL = ["--steps", "6", "--batch_size", "16", "--log_every", "2", "--lr_warmup_steps", "2", "--seed", "3"]
 BASE = [*SMALL, "--sample_every", "6", "--sample_count", "20", "--sample_steps", "3", "--sample_raw", "0"]

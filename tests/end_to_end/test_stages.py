@@ -5,16 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from elsewhere import ROUNDING, run_elsewhere
 from PIL import Image
-from scripts import script
 
 import ddpm_hf
-from config import ConfigError, load_config
 from ddpm_hf import CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipeline
-from ddpm_hf.conditioning import shrunk
-from ddpm_hf.data import image_transform, load_images
-from ddpm_hf.push import HubError
+from ddpm_hf.data.pixels import image_transform
+from ddpm_hf.data.sources import load_images
+from ddpm_hf.hub.upload import HubError
+from ddpm_hf.models.conditioning import shrunk
+from ddpm_hf.training.config import ConfigError, load_config
+from support.elsewhere import ROUNDING, run_elsewhere
+from support.scripts import script
 
 SMALL = [
     "--steps",

@@ -17,15 +17,15 @@ import yaml
 from accelerate import Accelerator
 from diffusers import DDPMPipeline
 from huggingface_hub import ModelCard
-from inputs import open_data, open_images, open_some
 from PIL import Image
-from scripts import ROOT, script
 
-from config import ConfigError, TrainConfig, load_config
 from ddpm_hf import DDPMImagePipeline
-from ddpm_hf.data import digits
-from ddpm_hf.hub import write_model_card
-from train import train
+from ddpm_hf.data.sources import digits
+from ddpm_hf.hub.card import write_model_card
+from ddpm_hf.training.config import ConfigError, TrainConfig, load_config
+from ddpm_hf.training.diffusion import train
+from ddpm_hf.training.inputs import open_data, open_images, open_some
+from support.scripts import ROOT, script
 
 SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_steps 3 --log_every 2 --lr_warmup_steps 2"
 NETWORK = [
@@ -153,8 +153,8 @@ def test_tensorboard(tmp_path):
 
 def test_the_quarters_of_the_loss_are_of_it(tmp_path):
     """And of the learned weights of an importance sampler only the loss itself."""
-    from output import OutputFolder
-    from watch import Log
+    from ddpm_hf.training.log import Log
+    from ddpm_hf.training.output import OutputFolder
 
     accelerator, config = (
         Accelerator(cpu=True),
@@ -277,7 +277,7 @@ def test_the_example_of_the_readme_runs(trained):
 
 
 def test_the_histogram_is_what_it_says():
-    from evaluate import histogram_bits_per_dim
+    from ddpm_hf.evaluation.evaluate import histogram_bits_per_dim
 
     train, test = torch.tensor([[0], [0], [1]]), torch.tensor([[0], [2]])
     # counts 2, 1, 0 and one each: probabilities 3/6, 2/6, 1/6

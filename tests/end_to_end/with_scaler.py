@@ -1,7 +1,6 @@
 """train.py in fp16 on the CPU, with the gradient scaler that accelerate has on GPUs only; it begins high and grows fast."""
 
 import runpy
-import sys
 from pathlib import Path
 
 import accelerate
@@ -17,5 +16,4 @@ class Scaled(accelerate.Accelerator):
 
 accelerate.Accelerator = Scaled
 script = Path(__file__).parents[2] / "training/train.py"
-sys.path.insert(0, str(script.parent))
 runpy.run_path(str(script), run_name="__main__")

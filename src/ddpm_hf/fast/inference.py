@@ -1,0 +1,309 @@
+"""The network as samplers call it: what can be combined before is, and the rest is left to the compiler."""
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.utils import logging
+from torch import nn
+
+from ddpm_hf.fast.allocator import keep_freed_memory
+from ddpm_hf.fast.winograd import WinogradConv2d, by_tiles
+from ddpm_hf.models.blocks import ResidualBlock, SelfAttention, Upsample
+from ddpm_hf.models.unet import DDPMUNet, time_tensor
+
+logger = logging.get_logger(__name__)
+
+
+COMPILING = threading.Lock()  # torch's settings of the compiler are those of the process
+
+
+ROWS = 64  # timesteps whose projections are made at once: a matrix product for them, and the memory that it takes
+
+
+class InferenceUNet(nn.Module):
+    """A `DDPMUNet` for sampling and likelihoods: the same outputs, within rounding, in less time. No gradients.
+
+    It is called as the network is, by several threads at once too, and has a copy of its weights in the form that is fastest:
+    - the time projections of all residual blocks are one matrix product, for 64 timesteps at once (`at_timesteps`);
+    - q, k and v are one matrix product;
+    - on the CPU, upsampling and the 3x3 convolution after it are one transposed 4x4 convolution of 4/9 of the products;
+    - on the CPU in float32, 3x3 convolutions of 256 channels and more are Winograd's, with four times their weights;
+    - on the CPU, memory that is freed stays with the process for the next call (`keep_freed_memory`);
+    - weights and activations are in channels-last layout on the CPU, and in half precision everywhere;
+    - what remains is compiled; in half precision on the CPU the compiler also packs the weights as oneDNN reads them, into its
+      code, so once they have changed they are not packed any more.
+
+    Args:
+        unet: the network; its weights stay as they are. Where they change later: `update`.
+        dtype: of weights and activations, whatever autocast says; None for that of the network. With torch.bfloat16 outputs
+            differ from float32 as those of autocast do. Samples come in and go out in their own dtype; timesteps are embedded
+            in the network's.
+        compile: by torch.compile, at the first call of each shape of sample (a minute for a large network; its cache makes it
+            seconds in the next process). Where there is no compiler, a warning, and the network as it is without.
+        pack: False where weights will change: see above.
+
+    Attributes:
+        report: one line on what was done.
+
+    Raises:
+        ValueError: not a `DDPMUNet`, or one with adapters, hooks or offloading, which would be passed over.
+    """
+
+    def __init__(self, unet: DDPMUNet, dtype: torch.dtype | None = None, compile: bool = True, pack: bool = True):
+        super().__init__()
+        unet = getattr(unet, "_orig_mod", unet)  # of torch.compile
+        _check_plain(unet)
+        self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        self.settings = {"dtype": dtype, "compile": compile}
+        # in a tuple it is no part of this module: not moved, not saved with it
+        self.source, self.fingerprint = (unet,), _fingerprint(unet)
+        self.compute_dtype = dtype or unet.dtype
+        net = copy.deepcopy(unet).requires_grad_(False).eval()
+        for module in net.modules():
+            if isinstance(module, WinogradConv2d):  # of compiled training
+                module.__class__ = nn.Conv2d
+        on_cpu, half = self.device.type == "cpu", self.compute_dtype.itemsize == 2
+
+        blocks = [module for module in net.modules() if isinstance(module, ResidualBlock)]
+        self.register_buffer("projection_weight", torch.cat([block.time_emb_proj.weight for block in blocks]))
+        self.register_buffer("projection_bias", torch.cat([block.time_emb_proj.bias for block in blocks]))
+        end = 0
+        for block in blocks:
+            start, end = end, end + block.time_emb_proj.out_features
+            block.time_emb_proj = _Part(start, end)
+        done = [f"{len(blocks)} time projections in one product for {ROWS} steps"]
+        attentions = _replace(net, SelfAttention, FusedAttention)
+        done += [f"q, k, v in one product in {attentions} attention blocks"] if attentions else []
+        folded = _replace(net, Upsample, FoldedUpsample) if on_cpu else 0
+        done += [f"upsampling folded into {folded} convolutions"] if folded else []
+        wide = by_tiles(net, 256, frozen=True) if on_cpu and not half else 0
+        done += [f"{wide} convolutions by Winograd's tiles"] if wide else []
+        self.layout = torch.channels_last if on_cpu or half else torch.contiguous_format
+        done += ["channels last"] if self.layout is torch.channels_last else []
+        # torch's own: diffusers' warns, of modules that others keep in float32
+        for name, part in net.named_children():
+            if name not in ("time_proj", "time_embedding", "class_embedding"):
+                nn.Module.to(part, dtype=self.compute_dtype, memory_format=self.layout)
+        self.net = net
+        done += ["freed memory kept"] if on_cpu and keep_freed_memory() else []
+
+        self.compiled, self.paths, self.packs = None, {}, pack and compile and on_cpu and half
+        if compile:
+            # the module is this one's own and never changes
+            options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "cpp_wrapper": on_cpu}
+            # isolated: without those guards another network's graph would be taken for this one's
+            self.compiled = torch.compile(
+                self._denoise, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True
+            )
+            packed = ", weights packed," if self.packs else ""
+            done.append(f"compiled{packed} at the first call of each shape")
+        self.report = f"network for inference in {str(self.compute_dtype).removeprefix('torch.')}: {'; '.join(done)}"
+
+    def is_current(self, unet: nn.Module) -> bool:
+        """Whether it was made of this network, with the weights that it has now. All of them are read: once a sampling.
+
+        Raises:
+            ValueError: the network has got adapters, hooks or offloading since.
+        """
+        unet = getattr(unet, "_orig_mod", unet)
+        _check_plain(unet)
+        return unet is self.source[0] and _fingerprint(unet) == self.fingerprint
+
+    def updated(self, unet: nn.Module) -> "InferenceUNet":
+        """The network for inference of `unet` with the weights that it has now.
+
+        It is this one where it is current, or after its weights are copied to where the old ones were; a new one where `unet`
+        has another config, dtype or device, or where the compiler has packed the weights into its code.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        if self.is_current(unet):
+            return self
+        unet = getattr(unet, "_orig_mod", unet)
+        same = _layout(unet) == _layout(self.source[0]) and (unet.dtype, unet.device) == (self.dtype, self.device)
+        keep = same and not self.packs
+        fresh = InferenceUNet(unet, self.settings["dtype"], self.settings["compile"] and not keep, pack=not same)
+        if not keep:
+            return fresh
+        with torch.no_grad():
+            for weight, new in zip((*self.parameters(), *self.buffers()), (*fresh.parameters(), *fresh.buffers())):
+                weight.copy_(new)
+        self.source, self.fingerprint = fresh.source, fresh.fingerprint
+        return self
+
+    def at_timesteps(self, timesteps: torch.Tensor | list) -> Callable:
+        """The network for a caller of its own that will call it at these timesteps, 0-d each, in turn.
+
+        Their projections are computed 64 at once.
+        """
+        return functools.partial(self._call, _Projections(self, timesteps))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """Arguments and errors of `DDPMUNet.forward`.
+
+        Returns:
+            `UNet2DOutput` with `.sample` (B, out_channels, H, W), of the dtype of `sample`, contiguous.
+        """
+        return self._call(_Projections(self, ()), sample, timestep, class_labels, return_dict)
+
+    @torch.no_grad()
+    def _call(self, projections_at, sample, timestep, class_labels=None, return_dict=True):
+        unet, t = self.source[0], time_tensor(timestep, sample.device)
+        unet._check_input(sample, t, class_labels)
+        if isinstance(timestep, torch.Tensor) and timestep.dim() == 0 and timestep.device.type == "cpu":
+            timestep = timestep.item()
+        if class_labels is None and not isinstance(timestep, torch.Tensor):
+            projections = projections_at(timestep)
+        else:
+            projections = self._project(t.reshape(-1), class_labels)
+        with torch.autocast(sample.device.type, enabled=False):
+            x = unet.unscaled(self._run(sample, projections), t)
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def _project(self, t, class_labels):
+        with torch.autocast(self.device.type, enabled=False):
+            emb = self.net.embed(t, class_labels)
+            return F.linear(emb, self.projection_weight, self.projection_bias).to(self.compute_dtype)
+
+    def _run(self, sample, projections):
+        if self.compiled is None:
+            return self._denoise(sample, projections)
+        shape = (sample.shape, sample.dtype, projections.shape)
+        if shape not in self.paths:
+            with COMPILING:
+                if shape not in self.paths:
+                    self.paths[shape] = self._path(sample, projections)
+        return self.paths[shape](sample, projections)
+
+    def _path(self, sample, projections):
+        """What samples of this shape go through: compiled, by a first call of it, or where that fails as it is."""
+        try:
+            with torch._inductor.config.patch(freezing=self.packs):
+                self.compiled(sample, projections)
+            return self.compiled
+        except Exception as error:  # of the compiler, in many classes; what is wrong with the arguments is raised later
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning(f"samples of {tuple(sample.shape)} go through the network uncompiled: {reason}")
+            return self._denoise
+
+    def train(self, mode: bool = True) -> "InferenceUNet":
+        """It stays in evaluation mode: nothing of it is trained."""
+        return super().train(False)
+
+    def _denoise(self, sample, projections):
+        x = self.net.denoise(sample.to(self.compute_dtype, memory_format=self.layout), projections)
+        return x.to(sample.dtype, memory_format=torch.contiguous_format)
+
+
+class _Projections:
+    """The time projections of single timesteps, for one caller: 64 of `timesteps` in turn are computed at once."""
+
+    def __init__(self, network, timesteps):
+        self.network, self.timesteps, self.rows = network, torch.as_tensor(timesteps).tolist(), {}
+
+    def __call__(self, t):
+        if t not in self.rows:
+            start = self.timesteps.index(t) if t in self.timesteps else None
+            ts = [t] if start is None else self.timesteps[start : start + ROWS]
+            rows = self.network._project(torch.tensor(ts, device=self.network.device), None)
+            self.rows = dict(zip(ts, rows.split(1)))
+        return self.rows[t]
+
+
+class _Part(nn.Module):
+    """A residual block's columns of the time projections."""
+
+    def __init__(self, start, end):
+        super().__init__()
+        self.start, self.end = start, end
+
+    def forward(self, projections):
+        return projections[:, self.start : self.end]
+
+
+class FusedAttention(nn.Module):
+    """`SelfAttention` with one matrix product for q, k and v."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.heads, self.output_scale = attention.heads, attention.output_scale
+        self.group_norm, self.to_out = attention.group_norm, attention.to_out
+        parts = (attention.to_q, attention.to_k, attention.to_v)
+        self.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+        self.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+
+    def forward(self, x):
+        b, c, height, width = x.shape
+        h = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = F.linear(h, self.weight, self.bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.to_out[0](h).transpose(1, 2).reshape(b, c, height, width) + x
+        return h if self.output_scale == 1 else h / self.output_scale
+
+
+class FoldedUpsample(nn.Module):
+    """`Upsample`, nearest neighbors and a 3x3 convolution, as one transposed 4x4 convolution of stride 2.
+
+    Of the nine products for a pixel of the result several have the same pixel below: their weights are added, four are left.
+    """
+
+    def __init__(self, upsample):
+        super().__init__()
+        weight = upsample.conv.weight.double().flip(2, 3).transpose(0, 1)  # (in, out, 3, 3), as transposed ones have it
+        folded = sum(F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))
+        self.weight = nn.Parameter(folded.to(upsample.conv.weight.dtype), requires_grad=False)
+        self.bias, self.few = upsample.conv.bias, upsample
+
+    def forward(self, x, emb):
+        if x.shape[0] * x.shape[2] * x.shape[3] < 32:  # so few pixels are sooner done one by one
+            return self.few(x, emb)
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+
+
+def _replace(net, old, new):
+    """Puts new(module) in the place of every module of class `old`; returns their number."""
+    found = [
+        (parent, name) for parent in net.modules() for name, module in parent.named_children() if type(module) is old
+    ]
+    for parent, name in found:
+        setattr(parent, name, new(getattr(parent, name)))
+    return len(found)
+
+
+def _check_plain(unet):
+    if not isinstance(unet, DDPMUNet):
+        raise ValueError(f"unet is a {type(unet).__name__}; this is for DDPMUNet, which opens UNet2DModel checkpoints")
+    parts = (DDPMUNet.__module__.rpartition(".")[0], WinogradConv2d.__module__, "torch.nn.modules.")
+    for name, module in unet.named_modules():
+        if not (type(module).__module__.startswith(parts) or isinstance(module, nn.Dropout)):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: merge or unload adapters before the network is optimized"
+            )
+        if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"{name or 'unet'} has hooks or is offloaded; remove them before the network is optimized")
+
+
+def _layout(unet):
+    """What networks have in common whose weights have the same places."""
+    return type(unet), {key: value for key, value in unet.config.items() if not key.startswith("_")}
+
+
+@torch.no_grad()
+def _fingerprint(unet):
+    """Norm and sum of each parameter. Versions of tensors tell less: EMA and fused optimizers change weights beside them."""
+    parameters = list(unet.parameters())
+    told = torch.stack([part.float() for part in (*torch._foreach_norm(parameters), *(p.sum() for p in parameters))])
+    return unet.dtype, unet.device, told.nan_to_num().tolist()  # NaN is not equal to itself

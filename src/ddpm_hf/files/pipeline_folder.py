@@ -1,0 +1,175 @@
+"""What the folder of a saved pipeline may hold. It may be a stranger's: its files are read bounded and within the folder."""
+
+import json
+import os
+import re
+import reprlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from ddpm_hf.arguments import listed
+from ddpm_hf.files.guarded import NAMES, NAMES_BYTES, check_file, read_json
+
+CONFIGS = ("config.json", "scheduler_config.json", "model_index.json")
+
+
+NAME = re.compile(r"[A-Za-z_]\w{0,99}", re.ASCII)
+
+
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model(?:\.\w+)?)(?:-\d+-of-\d+)?\.(?:safetensors(?:\.index(\.\w+)?\.json)?|bin)"
+)
+
+
+SHARD = re.compile(r"\w[\w.-]*\.(safetensors|bin)", re.ASCII)
+
+
+PARTS = ("unet", "scheduler", "classifier")  # of a pipeline, each in a folder of this name
+
+
+STAGES = ("base", "upsampler")  # of a cascade, each a pipeline
+
+
+def read_config(path: Path, folder: Path | None = None) -> dict:
+    """The config of a component, by `read_json`; its keys must not take the place of a dict's methods."""
+    config = read_json(path, folder)
+    key = next((key for key in config if hasattr(dict, key)), None)
+    if key is not None:
+        raise ValueError(f"{path}: {reprlib.repr(key)} is no key of a config; remove it")
+    own = config.get("_ddpm_hf", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"{path}: _ddpm_hf={reprlib.repr(own)} must hold keys and values; save the pipeline again")
+    return config
+
+
+def pipeline_class(index: dict, path) -> str:
+    """The class that a model_index.json names: of [module, class], as in our own folders, the class. Raises ValueError."""
+    name = index.get("_class_name")
+    names = name if isinstance(name, (list, tuple)) and len(name) == 2 else [name]
+    if not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
+        raise ValueError(
+            f"{path}: its _class_name {reprlib.repr(name)} is not the name of a class; save the pipeline again"
+        )
+    return names[-1]
+
+
+def component_classes(index: dict, path, known: tuple[str, ...] = PARTS) -> dict[str, str]:
+    """Component -> class, of a model_index.json; those without a class are left out.
+
+    Raises:
+        ValueError: a component that is not one of `known`, or an entry that is not [library, class], both plain names.
+    """
+    entries = {
+        name: entry
+        for name, entry in index.items()
+        if name in known or (isinstance(entry, list) and name[:1] != "_" and not _is_setting(entry))
+    }
+    if not entries.keys() <= {*known}:
+        raise ValueError(
+            f"{path} holds a {pipeline_class(index, path)} of {listed(sorted(entries))}; "
+            f"this class opens pipelines of {', '.join(known)} only"
+        )
+    for name, entry in entries.items():
+        whole = isinstance(entry, list) and len(entry) == 2
+        if not whole or not (entry == [None, None] or all(isinstance(n, str) and NAME.fullmatch(n) for n in entry)):
+            raise ValueError(
+                f"{path}: its {name} is {reprlib.repr(entry)}, not [library, class]; save the pipeline again"
+            )
+    return {name: entry[1] for name, entry in entries.items() if entry[1]}
+
+
+def _is_setting(entry):
+    return entry == [None, None] or all(isinstance(number, (int, float)) for number in entry)
+
+
+def variant_of(name: str) -> str | None:
+    """ "diffusion_pytorch_model" or "diffusion_pytorch_model.fp16" of a file of weights, or of their index; None of others."""
+    where, _, file = name.rpartition("/")
+    network = where.removeprefix("base/").removeprefix("upsampler/")  # the stages of a cascade
+    match = WEIGHTS.fullmatch(file) if network in ("", "unet", "classifier") else None
+    return match and match[1] + (match[2] or "")
+
+
+def variants_in(folder: Path) -> dict[str, list[Path]]:
+    """Safetensors files in the folder of a network, and their indices, by `variant_of`: the usual weights, "….fp16", ..."""
+    variants = {}
+    for path in sorted(folder.iterdir()):
+        if variant_of(path.name) and path.suffix != ".bin":
+            variants.setdefault(variant_of(path.name), []).append(path)
+    return variants
+
+
+def folder_of_part(part: Path) -> Path:
+    """The folder of the pipeline whose component lies in the folder `part`; `part` itself where it stands alone."""
+    return part.parent if (part.parent / "model_index.json").is_file() else part
+
+
+def check_part(part: Path, folder: Path) -> None:
+    """Checks the files that are read of a component in the folder `part` of the pipeline in `folder`.
+
+    Raises as `read_json` and `read_shards`; ValueError for weights that `check_file` refuses.
+    """
+    for path in sorted(part.iterdir()):
+        if path.name in ("config.json", "scheduler_config.json"):
+            read_config(path, folder)
+        elif variant_of(path.name) and path.suffix == ".json":
+            read_shards(path, folder)
+        elif variant_of(path.name):
+            check_file(path, folder, None)
+
+
+def read_shards(path: Path, folder: Path) -> dict[str, str]:
+    """Tensor -> name of its file, from the index of weights in several files, which lie beside it.
+
+    Raises as `check_file`, `read_json`; ValueError for other contents.
+    """
+    index = read_json(path, folder)
+    shards = index.get("weight_map")
+    plain = isinstance(shards, dict) and all(
+        isinstance(name, str) and SHARD.fullmatch(name) for name in shards.values()
+    )
+    if not plain or not isinstance(index.get("metadata"), dict):
+        raise ValueError(
+            f"{path} has no metadata and weight_map from tensors to the files beside it; save the pipeline again"
+        )
+    for file in (path.with_name(name) for name in {*shards.values()}):
+        if os.path.lexists(file):
+            check_file(file, folder, None)
+    return shards
+
+
+def check_label_names(names: list[str]) -> list[str]:
+    """Returns names of labels. Raises ValueError for those that could be saved, but not be read again."""
+    size = len(json.dumps(names, indent=8))
+    if not NAMES.fits(list(names)) or size > NAMES_BYTES or re.search("[\ud800-\udfff]", "".join(names)):
+        raise ValueError(
+            f"class_names={reprlib.repr(names)} must be {NAMES.words}, in UTF-8, {NAMES_BYTES // 2**20} MiB in all; "
+            "give shorter names"
+        )
+    return names
+
+
+def check_target(folder: Path, parts: Iterable[str] = ()) -> None:
+    """Raises ValueError where saving to `folder`, and to the folders of these parts in it, would write through a link."""
+    for place in (folder, *(folder / part for part in parts)):
+        paths = list(place.iterdir()) if place.is_dir() else []
+        links = [path for path in paths if path.name in CONFIGS or path.suffix == ".py" or variant_of(path.name)]
+        link = next((path for path in (*links, place) if path.is_symlink() and path != folder), None)
+        if link is not None:
+            raise ValueError(
+                f"{link} is a link, and what it leads to would be overwritten; remove it, or save to a new folder"
+            )
+
+
+class GuardedConfig:
+    """How a component reads and writes its config; before diffusers' `ConfigMixin` among its bases."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """diffusers' hook for reading a config. Raises as `read_config`."""
+        return read_config(Path(json_file), folder_of_part(Path(json_file).parent))
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As diffusers' method, of which `save_pretrained` is made. Raises ValueError where it would write through a link."""
+        check_target(Path(save_directory))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

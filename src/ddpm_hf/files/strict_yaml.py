@@ -1,0 +1,106 @@
+"""YAML for configs: what a config has no use for is refused, so that no file can mean something else than it seems, or take
+minutes and gigabytes: anchors and aliases (481 bytes of which can stand for 2 GB), tags, keys twice, keys that are no text,
+deep nesting, large files. Dates are text, and so is every number that JSON would not read as one, but inf and nan.
+"""
+
+import os
+import re
+
+import yaml
+
+MOST_CHARACTERS = 2**18
+
+
+MOST_VALUES = 12_000  # the betas of 10,000 timesteps, in a second
+
+
+MOST_LEVELS = 16
+
+
+TOO_DEEP = f"nested deeper than {MOST_LEVELS} levels"
+
+
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
+
+
+# 2e-4 as well, which YAML 1.1 takes for text; 010 is ten
+NUMBER = re.compile(r"([-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN))$")
+
+
+def read_yaml(path: str | os.PathLike):
+    """The value of a YAML file.
+
+    Raises:
+        ValueError: it is not UTF-8, not YAML, or has one of the above; in one line.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        text = file.read(MOST_CHARACTERS + 1)
+    return parse_yaml(text.decode("utf-8"))
+
+
+def parse_yaml(text: str):
+    """The value of YAML; ValueError as `read_yaml`."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it is larger than {MOST_CHARACTERS // 1024} KiB")
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).replace('in "<unicode string>", ', "").split())) from None
+
+
+def dump_yaml(value) -> str:
+    """YAML that `parse_yaml` reads as the same value; keys keep their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    # without the numbers and dates of YAML 1.1
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    level = values = 0
+
+    def fetch_flow_collection_start(self, token):
+        if self.flow_level == MOST_LEVELS:
+            raise yaml.YAMLError(TOO_DEEP)
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if event.anchor is not None:
+            self._refuse("anchors and aliases are not supported", event)
+        if getattr(event, "tag", None) is not None:
+            self._refuse("tags are not supported", event)
+        if self.level == MOST_LEVELS:
+            self._refuse(TOO_DEEP, event)
+        if self.values == MOST_VALUES:
+            self._refuse(f"more than {MOST_VALUES} values", event)
+        self.level, self.values = self.level + 1, self.values + 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value:
+            if key.tag != self.DEFAULT_SCALAR_TAG:
+                self._refuse("a key must be text", key)
+            if key.value in keys:
+                self._refuse(f"the key {key.value[:60]!r} is there twice", key)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def _refuse(self, what, place):
+        raise yaml.YAMLError(f"{what}, line {place.start_mark.line + 1}")
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data):
+        return True
+
+
+for _class in _Loader, _Dumper:
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789iInN"))

@@ -1,0 +1,118 @@
+"""The records beside the weights: training.json and evaluation.json, and the digest of the weights they belong to."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from ddpm_hf.files.guarded import (
+    COUNT,
+    INTEGER,
+    NAMES,
+    NULL,
+    NUMBER,
+    SHARE,
+    TEXT,
+    WORD,
+    Kind,
+    check_file,
+    check_values,
+    read_json,
+)
+from ddpm_hf.files.pipeline_folder import variants_in
+
+VERSIONS = Kind(
+    "versions by name",
+    lambda value: isinstance(value, dict) and all(WORD.fits(word) for pair in value.items() for word in pair),
+)
+
+
+SUBSET = Kind("the number of images {of: ...}", lambda value: isinstance(value, dict) and COUNT.fits(value.get("of")))
+
+
+COMMAND = Kind("one line of at most 4,000 characters", lambda value: isinstance(value, str) and len(value) <= 4000)
+
+
+# what training/train.py writes, and training/evaluate.py by the bound or by the ODE, as far as others read it; keys that may
+# be null may be left out
+TRAINING = {
+    **dict.fromkeys(("data", "split"), TEXT),
+    **dict.fromkeys(("steps", "batch_size", "gradient_accumulation_steps"), COUNT),
+    **dict.fromkeys(("learning_rate", "ema_decay"), NUMBER),
+    **{"held_out": SHARE | NULL, "images": COUNT | NULL},
+    **{"seed": INTEGER, "loss": WORD, "weighting": WORD | NULL, "preset": TEXT | NULL, "weights": WORD | NULL},
+    **{"hub_dataset": TEXT | NULL, "label_names": NAMES | NULL, "versions": VERSIONS | NULL},
+}
+
+
+EVALUATION = {
+    **dict.fromkeys(("data", "split"), TEXT),
+    **dict.fromkeys(("total", "prior", "kl", "decoder"), NUMBER),
+    **dict.fromkeys(("images", "steps", "first_timestep"), COUNT),
+    **dict.fromkeys(("standard_error", "sampling_error", "evaluations_per_image"), NUMBER | NULL),
+    **{"seed": INTEGER, "subset": SUBSET | NULL, "command": COMMAND | NULL, "weights": WORD | NULL},
+    "held_out": SHARE | NULL,
+}
+
+
+EVALUATION_BY_ODE = {
+    **{
+        key: EVALUATION[key]
+        for key in (
+            "data",
+            "split",
+            "total",
+            "images",
+            "seed",
+            "standard_error",
+            "subset",
+            "held_out",
+            "command",
+            "weights",
+        )
+    },
+    **{"dequantization": WORD, "tolerance": NUMBER, "evaluations_per_image": NUMBER},
+}
+
+
+def read_record(path: Path, folder: Path) -> dict:
+    """training.json or evaluation.json of the pipeline in `folder`.
+
+    Raises as `read_json`; ValueError for what training/train.py and evaluate.py do not write.
+    """
+    values = read_json(path, folder)
+    by_ode = "dequantization" in values
+    schema = TRAINING if path.stem == "training" else EVALUATION_BY_ODE if by_ode else EVALUATION
+    return check_values(values, schema, path, mend="remove the file")
+
+
+def weights_digest(folder: Path) -> str | None:
+    """SHA-256 of the network's weights in a saved pipeline, by which numbers are known to be of them; None if there are none.
+
+    It is of the weights that are opened without a variant: others, such as "fp16", may stand beside them.
+    """
+    paths = variants_in(folder / "unet").get("diffusion_pytorch_model", [])
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.suffix == ".safetensors":
+            digest.update(f"{path.name} {file_sha256(check_file(path, folder, None))}".encode())
+    return digest.hexdigest() if paths else None
+
+
+def told_of(folder: Path, pipeline_folder: Path | None = None) -> dict[str, dict | None]:
+    """training.json and evaluation.json of a saved pipeline by "training" and "evaluation": of other weights they are None.
+
+    What is not there is left out. Raises ValueError for what training/train.py and evaluate.py do not write.
+    pipeline_folder: where `folder` is that of a stage in it.
+    """
+    now, found = weights_digest(folder), {}
+    for name in ("training", "evaluation"):
+        path = folder / f"{name}.json"
+        if os.path.lexists(path):
+            values = read_record(path, pipeline_folder or folder)
+            found[name] = values if values["weights"] in (None, now) else None
+    return found
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,219 @@
+"""Images made larger by a diffusion model that sees them, and two stages in a row (IDDPM, appendix; ADM, section 5)."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from numbers import Real
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from PIL import Image
+
+from ddpm_hf.arguments import checked_arguments, shown
+from ddpm_hf.models.classifier import NoisyClassifier
+from ddpm_hf.models.conditioning import condition_planes
+from ddpm_hf.models.unet import DDPMUNet, sides
+from ddpm_hf.pipelines.ddpm import DDPMImagePipeline, positive_integer
+
+
+class DDPMSuperResolutionPipeline(DDPMImagePipeline):
+    """Makes images larger: `DDPMImagePipeline` with a network that sees the low-resolution image, scaled up, beside x_t.
+
+    Its network takes the channels of x_t, those of the image, and with conditioning_noise a plane for the noise level. Saved
+    folders name this class: without the package they are opened by `DiffusionPipeline.from_pretrained(folder,
+    trust_remote_code=True)`; plain diffusers has no class that samples them.
+
+    Args:
+        unet, scheduler, classifier: as in `DDPMImagePipeline`; in_channels of the network as above.
+        low_resolution: (height, width) of the images that it takes.
+        conditioning_noise: highest level of the noise on low-resolution images that it was trained with ("conditioning
+            augmentation", Ho et al. 2021, "Cascaded Diffusion Models"), in [0, 1); 0 for none.
+
+    Raises:
+        ValueError: a network whose channels do not fit.
+    """
+
+    _source_module = __name__
+
+    @checked_arguments(low_resolution="[1, 65536]", conditioning_noise="[0, 1)")
+    def __init__(
+        self,
+        unet: DDPMUNet | UNet2DModel,
+        scheduler,
+        classifier: NoisyClassifier | None = None,
+        low_resolution: list[int] | int = (8, 8),
+        conditioning_noise: float = 0.0,
+    ):
+        sides = [low_resolution] * 2 if isinstance(low_resolution, int) else list(low_resolution)
+        if len(sides) != 2:
+            raise ValueError(f"low_resolution={shown(low_resolution)} must be a side in pixels, or (height, width)")
+        super().__init__(unet, scheduler, classifier)
+        self.register_to_config(low_resolution=sides, conditioning_noise=float(conditioning_noise))
+        config, channels = self.unet.config, self.channels
+        if config.in_channels != 2 * channels + (conditioning_noise > 0) or config.out_channels not in (
+            channels,
+            2 * channels,
+        ):
+            raise ValueError(
+                f"the network takes {config.in_channels} channels and gives {config.out_channels}; with "
+                f"conditioning_noise={conditioning_noise} it must take x_t and the low-resolution image"
+                f"{', and its noise level' if conditioning_noise > 0 else ''}, and give as many as x_t has, or twice"
+            )
+        if config.sample_size is None:
+            raise ValueError("the network's config has no sample_size, the side of the images that it makes; set it")
+
+    @property
+    def channels(self) -> int:
+        """Of the images: half of what the network takes, but for the noise level."""
+        return self.unet.config.in_channels // 2
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        noise_level: float = 0.0,
+        eta: float | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
+        guidance_scale: float | torch.Tensor | None = None,
+        classifier_scale: float | torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample", "latents"),
+    ) -> ImagePipelineOutput | tuple:
+        """Draws a larger image for each of `images`.
+
+        Args:
+            images: of the size `low_resolution`: PIL images or one, an array (B, H, W, C) in [0, 1], or a tensor (B, C, H,
+                W) in [-1, 1].
+            noise_level: of the noise on them, 0 to conditioning_noise: more gives the network more freedom from the images.
+            Others: as in `DDPMImagePipeline.__call__`; latents have the size of the result.
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            ValueError: images of another size or number of channels, a noise level that it was not trained with; as
+                `DDPMImagePipeline.__call__`.
+        """
+        self._check_output(output_type, callback_on_step_end_tensor_inputs)
+        prepared = self._prepare_larger(
+            images,
+            noise_level,
+            generator,
+            num_inference_steps,
+            eta,
+            class_labels,
+            latents,
+            guidance_scale,
+            classifier_scale,
+            timesteps,
+            sigmas,
+        )
+        return self._run(prepared, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+    def progressive(
+        self,
+        images,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        every: int = 1,
+        noise_level: float = 0.0,
+        eta: float | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
+        guidance_scale: float | torch.Tensor | None = None,
+        classifier_scale: float | torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """As `DDPMImagePipeline.progressive`, of images as `__call__` takes them."""
+        every = positive_integer("every", every)
+        prepared = self._prepare_larger(
+            images,
+            noise_level,
+            generator,
+            num_inference_steps,
+            eta,
+            class_labels,
+            latents,
+            guidance_scale,
+            classifier_scale,
+            timesteps,
+            sigmas,
+        )
+        return self._progress(*prepared, every)
+
+    def _prepare_larger(self, images, noise_level, generator, *arguments):
+        """`_prepare` of as many images as there are small ones, with their planes; `arguments` are its own."""
+        self._check_generator(generator)
+        planes, generator = self._planes(images, noise_level, generator)
+        return self._prepare(len(planes), generator, *arguments, planes)
+
+    def check(self, batch_size: int, generator=None, num_inference_steps: int | None = None, **kwargs) -> None:
+        """Whether `__call__` takes these arguments, with `batch_size` images that fit: raises what it would raise."""
+        try:
+            arguments = inspect.signature(type(self).__call__).bind(self, None, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"upsampler: {error}") from None
+        arguments.apply_defaults()
+        told = arguments.arguments
+        self._check_output(told["output_type"], told["callback_on_step_end_tensor_inputs"])
+        if isinstance(generator, (list, tuple)):
+            generator = [torch.Generator() for _ in generator]  # nothing is drawn from the caller's
+        else:
+            generator = torch.Generator()
+        images = torch.zeros(positive_integer("batch_size", batch_size), self.channels, *self.config.low_resolution)
+        names = ("eta", "class_labels", "latents", "guidance_scale", "classifier_scale", "timesteps", "sigmas")
+        how = (told[name] for name in names)
+        self._prepare_larger(images, told["noise_level"], generator, num_inference_steps, *how)
+
+    def interpolate(self, *args, **kwargs):
+        """Not for this pipeline: interpolate the low-resolution images, by the pipeline that draws them."""
+        raise ValueError("a super-resolution pipeline does not interpolate; interpolate its low-resolution images")
+
+    def _planes(self, images, noise_level, generator):
+        low, conditioning_noise = tuple(self.config.low_resolution), self.config.conditioning_noise
+        if not isinstance(images, torch.Tensor):
+            listed = [images] if isinstance(images, (Image.Image, np.ndarray)) else images
+            kinds = (Image.Image, np.ndarray, torch.Tensor)
+            if (
+                not isinstance(listed, (list, tuple))
+                or not listed
+                or not all(isinstance(each, kinds) for each in listed)
+            ):
+                raise ValueError("images must be PIL images, an array (B, H, W, C) in [0, 1] or a tensor (B, C, H, W)")
+            if any(isinstance(each, np.ndarray) and each.dtype.kind != "f" for each in listed):
+                raise ValueError("images is an array of integers; give floating point in [0, 1]")
+            grey = {"do_convert_grayscale": True} if self.channels == 1 else {"do_convert_rgb": self.channels == 3}
+            images = VaeImageProcessor(do_resize=False, **grey).preprocess(images)
+        if not images.is_floating_point():
+            raise ValueError(f"images is a tensor of {images.dtype}; give floating point in [-1, 1]")
+        if images.dim() != 4 or images.shape[1] != self.channels or tuple(images.shape[2:]) != low:
+            raise ValueError(
+                f"images have the shape {tuple(images.shape)}; this pipeline takes (B, {self.channels}, {low[0]}, {low[1]})"
+            )
+        if not (isinstance(noise_level, Real) and 0 <= noise_level <= conditioning_noise):
+            raise ValueError(
+                f"noise_level={noise_level!r} must be 0 to {conditioning_noise}, what the network was trained with"
+            )
+        images = images.to(self._execution_device, self.unet.dtype)
+        size = sides(self.unet.config.sample_size)
+        level = torch.full((len(images),), float(noise_level)) if conditioning_noise > 0 else None
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        return condition_planes(images, size, level, generator if noise_level > 0 else None), generator
+
+    def to_json_string(self) -> str:
+        """The pipeline's index as it is saved: it names this class, which stands in `pipeline.py` beside it."""
+        index = json.loads(super().to_json_string())
+        return json.dumps({**index, "_class_name": ["pipeline", type(self).__name__]}, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,652 @@
+"""The diffusion process: q, p, the variational bound and the samplers, in one self-contained file.
+
+Equation numbers are those of Ho, Jain, Abbeel 2020 ("the paper") unless IDDPM (Nichol & Dhariwal 2021) or DDIM (Song,
+Meng, Ermon 2020) is named. Timesteps are 0-based: t = 0 here is the paper's t = 1. Likelihoods are in nats inside and in
+bits per dimension where a name says so. All tables are float64.
+"""
+
+import json
+import operator
+from collections import OrderedDict
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput, rescale_zero_terminal_snr
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+from ddpm_hf.arguments import check_argument, checked_arguments, shown
+from ddpm_hf.files.pipeline_folder import GuardedConfig
+from ddpm_hf.schedulers.betas import BETA_SCHEDULES, MOST_TIMESTEPS, OWN_SCHEDULES, space_timesteps
+from ddpm_hf.schedulers.gaussian import Gaussian, discretized_gaussian_log_likelihood, gaussian_kl, nats_to_bits_per_dim
+from ddpm_hf.schedulers.tables import ChainTables, ddim_tables, in_working_precision, weighted_sum
+
+logger = logging.get_logger(__name__)
+
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "previous")
+
+
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+
+
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "iddpm")
+
+
+# What diffusers' own classes read in place of a value that they do not know: the first of each is saved, all are read back.
+# "leading" for "iddpm": it alone keeps solvers without clipping away from the end of a cosine schedule, where an error of
+# epsilon becomes one of x_0 20,000 times as large, and its strides are integers, as the steps of diffusers' DDPMScheduler
+# and DDIMScheduler take them to be; folders saved earlier have "linspace". Stock classes cannot sample a network that learned
+# its log variance directly: "fixed_small" makes them stop at the doubled channels instead of sampling NaN.
+STOCK_VALUES = {
+    "timestep_spacing": {"iddpm": ("leading", "linspace")},
+    "variance_type": {"fixed_large_log": ("fixed_large",), "learned": ("fixed_small",)},
+}
+
+
+# What says which process the network was trained for: carried to every other scheduler class, whose defaults differ.
+PROCESS_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+
+
+def _shortened(chain):
+    """A list as errors show it: of many timesteps the first and the last."""
+    if len(chain) <= 8:
+        return str(chain)
+    first, last = (", ".join(map(str, part)) for part in (chain[:3], chain[-3:]))
+    return f"[{first}, ..., {last}] of {len(chain)} timesteps"
+
+
+class VariationalDDPMScheduler(GuardedConfig, DDPMScheduler):
+    """diffusers' `DDPMScheduler` with the whole of the paper: exact tables, posteriors, the bound and its decoder.
+
+    "The chain" is the list of timesteps last given to `set_timesteps`, all T before any call. q, p, the bound and `step`
+    act on it, with betas and variances recomputed for it. `t` is always an original, 0-based timestep: an int, a 0-d
+    tensor, or an int64 tensor (B,) with one for each image. A `t` outside the chain is a ValueError; in a tensor on an
+    accelerator, where looking would wait for the device, its image becomes NaN instead.
+
+    Args beyond those of `DDPMScheduler`:
+        beta_schedule: also "quad", "warmup10", "warmup50", "const", "jsd" (the paper's code), "cosine" (IDDPM eq. 17) and
+            "linear_scaled_by_T". A schedule is used as given whatever `num_train_timesteps` is; IDDPM scales beta_start
+            and beta_end of its linear schedule by 1000 / T, which is "linear_scaled_by_T".
+        variance_type: "fixed_small" (posterior variance, 0 at the first step), "fixed_large" (beta; the posterior variance
+            of the second step at the first), "learned" (the network's second half of channels is the log variance),
+            "learned_range" (it interpolates between the two, IDDPM eq. 15). "fixed_small_log" and "fixed_large_log" are the
+            same distributions, written by their log variances. In logarithms the first step has the second's posterior
+            variance, as in the paper's code.
+        prediction_type: also "previous": the network gives the mean of x_{t-1} (the paper's mu-tilde prediction).
+        timestep_spacing: also "iddpm": even fractional strides that keep both ends, `space_timesteps(T, n)`.
+        levels: grey levels of the data, 256 for 8 bits, for the decoder L_0.
+
+    `config` holds what diffusers' own classes understand (a schedule that they do not all know as `trained_betas`) and the
+    rest under "_ddpm_hf"; `from_config` of any scheduler takes it, and takes it back.
+
+    Limits, so that a config from elsewhere cannot ask for all memory: 100,000 timesteps, 2**24 grey levels.
+
+    Raises:
+        ValueError: a value that is not supported, named with what is; betas outside (0, 1], or so large that before the last
+            timestep nothing is left of x_0.
+    """
+
+    @checked_arguments(
+        num_train_timesteps="[1, 100000]",
+        beta_start="[1e-15, 1)",
+        beta_end="[1e-15, 1]",
+        beta_schedule=tuple(BETA_SCHEDULES),
+        prediction_type=PREDICTION_TYPES,
+        dynamic_thresholding_ratio="(0, 1]",
+        clip_sample_range="(0, 1000000]",
+        sample_max_value="(0, 1000000]",
+        timestep_spacing=TIMESTEP_SPACINGS,
+        steps_offset="[0, 99999]",
+        levels="[2, 16777216]",
+    )
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str | None = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        levels: int = 256,
+    ):
+        if variance_type not in VARIANCE_TYPES:
+            if variance_type is not None:  # None: in the configs of other schedulers
+                logger.warning(
+                    f"variance_type={shown(variance_type)} is not known and, as in diffusers, taken for 'fixed_small'; "
+                    f"known are {', '.join(VARIANCE_TYPES)}"
+                )
+            variance_type = "fixed_small"
+        if trained_betas is not None:
+            if not 1 <= len(trained_betas) <= MOST_TIMESTEPS:
+                raise ValueError(
+                    f"trained_betas has {len(trained_betas)} entries; give 1 to {MOST_TIMESTEPS}, one a timestep"
+                )
+            betas = np.array(trained_betas, dtype=np.float64)
+            num_train_timesteps = len(betas)
+        else:
+            betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
+        if rescale_betas_zero_snr and num_train_timesteps < 2:
+            raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of 2 at least")
+        if rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
+        # classes that know no rescaling are given the betas rescaled; twice is once
+        self._make_config_stock(betas, beta_schedule, trained_betas, variance_type, levels)
+        schedule = "trained_betas"
+        if trained_betas is None:
+            schedule = (
+                f"beta_schedule={beta_schedule!r} with num_train_timesteps={num_train_timesteps}, beta_start={beta_start} and "
+                f"beta_end={beta_end}"
+            )
+        possible = (betas >= 1e-15) & (betas <= 1)  # a smaller one is lost in 1 - beta
+        if not possible.all():
+            t = int(np.argmin(possible))
+            raise ValueError(f"{schedule} has beta={betas[t]} at t={t}; betas must be in [1e-15, 1]")
+        if steps_offset >= num_train_timesteps:
+            raise ValueError(
+                f"steps_offset={steps_offset} must be below the {num_train_timesteps} timesteps of the process"
+            )
+
+        self.levels = levels
+        self.variance_type = variance_type
+        self.prediction_type = prediction_type
+        self.timestep_spacing = timestep_spacing
+        self.betas = torch.from_numpy(betas)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        lost = self.alphas_cumprod[:-1] == 0
+        if lost.any():
+            t = int(lost.int().argmax())
+            raise ValueError(f"{schedule} leaves nothing of x_0 at t={t}, before the last timestep; lower the betas")
+        self.one = torch.tensor(1.0)
+        self.init_noise_sigma = 1.0
+
+        self.custom_timesteps = False
+        self.num_inference_steps = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self._all_steps = self._chain = self._make_chain(range(num_train_timesteps))
+
+    # configuration
+
+    def _make_config_stock(self, betas, beta_schedule, trained_betas, variance_type, levels):
+        own, stock = {"levels": levels}, {"num_train_timesteps": len(betas), "variance_type": variance_type}
+        for key, replacements in STOCK_VALUES.items():
+            value = stock.get(key, self.config[key])
+            if value in replacements:
+                own[key], stock[key] = value, replacements[value][0]
+        if trained_betas is not None or beta_schedule in OWN_SCHEDULES or self.config.rescale_betas_zero_snr:
+            stock["trained_betas"] = betas.tolist()
+            if trained_betas is None:
+                own["trained_betas"] = None  # they follow from the schedule's name
+        config = {**self.config, **stock, "_ddpm_hf": own}
+        del config["levels"]
+        if "_use_default_values" in config:
+            told = {"levels", *PROCESS_KEYS, *own}
+            config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in told]
+        self._internal_dict = FrozenDict(config)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        config_dict = dict(config_dict)
+        for key, value in check_argument("_ddpm_hf", config_dict.pop("_ddpm_hf", None) or {}, dict).items():
+            replaced = STOCK_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
+            # not where another class's user has chosen something else since
+            if replaced is None or config_dict.get(key) in replaced:
+                config_dict[key] = value
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as JSON, under the name of the diffusers class that opens it."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
+        return json.dumps({**config, "_class_name": "DDPMScheduler"}, indent=2, sort_keys=True) + "\n"
+
+    # the chain
+
+    @property
+    def chain(self) -> list[int]:
+        """The original timesteps of the chain, ascending."""
+        return list(self._chain.timesteps)
+
+    def _make_chain(self, timesteps, variance_type=None):
+        betas, alphas_cumprod = self.betas.numpy(), self.alphas_cumprod.numpy()
+        variance_type = variance_type or self.variance_type
+        with np.errstate(divide="ignore", invalid="ignore"):  # betas above 1, warned of
+            return ChainTables(list(timesteps), betas, alphas_cumprod, variance_type, self.prediction_type)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Sets the chain: `num_inference_steps` timesteps by `timestep_spacing`, or exactly `timesteps`.
+
+        Args:
+            num_inference_steps: 1 to num_train_timesteps.
+            device: where `self.timesteps` shall be; on the CPU a loop over it never waits for an accelerator.
+            timesteps: strictly descending original timesteps.
+
+        Raises:
+            ValueError: both or neither given, or timesteps that are not strictly descending in [0, T).
+        """
+        T = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("give one of num_inference_steps and timesteps, not both and not neither")
+        if timesteps is None and not (isinstance(num_inference_steps, Integral) and 1 <= num_inference_steps <= T):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps!r} must be an integer, 1 to {T}, the steps of the process"
+            )
+        chain = self._spaced(num_inference_steps) if timesteps is None else [_index(t) for t in timesteps][::-1]
+        if not chain or chain[0] < 0 or chain[-1] >= T or any(a >= b for a, b in zip(chain, chain[1:])):
+            source = "timesteps" if timesteps is not None else f"steps_offset={self.config.steps_offset}"
+            raise ValueError(
+                f"{source} makes the chain {_shortened(chain[::-1])}; timesteps must be strictly descending within "
+                f"{T - 1} to 0"
+            )
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(chain)
+        self.timesteps = torch.tensor(chain[::-1], device=device)
+        if chain != self._chain.timesteps:
+            self._chain = self._all_steps if len(chain) == T else self._make_chain(chain)
+
+    def _spaced(self, n):
+        """n ascending timesteps (Lin et al. 2024, table 2; "iddpm": IDDPM section 4)."""
+        T = self.config.num_train_timesteps
+        if self.timestep_spacing == "iddpm":
+            return space_timesteps(T, n)
+        if self.timestep_spacing == "linspace":
+            steps = np.linspace(0, T - 1, n).round()
+        elif self.timestep_spacing == "leading":
+            steps = np.arange(n) * (T // n) + self.config.steps_offset
+        else:
+            steps = np.round(T - np.arange(n)[::-1] * (T / n)) - 1
+        return steps.astype(np.int64).tolist()
+
+    def previous_timestep(self, timestep: int) -> torch.Tensor:
+        """The timestep after `timestep` on the way down the chain, a 0-d tensor; -1 after the last."""
+        position = self._position(timestep)
+        return torch.tensor(self._chain.timesteps[position - 1] if position > 0 else -1)
+
+    def _position(self, t, like=None):
+        """The position of timestep t in the chain: an int for one timestep; a tensor, beside `like`, for one an image."""
+        chain = self._chain
+        if isinstance(t, torch.Tensor) and t.dim() > 0:
+            position = t = self._in_range(t if like is None else t.to(like.device))
+            if chain is not self._all_steps:
+                position = chain.on("positions", t.device)[t]
+                if t.device.type == "cpu" and (outside := position == len(chain.timesteps)).any():
+                    self._refuse(t[outside][0].item())
+            return position
+        position = chain.position.get(_index(t))
+        return position if position is not None else self._refuse(_index(t))
+
+    def _in_range(self, t):
+        if t.is_floating_point():
+            raise ValueError(f"timesteps of dtype {t.dtype} must be integers")
+        t, T = t.long(), self.config.num_train_timesteps
+        if t.device.type == "cpu" and (outside := (t < 0) | (t >= T)).any():
+            raise ValueError(f"timestep {t[outside].flatten()[0].item()} is not one of the process, 0 to {T - 1}")
+        return t
+
+    def _refuse(self, t):
+        steps = self._chain.timesteps
+        raise ValueError(
+            f"timestep {t} is not in the chain of {len(steps)} steps from {steps[0]} to {steps[-1]}; see set_timesteps"
+        )
+
+    # q
+
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor | int, noise: torch.Tensor) -> torch.Tensor:
+        """x_t drawn from q(x_t | x_0) with the given noise: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, eq. 4.
+
+        Args:
+            x_start: images (B, C, H, W) in [-1, 1].
+            t: 0-based timesteps of the chain.
+            noise: standard normal, of the shape of x_start.
+
+        Returns:
+            (B, C, H, W), of the dtype of x_start.
+        """
+        return self._noised(self._chain, x_start, self._position(t, x_start), noise)
+
+    def add_noise(self, original_samples, noise, timesteps):
+        """`q_sample` with diffusers' order of arguments, for any of the T timesteps whatever the chain is.
+
+        Returns:
+            Of the shape and dtype of `original_samples`. timesteps: int64 (B,), 0-based.
+        """
+        timesteps = self._in_range(torch.as_tensor(timesteps)).reshape(-1).to(original_samples.device)
+        return self._noised(self._all_steps, original_samples, timesteps, noise)
+
+    def get_velocity(self, sample, noise, timesteps):
+        """The target of v-prediction, sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022); as `add_noise`."""
+        timesteps = self._in_range(torch.as_tensor(timesteps)).reshape(-1).to(noise.device)
+        return self._noised(self._all_steps, noise, timesteps, -in_working_precision(sample))
+
+    @staticmethod
+    def _noised(chain, a, position, b):
+        dtype, a, b = a.dtype, in_working_precision(a), in_working_precision(b)
+        return weighted_sum(chain.at("x_t", position, a), a, b).to(dtype)
+
+    def epsilon_from_x_start(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
+        """The noise that leads from x_0 to x_t: (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t), eq. 9. (B, C, H, W)."""
+        x_start, x_t, position = in_working_precision(x_start), in_working_precision(x_t), self._position(t, x_t)
+        # by the same factor that leads to x_0, so that the rounding of the way back is undone
+        unscaled = x_t * self._chain.at("reciprocal_sqrt_alphas_cumprod", position, x_t)
+        return (unscaled - x_start) * self._chain.at("sqrt_snr", position, x_t)
+
+    def prediction_target(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor | int
+    ) -> torch.Tensor:
+        """What the network is trained to give at (x_t, t), by the prediction type. Images (B, C, H, W); t 0-based."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x_start
+        if self.prediction_type == "previous":
+            return self.q_posterior(x_start, x_t, t).mean
+        return self._noised(self._chain, noise, self._position(t, noise), -in_working_precision(x_start))
+
+    def draw_timesteps(
+        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Timesteps of the chain, drawn uniformly: int64 (batch_size,) on `device`, 0-based original timesteps.
+
+        They are drawn where the generator is, if one is given.
+        """
+        chain, source = self._chain, device if generator is None else generator.device
+        drawn = torch.randint(len(chain.timesteps), (batch_size,), generator=generator, device=source)
+        return chain.on("timesteps", drawn.device)[drawn].to(device)
+
+    def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
+        """q(x_t | x_0), eq. 4. x_start: (B, C, H, W) in [-1, 1]; t: 0-based, of the chain."""
+        x_start, position = in_working_precision(x_start), self._position(t, x_start)
+        mean = self._chain.at("sqrt_alphas_cumprod", position, x_start) * x_start
+        variance = self._full("one_minus_alphas_cumprod", position, x_start)
+        return Gaussian(mean, variance, self._full("log_one_minus_alphas_cumprod", position, x_start))
+
+    def q_posterior(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
+        """q(x_{t-1} | x_t, x_0), eq. 6-7. Images (B, C, H, W); t: 0-based, of the chain.
+
+        At the chain's first step the variance is 0 and the log variance that of the second step.
+        """
+        x_start, x_t, position = in_working_precision(x_start), in_working_precision(x_t), self._position(t, x_t)
+        return Gaussian(
+            weighted_sum(self._chain.at("posterior_mean", position, x_t), x_start, x_t),
+            self._full("posterior_variance", position, x_t),
+            self._full("posterior_log_variance_clipped", position, x_t),
+        )
+
+    def _full(self, name, position, like):
+        """A table's entry at each pixel, beside `like`."""
+        if isinstance(position, int):
+            return self._chain.on(name, like.device)[position].to(like.dtype).expand(like.shape)
+        return self._chain.at(name, position, like).expand(like.shape)
+
+    # p
+
+    def p_mean_variance(
+        self,
+        model_output: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor | int,
+        clip_sample: bool | None = None,
+    ) -> Gaussian:
+        """p(x_{t-1} | x_t) by the network's output, eq. 1 and 11, with `.pred_original_sample`.
+
+        Args:
+            model_output: (B, C, H, W), or (B, 2C, H, W) when the variance is learned.
+            x_t: (B, C, H, W).
+            t: 0-based timesteps of the chain.
+            clip_sample: clip (or threshold) the predicted x_0; None for what the config says. With "previous" prediction
+                the mean is the output as it is and clipping touches the predicted x_0 only.
+
+        Raises:
+            ValueError: wrong number of channels in model_output; a timestep outside the chain.
+        """
+        x_t = in_working_precision(x_t)
+        position = self._position(t, x_t)
+        output, values = self._split(model_output, x_t)
+        x_start = self._pred_x_start(output, x_t, position, clip_sample)
+        if self.prediction_type == "previous":
+            mean = output
+        else:
+            mean = weighted_sum(self._chain.at("posterior_mean", position, x_t), x_start, x_t)
+        if values is None:
+            variance = self._full("model_variance", position, x_t)
+            return Gaussian(mean, variance, self._full("model_log_variance", position, x_t), x_start)
+        log_variance = self._learned_log_variance(values, position)
+        return Gaussian(mean, log_variance.exp(), log_variance, x_start)
+
+    def _split(self, model_output, x_t):
+        output = model_output if model_output.dtype is x_t.dtype else model_output.to(x_t.dtype)
+        learned = self.variance_type in ("learned", "learned_range")
+        if not learned and output.shape == x_t.shape:
+            return output, None
+        channels = x_t.shape[1]
+        if output.shape[1] != channels * (2 if learned else 1):
+            raise ValueError(
+                f"model_output has {output.shape[1]} channels for images of {channels}; variance_type="
+                f"{self.variance_type!r} takes {channels * (2 if learned else 1)}: choose another variance_type"
+            )
+        return output.split(channels, dim=1) if learned else (output, None)
+
+    def _learned_log_variance(self, values, position):
+        return values if self.variance_type == "learned" else self._interpolated_log_variance(values, position)
+
+    def _interpolated_log_variance(self, values, position):
+        # IDDPM eq. 15: v in [-1, 1] interpolates in the logarithm
+        low = self._chain.at("posterior_log_variance_clipped", position, values)
+        high = self._chain.at("log_betas", position, values)
+        return low + (values + 1) * (0.5 * (high - low))
+
+    def _pred_x_start(self, output, x_t, position, clip_sample):
+        if self.prediction_type == "sample":
+            x_start = output
+        else:
+            x_start = weighted_sum(self._chain.at("x_start", position, x_t), x_t, output)
+        config = self.config
+        if clip_sample is None:
+            clip_sample = config.clip_sample or config.thresholding
+        if not clip_sample:
+            return x_start
+        if config.thresholding:
+            return self._threshold_sample(x_start)
+        clip = x_start.clamp if x_start is output else x_start.clamp_  # in place where the tensor is ours
+        return clip(-config.clip_sample_range, config.clip_sample_range)
+
+    def _get_variance(self, t, predicted_variance=None, variance_type=None):
+        """The variance of p(x_{t-1} | x_t), always a variance; diffusers' private name, for code that calls it."""
+        variance_type = variance_type or self.variance_type
+        position = self._position(t)
+        if variance_type == "learned":
+            return predicted_variance.exp()
+        if variance_type == "learned_range":
+            return self._interpolated_log_variance(predicted_variance, position).exp()
+        chain = self._chain
+        if variance_type != self.variance_type:
+            chain = self._make_chain(chain.timesteps, variance_type)
+        return torch.tensor(chain.tables["model_variance"][position])
+
+    # the bound
+
+    def vlb_term(
+        self,
+        model_output: torch.Tensor,
+        x_start: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor | int,
+        clip_sample: bool | None = None,
+    ) -> torch.Tensor:
+        """One term of the variational bound for each image, eq. 5: L_{t-1}, or L_0 at the chain's first step.
+
+        Args:
+            model_output: of the network at (x_t, t).
+            x_start: (B, C, H, W) in [-1, 1], on the grid of `levels` grey levels.
+            x_t: drawn from q(x_t | x_start), (B, C, H, W).
+            t: 0-based timesteps of the chain.
+            clip_sample: as in `p_mean_variance`.
+
+        Returns:
+            (B,) bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or the decoder's negative
+            log-likelihood (eq. 13).
+        """
+        p = self.p_mean_variance(model_output, x_t, t, clip_sample)
+        first = self._position(t, x_t) == 0
+        if first is True:
+            return self.decoder_bits_per_dim(p, x_start)
+        kl = self.kl_bits_per_dim(p, x_start, x_t, t)
+        return kl if first is False else torch.where(first, self.decoder_bits_per_dim(p, x_start), kl)
+
+    def kl_bits_per_dim(
+        self, p: Gaussian, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int
+    ) -> torch.Tensor:
+        """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p) of eq. 5, of `p_mean_variance`; not for the chain's first step.
+
+        Images (B, C, H, W); t 0-based, of the chain; (B,) bits per dimension.
+        """
+        q = self.q_posterior(x_start, x_t, t)
+        return nats_to_bits_per_dim(gaussian_kl(q.mean, q.log_variance, p.mean, p.log_variance))
+
+    def decoder_bits_per_dim(self, p: Gaussian, x_start: torch.Tensor, levels: int | None = None) -> torch.Tensor:
+        """L_0 of eq. 13, of `p_mean_variance` at the chain's first step.
+
+        x_start: (B, C, H, W) on the grid of `levels` grey levels (None: those of the config); (B,) bits per dimension.
+        """
+        x_start, log_scale = in_working_precision(x_start), 0.5 * p.log_variance
+        return nats_to_bits_per_dim(
+            -discretized_gaussian_log_likelihood(x_start, p.mean, log_scale, self.levels if levels is None else levels)
+        )
+
+    def prior_bits_per_dim(self, x_start: torch.Tensor) -> torch.Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, 1)) of eq. 5, at the chain's last step. x_start: (B, C, H, W); (B,) bits/dim."""
+        q = self.q_mean_variance(x_start, self._chain.timesteps[-1])
+        zero = torch.zeros_like(q.mean)
+        return nats_to_bits_per_dim(gaussian_kl(q.mean, q.log_variance, zero, zero))
+
+    # sampling
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        eta: float | None = None,
+        variance_noise: torch.Tensor | None = None,
+        gradient: torch.Tensor | None = None,
+    ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """x_t -> the next sample down the chain.
+
+        Args:
+            model_output: of the network at (sample, timestep).
+            timestep: 0-based, of the chain; an int is fastest.
+            sample: x_t, (B, C, H, W). Half precision is computed in float32 and returned in half.
+            generator: one, or a list with one for each image.
+            return_dict: False for a tuple (prev_sample, pred_original_sample).
+            eta: None for ancestral sampling (Algorithm 2); a number in [0, 1] for DDIM (eq. 12 and 16 there), which
+                recomputes epsilon from the clipped x_0.
+            variance_noise: standard normal noise to use in place of drawing it.
+            gradient: of scale * log p(y | x_t) by x_t, of the shape of sample, for classifier guidance: the mean is shifted by
+                the variance times it (ADM, Algorithm 1), with eta epsilon by -sqrt(1 - abar) times it (Algorithm 2), after
+                the clipping of x_0.
+
+        Returns:
+            `DDPMSchedulerOutput` with `.prev_sample` and `.pred_original_sample`, of the dtype of `sample`. The chain's
+            first step returns the mean, which is x_0, with no noise.
+
+        Raises:
+            ValueError: timestep outside the chain; wrong channels; eta outside [0, 1].
+        """
+        x_t = in_working_precision(sample)
+        position = self._position(timestep, x_t)
+        output, values = self._split(model_output, x_t)
+        x_start = self._pred_x_start(output, x_t, position, None)
+        if gradient is not None and eta is not None:
+            x_start = x_start + self._chain.at("x_start_of_gradient", position, x_t) * gradient.to(x_t.dtype)
+        tables, name = (self._chain, "ancestral") if eta is None else (self._ddim(eta), "ddim")
+        of_x_start, of_x_t, std = tables.at(name, position, x_t)
+        last = isinstance(position, int) and position == 0
+        if eta is None and values is not None and not last:
+            std = torch.exp(0.5 * self._learned_log_variance(values, position)) * (std > 0)  # no noise at the last step
+        noise = None if last or eta == 0 else _scaled_noise(std, x_t, generator, variance_noise)
+        if eta is None and self.prediction_type == "previous":
+            prev_sample = output.clone() if noise is None else noise + output
+        else:
+            prev_sample = weighted_sum((of_x_start, of_x_t), x_start, x_t, onto=noise)
+        if gradient is not None and eta is None:
+            if values is None:
+                variance = self._chain.at("model_variance", position, x_t)
+            else:
+                variance = self._learned_log_variance(values, position).exp()
+            prev_sample.addcmul_(gradient.to(x_t.dtype), variance)
+        if x_t is not sample:
+            prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
+        return _step_output(prev_sample, x_start) if return_dict else (prev_sample, x_start)
+
+    def _ddim(self, eta):
+        if not (isinstance(eta, Real) and 0 <= eta <= 1):
+            raise ValueError(f"eta={eta!r} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
+        return ddim_tables(self._chain, float(eta))
+
+    def reverse_step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+    ) -> DDPMSchedulerOutput:
+        """DDIM's ODE one step up the chain, deterministic: for encoding an image (DDIM section 4.3).
+
+        Args:
+            model_output: of the network at (sample, timestep).
+            timestep: the sample's own 0-based timestep, of the chain.
+            sample: (B, C, H, W).
+
+        Returns:
+            `DDPMSchedulerOutput`; `.prev_sample` is the sample at the chain's next timestep, at abar = 0 after the last.
+        """
+        x_t = in_working_precision(sample)
+        position = self._position(timestep, x_t)
+        output, _ = self._split(model_output, x_t)
+        x_start = self._pred_x_start(output, x_t, position, None)
+        result = weighted_sum(self._chain.at("reverse", position, x_t), x_start, x_t)
+        return DDPMSchedulerOutput(prev_sample=result.to(sample.dtype), pred_original_sample=x_start.to(sample.dtype))
+
+
+def _index(t):
+    try:
+        return operator.index(t)
+    except TypeError:
+        raise ValueError(f"timestep {t!r} must be an integer") from None
+
+
+def _scaled_noise(std, x, generator, noise):
+    """std times standard normal noise of x's shape: `noise` where it is given, else drawn from the generator(s)."""
+    if noise is None and std.dim() == 0 and (generator is None or getattr(generator, "device", None) == x.device):
+        # the values of std * randn, and one pass less
+        return torch.empty_like(x, memory_format=torch.contiguous_format).normal_(0.0, std, generator=generator)
+    if noise is None:
+        noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return noise.to(x.dtype) * std
+
+
+def _step_output(prev_sample, pred_original_sample):
+    """`DDPMSchedulerOutput(...)` without the detours of its constructor, which cost as much as two sums over the image."""
+    output = DDPMSchedulerOutput.__new__(DDPMSchedulerOutput)
+    fields = output.__dict__
+    fields["prev_sample"], fields["pred_original_sample"] = prev_sample, pred_original_sample
+    OrderedDict.__setitem__(output, "prev_sample", prev_sample)
+    OrderedDict.__setitem__(output, "pred_original_sample", pred_original_sample)
+    return output

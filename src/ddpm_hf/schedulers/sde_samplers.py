@@ -1,0 +1,329 @@
+"""Samplers of the reverse SDE as diffusers schedulers (Song et al. 2020, "Score-SDE"): predictors and correctors."""
+
+from numbers import Integral
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from ddpm_hf.arguments import check_argument, checked_arguments, shown
+from ddpm_hf.files.pipeline_folder import GuardedConfig
+from ddpm_hf.schedulers.sde import SDE_RANGES, VESDE, VPSDE, ChainSDE, SubVPSDE
+
+
+class SDEScheduler(GuardedConfig, SchedulerMixin, ConfigMixin):
+    """The reverse of an SDE as a diffusers scheduler: a predictor from each time to the next, correctors before it.
+
+    `timesteps` are what the network is told, so that pipelines need to know nothing of the process: t (N - 1) for VP and
+    sub-VP, sigma for VE. Times run from 1 down to `sampling_eps` evenly; each step goes to the next one by the process's own
+    transition between the two, the last to data: it returns the mean, without noise. `step` makes one network output one
+    predictor step; `DDPMImagePipeline` calls the network anew for each of the `correct_steps` corrector steps before it
+    (Algorithms 2 and 3), which other pipelines leave out.
+
+    Args, of `VPSDEScheduler`, `SubVPSDEScheduler` and `VESDEScheduler`:
+        num_train_timesteps: N of the process: the range of timesteps that the network knows.
+        beta_min, beta_max, or sigma_min, sigma_max: of the process.
+        sampling_eps: the time at which sampling ends, above 0.
+        predictor: "reverse_diffusion" (eq. 46), "ancestral" (appendix F; DDPM's own steps, and NCSN's; not of sub-VP),
+            "euler_maruyama", "probability_flow" (the ODE by the steps of reverse diffusion, without noise), "ddim" (the ODE in
+            DDIM's form, eq. 13 there, exact where the predicted noise does not change), "none". The two that take steps of
+            Euler are refused where a step's beta is 0.9 or more: in few steps, and at the noisy end of cosine chains.
+        corrector: "langevin" (Algorithms 4 and 5, each image with norms of its own), "annealed_langevin" (NCSN: steps of
+            (snr * std)^2; with predictor "none" its whole sampler).
+        correct_steps: corrector steps at each time.
+        snr: signal-to-noise ratio r of a corrector step.
+        prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
+        levels: grey levels of the data, 256 for 8 bits.
+        clip_sample: whether predictor steps, and the ODE of `flow`, are of the predicted x_0 clipped to [-1, 1], as a DDPM's.
+            At the noisy end of a cosine chain the ODE multiplies the network's error by thousands otherwise; of a DDPM's config
+            it is the DDPM's.
+
+    `from_config` takes the configs of diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, and of a DDPM: the linear
+    schedule becomes beta_min = T beta_start, beta_max = T beta_end; any other is for VP alone, as `ChainSDE` through its betas.
+
+    Raises:
+        ValueError: a value that is not supported, named.
+    """
+
+    _compatibles = ["DDPMScheduler", "ScoreSdeVeScheduler"]  # their keys stay in the config, for the way back
+    order = 1
+    init_noise_sigma = 1.0
+
+    def _build(self, sde):
+        config = self.config
+        if config.predictor == "ancestral" and type(self).__name__ == "SubVPSDEScheduler":
+            raise ValueError("predictor='ancestral' is of VP and VE; choose 'reverse_diffusion' or 'euler_maruyama'")
+        if config.predictor == "none" and config.correct_steps == 0:
+            raise ValueError("predictor='none' with correct_steps=0 does nothing; give correct_steps")
+        self.sde, self.init_noise_sigma, self.levels = sde, sde.prior_std, config.levels
+        self.timesteps, self.num_inference_steps = None, None
+        self._position, self._tables = {}, {}
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Sets `timesteps`, float32 on the CPU or `device`, and what each step multiplies by.
+
+        Raises:
+            ValueError: fewer steps than 2, or than the predictor can do with.
+        """
+        if not (isinstance(num_inference_steps, Integral) and num_inference_steps >= 2):
+            raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer, 2 or more")
+        n, config, sde = int(num_inference_steps), self.config, self.sde
+        t = torch.linspace(1.0, max(config.sampling_eps, sde.least), n, dtype=torch.float64)
+        one, zero = torch.ones_like(t), torch.zeros_like(t)
+        # each step goes to the next time, the last one to data; x_t given x at the next time is N(ratio x, G^2)
+        at = t
+        # NCSN's sigmas go to t = 0, what it tells the network to sampling_eps
+        if isinstance(sde, VESDE) and config.sampling_eps <= 1e-5:
+            at = torch.linspace(1.0, 0.0, n, dtype=torch.float64)
+        scale, std = torch.cat((sde.scale(at), one[:1])), torch.cat((sde.std(at), zero[:1]))
+        scale, std, next_scale, next_std = scale[:-1], std[:-1], scale[1:], std[1:]
+        ratio = scale / next_scale
+        G2 = std**2 - (ratio * next_std) ** 2
+        if config.predictor in ("euler_maruyama", "probability_flow") and ratio.square().min() < 0.1:
+            raise ValueError(
+                f"num_inference_steps={n} has a beta of {1 - ratio.square().min():.3f}, and predictor={config.predictor!r} "
+                "takes steps of Euler, for betas below 0.9; give more steps, or choose predictor='ddim'"
+            )
+        if config.predictor == "reverse_diffusion":
+            of_x_t, of_score, of_noise = 2 - ratio, G2, G2.sqrt()
+        elif config.predictor == "probability_flow":
+            of_x_t, of_score, of_noise = 2 - ratio, 0.5 * G2, zero
+        elif config.predictor == "euler_maruyama":
+            step = -torch.diff(t, append=zero[:1])
+            g2 = sde.diffusion(t) ** 2 * step
+            of_x_t, of_score, of_noise = 1 - sde.rate(t) * step, g2, g2.sqrt()
+        elif config.predictor == "ancestral":  # of NCSN with the posterior's variance, of DDPM with beta
+            variance = G2 * (next_std / std) ** 2 if isinstance(sde, VESDE) else G2
+            of_x_t, of_score, of_noise = 1 / ratio, G2 / ratio, variance.sqrt()
+        elif config.predictor == "ddim":  # x_0 and epsilon stay, t goes on; after the last step x_0
+            of_x_t = 1 / ratio
+            of_score, of_noise = std**2 / ratio - next_std * std, zero
+        else:
+            of_x_t, of_score, of_noise = one, zero, zero
+        from_x_t, from_output = sde.score_weights(t)
+        before = (t - 1 / sde.N).clamp(min=0.0)
+        alpha = (2 * (sde.log_scale(t) - sde.log_scale(before))).exp()  # of correctors, Algorithm 5
+        columns = {
+            # of x_t and x_0: the score is (scale x_0 - x_t) / std^2
+            "step": (of_x_t - of_score / std**2, of_score * scale / std**2, of_noise),
+            "x_start": ((1 + std**2 * from_x_t) / scale, std**2 * from_output / scale),
+            "score": (from_x_t, from_output),
+            "correct": (alpha, std),
+        }
+        self._tables = {name: list(zip(*(column.tolist() for column in each))) for name, each in columns.items()}
+        labels = sde.labels(t).float()
+        self.timesteps, self.num_inference_steps = labels.to(device), n
+        self._position = {label: i for i, label in enumerate(labels.tolist())}
+        if len(self._position) < n:
+            raise ValueError(f"num_inference_steps={n}: some have one timestep of {sde.N}; give fewer")
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The network's input is the sample as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        variance_noise: torch.Tensor | None = None,
+    ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """A predictor step to the next time.
+
+        Args:
+            model_output: of the network at (sample, timestep), (B, C, H, W).
+            timestep: one of `timesteps`.
+            sample: (B, C, H, W).
+            generator: one, or a list with one for each image.
+            return_dict: False for a tuple (prev_sample, pred_original_sample).
+            variance_noise: standard normal noise to use in place of drawing it.
+
+        Returns:
+            `DDPMSchedulerOutput`, of the dtype of sample; `.pred_original_sample` is E[x_0 | x_t] by the network (Tweedie).
+
+        Raises:
+            ValueError: a timestep that is not of `timesteps`; before `set_timesteps`.
+        """
+        i = self._index(timestep)
+        x, output = _in_float32(sample, model_output)
+        of_x_t, of_output = self._tables["x_start"][i]
+        x_start = (x * of_x_t).add_(output, alpha=of_output)
+        if self.config.clip_sample:
+            x_start.clamp_(*clip_limits(self.config))
+        of_x_t, of_x_start, of_noise = self._tables["step"][i]
+        prev_sample = (x * of_x_t).add_(x_start, alpha=of_x_start)
+        if of_noise != 0 and i + 1 < self.num_inference_steps:
+            noise = _noise(x, generator) if variance_noise is None else variance_noise.to(x.dtype)
+            prev_sample.add_(noise, alpha=of_noise)
+        prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
+        return DDPMSchedulerOutput(prev_sample, x_start) if return_dict else (prev_sample, x_start)
+
+    def step_correct(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        variance_noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A step of Langevin dynamics at the same time; arguments as of `step`. Returns the sample, (B, C, H, W)."""
+        i = self._index(timestep)
+        x, output = _in_float32(sample, model_output)
+        of_x_t, of_output = self._tables["score"][i]
+        score = (x * of_x_t).add_(output, alpha=of_output)
+        noise = _noise(x, generator) if variance_noise is None else variance_noise.to(x.dtype)
+        alpha, std = self._tables["correct"][i]
+        if self.config.corrector == "langevin":
+            norm = score.flatten(1).norm(dim=1)
+            ratio = torch.where(norm > 0, noise.flatten(1).norm(dim=1) / norm, 0.0)  # no score, no step
+            size = 2 * alpha * (self.config.snr * ratio).square().view(-1, *[1] * (x.dim() - 1))
+        else:
+            size = torch.full_like(x[:1, :1, :1, :1], 2 * alpha * (self.config.snr * std) ** 2)
+        return (x + size * score + (2 * size).sqrt() * noise).to(sample.dtype)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float
+    ) -> torch.Tensor:
+        """x_t (B, C, H, W) of x_0 and standard normal noise at timesteps (B,), which may lie between those of `timesteps`."""
+        return self.sde.sample(original_samples, self.sde.times(timesteps), noise)
+
+    def _index(self, timestep):
+        if self.timesteps is None:
+            raise ValueError("set_timesteps(num_inference_steps) comes before the first step")
+        at = float(timestep)
+        if at not in self._position:
+            raise ValueError(f"timestep={at} is none of the {self.num_inference_steps} in `timesteps`")
+        return self._position[at]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """diffusers' hook of `from_config`: a DDPM's linear schedule in terms of the process."""
+        config_dict = dict(config_dict)
+        own_keys = check_argument("_ddpm_hf", config_dict.get("_ddpm_hf") or {}, dict)
+        if "levels" in own_keys:
+            config_dict.setdefault("levels", own_keys["levels"])
+        variance_exploding = cls.__name__ == "VESDEScheduler"
+        if "predictor" not in config_dict:  # of another class, whose defaults are not ours
+            config_dict["_use_default_values"] = []
+            if variance_exploding and "sigma_min" in config_dict:  # ScoreSdeVeScheduler's
+                config_dict.setdefault("centered", False)
+        own = {"beta_min", "sigma_min"} & set(config_dict)
+        if own == {"beta_min" if variance_exploding else "sigma_min"}:
+            raise ValueError(f"{cls.__name__} cannot be built from a config with {own.pop()}")
+        if {"beta_start", "beta_schedule"} & set(config_dict) and not own:
+            schedule, T = config_dict.get("beta_schedule", "linear"), config_dict.get("num_train_timesteps", 1000)
+            T = check_argument("num_train_timesteps", T, int, SDE_RANGES["N"])
+            # the betas of a schedule by name are there for classes that do not know it
+            by_name = schedule == "linear_scaled_by_T" and "trained_betas" in own_keys
+            linear = schedule == "linear" and config_dict.get("trained_betas") is None
+            if (by_name or linear) and not config_dict.get("rescale_betas_zero_snr"):
+                factor = 1000 if by_name else T
+                first, last = (  # diffusers' own
+                    check_argument(key, config_dict.get(key, default), float, "(0, 1]")
+                    for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))
+                )
+                config_dict |= {"beta_min": first * factor, "beta_max": last * factor, "trained_betas": None}
+            elif cls.__name__ == "VPSDEScheduler":
+                config_dict["trained_betas"] = DDPMScheduler.from_config(config_dict).betas.tolist()
+            if variance_exploding or (cls.__name__ != "VPSDEScheduler" and "beta_min" not in config_dict):
+                raise ValueError(
+                    f"{cls.__name__} has no process for beta_schedule={schedule!r}; VP has for every one, sub-VP for 'linear'"
+                )
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+class VPSDEScheduler(SDEScheduler):
+    """Samplers of `VPSDE`, or with `trained_betas`, those of a discrete chain, of `ChainSDE`; see `SDEScheduler`."""
+
+    @checked_arguments(**SDE_RANGES)
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        sampling_eps: float = 1e-3,
+        predictor: str = "reverse_diffusion",
+        corrector: str = "langevin",
+        correct_steps: int = 0,
+        snr: float = 0.16,
+        prediction_type: str = "epsilon",
+        trained_betas: list[float] | None = None,
+        levels: int = 256,
+        clip_sample: bool = False,
+    ):
+        if trained_betas is not None:
+            if self._sde is not VPSDE or not 1 <= len(trained_betas) <= 100_000:
+                raise ValueError(
+                    f"trained_betas={shown(trained_betas)}: give betas to VPSDEScheduler alone, 1 to 100,000"
+                )
+            num_train_timesteps = len(trained_betas)
+            self.register_to_config(num_train_timesteps=num_train_timesteps, trained_betas=list(trained_betas))
+            alphas_cumprod = torch.cumprod(1 - torch.tensor(trained_betas, dtype=torch.float64), dim=0)
+            try:
+                sde = ChainSDE(alphas_cumprod, prediction_type)
+            except ValueError as error:
+                raise ValueError(f"trained_betas={shown(trained_betas)}: {error}") from None
+        else:
+            sde = self._sde(beta_min, beta_max, num_train_timesteps, prediction_type)
+        self._build(sde)
+
+    _sde = VPSDE
+
+
+class SubVPSDEScheduler(VPSDEScheduler):
+    """Samplers of `SubVPSDE`; see `SDEScheduler`."""
+
+    _sde = SubVPSDE
+
+
+class VESDEScheduler(SDEScheduler):
+    """Samplers of `VESDE`; see `SDEScheduler`.
+
+    Args beyond its own:
+        centered: whether the images are in [-1, 1]; False for [0, 1], as NCSN's and those of diffusers' ScoreSdeVeScheduler.
+    """
+
+    @checked_arguments(**SDE_RANGES)
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        sampling_eps: float = 1e-5,
+        predictor: str = "reverse_diffusion",
+        corrector: str = "langevin",
+        correct_steps: int = 1,
+        snr: float = 0.16,
+        prediction_type: str = "score",
+        centered: bool = True,
+        levels: int = 256,
+        clip_sample: bool = False,
+    ):
+        self._build(VESDE(sigma_min, sigma_max, num_train_timesteps, prediction_type))
+
+
+def clip_limits(config: dict) -> tuple[float, float]:
+    """What a scheduler of this config clips the predicted x_0 to: +-`clip_sample_range`, or from 0 if not `centered`."""
+    most = config.get("clip_sample_range", 1.0)
+    return -most if config.get("centered", True) else 0.0, most
+
+
+def _in_float32(*tensors):
+    """Half precision is computed in float32; all have the dtype of the first."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _noise(x, generator):
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -1,0 +1,211 @@
+"""Checkpoints of a run: each is whole or not there, and a run that resumes from one ends as if it had not been stopped."""
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, load
+from safetensors import SafetensorError
+
+from ddpm_hf.arguments import shown
+from ddpm_hf.files.atomic import remove_folder, replacing_folder
+from ddpm_hf.files.digests import DIGESTS, check_digests, write_digests
+from ddpm_hf.training.config import ConfigError, RunConfig, as_yaml, checkpoints_before, checkpoints_in
+from ddpm_hf.training.interrupts import going_on, tell
+
+
+class _NotWritten(RuntimeError):
+    """A checkpoint that a process could not write its part of."""
+
+
+class AppleRandom:
+    """The state of the random numbers of Apple's GPU, which accelerate does not save."""
+
+    def state_dict(self):
+        return {"state": torch.mps.get_rng_state()}
+
+    def load_state_dict(self, state):
+        torch.mps.set_rng_state(state["state"])
+
+
+class Checkpoints:
+    """Saves and loads the state of a run in `<output_dir>/checkpoints/<step>/`.
+
+    accelerate keeps the network (as safetensors), the optimizer, the gradient scaler and each process's random states. All else
+    are objects with `state_dict` and `load_state_dict`: `parts`, the same in every process, and `own`, which differ. `facts`
+    are values that must be the same when a run resumes, class names for example: numbers, texts, None, or lists of these.
+
+    A checkpoint is written under a temporary name and renamed when it is whole. The digests of its files are checked before
+    anything is loaded. No pickle in it can run code: torch opens them with weights_only.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, own: dict, facts: dict | None = None, **parts):
+        own = {**own, "random": AppleRandom()} if accelerator.device.type == "mps" else own
+        self.config, self.accelerator, self.own, self.parts = config, accelerator, own, parts
+        self.facts = facts or {}
+        self.folder = Path(config.output_dir) / "checkpoints"
+        self.best = {"step": 0, "bits_per_dim": math.inf}
+        self.measured = True  # False where a signal has ended the sheet or evaluation that was due after the step
+
+    def is_best(self, step: int, measured: float) -> bool:
+        """Whether no checkpoint before measured as little; then the one of this step, once saved, stays."""
+        if measured < self.best["bits_per_dim"]:  # of a classifier its loss
+            self.best = {"step": step, "bits_per_dim": measured}
+        return self.best["step"] == step
+
+    def save(self, step: int) -> bool:
+        """Writes a checkpoint, then removes all but the newest `keep_checkpoints` and the best.
+
+        Returns whether it was written. If not, the reason is printed, and the older ones stay as they were.
+        """
+        main, whole = self.accelerator.is_main_process, self.folder / f"{step:07d}"
+        own = gather_object([{name: part.state_dict() for name, part in self.own.items()}])
+
+        def begin():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return folders.enter_context(replacing_folder(whole))
+
+        def write():
+            if main:
+                (temporary / "config.yaml").write_text(as_yaml(self.config), encoding="utf-8")
+                state = {name: part.state_dict() for name, part in self.parts.items()}
+                state |= {"own": own, "best": self.best, "facts": self.facts, "measured": self.measured}
+                torch.save(state, temporary / "run.pt")
+            self.accelerator.save_state(temporary)
+
+        def end():
+            write_digests(temporary)
+            folders.close()  # which gives the folder its name
+
+        try:
+            with contextlib.ExitStack() as folders:
+                temporary = self._everywhere(begin if main else None)
+                self._everywhere(write)
+                self._everywhere(end if main else None)
+        except _NotWritten as error:
+            if main:
+                left = checkpoints_in(self.config.output_dir)
+                tell(
+                    f"a checkpoint could not be written ({error}); the run goes on, "
+                    f"the last whole one is {left[-1] if left else 'none'}"
+                )
+            return False
+        if main:
+            for old in checkpoints_in(self.config.output_dir)[: -self.config.keep_checkpoints]:
+                if int(old.name) != self.best["step"]:
+                    with going_on(f"{old} could not be removed"):
+                        remove_folder(old)
+        return True
+
+    def _everywhere(self, write: Callable | None):
+        """Calls `write` and waits for the other processes; returns what the main process's returned.
+
+        Raises:
+            _NotWritten: it failed in one of them. In all of them.
+        """
+        result = problem = None
+        try:
+            result = write() if write else None
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = " ".join(str(error).split())
+        outcomes = gather_object([(result, problem)])
+        for _, problem in outcomes:
+            if problem:
+                raise _NotWritten(problem)
+        return outcomes[0][0]
+
+    def load(self, path: Path) -> Path:
+        """Resumes from the checkpoint `path`, or where it is damaged from the newest older one beside it; returns which.
+
+        The damaged ones are named, and those in the run's own folder renamed to `<step>.unreadable`.
+
+        Raises:
+            ConfigError: none can be read, or another number of processes or other `facts` wrote it.
+        """
+        candidates, damaged = [path, *reversed(checkpoints_before(path))], []
+        main = self.accelerator.is_main_process
+        for candidate in candidates:
+            problem = self._problem(lambda: check_digests(candidate) if main else None)  # noqa: B023
+            problem = problem or self._problem(lambda: self._read(candidate))  # noqa: B023
+            if problem:
+                if not (candidate / DIGESTS).exists():
+                    problem = f"{DIGESTS} is missing: an older version of this package wrote it, and can resume from it"
+                damaged.append((candidate, problem))
+                continue
+            if main:
+                for broken, why in damaged:
+                    tell(f"{broken} cannot be read ({why}); the run resumes from {candidate}")
+                    if broken.parent.resolve() == self.folder.resolve():  # another run's folder is not ours to change
+                        aside = broken.with_name(f"{broken.name}.unreadable")
+                        shutil.rmtree(aside, ignore_errors=True)  # of the same step before
+                        with going_on(f"{broken} could not be renamed"):
+                            os.replace(broken, aside)
+            return candidate
+        older = len(damaged) - 1
+        others = (
+            f", nor can the {older if older > 1 else 'one'} before it" if older else ", and there is none before it"
+        )
+        pipeline, known = path.absolute().parents[1] / "pipeline", hasattr(self.config, "init_from")
+        raise ConfigError(
+            f"{path} cannot be read ({damaged[0][1]}){others}; begin anew in another output_dir"
+            + (f", --init_from {pipeline} takes the weights from there" if known and pipeline.is_dir() else "")
+        )
+
+    def _problem(self, read: Callable[[], object]) -> str | None:
+        """What kept one of the processes from it, in all of them. A ConfigError is raised in all of them."""
+        problem, fatal = None, False
+        try:
+            read()
+        except Exception as error:  # of damaged files, in many classes
+            problem, fatal = " ".join(str(error).split()), isinstance(error, ConfigError)
+            if not isinstance(error, (ConfigError, ValueError)):
+                problem = type(error).__name__
+        outcomes = gather_object([(problem, fatal)])
+        problem, fatal = next((each for each in outcomes if each[0]), (None, False))
+        if fatal:
+            raise ConfigError(problem)
+        return problem
+
+    def _read(self, candidate):
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        state = torch.load(candidate / "run.pt", map_location="cpu", weights_only=True)
+        if len(state["own"]) != processes:
+            raise ConfigError(
+                f"{candidate} was written by {len(state['own'])} processes, this run has {processes}; start as many"
+            )
+        for name, value in self.facts.items():
+            difference = _difference(state["facts"].get(name, value), value)  # older versions wrote others
+            if difference:
+                raise ConfigError(
+                    f"{candidate} was trained on other data: {name.replace('_', ' ')} {difference}; give the data that it was "
+                    "trained on, or another output_dir"
+                    + ("; unreadable images may stay in it, see max_broken" if name == "size_of_the_split" else "")
+                )
+        load(candidate / f"random_states_{index}.pkl")  # accelerate goes on without it and says nothing
+        self.accelerator.load_state(candidate)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for name, part in self.own.items():
+            part.load_state_dict(state["own"][index][name])
+        self.best, self.measured = state["best"], state["measured"]
+
+
+def _difference(before, now):
+    """In words, what differs; empty for the same."""
+    if before == now:
+        return ""
+    if not (isinstance(before, list) and isinstance(now, list)):
+        return f"{'none' if before is None else shown(before)} then, {'none' if now is None else shown(now)} now"
+    changes = []
+    for names, verb in (
+        ([x for x in now if x not in before], "added"),
+        ([x for x in before if x not in now], "removed"),
+    ):
+        if names:
+            changes.append(f"{', '.join(map(shown, names[:5]))}{', ...' if len(names) > 5 else ''} {verb}")
+    return " and ".join(changes) or "in another order"

@@ -1,0 +1,195 @@
+"""Training losses of denoising diffusion models, and the timesteps they are trained at."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ddpm_hf.arguments import checked_arguments
+from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.sde import SDE, finest_dtype
+from ddpm_hf.training.timesteps import ContinuousTimes
+
+LOSSES = ("simple", "vlb", "hybrid")
+
+
+SCORE_WEIGHTINGS = ("variance", "likelihood")
+
+
+# Name -> what an error of x_0 counts, as a function of SNR = abar / (1 - abar). Plain "simple" with epsilon prediction is SNR.
+WEIGHTINGS = {
+    "min_snr": lambda snr: np.minimum(snr, 5.0),  # Hang et al. 2023, gamma = 5
+    "truncated_snr": lambda snr: np.maximum(snr, 1.0),  # Salimans & Ho 2022
+    "p2": lambda snr: snr / (1.0 + snr),  # Choi et al. 2022, k = gamma = 1
+}
+
+
+class DiffusionObjective:
+    """The loss of Algorithm 1 and its relatives, one number for each image.
+
+    Args:
+        scheduler: gives q, the prediction type and the variances; timesteps are drawn from its chain.
+        loss: "simple": the mean squared error of the prediction (Ho, Jain, Abbeel 2020, eq. 14; of the mean part alone when
+            the variance is learned). "vlb": N times the bound's term at the drawn t, N the chain's length, in bits/dim, so
+            that its mean over t is the bound without L_T (eq. 5). "hybrid": simple + vlb_weight * vlb, in which the mean is
+            detached, so that the bound trains the variance alone (IDDPM eq. 16). With a fixed variance "vlb" is the paper's
+            eq. 12 and its weights.
+        vlb_weight: of "hybrid"; IDDPM's 0.001, which its code calls rescaled_mse; its plain mse is vlb_weight = 1 / N, its
+            rescaled_kl "vlb".
+        weighting: of the mean squared error by t: None for none; "min_snr" (Hang et al. 2023, gamma 5) and "p2" (Choi et al.
+            2022) for any prediction type; "truncated_snr" (Salimans & Ho 2022) for "sample" and "v_prediction".
+
+    Raises:
+        ValueError: unknown loss or weighting; "hybrid" where no variance is learned; a weighting of "vlb", which has its own;
+            "truncated_snr" where the network predicts epsilon or the mean: x_0 counts in full at pure noise, where a small
+            error of epsilon is one of x_0 up to 4e8 times its square (cosine schedule).
+    """
+
+    @checked_arguments(loss=LOSSES, vlb_weight="[0, 1000000]", weighting=(None, *WEIGHTINGS))
+    def __init__(
+        self,
+        scheduler: VariationalDDPMScheduler,
+        loss: str = "simple",
+        vlb_weight: float = 0.001,
+        weighting: str | None = None,
+    ):
+        if loss == "hybrid" and not scheduler.variance_type.startswith("learned"):
+            raise ValueError(f"loss='hybrid' trains a learned variance; variance_type is {scheduler.variance_type!r}")
+        if weighting is not None and loss == "vlb":
+            raise ValueError(f"weighting={weighting!r} is of the mean squared error; loss='vlb' has the bound's own")
+        if weighting == "truncated_snr" and scheduler.prediction_type not in ("sample", "v_prediction"):
+            raise ValueError(
+                f"weighting='truncated_snr' is for prediction_type 'sample' or 'v_prediction', this scheduler has "
+                f"{scheduler.prediction_type!r}, whose errors it would multiply without bound at noisy timesteps; choose "
+                "another prediction_type, or weighting 'min_snr' or 'p2'"
+            )
+        self.scheduler, self.loss, self.vlb_weight, self.weighting = scheduler, loss, vlb_weight, weighting
+        self.weights = None if weighting is None else torch.from_numpy(_mse_weights(scheduler, weighting)).float()
+        self.end = len(scheduler.alphas_cumprod)  # T
+
+    @property
+    def times(self) -> torch.Tensor:
+        """int64 (N,): the timesteps of the chain."""
+        return torch.tensor(self.scheduler.chain)
+
+    def __call__(
+        self,
+        unet: Callable,
+        x_start: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            unet: called as `unet(x_t, t, class_labels=..., return_dict=False)`; a tuple with the output first.
+            x_start: images (B, C, H, W) in [-1, 1].
+            class_labels: (B,) for a class-conditional network.
+            t: int64 (B,), 0-based timesteps of the chain, on any device; None to draw them uniformly.
+            noise: of the shape of x_start; None to draw it.
+
+        Returns:
+            (B,) losses, float32 at least. The predicted x_0 is never clipped here.
+        """
+        scheduler, steps = self.scheduler, len(self.scheduler.chain)
+        if t is None:
+            t = scheduler.draw_timesteps(len(x_start), x_start.device)
+        t = t.to(x_start.device)
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        x_t = scheduler.q_sample(x_start, t, noise)
+        output = unet(x_t, t, class_labels=class_labels, return_dict=False)[0]
+        if self.loss == "vlb":
+            return steps * scheduler.vlb_term(output, x_start, x_t, t, clip_sample=False)
+        prediction = output[:, : x_start.shape[1]]
+        target = scheduler.prediction_target(x_start, x_t, noise, t)
+        mse = ((target - prediction.to(target.dtype)) ** 2).flatten(1).mean(1)
+        if self.weights is not None:
+            self.weights = self.weights.to(mse.device)  # once
+            mse = mse * self.weights[t]
+        if self.loss == "simple":
+            return mse
+        frozen = torch.cat((prediction.detach(), output[:, x_start.shape[1] :]), dim=1)
+        vlb = steps * scheduler.vlb_term(frozen, x_start, x_t, t, clip_sample=False)
+        return mse + self.vlb_weight * vlb
+
+
+class ScoreObjective:
+    """Denoising score matching in continuous time (Score-SDE eq. 7), one number for each image.
+
+    Args:
+        sde: the process.
+        weighting: "variance": lambda = std^2, the mean squared error of the predicted noise, `DiffusionObjective`'s "simple".
+            "likelihood": lambda = g^2, by which the loss bounds the negative log-likelihood (Song et al. 2021, "ScoreFlow",
+            theorem 1): half its mean over t in [0, 1] times the dimensions, in nats, but for terms without the network.
+
+    Raises:
+        ValueError: unknown weighting.
+    """
+
+    @checked_arguments(weighting=SCORE_WEIGHTINGS)
+    def __init__(self, sde: SDE, weighting: str = "variance"):
+        self.sde, self.weighting = sde, weighting
+
+    end = 1.0  # t of noise alone
+
+    @property
+    def times(self) -> torch.Tensor:
+        """(N,) float64 times, spread evenly, at which to compare losses."""
+        least = self.sde.least
+        return least + (1 - least) * (torch.arange(self.sde.N, dtype=torch.float64) + 0.5) / self.sde.N
+
+    def __call__(
+        self,
+        unet: Callable,
+        x_start: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            unet, x_start, class_labels, noise: as in `DiffusionObjective`.
+            t: (B,) in (0, 1], on any device; None to draw them evenly from the process's `least` on.
+
+        Returns:
+            (B,) losses, float32 at least.
+        """
+        sde = self.sde
+        if t is None:
+            t, _ = ContinuousTimes(sde).sample(len(x_start), x_start.device)
+        t = t.to(x_start.device, finest_dtype(x_start.device))
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        x_t = sde.sample(x_start, t, noise)
+        output = unet(x_t, sde.labels(t).to(x_start.dtype), class_labels=class_labels, return_dict=False)[0]
+        output = output[:, : x_start.shape[1]].to(torch.promote_types(output.dtype, torch.float32))
+        # std * score, which is the noise's negative where the network is right
+        of_x_t, of_output = ((sde.std(t) * weight).to(output).view(-1, 1, 1, 1) for weight in sde.score_weights(t))
+        loss = (of_x_t * x_t + of_output * output + noise).square().flatten(1).mean(1)
+        return loss * (sde.diffusion(t) / sde.std(t)).square().to(loss) if self.weighting == "likelihood" else loss
+
+
+def drop_labels(class_labels: torch.Tensor, null_class: int, probability: float) -> torch.Tensor:
+    """Class labels (B,), each `null_class` with this probability: for classifier-free guidance (Ho & Salimans 2021)."""
+    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    return class_labels.masked_fill(dropped, null_class)
+
+
+def _mse_weights(scheduler, weighting):
+    """(T,) float64: the weight of the mean squared error of what the network predicts; NaN outside the chain."""
+    chain = np.array(scheduler.chain)
+    abar = scheduler.alphas_cumprod.numpy()[chain]
+    before = np.append(1.0, abar[:-1])
+    snr = np.maximum(abar, 1e-24) / (1 - abar)
+    of_x_start = WEIGHTINGS[weighting](snr)
+    # the squared error of x_0 is this times that of the prediction
+    x_start_error = {
+        "epsilon": 1 / snr,
+        "sample": np.ones_like(snr),
+        "v_prediction": 1 - abar,
+        "previous": ((1 - abar) / (1 - abar / before)) ** 2 / before,
+    }[scheduler.prediction_type]
+    weights = np.full(len(scheduler.alphas_cumprod), np.nan)
+    weights[chain] = of_x_start * x_start_error
+    return weights

@@ -1,0 +1,43 @@
+"""The scripts of training/, run as a user runs them."""
+
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name, *argv, check=True, launcher=None, **environment):
+    """The exit status and what was told of training/<name> with these arguments; an error fails the test if `check`.
+
+    It runs in this process, which has imported all that a new one would take seconds for; with a `launcher`, such as
+    ["python"], in a process of its own, which reaches no Hub unless its `environment` says so.
+    """
+    argv = [str(ROOT / "training" / name), *map(str, argv)]
+    if launcher:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+        result = subprocess.run([*launcher, *argv], capture_output=True, text=True, cwd=ROOT, env=environment)
+    else:
+        out, err = io.StringIO(), io.StringIO()
+        status = 0
+        with (
+            mock.patch.object(sys, "argv", argv),
+            mock.patch.dict(os.environ, environment),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                runpy.run_path(argv[0], run_name="__main__")
+            except SystemExit as end:  # as the interpreter takes it
+                status = end.code or 0
+                if not isinstance(status, int):
+                    status = print(status, file=sys.stderr) or 1
+        result = types.SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
