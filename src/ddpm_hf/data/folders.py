@@ -1,0 +1,373 @@
+"""A folder of images, or of files that hold them, as a data set: which of its files are read, their splits and their labels.
+
+`datasets` by itself infers splits from words within names, so that a class called "train" becomes all of the data, and leaves
+out files without a message. Here every image of a folder becomes a row, or a warning says why it does not.
+"""
+
+from PIL import Image
+from PIL import ImageFile
+from collections.abc import Iterable
+import collections
+import datasets
+import functools
+import glob
+import logging
+import os
+import pyarrow as pa
+import pyarrow.compute as pc
+import re
+import tarfile
+import zlib
+from ddpm_hf.arguments import shown
+
+
+logger = logging.getLogger(__name__)
+
+
+
+# ending -> the loader of `datasets` for files that hold many images
+TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+# what `datasets`, too, takes for the name of a split
+NAMES_OF_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+SPLITS = {name: split for split, names in NAMES_OF_SPLITS.items() for name in names}
+
+
+# of a table: test, train0, train-00000-of-00002, train-00000-of-00002-0123456789abcdef
+TABLE_NAME = re.compile(r"([a-z]+)([-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?)?", re.IGNORECASE)
+
+
+SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")  # of macOS, Python, Synology: copies and thumbnails
+
+
+SHARDS = 128  # of a stream; processes and workers divide them
+
+
+
+
+def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    """Opens a folder of images, or of .parquet, .arrow or .tar (webdataset) files.
+
+    Splits are the top-level folders where all that hold such files are named after a split (see `NAMES_OF_SPLITS`), and tables
+    where all are named so ("test.parquet", "train-00000-of-00002.parquet"). Otherwise everything is "train", whatever words its
+    names contain. The label of an image is the name of the folder that it lies in, or its path where two have the same name.
+    Metadata files (csv, jsonl, parquet, as of `datasets`' "imagefolder") take the place of these labels.
+
+    Args:
+        split: a split by any of its names, or a slice such as "train[:1000]" (but for a stream of tables).
+
+    Raises:
+        FileNotFoundError: no images in the folder.
+        PermissionError: a folder that may not be read.
+        ValueError: an unknown split; files of several kinds, or damaged; a link to a folder.
+    """
+    root = os.path.abspath(source)
+    files, folders = _walk(root)
+    endings, kinds = picture_endings(), collections.defaultdict(list)
+    for path in files:
+        kinds["images" if _ending(path) in endings else TABLES.get(_ending(path), "others")].append(path)
+    metadata = {path for path in files if "images" in kinds and os.path.basename(path) in METADATA}
+    kinds = {kind: left for kind, paths in kinds.items() if (left := [path for path in paths if path not in metadata])}
+    others = kinds.pop("others", [])
+    if not kinds:
+        unread = f"; it does hold {_listed(others)}" if others else ""
+        raise FileNotFoundError(f"{source} holds no images: no .png, .jpg, ..., {', '.join(TABLES)} file{unread}")
+    if len(kinds) > 1:
+        raise ValueError(f"{source} holds files of several kinds ({', '.join(sorted(kinds))}); give a folder of one")
+    if others:
+        _warn(f"{source}: left out {_count(others, 'file')} that Pillow cannot read as images: {_listed(others)}")
+    split = "+".join(
+        re.sub(r"\w+", lambda name: SPLITS.get(name[0], name[0]), part, count=1) for part in split.split("+")
+    )
+    kind, paths = kinds.popitem()
+    if kind != "images":
+        return _open_tables(source, root, kind, paths, split, streaming)
+    _warn_of_empty_folders(source, folders, paths)
+    rows = _select(_open_images(source, root, paths, sorted(metadata)), split, source)
+    return as_stream(rows) if streaming else rows
+
+
+
+
+def as_stream(rows: datasets.Dataset) -> datasets.IterableDataset:
+    """The same rows in the same order, in shards that processes and workers divide."""
+    return rows.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(rows))))
+
+
+
+
+def picture_endings() -> set[str]:
+    """Endings, such as ".png", of the files that Pillow and the plugins registered with it can decode."""
+
+    def decodes(format):
+        opener = Image.OPEN.get("JPEG" if format == "MPO" else format, [None])[0]
+        recognized_only = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile) or format == "MPEG"
+        return opener and not recognized_only
+
+    return {ending for ending, format in Image.registered_extensions().items() if decodes(format)}
+
+
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of labels, sorted; by value where all are integers, so that label 2 of "0", "1", ..., "11" is "2"."""
+    names = sorted(names)
+    if all(re.fullmatch(r"[+-]?[0-9]{1,1000}", name) for name in names):
+        names.sort(key=int)
+    return names
+
+
+
+
+def check_tars(paths: Iterable[str]) -> None:
+    """Raises ValueError for a .tar that is cut short or damaged: its reader would stop there as if it were whole."""
+    for path in paths:
+        if _ending(path) != ".tar":
+            continue
+        try:
+            with tarfile.open(path) as tar:
+                tar.getmembers()
+                tar.fileobj.seek(tar.offset)
+                whole = not any(tar.fileobj.read(tarfile.BLOCKSIZE))
+        except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
+            raise ValueError(f"{path} is truncated or corrupt ({error}); download it again") from error
+        if not whole:
+            raise ValueError(f"{path} is corrupt after its byte {tar.offset}; download it again")
+
+
+
+
+def load_tables(
+    kind: str, data_files: str | dict, split: str, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Opens files by a loader of `TABLES`; members of a .tar that Pillow reads and the loader does not know are images, too."""
+    rows = datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming)
+    if kind == "webdataset":
+        endings = picture_endings()
+        for name, feature in rows.features.items():
+            if feature == datasets.Value("binary") and _ending(f"x.{name}") in endings:
+                rows = rows.cast_column(name, datasets.Image())
+    return rows
+
+
+
+
+@functools.cache  # once, also where training and held-out images are of one folder
+def _warn(message):
+    logger.warning("%s", message)
+
+
+
+
+def _listed(paths):
+    shown = ", ".join(path if path.isprintable() else repr(path) for path in paths[:3])
+    return shown + (", ..." if len(paths) > 3 else "")
+
+
+
+
+def _count(items, noun):
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+
+
+def _ending(path):
+    return os.path.splitext(path)[1].lower()
+
+
+
+
+def _top(path):
+    """The top-level folder of a path; "" for a file beside these."""
+    return path.split("/")[0] if "/" in path else ""
+
+
+
+
+def _walk(root):
+    """Files and folders below a folder, sorted, as paths from there; without those that are hidden or the system's."""
+    files, folders, queue = [], [], [""]
+    while queue:
+        above = queue.pop()
+        with os.scandir(os.path.join(root, above).rstrip("/") or "/") as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+                    continue
+                path = f"{above}/{entry.name}" if above else entry.name
+                if entry.is_dir():
+                    if entry.is_symlink():
+                        raise ValueError(
+                            f"{entry.path} is a link to a folder, which is not followed; link its files, or move it there"
+                        )
+                    folders.append(path)
+                    queue.append(path)
+                elif entry.is_file() or not os.path.exists(entry.path):  # a broken link counts as a broken image
+                    files.append(path)
+                else:
+                    raise ValueError(f"{entry.path} is neither a file nor a folder; remove it")
+    try:
+        "".join(files + folders).encode()
+    except UnicodeEncodeError:
+        name = next(path for path in files + folders if path != path.encode(errors="replace").decode())
+        raise ValueError(f"{os.fsencode(os.path.join(root, name))} is no name in UTF-8; rename it") from None
+    return sorted(files), sorted(folders)
+
+
+
+
+def _warn_of_empty_folders(source, folders, paths):
+    full = {""}
+    for path in paths:
+        while (path := os.path.dirname(path)) not in full:
+            full.add(path)
+    empty = [path for path in folders if path not in full and os.path.dirname(path) in full]
+    if empty:
+        _warn(f"{source}: {_count(empty, 'folder')} without images, which makes no class: {_listed(empty)}")
+
+
+
+
+def _splits_of_folders(source, paths):
+    """Split -> paths, by the top-level folders; {} where not all of these are named after a split."""
+    names = {_top(path) for path in paths} - {""}
+    if not names or not all(name.lower() in SPLITS for name in names):
+        return {}
+    parts = collections.defaultdict(list)
+    for path in paths:
+        parts[SPLITS.get(_top(path).lower())].append(path)
+    if left := parts.pop(None, None):
+        folders = ", ".join(sorted(names))
+        _warn(f"{source}: left out {_count(left, 'file')} beside the splits {folders}: {_listed(left)}")
+    return dict(parts)
+
+
+
+
+def _split_words(names):
+    """The splits that whole words within names would stand for."""
+    return {SPLITS[word] for name in names for word in re.split("[^a-z]+", name.lower()) if word in SPLITS}
+
+
+
+
+def _open_tables(source, root, kind, paths, split, streaming):
+    if not streaming:
+        check_tars(os.path.join(root, path) for path in paths)
+    parts = _splits_of_folders(source, paths)
+    if not parts:
+        names = [TABLE_NAME.fullmatch(os.path.splitext(os.path.basename(path))[0]) for path in paths]
+        splits = [name and SPLITS.get(name[1].lower()) for name in names]
+        if not all(splits):
+            splits = ["train"] * len(paths)
+            if _split_words(paths) - {"train"}:
+                _warn(f'{source}: every file is read as "train", as not all are named after a split: {_listed(paths)}')
+        for path, part in zip(paths, splits):
+            parts.setdefault(part, []).append(path)
+    data_files = {name: [glob.escape(f"{root}/{path}") for path in part] for name, part in parts.items()}
+    return load_tables(kind, data_files, split, streaming)
+
+
+
+
+def _open_images(source, root, paths, metadata):
+    """Split -> its rows."""
+    by_folder = _splits_of_folders(source, paths)
+    tops = sorted({_top(path) for path in paths} - {""})
+    if not by_folder and len(_split_words(tops)) > 1:
+        _warn(
+            f'{source}: every image is read as "train", as not all of its folders are named after a split: {_listed(tops)}'
+        )
+    parts = by_folder or {"train": paths}
+    described_by = {
+        split: [path for path in metadata if not (by_folder and _top(path)) or SPLITS.get(_top(path).lower()) == split]
+        for split in parts
+    }
+    first = 1 if by_folder else 0  # of the folders in a path that are a class's
+    plain = [path for split, part in parts.items() if not described_by[split] for path in part]
+    folders = {path: "/".join(path.split("/")[first:-1]) for path in plain}
+    labels = _labels(source, folders)
+    return {
+        split: _described_rows(source, root, part, described_by[split], split if by_folder else None)
+        if described_by[split]
+        else _rows(root, part, [labels.get(folders[path]) for path in part], in_order(set(labels.values())))
+        for split, part in parts.items()
+    }
+
+
+
+
+def _labels(source, folders):
+    """Folder -> label, of a dictionary from images to folders."""
+    labeled = sorted(set(folders.values()) - {""})
+    unlabeled = [path for path, folder in folders.items() if not folder]
+    if labeled and unlabeled:
+        _warn(f"{source}: no label for {_count(unlabeled, 'image')} beside the class folders: {_listed(unlabeled)}")
+    if len({folder.count("/") for folder in labeled}) > 1:
+        _warn(
+            f"{source}: images lie at several depths; each of the {len(labeled)} folders that hold some is a class: "
+            f"{_listed(labeled)}"
+        )
+    names = {folder: os.path.basename(folder) for folder in labeled}
+    return names if len(set(names.values())) == len(names) else {folder: folder for folder in labeled}
+
+
+
+
+def _rows(root, paths, labels, names):
+    """A data set of images by their paths, which holds the paths alone."""
+    features, places = {"image": datasets.Image()}, pa.array([f"{root}/{path}" for path in paths], pa.string())
+    columns = [pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), places], ["bytes", "path"])]
+    if names:
+        features["label"] = datasets.ClassLabel(names=names)
+        ids = {name: i for i, name in enumerate(names)}
+        columns.append(pa.array([ids.get(label) for label in labels], pa.int64()))
+    features = datasets.Features(features)
+    table = pa.Table.from_arrays(columns, schema=features.arrow_schema)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+
+
+
+
+def _described_rows(source, root, paths, metadata, split):
+    """The rows that metadata files give; of these files for several splits, the rows of `split`."""
+    try:
+        data_files = [glob.escape(f"{root}/{path}") for path in metadata]
+        rows = datasets.load_dataset("imagefolder", data_files=data_files, split="train")
+    except Exception as error:  # the readers of csv, json and parquet have each their own
+        raise ValueError(f"{source}: {_listed(metadata)} cannot be read: {error.__cause__ or error!r}") from error
+    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    columns = [pc.struct_field(rows.data[name], "path").to_pylist() for name in images]
+    if columns and split is not None:  # a file at the top describes the images of all splits
+        mine = [SPLITS.get(_top(os.path.relpath(path or root, root)).lower(), split) == split for path in columns[0]]
+        rows = rows.select([i for i, kept in enumerate(mine) if kept])
+    named = set().union(*columns)
+    if left := [path for path in paths if f"{root}/{path}" not in named]:
+        _warn(
+            f"{source}: left out {len(left)} of {_count(paths, 'image')}, which {_listed(metadata)} does not name: "
+            f"{_listed(left)}"
+        )
+    return rows
+
+
+
+
+def _select(parts, split, source):
+    """The rows of a split or slice, of a dictionary of splits."""
+    try:
+        spans = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in parts.items()})
+    except ValueError as error:
+        raise ValueError(
+            f"split={shown(split)} is not a split or slice of {source}; it has {', '.join(parts)}"
+        ) from error
+    return datasets.concatenate_datasets([parts[span.splitname].select(range(span.from_, span.to)) for span in spans])
