@@ -15,8 +15,15 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ddpm_hf.data.pixels import ImageDoesNotFit, image_to_pixels, image_transform, pixels_to_batch, pixels_to_tensor, tensor_to_pixels
 from ddpm_hf.data.dataset import PixelTensors, collate, image_column, label_names, training_set
+from ddpm_hf.data.pixels import (
+    ImageDoesNotFit,
+    image_to_pixels,
+    image_transform,
+    pixels_to_batch,
+    pixels_to_tensor,
+    tensor_to_pixels,
+)
 from ddpm_hf.data.sources import check_levels, digits, load_images, mnist
 
 

@@ -1,23 +1,19 @@
 """A data set of images and labels as a training set: which column, which labels, which rows, broken images left out."""
 
-from PIL import Image
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from tqdm.auto import tqdm
 import contextlib
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+
 import datasets
 import numpy as np
-import textwrap
 import torch
-from ddpm_hf.arguments import listed
-from ddpm_hf.arguments import shown
-from ddpm_hf.data.folders import in_order
-from ddpm_hf.data.pixels import ImageDoesNotFit
-from ddpm_hf.data.pixels import decode_image
-from ddpm_hf.data.pixels import pixel_limit
-from ddpm_hf.data.sources import logger
+from PIL import Image
+from tqdm.auto import tqdm
 
+from ddpm_hf.arguments import listed, shown
+from ddpm_hf.data.folders import in_order
+from ddpm_hf.data.pixels import ImageDoesNotFit, decode_image, pixel_limit
+from ddpm_hf.data.sources import logger
 
 
 def image_column(dataset: datasets.Dataset | datasets.IterableDataset, column: str | None = None) -> str:
@@ -40,8 +36,6 @@ def image_column(dataset: datasets.Dataset | datasets.IterableDataset, column: s
     return found[0]
 
 
-
-
 def held_out_rows(share: float, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows that a run with held_out=share sets aside of `count`, one at least, and those it trains on.
 
@@ -49,8 +43,6 @@ def held_out_rows(share: float, count: int) -> tuple[np.ndarray, np.ndarray]:
     """
     order, size = np.random.default_rng(0).permutation(count), max(1, round(share * count))
     return np.sort(order[:size]), np.sort(order[size:])
-
-
 
 
 def training_set(
@@ -94,8 +86,6 @@ def training_set(
     if len(images) and memory >= len(images) * images[0]["pixels"].nbytes:
         return images.in_memory()
     return images
-
-
 
 
 def label_ids(
@@ -151,8 +141,6 @@ def label_ids(
     return {value: i for i, value in enumerate(in_order(values) if texts else sorted(values))}
 
 
-
-
 def label_names(dataset, label_column: str | None, num_classes: int | None = None) -> list[str] | None:
     """Names of the labels 0, 1, ... that `training_set` gives: their texts, those of a `ClassLabel`, or the numbers themselves.
 
@@ -172,15 +160,11 @@ def label_names(dataset, label_column: str | None, num_classes: int | None = Non
     return None if known is None else [str(i) for i in range(known)]
 
 
-
-
 def _classes(feature):
     """The names of the values 0, 1, ... of a column, where its type has them."""
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
     return ["False", "True"] if feature.dtype == "bool" else None
-
-
 
 
 def _value_of(name, feature):
@@ -189,8 +173,6 @@ def _value_of(name, feature):
         with contextlib.suppress(ValueError):
             return int(name)
     return name
-
-
 
 
 class _Reader:
@@ -258,8 +240,6 @@ class _Reader:
         return {key: [item[key] for item in items] for key in keys}
 
 
-
-
 class ReadImages(torch.utils.data.Dataset):
     """Images that are read each time; in place of one that cannot be read stands the next that can."""
 
@@ -291,8 +271,6 @@ class ReadImages(torch.utils.data.Dataset):
         return PixelTensors.of(list(self.readable(rows)))
 
 
-
-
 class PixelTensors(torch.utils.data.Dataset):
     """pixels (N, C, H, W) as `image_to_pixels` gives them, and labels int64 (N,) or None; batches are cut out at once."""
 
@@ -313,8 +291,6 @@ class PixelTensors(torch.utils.data.Dataset):
 
     def __getitems__(self, indices):
         return self[torch.as_tensor(indices)]
-
-
 
 
 def collate(batch: list[dict] | dict) -> dict:

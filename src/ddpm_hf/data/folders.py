@@ -4,25 +4,24 @@
 out files without a message. Here every image of a folder becomes a row, or a warning says why it does not.
 """
 
-from PIL import Image
-from PIL import ImageFile
-from collections.abc import Iterable
 import collections
-import datasets
 import functools
 import glob
 import logging
 import os
-import pyarrow as pa
-import pyarrow.compute as pc
 import re
 import tarfile
 import zlib
+from collections.abc import Iterable
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image, ImageFile
+
 from ddpm_hf.arguments import shown
 
-
 logger = logging.getLogger(__name__)
-
 
 
 # ending -> the loader of `datasets` for files that hold many images
@@ -51,8 +50,6 @@ SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")  # of macOS, Python, Syno
 
 
 SHARDS = 128  # of a stream; processes and workers divide them
-
-
 
 
 def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
@@ -97,13 +94,9 @@ def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | 
     return as_stream(rows) if streaming else rows
 
 
-
-
 def as_stream(rows: datasets.Dataset) -> datasets.IterableDataset:
     """The same rows in the same order, in shards that processes and workers divide."""
     return rows.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(rows))))
-
-
 
 
 def picture_endings() -> set[str]:
@@ -117,16 +110,12 @@ def picture_endings() -> set[str]:
     return {ending for ending, format in Image.registered_extensions().items() if decodes(format)}
 
 
-
-
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of labels, sorted; by value where all are integers, so that label 2 of "0", "1", ..., "11" is "2"."""
     names = sorted(names)
     if all(re.fullmatch(r"[+-]?[0-9]{1,1000}", name) for name in names):
         names.sort(key=int)
     return names
-
-
 
 
 def check_tars(paths: Iterable[str]) -> None:
@@ -145,8 +134,6 @@ def check_tars(paths: Iterable[str]) -> None:
             raise ValueError(f"{path} is corrupt after its byte {tar.offset}; download it again")
 
 
-
-
 def load_tables(
     kind: str, data_files: str | dict, split: str, streaming: bool
 ) -> datasets.Dataset | datasets.IterableDataset:
@@ -160,13 +147,9 @@ def load_tables(
     return rows
 
 
-
-
 @functools.cache  # once, also where training and held-out images are of one folder
 def _warn(message):
     logger.warning("%s", message)
-
-
 
 
 def _listed(paths):
@@ -174,25 +157,17 @@ def _listed(paths):
     return shown + (", ..." if len(paths) > 3 else "")
 
 
-
-
 def _count(items, noun):
     return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
-
-
 
 
 def _ending(path):
     return os.path.splitext(path)[1].lower()
 
 
-
-
 def _top(path):
     """The top-level folder of a path; "" for a file beside these."""
     return path.split("/")[0] if "/" in path else ""
-
-
 
 
 def _walk(root):
@@ -224,8 +199,6 @@ def _walk(root):
     return sorted(files), sorted(folders)
 
 
-
-
 def _warn_of_empty_folders(source, folders, paths):
     full = {""}
     for path in paths:
@@ -234,8 +207,6 @@ def _warn_of_empty_folders(source, folders, paths):
     empty = [path for path in folders if path not in full and os.path.dirname(path) in full]
     if empty:
         _warn(f"{source}: {_count(empty, 'folder')} without images, which makes no class: {_listed(empty)}")
-
-
 
 
 def _splits_of_folders(source, paths):
@@ -252,13 +223,9 @@ def _splits_of_folders(source, paths):
     return dict(parts)
 
 
-
-
 def _split_words(names):
     """The splits that whole words within names would stand for."""
     return {SPLITS[word] for name in names for word in re.split("[^a-z]+", name.lower()) if word in SPLITS}
-
-
 
 
 def _open_tables(source, root, kind, paths, split, streaming):
@@ -276,8 +243,6 @@ def _open_tables(source, root, kind, paths, split, streaming):
             parts.setdefault(part, []).append(path)
     data_files = {name: [glob.escape(f"{root}/{path}") for path in part] for name, part in parts.items()}
     return load_tables(kind, data_files, split, streaming)
-
-
 
 
 def _open_images(source, root, paths, metadata):
@@ -305,8 +270,6 @@ def _open_images(source, root, paths, metadata):
     }
 
 
-
-
 def _labels(source, folders):
     """Folder -> label, of a dictionary from images to folders."""
     labeled = sorted(set(folders.values()) - {""})
@@ -322,8 +285,6 @@ def _labels(source, folders):
     return names if len(set(names.values())) == len(names) else {folder: folder for folder in labeled}
 
 
-
-
 def _rows(root, paths, labels, names):
     """A data set of images by their paths, which holds the paths alone."""
     features, places = {"image": datasets.Image()}, pa.array([f"{root}/{path}" for path in paths], pa.string())
@@ -335,8 +296,6 @@ def _rows(root, paths, labels, names):
     features = datasets.Features(features)
     table = pa.Table.from_arrays(columns, schema=features.arrow_schema)
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
-
-
 
 
 def _described_rows(source, root, paths, metadata, split):
@@ -358,8 +317,6 @@ def _described_rows(source, root, paths, metadata, split):
             f"{_listed(left)}"
         )
     return rows
-
-
 
 
 def _select(parts, split, source):

@@ -1,19 +1,17 @@
 """PIL images to pixels, pixels to tensors in [-1, 1], and back."""
 
-from PIL import ExifTags
-from PIL import Image
-from PIL import ImageColor
-from PIL import ImageOps
-from collections.abc import Callable
 import contextlib
-import datasets
 import io
-import numpy as np
 import os
-import torch
 import warnings
-from ddpm_hf.arguments import shown
+from collections.abc import Callable
 
+import datasets
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageColor, ImageOps
+
+from ddpm_hf.arguments import shown
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -29,12 +27,8 @@ TRANSPARENT_VALUES = {
 }
 
 
-
-
 class ImageDoesNotFit(ValueError):
     """An image that was read, but that the settings do not allow: it ends a run, where a broken one is left out."""
-
-
 
 
 def image_to_pixels(
@@ -115,8 +109,6 @@ def image_to_pixels(
     return to_pixels
 
 
-
-
 def _upright(image):
     """An image that may be opened only, loaded and turned as its EXIF says; its transparent value is on its pixels' scale."""
     mode = image.tile[0][3] if getattr(image, "format", None) == "PNG" and getattr(image, "tile", None) else None
@@ -128,16 +120,12 @@ def _upright(image):
     return ImageOps.exif_transpose(image) if turned else image
 
 
-
-
 def image_transform(
     size: tuple[int, int], channels: int = 3, levels: int = 256, background: str = "white", crop: str = "center"
 ) -> Callable[[Image.Image], torch.Tensor]:
     """A function from a PIL image to a float32 tensor (channels, *size) in [-1, 1], by way of `image_to_pixels`."""
     to_pixels = image_to_pixels(size, channels, levels, background, crop)
     return lambda image: _scaled(to_pixels(image), levels)
-
-
 
 
 def pixels_to_batch(pixels: torch.Tensor, levels: int = 256, flip: bool = False) -> torch.Tensor:
@@ -151,8 +139,6 @@ def pixels_to_batch(pixels: torch.Tensor, levels: int = 256, flip: bool = False)
     return _scaled(pixels, levels)
 
 
-
-
 def pixels_to_tensor(pixels: torch.Tensor, levels: int = 256) -> torch.Tensor:
     """Grey levels 0 .. levels - 1 of any shape -> float32 in [-1, 1]: 2 * pixel / (levels - 1) - 1.
 
@@ -164,28 +150,20 @@ def pixels_to_tensor(pixels: torch.Tensor, levels: int = 256) -> torch.Tensor:
     return _scaled(pixels, levels)
 
 
-
-
 def _check_range(pixels, levels):
     highest = int(pixels.max())  # a number: levels = 256 would wrap around in uint8
     if highest >= levels:
         raise ImageDoesNotFit(f"levels={levels}, but the data has a pixel of {highest}; set levels to its grey levels")
 
 
-
-
 def _scaled(pixels, levels):
     return pixels.float() * (2 / (levels - 1)) - 1
-
-
 
 
 def tensor_to_pixels(images: torch.Tensor, levels: int = 256) -> torch.Tensor:
     """[-1, 1] of any shape -> the nearest grey levels 0 .. levels - 1, uint8 (int64 above 256 levels)."""
     pixels = ((images.float().clamp(-1, 1) + 1) * ((levels - 1) / 2)).round()
     return pixels.to(torch.uint8 if levels <= 256 else torch.int64)
-
-
 
 
 def open_image(bytes: bytes | None, path: str | None) -> Image.Image:
@@ -195,13 +173,9 @@ def open_image(bytes: bytes | None, path: str | None) -> Image.Image:
     return Image.open(path if bytes is None else io.BytesIO(bytes))
 
 
-
-
 def decode_image(bytes, path):
     with open_image(bytes, path) as image:
         return _upright(image)
-
-
 
 
 @contextlib.contextmanager

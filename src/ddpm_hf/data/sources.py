@@ -1,23 +1,19 @@
 """Data sets of images, of any kind that Hugging Face `datasets` reads, as pixels and tensors in [-1, 1]; and back."""
 
-from PIL import Image
-from huggingface_hub.utils import validate_repo_id
-from pathlib import Path
-import datasets
 import functools
 import glob
 import importlib
 import logging
-import numpy as np
 import os
-from ddpm_hf.arguments import listed
-from ddpm_hf.arguments import shown
-from ddpm_hf.data.folders import TABLES
-from ddpm_hf.data.folders import as_stream
-from ddpm_hf.data.folders import check_tars
-from ddpm_hf.data.folders import load_tables
-from ddpm_hf.data.folders import open_folder
+from pathlib import Path
 
+import datasets
+import numpy as np
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+
+from ddpm_hf.arguments import listed, shown
+from ddpm_hf.data.folders import TABLES, as_stream, check_tars, load_tables, open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +21,10 @@ logger = logging.getLogger(__name__)
 DIGITS_TEST_IMAGES = 360
 
 
-
-
 def digits(split: str) -> datasets.Dataset:
     """scikit-learn's 8x8 handwritten digits, grey levels 0 to 16: 1,437 "train" and 360 "test" images, labels 0 to 9."""
     data = _demo_module("sklearn.datasets", "digits").load_digits()
     return _built_in(data.images.astype(np.uint8), data.target, split, DIGITS_TEST_IMAGES)
-
-
 
 
 def mnist(split: str) -> datasets.Dataset:
@@ -42,14 +34,10 @@ def mnist(split: str) -> datasets.Dataset:
     return _built_in(images, labels, split, 1000)
 
 
-
-
 BUILT_IN = {"digits": functools.cache(digits), "mnist": functools.cache(mnist)}
 
 
 LEVELS = {"digits": 17, "mnist": 256}
-
-
 
 
 def _demo_module(name, source):
@@ -60,8 +48,6 @@ def _demo_module(name, source):
             f"the data set {shown(source)} needs {error.name}; "
             'pip install "ddpm-hf[demo]", or pip install -e ".[demo]" in a checkout'
         ) from error
-
-
 
 
 def _built_in(images, labels, split, test_images):
@@ -75,8 +61,6 @@ def _built_in(images, labels, split, test_images):
     }
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     return datasets.Dataset.from_dict(columns, features=features)
-
-
 
 
 def load_images(
@@ -108,8 +92,6 @@ def load_images(
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
 
 
-
-
 def _load(source, split, streaming):
     if source in BUILT_IN:
         images = BUILT_IN[source](split).with_format(None)  # a copy, which keeps its format to itself
@@ -126,8 +108,6 @@ def _load(source, split, streaming):
     return datasets.load_dataset(source, split=split, streaming=streaming)
 
 
-
-
 def is_hub_id(source: str) -> bool:
     """Whether `load_images` takes this for the id of a data set on the Hub, and opens no file of this machine or of a URL."""
     try:
@@ -136,8 +116,6 @@ def is_hub_id(source: str) -> bool:
         return False
     of_files = source.lower().endswith((*TABLES,)) or hasattr(datasets.packaged_modules, source)  # "imagefolder", "csv"
     return not (of_files or os.path.lexists(source))
-
-
 
 
 def _saved_to_disk(source, split):
@@ -151,16 +129,12 @@ def _saved_to_disk(source, split):
     return parts[split]
 
 
-
-
 def check_levels(source: str, levels: int) -> None:
     """Raises ValueError where it is known that the data has other grey levels."""
     if LEVELS.get(source, levels) != levels:
         raise ValueError(
             f"levels={levels}, but the data set {shown(source)} has {LEVELS[source]} grey levels; set levels to it"
         )
-
-
 
 
 def public_name(source: str) -> str:

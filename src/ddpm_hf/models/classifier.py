@@ -63,6 +63,8 @@ class NoisyClassifier(Encoder):
             value and what is.
     """
 
+    source_name = "noisy_classifier"
+
     @checked_arguments(**NETWORK_RANGES, num_classes="[2, 100000000]", pool=POOLS)
     @register_to_config
     def __init__(

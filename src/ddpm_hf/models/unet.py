@@ -108,6 +108,12 @@ MOST_PARAMETERS = 2 * 10**10  # by an upper bound, see _most_parameters
 class Encoder(GuardedConfig, ModelMixin, ConfigMixin):
     """Embeddings, the way down and the middle: what `DDPMUNet` has in common with classifiers of noisy images."""
 
+    # How a part of a pipeline is saved: under the name of the diffusers class that opens it; where there is none, under its own
+    # name with its source beside it. Also the diffusers classes whose components become one of this class.
+    stock_class: str | None = None
+    source_name: str | None = None
+    stands_for: tuple[str, ...] = ()
+
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
     _no_split_modules = ["ResidualBlock", "SelfAttention"]
@@ -503,9 +509,11 @@ class Encoder(GuardedConfig, ModelMixin, ConfigMixin):
         )
 
     def to_json_string(self) -> str:
-        """The config as JSON."""
+        """The config as JSON, under the name of the diffusers class that opens the same weights, where there is one."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
+        if self.stock_class is not None:
+            config["_class_name"] = self.stock_class
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _check_image(self, sample, t):
@@ -560,6 +568,9 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
     Raises:
         ValueError: for a config that is not supported; one line that names the key, the value and what is.
     """
+
+    stock_class = "UNet2DModel"
+    stands_for = ("UNet2DModel",)
 
     @checked_arguments(**NETWORK_RANGES)
     @register_to_config
@@ -710,11 +721,6 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
             _check_range("class_labels", class_labels, config.num_class_embeds)
         elif kind == "timestep" and config.time_embedding_type == "learned":
             _check_range("class_labels", class_labels, config.num_train_timesteps)
-
-    def to_json_string(self) -> str:
-        """The config as JSON, under the name of the diffusers class that opens the same weights."""
-        config = json.loads(super().to_json_string())
-        return json.dumps({**config, "_class_name": "UNet2DModel"}, indent=2, sort_keys=True) + "\n"
 
 
 # what torch.compile and DistributedDataParallel put before or into the names of a network's tensors
