@@ -17,7 +17,7 @@ from ddpm_hf import (
     NoisyClassifier,
     VariationalDDPMScheduler,
 )
-from ddpm_hf.files.pipeline_folder import check_label_names
+from ddpm_hf.files.label_names import check_label_names
 from ddpm_hf.training.config import ConfigError, TrainConfig, load_config
 from ddpm_hf.training.inputs import open_images, open_some, record_data
 

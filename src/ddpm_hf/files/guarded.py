@@ -151,17 +151,6 @@ NUMBER = Kind("a finite number", lambda value: type(value) in (int, float) and a
 SHARE = Kind("a number in [0, 1)", lambda value: NUMBER.fits(value) and 0 <= value < 1)
 
 
-NAMES = Kind(
-    "a list of at most 100,000 texts of 500 characters",
-    lambda value: (
-        isinstance(value, list) and len(value) <= 10**5 and all(name == "" or TEXT.fits(name) for name in value)
-    ),
-)
-
-
-NAMES_BYTES = TEXT_BYTES - 2**20  # the rest of a config has its space, too
-
-
 def check_values(values: dict, schema: dict[str, Kind], path: Path, mend: str = "save the pipeline again") -> dict:
     """`values` with None for the keys of the schema that are left out. Raises ValueError for the first that does not fit."""
     values = values | {key: None for key in schema if key not in values}

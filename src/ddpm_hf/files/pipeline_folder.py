@@ -1,6 +1,5 @@
 """What the folder of a saved pipeline may hold. It may be a stranger's: its files are read bounded and within the folder."""
 
-import json
 import os
 import re
 import reprlib
@@ -8,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ddpm_hf.arguments import listed
-from ddpm_hf.files.guarded import NAMES, NAMES_BYTES, check_file, read_json
+from ddpm_hf.files.guarded import check_file, read_json
 
 CONFIGS = ("config.json", "scheduler_config.json", "model_index.json")
 
@@ -136,17 +135,6 @@ def read_shards(path: Path, folder: Path) -> dict[str, str]:
         if os.path.lexists(file):
             check_file(file, folder, None)
     return shards
-
-
-def check_label_names(names: list[str]) -> list[str]:
-    """Returns names of labels. Raises ValueError for those that could be saved, but not be read again."""
-    size = len(json.dumps(names, indent=8))
-    if not NAMES.fits(list(names)) or size > NAMES_BYTES or re.search("[\ud800-\udfff]", "".join(names)):
-        raise ValueError(
-            f"class_names={reprlib.repr(names)} must be {NAMES.words}, in UTF-8, {NAMES_BYTES // 2**20} MiB in all; "
-            "give shorter names"
-        )
-    return names
 
 
 def check_target(folder: Path, parts: Iterable[str] = ()) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from ddpm_hf.files.guarded import (
     COUNT,
     INTEGER,
-    NAMES,
     NULL,
     NUMBER,
     SHARE,
@@ -18,7 +17,11 @@ from ddpm_hf.files.guarded import (
     check_values,
     read_json,
 )
+from ddpm_hf.files.label_names import are_label_names
 from ddpm_hf.files.pipeline_folder import variants_in
+
+NAMES = Kind("a list of at most 100,000 texts of 500 characters", are_label_names)
+
 
 VERSIONS = Kind(
     "versions by name",

@@ -6,21 +6,16 @@ those of diffusers' `UNet2DModel`, so that either class opens the other's checkp
 """
 
 import json
-import os
-import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin, load_state_dict
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel, UNet2DOutput
-from diffusers.utils import logging
 from torch import nn
 
 from ddpm_hf.arguments import checked_arguments, shown
-from ddpm_hf.files.guarded import read_text
-from ddpm_hf.files.pipeline_folder import GuardedConfig, check_label_names, check_part, folder_of_part
+from ddpm_hf.files.label_names import check_label_names
 from ddpm_hf.models.blocks import (
     ACTIVATIONS,
     FIR,
@@ -37,9 +32,7 @@ from ddpm_hf.models.blocks import (
     Upsample,
 )
 from ddpm_hf.models.ncsnpp import SkipDownLevel, SkipUpLevel
-
-logger = logging.get_logger(__name__)
-
+from ddpm_hf.models.weights import CheckedModel
 
 # block name -> has attention
 DOWN_BLOCKS = {
@@ -105,7 +98,7 @@ MOST_LEVELS = 16
 MOST_PARAMETERS = 2 * 10**10  # by an upper bound, see _most_parameters
 
 
-class Encoder(GuardedConfig, ModelMixin, ConfigMixin):
+class Encoder(CheckedModel):
     """Embeddings, the way down and the middle: what `DDPMUNet` has in common with classifiers of noisy images."""
 
     # How a part of a pipeline is saved: under the name of the diffusers class that opens it; where there is none, under its own
@@ -399,115 +392,6 @@ class Encoder(GuardedConfig, ModelMixin, ConfigMixin):
         own = {**self._own_settings(), **settings}
         self.register_to_config(_ddpm_hf={key: value for key, value in own.items() if value is not None})
 
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """diffusers' hook for reading a config, which it would take for the name of another one where it is a text."""
-        config = json.loads(read_text(Path(json_file), folder_of_part(Path(json_file).parent)))
-        if not isinstance(config, dict):
-            raise ValueError(f"{json_file} holds {shown(config)}, not keys and values")
-        return config
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As diffusers' method, but for safetensors unless use_safetensors=False, and only for weights that fit.
-
-        The prefixes "module." and "_orig_mod." of wrapped networks are taken off the names of the weights.
-
-        Raises:
-            ValueError: the weights are not those of the network that the config describes: tensors are missing, of another
-                shape, not of floating point, or not the network's; the weights asked for are not there, but others are; the
-                config or the index of the weights is not as diffusers writes it; a file is a link to outside of the folder, or
-                of the pipeline's folder that it is in.
-            OSError: a file is missing or cannot be read.
-        """
-        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "").rstrip(os.sep)
-        kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
-        with_info = kwargs.pop("output_loading_info", False)
-        if os.path.isdir(folder):
-            check_part(Path(folder), folder_of_part(Path(folder)))
-            if kwargs["use_safetensors"]:
-                _check_variant(folder, kwargs.get("variant"))
-        try:
-            network, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            if folder in str(error):
-                raise
-            text = " ".join(f"{'' if isinstance(error, ValueError) else type(error).__name__} {error}".split())
-            raise ValueError(f"{os.path.join(folder, 'config.json')}: {text[:500]}") from error
-        _check_names(folder, info["missing_keys"], info["unexpected_keys"])
-        bad = [
-            name for name, weight in network.named_parameters() if not weight.is_meta and not weight.isfinite().all()
-        ]
-        if bad:
-            logger.warning(
-                f"{folder}: NaN or infinite values in {_counted(bad)}; the network's outputs will have them too"
-            )
-        return (network, info) if with_info else network
-
-    @classmethod
-    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, path, loaded_keys, **kwargs):
-        """diffusers' step of loading: all shards as one, under the names without prefixes, checked before they are used."""
-        if state_dict is None:
-            state_dict = {
-                name: weight for file in resolved_model_file for name, weight in load_state_dict(file).items()
-            }
-        plain = {_WRAPPERS.sub("", name): weight for name, weight in state_dict.items()}
-        if len(plain) < len(state_dict):
-            twice = [name for name in state_dict if name != _WRAPPERS.sub("", name) in state_dict]
-            raise ValueError(
-                f"{path}: its weights hold tensors with and without prefixes, {_counted(twice)}; save it again"
-            )
-        model._fix_state_dict_keys_on_load(plain)
-        expected = model.state_dict()
-        _check_names(path, expected.keys() - plain.keys(), plain.keys() - expected.keys())
-        for name, weight in plain.items():
-            if weight.shape != expected[name].shape and not kwargs.get("ignore_mismatched_sizes"):
-                raise ValueError(
-                    f"{path}: its weights are of another network than its config.json: {name} has the shape "
-                    f"{tuple(weight.shape)} and not {tuple(expected[name].shape)}"
-                )
-            if not weight.is_floating_point():
-                raise ValueError(f"{path}: {name} is of {weight.dtype}; the weights must be of floating point")
-        return super()._load_pretrained_model(model, plain, resolved_model_file, path, list(plain), **kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function=None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """As diffusers' method.
-
-        Raises:
-            ValueError: the network holds other tensors than its config describes, such as adapters: no class would open them; a
-                file to be written is a link.
-        """
-        config = {key: value for key, value in self.config.items() if key != "_use_default_values"}  # as it is written
-        with torch.device("meta"):
-            expected = type(self).from_config(config).state_dict()
-        own = self.state_dict()
-        added, missing = own.keys() - expected.keys(), expected.keys() - own.keys()
-        if added or missing:
-            raise ValueError(
-                f"the network and its config differ by {_counted(added or missing)}: merge or remove "
-                "adapters (peft: merge_and_unload) and wrappers within it, then save it"
-            )
-        super().save_pretrained(
-            save_directory,
-            is_main_process,
-            save_function,
-            safe_serialization,
-            variant,
-            max_shard_size,
-            push_to_hub,
-            **kwargs,
-        )
-
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the diffusers class that opens the same weights, where there is one."""
         config = json.loads(super().to_json_string())
@@ -721,57 +605,6 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
             _check_range("class_labels", class_labels, config.num_class_embeds)
         elif kind == "timestep" and config.time_embedding_type == "learned":
             _check_range("class_labels", class_labels, config.num_train_timesteps)
-
-
-# what torch.compile and DistributedDataParallel put before or into the names of a network's tensors
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
-
-
-def _check_names(path, missing, unexpected):
-    """Whether a file of weights has the tensors of its network and no others."""
-    if missing or unexpected:
-        lacks = f"lack {_counted(missing)}" if missing else "are complete"
-        more = f" and hold {_counted(unexpected)} not of this network" if unexpected else ""
-        adapters = any("base_layer" in name or "lora" in name for name in unexpected)
-        mend = (
-            "merge the adapters into the network (peft: merge_and_unload) and save it again"
-            if adapters
-            else "save it again"
-        )
-        raise ValueError(f"{path}: its weights are of another network than its config.json: they {lacks}{more}; {mend}")
-
-
-def _counted(names):
-    """ "7 tensors (a, b, c, ...)" of names, in order; each of 80 characters at most."""
-    names = sorted(names)
-    first = ", ".join(repr(name[:80])[1:-1] for name in names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({first})"
-
-
-def _check_variant(folder, variant):
-    """Whether the folder of a network has safetensors of this variant, where it has weights."""
-    names = os.listdir(folder)
-    pattern = re.compile(
-        r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors"
-    )  # the last: of before 2024
-    there = sorted({match[1] or match[2] or "" for match in map(pattern.fullmatch, names) if match})
-    others = ", ".join(repr(name) for name in there if name)
-    if (variant or "") in there:
-        return
-    if variant is None and others:
-        raise ValueError(f"{folder} holds weights of the variant {others} only; open it with variant={there[0]!r}")
-    if there:
-        usual = ["the usual weights (leave variant out)"] if "" in there else []
-        raise ValueError(
-            f"{folder} has no weights of variant={variant!r}; it holds {', '.join(usual + [others] * (others != ''))}"
-        )
-    pickled = any(name.endswith(".bin") for name in names)
-    mend = (
-        "if you trust who made its pickled weights, open it with use_safetensors=False and save it"
-        if pickled
-        else "save it"
-    )
-    raise ValueError(f"{folder} has no safetensors; {mend}: save_pretrained writes safetensors")
 
 
 def time_tensor(timestep: torch.Tensor | float | int, device: torch.device) -> torch.Tensor:
