@@ -33,10 +33,10 @@ from ddpm_hf import (
     interpolate_latents,
     ode_bits_per_dim,
 )
+from ddpm_hf.arguments import sides
 from ddpm_hf.data.pixels import pixels_to_tensor
 from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.evaluation.sheets import as_images, as_sheet, save_figure, save_picture
-from ddpm_hf.models.unet import sides
 
 # name -> its scheduler's settings, and network calls a step; None: the chain's own
 SAMPLERS = {

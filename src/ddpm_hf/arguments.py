@@ -50,6 +50,11 @@ def listed(names) -> str:
     return ", ".join(texts) + (", ..." if len(names) > 16 else "")
 
 
+def sides(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image size that a config may give as one number."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def check_argument(name: str, value, annotation, allowed: str | tuple | None = None):
     """The value in the type of its annotation; numpy's numbers and arrays become Python's.
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ddpm_hf.arguments import sides
 from ddpm_hf.files.atomic import final_name, write_text
 from ddpm_hf.files.guarded import COUNT, NULL, NUMBER, WORD, Kind, check_values, naming, read_json, read_text
 from ddpm_hf.files.pipeline_folder import PARTS, STAGES, component_classes, read_config
 from ddpm_hf.hub.records import told_of
 from ddpm_hf.models.classifier import NoisyClassifier
-from ddpm_hf.models.unet import DDPMUNet, sides
+from ddpm_hf.models.unet import DDPMUNet
 
 # installed beside the package; at the project's root in a checkout
 TEMPLATES = (Path(__file__).parents[1] / "model_card.md", Path(__file__).parents[3] / "model_card.md")

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ddpm_hf.arguments import checked_arguments, shown
+from ddpm_hf.arguments import checked_arguments, shown, sides
 from ddpm_hf.models.blocks import ActivatedNorm
-from ddpm_hf.models.unet import MOST_PARAMETERS, NETWORK_RANGES, DDPMUNet, Encoder, sides, time_tensor
+from ddpm_hf.models.unet import MOST_PARAMETERS, NETWORK_RANGES, DDPMUNet, Encoder, time_tensor
 
 POOLS = ("attention", "average")
 

@@ -621,11 +621,6 @@ def time_tensor(timestep: torch.Tensor | float | int, device: torch.device) -> t
     return t.to(device)
 
 
-def sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of what a config may hold as one number."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def _names(block_types):
     return [name.removeprefix("UNetRes") for name in block_types]  # the prefix of 2022 configs
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
+from ddpm_hf.arguments import sides
 from ddpm_hf.files.guarded import is_inside, read_json
 from ddpm_hf.files.pipeline_folder import STAGES, component_classes
 from ddpm_hf.hub.source import write_source
 from ddpm_hf.hub.upload import Published
-from ddpm_hf.models.unet import sides
 from ddpm_hf.pipelines.ddpm import WHERE, DDPMImagePipeline, local_folder
 from ddpm_hf.pipelines.guidance import NamedClasses, check_names
 from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline

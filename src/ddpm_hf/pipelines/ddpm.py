@@ -21,7 +21,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
-from ddpm_hf.arguments import shown
+from ddpm_hf.arguments import shown, sides
 from ddpm_hf.fast.inference import InferenceUNet
 from ddpm_hf.files.guarded import naming, read_json
 from ddpm_hf.files.pipeline_folder import check_part, component_classes, pipeline_class, read_config, variants_in
@@ -30,7 +30,7 @@ from ddpm_hf.hub.upload import Published
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.conditioning import Conditioned
 from ddpm_hf.models.evaluation_mode import evaluation_mode
-from ddpm_hf.models.unet import DDPMUNet, sides
+from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.guidance import (
     NamedClasses,
     check_classifier,

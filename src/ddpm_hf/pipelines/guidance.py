@@ -5,9 +5,8 @@ import math
 
 import torch
 
-from ddpm_hf.arguments import shown
+from ddpm_hf.arguments import shown, sides
 from ddpm_hf.models.classifier import NoisyClassifier
-from ddpm_hf.models.unet import sides
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")

@@ -12,10 +12,10 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
-from ddpm_hf.arguments import checked_arguments, shown
+from ddpm_hf.arguments import checked_arguments, shown, sides
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.conditioning import condition_planes
-from ddpm_hf.models.unet import DDPMUNet, sides
+from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline, positive_integer
 
 

@@ -9,7 +9,7 @@ import types
 import typing
 from pathlib import Path
 
-from ddpm_hf.arguments import check_argument, shown
+from ddpm_hf.arguments import check_argument, shown, sides
 from ddpm_hf.files.digests import DIGESTS, check_digests
 from ddpm_hf.files.guarded import read_json
 from ddpm_hf.files.strict_yaml import dump_yaml, parse_yaml, read_yaml
@@ -841,8 +841,3 @@ def as_yaml(config: RunConfig) -> str:
 def image_size(config: RunConfig) -> tuple[int, ...]:
     """(height, width) in pixels."""
     return sides(config.image_size)
-
-
-def sides(size: int | list[int]) -> tuple[int, ...]:
-    """(height, width) of what may be one number."""
-    return (size, size) if isinstance(size, int) else tuple(size)

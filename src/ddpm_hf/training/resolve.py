@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 
-from ddpm_hf.arguments import listed, shown
+from ddpm_hf.arguments import listed, shown, sides
 from ddpm_hf.data.dataset import held_out_rows, image_column, label_names
 from ddpm_hf.data.pixels import open_image
 from ddpm_hf.data.sources import LEVELS, load_images
@@ -20,7 +20,7 @@ from ddpm_hf.files.guarded import naming
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check, image_size, sides
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check, image_size
 from ddpm_hf.training.devices import PROCESSES, opening
 from ddpm_hf.training.interrupts import tell
 from ddpm_hf.training.stages import in_channels

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ddpm_hf.arguments import sides
 from ddpm_hf.data.dataset import PixelTensors
 from ddpm_hf.data.pixels import pixels_to_batch
 from ddpm_hf.evaluation.sheets import (
@@ -19,7 +20,6 @@ from ddpm_hf.evaluation.sheets import (
     save_picture,
 )
 from ddpm_hf.models.conditioning import shrunk
-from ddpm_hf.training.config import sides
 from ddpm_hf.training.interrupts import going_on
 from ddpm_hf.training.stages import pipeline_of, some_items
 

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from ddpm_hf.arguments import sides
 from ddpm_hf.models.conditioning import Conditioned, condition_planes, shrunk
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
 from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
-from ddpm_hf.training.config import TrainConfig, sides
+from ddpm_hf.training.config import TrainConfig
 
 
 def in_channels(config: TrainConfig) -> int:
