@@ -5,8 +5,6 @@ The network of Ho, Jain, Abbeel 2020 (appendix B: "the paper") with the switches
 those of diffusers' `UNet2DModel`, so that either class opens the other's checkpoints.
 """
 
-import json
-
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
@@ -16,6 +14,7 @@ from torch import nn
 
 from ddpm_hf.arguments import checked_arguments, shown
 from ddpm_hf.files.label_names import check_label_names
+from ddpm_hf.files.saved_config import SavedConfig
 from ddpm_hf.models.blocks import (
     ACTIVATIONS,
     FIR,
@@ -98,14 +97,8 @@ MOST_LEVELS = 16
 MOST_PARAMETERS = 2 * 10**10  # by an upper bound, see _most_parameters
 
 
-class Encoder(CheckedModel):
+class Encoder(SavedConfig, CheckedModel):
     """Embeddings, the way down and the middle: what `DDPMUNet` has in common with classifiers of noisy images."""
-
-    # How a part of a pipeline is saved: under the name of the diffusers class that opens it; where there is none, under its own
-    # name with its source beside it. Also the diffusers classes whose components become one of this class.
-    stock_class: str | None = None
-    source_name: str | None = None
-    stands_for: tuple[str, ...] = ()
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
@@ -391,14 +384,6 @@ class Encoder(CheckedModel):
     def _set_own(self, **settings):
         own = {**self._own_settings(), **settings}
         self.register_to_config(_ddpm_hf={key: value for key, value in own.items() if value is not None})
-
-    def to_json_string(self) -> str:
-        """The config as JSON, under the name of the diffusers class that opens the same weights, where there is one."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
-        if self.stock_class is not None:
-            config["_class_name"] = self.stock_class
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _check_image(self, sample, t):
         config = self.config

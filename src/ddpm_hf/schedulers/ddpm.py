@@ -5,7 +5,6 @@ Meng, Ermon 2020) is named. Timesteps are 0-based: t = 0 here is the paper's t =
 bits per dimension where a name says so. All tables are float64.
 """
 
-import json
 import operator
 from collections import OrderedDict
 from numbers import Integral, Real
@@ -19,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.arguments import check_argument, checked_arguments, shown
 from ddpm_hf.files.pipeline_folder import GuardedConfig
+from ddpm_hf.files.saved_config import SavedConfig
 from ddpm_hf.schedulers.betas import BETA_SCHEDULES, MOST_TIMESTEPS, OWN_SCHEDULES, space_timesteps
 from ddpm_hf.schedulers.gaussian import Gaussian, discretized_gaussian_log_likelihood, gaussian_kl, nats_to_bits_per_dim
 from ddpm_hf.schedulers.tables import ChainTables, ddim_tables, in_working_precision, weighted_sum
@@ -58,7 +58,7 @@ def _shortened(chain):
     return f"[{first}, ..., {last}] of {len(chain)} timesteps"
 
 
-class VariationalDDPMScheduler(GuardedConfig, DDPMScheduler):
+class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     """diffusers' `DDPMScheduler` with the whole of the paper: exact tables, posteriors, the bound and its decoder.
 
     "The chain" is the list of timesteps last given to `set_timesteps`, all T before any call. q, p, the bound and `step`
@@ -88,6 +88,9 @@ class VariationalDDPMScheduler(GuardedConfig, DDPMScheduler):
         ValueError: a value that is not supported, named with what is; betas outside (0, 1], or so large that before the last
             timestep nothing is left of x_0.
     """
+
+    stock_class = "DDPMScheduler"
+    stands_for = ("DDPMScheduler",)
 
     @checked_arguments(
         num_train_timesteps="[1, 100000]",
@@ -206,12 +209,6 @@ class VariationalDDPMScheduler(GuardedConfig, DDPMScheduler):
             if replaced is None or config_dict.get(key) in replaced:
                 config_dict[key] = value
         return super().extract_init_dict(config_dict, **kwargs)
-
-    def to_json_string(self) -> str:
-        """The config as JSON, under the name of the diffusers class that opens it."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
-        return json.dumps({**config, "_class_name": "DDPMScheduler"}, indent=2, sort_keys=True) + "\n"
 
     # the chain
 

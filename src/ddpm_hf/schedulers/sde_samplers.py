@@ -10,10 +10,11 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.arguments import check_argument, checked_arguments, shown
 from ddpm_hf.files.pipeline_folder import GuardedConfig
-from ddpm_hf.schedulers.sde import SDE_RANGES, VESDE, VPSDE, ChainSDE, SubVPSDE
+from ddpm_hf.files.saved_config import SavedConfig
+from ddpm_hf.schedulers.sde import SDE, SDE_RANGES, VESDE, VPSDE, ChainSDE, SubVPSDE
 
 
-class SDEScheduler(GuardedConfig, SchedulerMixin, ConfigMixin):
+class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
     """The reverse of an SDE as a diffusers scheduler: a predictor from each time to the next, correctors before it.
 
     `timesteps` are what the network is told, so that pipelines need to know nothing of the process: t (N - 1) for VP and
@@ -48,12 +49,14 @@ class SDEScheduler(GuardedConfig, SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = ["DDPMScheduler", "ScoreSdeVeScheduler"]  # their keys stay in the config, for the way back
+    source_name = "sde_scheduler"
+    process_class: type[SDE]  # the SDE that it samples
     order = 1
     init_noise_sigma = 1.0
 
     def _build(self, sde):
         config = self.config
-        if config.predictor == "ancestral" and type(self).__name__ == "SubVPSDEScheduler":
+        if config.predictor == "ancestral" and isinstance(sde, SubVPSDE):
             raise ValueError("predictor='ancestral' is of VP and VE; choose 'reverse_diffusion' or 'euler_maruyama'")
         if config.predictor == "none" and config.correct_steps == 0:
             raise ValueError("predictor='none' with correct_steps=0 does nothing; give correct_steps")
@@ -208,7 +211,7 @@ class SDEScheduler(GuardedConfig, SchedulerMixin, ConfigMixin):
         own_keys = check_argument("_ddpm_hf", config_dict.get("_ddpm_hf") or {}, dict)
         if "levels" in own_keys:
             config_dict.setdefault("levels", own_keys["levels"])
-        variance_exploding = cls.__name__ == "VESDEScheduler"
+        variance_exploding = issubclass(cls.process_class, VESDE)
         if "predictor" not in config_dict:  # of another class, whose defaults are not ours
             config_dict["_use_default_values"] = []
             if variance_exploding and "sigma_min" in config_dict:  # ScoreSdeVeScheduler's
@@ -229,9 +232,9 @@ class SDEScheduler(GuardedConfig, SchedulerMixin, ConfigMixin):
                     for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))
                 )
                 config_dict |= {"beta_min": first * factor, "beta_max": last * factor, "trained_betas": None}
-            elif cls.__name__ == "VPSDEScheduler":
+            elif cls.process_class is VPSDE:
                 config_dict["trained_betas"] = DDPMScheduler.from_config(config_dict).betas.tolist()
-            if variance_exploding or (cls.__name__ != "VPSDEScheduler" and "beta_min" not in config_dict):
+            if variance_exploding or (cls.process_class is not VPSDE and "beta_min" not in config_dict):
                 raise ValueError(
                     f"{cls.__name__} has no process for beta_schedule={schedule!r}; VP has for every one, sub-VP for 'linear'"
                 )
@@ -243,6 +246,9 @@ class SDEScheduler(GuardedConfig, SchedulerMixin, ConfigMixin):
 
 class VPSDEScheduler(SDEScheduler):
     """Samplers of `VPSDE`, or with `trained_betas`, those of a discrete chain, of `ChainSDE`; see `SDEScheduler`."""
+
+    process_class = VPSDE
+    stands_for = ("ScoreSdeVpScheduler",)
 
     @checked_arguments(**SDE_RANGES)
     @register_to_config
@@ -262,7 +268,7 @@ class VPSDEScheduler(SDEScheduler):
         clip_sample: bool = False,
     ):
         if trained_betas is not None:
-            if self._sde is not VPSDE or not 1 <= len(trained_betas) <= 100_000:
+            if self.process_class is not VPSDE or not 1 <= len(trained_betas) <= 100_000:
                 raise ValueError(
                     f"trained_betas={shown(trained_betas)}: give betas to VPSDEScheduler alone, 1 to 100,000"
                 )
@@ -274,16 +280,15 @@ class VPSDEScheduler(SDEScheduler):
             except ValueError as error:
                 raise ValueError(f"trained_betas={shown(trained_betas)}: {error}") from None
         else:
-            sde = self._sde(beta_min, beta_max, num_train_timesteps, prediction_type)
+            sde = self.process_class(beta_min, beta_max, num_train_timesteps, prediction_type)
         self._build(sde)
-
-    _sde = VPSDE
 
 
 class SubVPSDEScheduler(VPSDEScheduler):
     """Samplers of `SubVPSDE`; see `SDEScheduler`."""
 
-    _sde = SubVPSDE
+    process_class = SubVPSDE
+    stands_for = ()
 
 
 class VESDEScheduler(SDEScheduler):
@@ -292,6 +297,9 @@ class VESDEScheduler(SDEScheduler):
     Args beyond its own:
         centered: whether the images are in [-1, 1]; False for [0, 1], as NCSN's and those of diffusers' ScoreSdeVeScheduler.
     """
+
+    process_class = VESDE
+    stands_for = ("ScoreSdeVeScheduler",)
 
     @checked_arguments(**SDE_RANGES)
     @register_to_config
@@ -310,7 +318,7 @@ class VESDEScheduler(SDEScheduler):
         levels: int = 256,
         clip_sample: bool = False,
     ):
-        self._build(VESDE(sigma_min, sigma_max, num_train_timesteps, prediction_type))
+        self._build(self.process_class(sigma_min, sigma_max, num_train_timesteps, prediction_type))
 
 
 def clip_limits(config: dict) -> tuple[float, float]:

@@ -1,0 +1,52 @@
+"""Subclasses of the schedulers work wherever their parents do."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ddpm_hf.schedulers import SCHEDULERS
+
+SETTINGS = {"VariationalDDPMScheduler": {"levels": 16, "beta_schedule": "cosine"}, "VESDEScheduler": {"sigma_max": 9.0}}
+
+
+def steps(scheduler):
+    """The results of three steps from the same sample with the same noise."""
+    scheduler.set_timesteps(10)
+    sample, output, noise = torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    return [scheduler.step(output, t, sample, variance_noise=noise).prev_sample for t in scheduler.timesteps[:3]]
+
+
+def same(scheduler, expected):
+    return all(torch.equal(a, b) for a, b in zip(steps(scheduler), steps(expected), strict=True))
+
+
+@pytest.mark.parametrize("parent", SCHEDULERS, ids=lambda parent: parent.__name__)
+def test_a_bare_subclass_is_as_good_as_its_parent(parent, tmp_path):
+    subclass = type("Mine", (parent,), {})
+    expected = parent(num_train_timesteps=200, **SETTINGS.get(parent.__name__, {}))
+    subclass.from_config(expected.config).save_pretrained(tmp_path)
+    opened = {cls: cls.from_pretrained(tmp_path) for cls in (subclass, parent)}
+    for cls, scheduler in opened.items():
+        assert type(scheduler) is cls and same(scheduler, expected)
+    assert same(parent.from_config(opened[subclass].config), expected)
+    assert subclass.stock_class == parent.stock_class and subclass.source_name == parent.source_name
+
+
+@pytest.mark.parametrize("parent", SCHEDULERS[:3], ids=lambda parent: parent.__name__)
+@pytest.mark.parametrize("config", [{}, {"beta_schedule": "squaredcos_cap_v2"}], ids=["linear", "cosine"])
+def test_a_subclass_opens_the_configs_of_diffusers(parent, config):
+    stock = DDPMScheduler(num_train_timesteps=50, **config).config
+    subclass = type("Mine", (parent,), {})
+    if config and parent is SCHEDULERS[2]:
+        with pytest.raises(ValueError, match="^Mine has no process for beta_schedule="):
+            subclass.from_config(stock)
+    else:
+        assert same(subclass.from_config(stock), parent.from_config(stock))
+
+
+def test_how_the_schedulers_are_saved():
+    """Each stock class is opened by one of ours; a class that no stock class opens brings its source."""
+    stock = [name for cls in SCHEDULERS for name in cls.stands_for]
+    assert sorted(stock) == ["DDPMScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"]
+    for cls in SCHEDULERS:
+        assert (cls.stock_class is None) != (cls.source_name is None)
