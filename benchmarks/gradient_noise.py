@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMImagePipeline, DiffusionObjective
-from ddpm_hf.evaluation.evaluate import load_tensor
+from ddpm_hf.evaluation.images import load_tensor
 from ddpm_hf.files.atomic import write_text
 from ddpm_hf.training.timesteps import LossSecondMomentTimesteps, UniformTimesteps
 

@@ -17,7 +17,7 @@ from measure import RESULTS, in_turns, machine
 from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
-from ddpm_hf.evaluation.evaluate import load_tensor
+from ddpm_hf.evaluation.images import load_tensor
 from ddpm_hf.files.atomic import write_text
 
 ROOT = Path(__file__).parents[1]

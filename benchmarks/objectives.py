@@ -23,7 +23,7 @@ from sklearn.svm import SVC
 from ddpm_hf import DDPMImagePipeline, bits_per_dim, estimate_bits_per_dim
 from ddpm_hf.data.pixels import pixels_to_tensor, tensor_to_pixels
 from ddpm_hf.data.sources import LEVELS
-from ddpm_hf.evaluation.evaluate import histogram_bits_per_dim
+from ddpm_hf.evaluation.likelihood_report import histogram_bits_per_dim
 from ddpm_hf.files.atomic import write_text
 from ddpm_hf.training.config import as_yaml, load_config
 from ddpm_hf.training.diffusion import train

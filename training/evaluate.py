@@ -12,7 +12,7 @@ beside the weights of a run of train.py, whose model card is brought up to date 
 
 import sys
 
-from ddpm_hf.cli import evaluate
+from ddpm_hf.cli import main
 
 if __name__ == "__main__":
-    evaluate(sys.argv[1:])
+    main(["evaluate", *sys.argv[1:]], "evaluate.py")

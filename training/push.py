@@ -8,7 +8,7 @@ the repository has is not sent again.
 
 import sys
 
-from ddpm_hf.cli import push
+from ddpm_hf.cli import main
 
 if __name__ == "__main__":
-    push(sys.argv[1:])
+    main(["push", *sys.argv[1:]], "push.py")

@@ -8,7 +8,7 @@ python training/sample.py runs/mnist-8-32/pipeline --count 16 --data mnist --out
 
 import sys
 
-from ddpm_hf.cli import sample
+from ddpm_hf.cli import main
 
 if __name__ == "__main__":
-    sample(sys.argv[1:])
+    main(["sample", *sys.argv[1:]], "sample.py")

@@ -10,7 +10,7 @@
 
 import sys
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli import main
 
 if __name__ == "__main__":
-    train(sys.argv[1:])
+    main(["train", *sys.argv[1:]], "train.py")

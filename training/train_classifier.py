@@ -9,7 +9,7 @@ each is one of a YAML file too.
 
 import sys
 
-from ddpm_hf.cli import train_classifier
+from ddpm_hf.cli import main
 
 if __name__ == "__main__":
-    train_classifier(sys.argv[1:])
+    main(["train-classifier", *sys.argv[1:]], "train_classifier.py")

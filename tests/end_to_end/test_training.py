@@ -277,7 +277,7 @@ def test_the_example_of_the_readme_runs(trained):
 
 
 def test_the_histogram_is_what_it_says():
-    from ddpm_hf.evaluation.evaluate import histogram_bits_per_dim
+    from ddpm_hf.evaluation.likelihood_report import histogram_bits_per_dim
 
     train, test = torch.tensor([[0], [0], [1]]), torch.tensor([[0], [2]])
     # counts 2, 1, 0 and one each: probabilities 3/6, 2/6, 1/6

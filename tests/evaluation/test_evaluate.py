@@ -13,16 +13,10 @@ import torch
 from PIL import Image
 
 from ddpm_hf import DDPMUNet, VariationalDDPMScheduler
+from ddpm_hf.cli.evaluate import command_of, make_parser
 from ddpm_hf.data.sources import load_images
-from ddpm_hf.evaluation.evaluate import (
-    check_out,
-    command_of,
-    data_of,
-    held_out_of,
-    load_tensor,
-    make_parser,
-    own_folder,
-)
+from ddpm_hf.evaluation.images import load_tensor
+from ddpm_hf.evaluation.report_folder import check_out, data_of, held_out_of, own_folder
 from ddpm_hf.hub.card import card_text, evaluation_command, write_model_card
 from ddpm_hf.hub.records import weights_digest
 from ddpm_hf.hub.upload import published_files, push_folder
@@ -228,8 +222,12 @@ def test_a_strangers_record_chooses_no_files(tmp_path, source):
     assert f"hub_dataset={source!r}" in str(error.value)
 
 
-def test_the_command_has_every_option_that_is_not_its_default():
-    parser = make_parser()
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [("evaluate.py", ["python", "training/evaluate.py"]), ("ddpm-hf evaluate", ["ddpm-hf", "evaluate"])],
+)
+def test_the_command_has_every_option_that_is_not_its_default(program, words):
+    parser = make_parser(program)
     data = ["--data", "digits"]  # it is known by then
     plain = parser.parse_args(["pipeline", *data])
     values = {int: 9, float: 0.25, str: "it's 100% $HOME; -x"}
@@ -246,7 +244,7 @@ def test_the_command_has_every_option_that_is_not_its_default():
         arguments = parser.parse_args(["pipeline", *data, *argv])
         assert arguments != plain
         command = command_of(parser, arguments)
-        assert shlex.split(command)[:2] == ["python", "training/evaluate.py"]
+        assert shlex.split(command)[:2] == words
         assert parser.parse_args(shlex.split(command)[2:]) == arguments, option
         assert evaluation_command(command) == command  # as the card shows it
     for text in ("-5", "--steps"):  # begins as an option

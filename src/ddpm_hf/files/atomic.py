@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,3 +156,12 @@ def _flush(path):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def is_writable(folder: str | os.PathLike) -> bool:
+    """Whether a file can be made in a folder. It is tried, as permissions alone do not decide it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

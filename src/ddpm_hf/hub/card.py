@@ -269,14 +269,17 @@ def fenced_json(values: dict) -> str:
     return json.dumps(values, indent=2).replace("`", "\\u0060").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
+EVALUATION_PROGRAMS = (["ddpm-hf", "evaluate"], ["python", "training/evaluate.py"])
+
+
 def evaluation_command(text: str | None) -> str | None:
-    """The command that measured, quoted for a shell word by word; None of what is not a call of training/evaluate.py."""
+    """The command that measured, quoted for a shell word by word; None for anything but a call of `EVALUATION_PROGRAMS`."""
     try:
         words = shlex.split(text or "")
     except ValueError:
         return None
     options = [word for word in words[3:] if word.startswith("--")]
-    whole = words[:2] == ["python", "training/evaluate.py"] and len(words) > 2 and text.isprintable()
+    whole = words[:2] in EVALUATION_PROGRAMS and len(words) > 2 and text.isprintable()
     return shlex.join(words) if whole and all(re.fullmatch(r"--\w+(=.*)?", word) for word in options) else None
 
 

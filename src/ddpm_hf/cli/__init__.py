@@ -1,0 +1,99 @@
+"""The command line: ddpm-hf train | train-classifier | sample | evaluate | push.
+
+A command's words are read and checked before anything slow is imported, so a mistake is answered at once.
+"""
+
+import sys
+
+from ddpm_hf.cli.parser import did_you_mean, format_examples
+
+COMMANDS = {
+    "train": "train a diffusion model on a folder of pictures or another data set",
+    "train-classifier": "train a classifier of noisy images, for classifier guidance",
+    "sample": "draw a sheet of samples from a saved pipeline",
+    "evaluate": "measure bits/dim of a data set under a saved pipeline",
+    "push": "publish a saved pipeline on the Hub",
+}
+EXAMPLES = [
+    ("train my_folder/", "settings follow the pictures; ends with samples and bits/dim"),
+    ("train my_folder/ --minutes 30", "as many steps as fit into half an hour"),
+    ("train --config digits", "a preset"),
+    ("sample runs/my_folder/pipeline", "a sheet of samples"),
+    ("evaluate runs/my_folder/pipeline --data my_folder/", "bits/dim"),
+    ("push runs/my_folder/pipeline --repo_id user/name", "publish it on the Hub"),
+]
+
+
+def main(argv: list[str] | None = None, program: str | None = None) -> None:
+    """Run a command.
+
+    Args:
+        argv: the command and its arguments; None takes those of the process.
+        program: what the command calls itself in messages, if not "ddpm-hf COMMAND".
+    """
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(help_text())
+    elif command == "--version":
+        from ddpm_hf import __version__
+
+        print(f"ddpm-hf {__version__}")
+    elif command in COMMANDS:
+        run(command, arguments, program or f"ddpm-hf {command}")
+    else:
+        hint = did_you_mean(command, list(COMMANDS)) or f"; commands: {', '.join(COMMANDS)}"
+        print(f"ddpm-hf: unknown command {command[:60]!r}{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(command: str, argv: list[str], program: str) -> None:
+    """Run one of the `COMMANDS`; an error of its user's ends the process with one line."""
+    if command in ("train", "train-classifier"):
+        from ddpm_hf.cli.train import main as run_training
+
+        return run_training(command, argv, program)
+    if command == "sample":
+        from ddpm_hf.cli.sample import main as run_command
+    elif command == "evaluate":
+        from ddpm_hf.cli.evaluate import main as run_command
+    else:
+        from ddpm_hf.cli.push import main as run_command
+    try:
+        run_command(argv, program)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        sys.exit(f"{program}: {' '.join(str(error).split())}")
+
+
+def is_users(error: Exception) -> bool:
+    """Whether an error is about what the user gave, so that its message says all there is to say."""
+    import tarfile
+
+    from ddpm_hf.hub.upload import HubError
+
+    kinds = [ValueError, OSError, ImportError, tarfile.TarError, HubError]
+    if "ddpm_hf.likelihood.ode" in sys.modules:
+        from ddpm_hf.likelihood.ode import OdeStopped
+
+        kinds.append(OdeStopped)
+    return isinstance(error, tuple(kinds))
+
+
+def help_text() -> str:
+    """What ddpm-hf --help prints."""
+    width = max(map(len, COMMANDS)) + 2
+    return "\n".join(
+        [
+            "usage: ddpm-hf COMMAND ...",
+            "",
+            "Train diffusion models on your images, sample from them, measure their likelihood, and publish them.",
+            "",
+            format_examples("ddpm-hf", EXAMPLES),
+            "",
+            "commands:",
+            *(f"  {name:{width}}{text}" for name, text in COMMANDS.items()),
+            "",
+            "ddpm-hf COMMAND --help lists a command's options; ddpm-hf --version prints the version.",
+        ]
+    )

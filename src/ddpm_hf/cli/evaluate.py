@@ -1,0 +1,265 @@
+"""`ddpm-hf evaluate`: a saved pipeline and a data set -> bits/dim, by the variational bound or the probability-flow ODE."""
+
+import argparse
+import math
+import shlex
+from pathlib import Path
+
+from ddpm_hf.cli.parser import SEED, Parser, choose_device, hide_progress_in_logs, number
+from ddpm_hf.extras import require_extra
+
+DEQUANTIZATIONS = ("uniform", "decoder")  # of likelihood.ode, which is slow to import
+READING = ("image_column", "label_column", "max_broken", "max_image_pixels")  # options that `read_tensor` takes
+
+
+def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
+    """The options of the command."""
+    parser = Parser(
+        program,
+        "PIPELINE [--data DATA] [--OPTION VALUE ...]",
+        "Measure bits/dim of a data set under a saved pipeline: the variational bound of Ho et al. 2020, term by term,\n"
+        "or the likelihood by the probability-flow ODE of Song et al. 2020. Opens any DDPM folder or Hub id, diffusers'\n"
+        "own included. Prints a table; writes evaluation.json, and evaluation.csv and .png with every term.",
+        [
+            ("runs/digits/pipeline", "test images of the data set it was trained on"),
+            ("runs/digits/pipeline --data digits --images 64", "64 images, always the same"),
+            ("runs/digits-vp/pipeline --ode", "a model in continuous time"),
+            ("google/ddpm-cifar10-32 --data uoft-cs/cifar10 --estimate 50", "50 network calls an image"),
+        ],
+    )
+    add = parser.group("pipeline and output")
+    add("pipeline", metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub")
+    add("--out", metavar="FOLDER", help="folder to write to (a run's own pipeline; for others nothing is written)")
+    add("--histogram", metavar="SPLIT", help="compare with a per-pixel histogram of this split")
+    add("-h", "--help", action="help", help="show this and stop")
+    add = parser.group("images")
+    add(
+        "--data",
+        metavar="DATA",
+        help="digits, mnist, a folder, a .parquet, .arrow or .tar file, or a Hub id (that of the training)",
+    )
+    add("--split", metavar="SPLIT", default="test", help="split of --data (%(default)s)")
+    add(
+        "--held_out",
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        help="only the images that training with this --held_out set aside (as the run did)",
+    )
+    add("--images", type=number(int, 1), metavar="N", help="number of images, a fixed random subset (all)")
+    add("--image_column", metavar="NAME", help="column of the images (that of the training, or the only one)")
+    add("--label_column", metavar="NAME", help="column of class labels (that of the training, or the only one)")
+    add("--levels", type=number(int, 2, 65536), metavar="N", help="grey levels of the data (those of the pipeline)")
+    add(
+        "--max_broken",
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        default=0.0,
+        help="share of images that may be unreadable (%(default)s)",
+    )
+    add("--max_image_pixels", type=number(int, 1), metavar="N", help="larger images are unreadable (Pillow's limit)")
+    add = parser.group("variational bound")
+    add("--steps", type=number(int, 1), metavar="N", help="length of the chain (all timesteps)")
+    add("--first", type=number(int, 0), metavar="T0", default=0, help="leave out the timesteps below (%(default)s)")
+    add("--estimate", type=number(int, 8), metavar="N", help="estimate from N network calls an image, 8 or more")
+    add("--optimize", action="store_true", help="compile the network first; pays off with many images")
+    add = parser.group("probability-flow ODE")
+    add("--ode", action="store_true", help="measure by the ODE instead of the bound")
+    add("--dequantization", choices=DEQUANTIZATIONS, help="uniform or decoder (decoder for a chain, else uniform)")
+    add(
+        "--tolerance",
+        type=number(float, 1e-12, 1),
+        metavar="TOL",
+        default=1e-5,
+        help="absolute and relative tolerance of the solver (%(default)s)",
+    )
+    add("--probes", type=number(int, 1), metavar="N", default=1, help="random probes per image (%(default)s)")
+    add = parser.group("computation")
+    add("--batch_size", type=number(int, 1), metavar="N", default=128, help="images per network call (%(default)s)")
+    add("--seed", type=SEED, metavar="N", default=0, help="seed of the noise, not of --images (%(default)s)")
+    add("--device", metavar="NAME", help="device, as torch names it (an accelerator if there is one)")
+    return parser
+
+
+def main(argv: list[str], program: str) -> None:
+    parser = make_parser(program)
+    arguments = parser.parse_args(argv)
+    if arguments.ode and (arguments.estimate is not None or arguments.steps is not None or arguments.optimize):
+        parser.error("--estimate, --steps and --optimize are of the bound; leave them out with --ode")
+    require_extra("datasets", "data", "images of a data set")
+    hide_progress_in_logs()
+    if arguments.estimate is None and not arguments.ode:
+        require_extra("matplotlib", "eval", "plots")
+
+    import torch
+
+    from ddpm_hf.evaluation import images, likelihood_report, report_folder
+    from ddpm_hf.fast.inference import InferenceUNet
+    from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
+
+    if arguments.out is not None:
+        report_folder.check_out(arguments.out)
+    device = choose_device(arguments.device)
+    pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline).to(device)
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    open_chain(parser, arguments, scheduler)
+    levels = scheduler.levels if arguments.levels is None else arguments.levels
+    dataset, total, rest = open_data(arguments, pipeline, levels)
+    check_record(parser, arguments)
+    reading = {name: getattr(arguments, name) for name in READING}
+    x_start, labels = images.read_tensor(dataset, unet, levels, arguments.images, **reading)
+    if rest is not None:
+        histogram_images, _ = images.read_tensor(rest, unet, levels, **reading, with_labels=False)
+    if arguments.optimize:
+        unet = InferenceUNet(unet)
+        print(unet.report)
+    kwargs = dict(
+        class_labels=None if labels is None else labels.to(device),
+        generator=torch.Generator(device).manual_seed(arguments.seed),
+        batch_size=arguments.batch_size,
+        levels=levels,
+        progress_bar=True,
+    )
+    if arguments.ode:
+        kwargs |= dict(dequantization=arguments.dequantization, tolerance=arguments.tolerance, probes=arguments.probes)
+        report = likelihood_report.measure_ode(unet, scheduler, x_start.to(device), **kwargs)
+    else:
+        kwargs["num_evaluations"] = arguments.estimate
+        report = likelihood_report.measure_bound(unet, scheduler, x_start.to(device), **kwargs)
+
+    values, description = describe(parser, arguments, report, len(x_start), len(dataset), total)
+    values["levels"] = levels
+    lines = list(report.lines)
+    if rest is not None:
+        values["per_pixel_histogram"], line = compare_with_histogram(
+            report, histogram_images, x_start, levels, arguments.histogram
+        )
+        lines.append(line)
+    print(f"bits/dim over {description} ({arguments.data}, {arguments.split}), {report.method}:")
+    print("\n".join(lines))
+    folder = report_folder.own_folder(arguments.pipeline) if arguments.out is None else Path(arguments.out)
+    if folder is None:
+        print("not written; give --out FOLDER for evaluation.json")
+    else:
+        chain = [] if arguments.ode else scheduler.chain
+        report_folder.write_report(folder, arguments.pipeline, values, report, chain)
+
+
+def open_chain(parser: Parser, arguments: argparse.Namespace, scheduler) -> None:
+    """Set the chain that the options ask for; end the command for a process that does not have what they ask for."""
+    from ddpm_hf.evaluation.likelihood_report import set_chain
+    from ddpm_hf.likelihood.bound import check_scheduler
+
+    name, continuous = type(scheduler).__name__, hasattr(scheduler, "sde")
+    if not arguments.ode and continuous:
+        parser.error(f"{name} is in continuous time, where there is no bound; give --ode")
+    if continuous and arguments.first:
+        parser.error(f"--first {arguments.first} is of a chain; {name} has none")
+    if not continuous:
+        check_scheduler(scheduler)
+        set_chain(scheduler, arguments.steps, arguments.first)
+    if arguments.ode and arguments.first and arguments.dequantization == "uniform":
+        raise ValueError(f"--first {arguments.first} is of --dequantization decoder; leave it out")
+
+
+def open_data(arguments: argparse.Namespace, pipeline, levels: int) -> tuple:
+    """The images to measure, the size of their split, and those of the histogram or None.
+
+    Sets --data and --held_out where they were left out.
+    """
+    from ddpm_hf.data.dataset import held_out_rows
+    from ddpm_hf.data.sources import check_levels, load_images
+    from ddpm_hf.evaluation.report_folder import data_of, held_out_of
+
+    if arguments.data is None:
+        arguments.data = data_of(arguments.pipeline, pipeline.folder)
+    check_levels(arguments.data, levels)
+    dataset = load_images(arguments.data, arguments.split)
+    total, rest = len(dataset), None
+    if arguments.held_out is None:
+        folder = pipeline.folder or arguments.pipeline
+        arguments.held_out = held_out_of(folder, arguments.data, arguments.split, total) or None
+    if arguments.histogram:
+        rest = load_images(arguments.data, arguments.histogram)
+        if arguments.held_out and arguments.histogram == arguments.split:
+            rest = rest.select(held_out_rows(arguments.held_out, len(rest))[1])
+    if arguments.held_out:
+        dataset = dataset.select(held_out_rows(arguments.held_out, total)[0])
+    return dataset, total, rest
+
+
+def check_record(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Raises ValueError, before anything is computed, for texts that evaluation.json cannot hold."""
+    from ddpm_hf.files.guarded import check_values
+    from ddpm_hf.hub.records import EVALUATION
+
+    texts = recorded_texts(parser, arguments)
+    check_values(texts, {key: EVALUATION[key] for key in texts}, "evaluation.json", mend="shorten it")
+
+
+def recorded_texts(parser: Parser, arguments: argparse.Namespace) -> dict[str, str]:
+    """Data, split and command of evaluation.json."""
+    from ddpm_hf.data.sources import public_name
+
+    return {
+        "data": public_name(arguments.data),
+        "split": arguments.split,
+        "command": command_of(parser, arguments),
+    }
+
+
+def command_of(parser: Parser, arguments: argparse.Namespace) -> str:
+    """Return a shell command that repeats a measurement: data, split and every option that is not its default.
+
+    --out is left out, as it changes nothing. Local paths are shortened to their last name; readers put in their own.
+    """
+    from ddpm_hf.data.sources import public_name
+
+    words = [*parser.command, public_name(arguments.pipeline)]
+    for name, value in (vars(arguments) | {"data": public_name(arguments.data)}).items():
+        if name in ("pipeline", "out") or (value == parser.get_default(name) and name not in ("data", "split")):
+            continue
+        if value is True:
+            words.append(f"--{name}")
+        else:
+            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def describe(parser, arguments, report, count: int, available: int, total: int) -> tuple[dict, str]:
+    """The content of evaluation.json, and the images in words.
+
+    Args:
+        count: images that were measured; available: of which they were drawn; total: images of the split.
+    """
+    from ddpm_hf.evaluation.images import SUBSET_SEED
+
+    texts, error = recorded_texts(parser, arguments), report.standard_error
+    values = {
+        **report.values,
+        "standard_error": None if math.isnan(error) else error,
+        "images": count,
+        **texts,
+        "held_out": arguments.held_out,
+        "seed": arguments.seed,
+    }
+    description = f"{count} images"
+    if arguments.images is not None and arguments.images < available:
+        rows = f"numpy.random.default_rng({SUBSET_SEED}).permutation({available})[:{arguments.images}]"
+        values["subset"] = {"of": available, "seed": SUBSET_SEED, "rows": rows}
+        description = f"{count} of {available} images, a fixed random subset"
+    if arguments.held_out:
+        description += f" that held_out={arguments.held_out:g} sets aside of {total}"
+    return values, description
+
+
+def compare_with_histogram(report, train, test, levels: int, split: str) -> tuple[float, str]:
+    """Bits/dim of the per-pixel histogram of `train`, and a line that compares it."""
+    from ddpm_hf.data.pixels import tensor_to_pixels
+    from ddpm_hf.evaluation.likelihood_report import histogram_bits_per_dim
+    from ddpm_hf.likelihood.bound import standard_error
+
+    histogram = histogram_bits_per_dim(tensor_to_pixels(train, levels), tensor_to_pixels(test, levels), levels)
+    above = histogram - report.result.total.cpu().double()  # of the same images, so its error is smaller than theirs
+    mean = histogram.mean().item()
+    comparison = f"{above.mean():+.4f} +- {standard_error(above):.4f} from the total"
+    return mean, f"  an independent per-pixel histogram of {split}: {mean:.4f}, {comparison}"

@@ -1,0 +1,120 @@
+"""Options of a command: one line each in --help, and one line for a mistake, with the nearest name. Imports nothing slow."""
+
+import argparse
+import difflib
+import functools
+import math
+import shutil
+import sys
+from collections.abc import Callable
+
+WIDEST = 120  # columns of --help
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a command's options.
+
+    Args:
+        program: what the command calls itself in messages: "ddpm-hf sample", or "sample.py" for the script in training/.
+        usage: the arguments after the program's name.
+        summary: one sentence.
+        examples: commands with a comment each, as (arguments, comment).
+    """
+
+    def __init__(self, program: str, usage: str, summary: str, examples: list[tuple[str, str]]):
+        self.command = command_words(program)  # how a shell calls it
+        width = min(WIDEST, max(80, shutil.get_terminal_size((WIDEST, 24)).columns))
+        super().__init__(
+            prog=program,
+            usage=f"{' '.join(self.command)} {usage}",
+            description=f"{summary}\n\n{format_examples(' '.join(self.command), examples)}",
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width),
+            epilog="In parentheses: the default, or what happens without the option.",
+            add_help=False,
+        )
+
+    def group(self, title: str) -> Callable[..., argparse.Action]:
+        """Begin a group of options in --help; returns the function that adds one."""
+        return self.add_argument_group(title).add_argument
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse; --some-option is --some_option, and an unknown option is answered with the nearest one."""
+        words = [_with_underscores(word) for word in args or []]
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in words[: words.index("--") if "--" in words else None]:
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
+                self.error(f"unknown option {name[:60]!r}{did_you_mean(name[:60], known) or '; see --help'}")
+        return super().parse_args(words, namespace)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def command_words(program: str) -> list[str]:
+    """The words with which a shell calls a program: a script of training/ is run by python."""
+    return ["python", f"training/{program}"] if program.endswith(".py") else program.split()
+
+
+def format_examples(command: str, examples: list[tuple[str, str]]) -> str:
+    """Lines of commands with their comments in one column."""
+    lines = [(f"  {command} {arguments}", comment) for arguments, comment in examples]
+    width = max(len(line) for line, _ in lines) + 2
+    return "\n".join(f"{line:{width}}# {comment}" if comment else line for line, comment in lines)
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """For argparse: a reader of finite numbers from `low` to `high`."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            name = "an integer" if kind is int else "a number"
+            end = " or more" if high == math.inf else f" to {high}"
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be {name}, {low}{end}")
+        return value
+
+    return read
+
+
+SEED = number(int, -(2**63), 2**64 - 1)  # what torch takes
+
+
+def choose_device(name: str | None) -> str:
+    """Return the device of this name; without a name the accelerator, or else the CPU.
+
+    Raises:
+        ValueError: torch cannot use it.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).strip().splitlines()[0]}") from None
+    return name
+
+
+def hide_progress_in_logs() -> None:
+    """Switch off the progress bars of `datasets` where stderr is no terminal: a log would have a line for each update."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def _with_underscores(word):
+    """--some-option=a-b as --some_option=a-b; other words as they are."""
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name[:2] == "--" and name[2:] else word

@@ -1,0 +1,23 @@
+"""`ddpm-hf train` and `ddpm-hf train-classifier`: data -> a trained model."""
+
+import sys
+
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, load_config
+
+
+def main(command: str, argv: list[str], program: str) -> None:
+    kind = TrainConfig if command == "train" else ClassifierConfig
+    try:
+        config, dry_run = load_config(with_data_option(argv, kind), kind)
+    except ConfigError as error:
+        sys.exit(f"{program}: {error}")
+    if kind is ClassifierConfig:
+        from ddpm_hf.training.classifier import main as train
+    else:
+        from ddpm_hf.training.diffusion import main as train
+    train(config, dry_run)
+
+
+def with_data_option(argv: list[str], kind: type[TrainConfig] | type[ClassifierConfig]) -> list[str]:
+    """The arguments with --data before a first word that is the data: `my_folder --steps 10`."""
+    return ["--data", *argv] if argv and not argv[0].startswith("-") else argv

@@ -1,0 +1,129 @@
+"""Where an evaluation finds what a pipeline was trained on, and the folder in which it writes its numbers."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from ddpm_hf.arguments import shown
+from ddpm_hf.data.sources import BUILT_IN, is_hub_id, public_name
+from ddpm_hf.evaluation.likelihood_report import LikelihoodReport, plot_terms, terms_table
+from ddpm_hf.files.atomic import is_writable, write_text
+from ddpm_hf.hub.card import evaluation_command, has_our_card, write_model_card
+from ddpm_hf.hub.records import read_record, weights_digest
+
+REPORT, TERMS = "evaluation.json", ("evaluation.csv", "evaluation.png")
+
+
+def data_of(pipeline: str, folder: Path | None = None) -> str:
+    """Return the built-in or Hub data set that a pipeline was trained on by its training.json; digits without that file.
+
+    Args:
+        folder: the snapshot that a pipeline of the Hub was opened from.
+
+    Raises:
+        ValueError: the data was a local folder or has no Hub id, or the training.json is not one that training writes.
+    """
+    record = _training_record(folder or pipeline) or {"data": "digits"}
+    data = record.get("data") if record.get("data") in BUILT_IN else record.get("hub_dataset")
+    if data is None:
+        raise ValueError(f"{pipeline} was trained on {shown(record['data'])}, a local folder or file; give --data")
+    if data not in BUILT_IN and not is_hub_id(data):  # a stranger does not choose which files are read
+        raise ValueError(
+            f"{pipeline}: hub_dataset={shown(data)} in its training.json is not the id of a data set on the Hub; give --data"
+        )
+    return data
+
+
+def held_out_of(pipeline: str | Path, data: str, split: str, images: int | None = None) -> float:
+    """Return the share of this split that a pipeline's training set aside; 0 for data it was not trained on.
+
+    Args:
+        images: number of images in the split. If it differs from the training's, other images would be set aside: the
+            result is 0, with a line on stderr.
+
+    Raises:
+        ValueError: the training.json is not one that training writes.
+    """
+    record = _training_record(pipeline)
+    if (record.get("data"), record.get("split")) != (public_name(data), split) or not record["held_out"]:
+        return 0.0
+    if None not in (images, record["images"]) and images != record["images"]:
+        print(
+            f"the run set aside held_out={record['held_out']:g} of {record['images']} images, but {data} has {images}: all are "
+            "measured, those that it was trained on too",
+            file=sys.stderr,
+        )
+        return 0.0
+    return record["held_out"]
+
+
+def _training_record(pipeline):
+    path = Path(pipeline) / "training.json"
+    return read_record(path, path.parent) if path.is_file() else {}
+
+
+def check_out(out: str) -> None:
+    """Check, before anything is computed, that an evaluation may be written to this folder.
+
+    Raises:
+        ValueError: it is not a folder, is not writable, or holds files of these names that no evaluation has written.
+    """
+    folder = Path(out)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    if not folder.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {folder.absolute().parent}; make it first")
+    if not is_writable(folder if folder.exists() else folder.absolute().parent):
+        raise ValueError(f"--out {out} may not be written to; give another folder")
+    others = [name for name in (REPORT, *TERMS) if os.path.lexists(folder / name) and name not in _written(folder)]
+    if others:
+        raise ValueError(
+            f"--out {out} holds {others[0]}, which is not of an evaluation; move it, or give another folder"
+        )
+
+
+def _written(folder):
+    """The files that an earlier evaluation has written to a folder."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        ours = evaluation_command(report["command"]) is not None
+        every_term = "kl" in report and report["sampling_error"] is None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ()
+    return (REPORT, *TERMS) if ours and every_term else (REPORT,) if ours else ()
+
+
+def own_folder(pipeline: str) -> Path | None:
+    """Return the folder of a pipeline that a run of this user has saved; None for any other, which is only read."""
+    folder = Path(pipeline).resolve()
+    files = [folder / "model_index.json", folder.parent / "config.yaml", folder.parent / "environment.json"]
+    whole = folder.name == "pipeline" and all(path.is_file() for path in files)
+    own = whole and all(path.stat().st_uid == os.geteuid() for path in files if hasattr(os, "geteuid"))
+    return folder if own and is_writable(folder) else None
+
+
+def write_report(folder: Path, pipeline: str, values: dict, report: LikelihoodReport, chain: list[int]) -> None:
+    """Write an evaluation in place of an earlier one; in the pipeline's own folder update its model card too.
+
+    Args:
+        pipeline: as the user named it, a folder or a Hub id.
+        values: the content of evaluation.json.
+    """
+    own = os.path.isdir(pipeline) and folder.resolve() == Path(pipeline).resolve()
+    our_card = own and has_our_card(folder)  # asked before evaluation.json changes, which the card shows
+    if own:
+        values = {**values, "weights": weights_digest(folder)}
+    folder.mkdir(exist_ok=True)
+    for name in TERMS if folder == own_folder(pipeline) else _written(folder)[1:]:  # of other numbers
+        (folder / name).unlink(missing_ok=True)
+    write_text(folder / REPORT, json.dumps(values, indent=2) + "\n")
+    every_term = hasattr(report.result, "terms")
+    if every_term:
+        write_text(folder / TERMS[0], terms_table(report.result, chain))
+        plot_terms(report.result, chain, folder / TERMS[1])
+    if our_card:
+        write_model_card(folder)
+    elif own and (folder / "README.md").is_file():
+        print(f"{folder}/README.md is not as this package writes it, and stays as it is")
+    print(f"wrote {folder}/evaluation.json" + (", .csv and .png" if every_term else ""))

@@ -1,0 +1,152 @@
+"""Sheets of samples from a saved pipeline: plain, step by step, interpolated, or upsampled from images of a data set.
+
+    from ddpm_hf.evaluation.samples import draw_samples, open_pipeline
+
+    pipeline = open_pipeline("runs/digits/pipeline")
+    draw_samples(pipeline, 64, num_inference_steps=100).picture().save("samples.png")
+
+`sampling` in each function stands for generator, num_inference_steps, eta, guidance_scale and classifier_scale, as the
+pipeline's own call takes them.
+"""
+
+import dataclasses
+
+import torch
+from PIL import Image
+
+from ddpm_hf.evaluation.sheets import as_images, as_sheet, captions_of, class_columns, cycled_labels, row_captions
+from ddpm_hf.models.conditioning import shrunk
+from ddpm_hf.pipelines.cascade import CascadePipeline
+from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
+from ddpm_hf.pipelines.guidance import label_ids
+from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
+
+INTERPOLATION_WEIGHTS = [i / 8 for i in range(9)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSheet:
+    """Images of a sheet, row by row."""
+
+    images: list[Image.Image]
+    columns: int | None = None  # None: as many as make the sheet square
+    captions: list[str] | None = None  # one for each image, as `as_sheet` takes them
+
+    def picture(self) -> Image.Image:
+        """All images as one picture."""
+        return as_sheet(self.images, self.columns, self.captions)
+
+
+def open_pipeline(path: str) -> DDPMImagePipeline | CascadePipeline:
+    """Open a folder or Hub id as the class that its index names; a stock pipeline as `DDPMImagePipeline`."""
+    name = DDPMImagePipeline.load_config(path)["_class_name"]
+    name = name[-1] if isinstance(name, list) else name
+    others = {cls.__name__: cls for cls in (CascadePipeline, DDPMSuperResolutionPipeline)}
+    return others.get(name, DDPMImagePipeline).from_pretrained(path)
+
+
+def parse_class_label(pipeline, text: str | None, name: str = "class_label") -> int | None:
+    """Return the label that a class name or a number stands for; a number that is also a class name means that class.
+
+    Raises:
+        ValueError: neither; the message has the argument's `name` and the nearest class names.
+    """
+    if text is None or text in pipeline.labels:
+        return pipeline.labels.get(text)
+    try:
+        return int(text)
+    except ValueError:
+        return label_ids([text], pipeline.class_names, name)[0]
+
+
+def draw_samples(pipeline, count: int, class_label: int | None = None, **sampling) -> SampleSheet:
+    """Draw samples of a `DDPMImagePipeline`: of one class, or a column for each class."""
+    labels, columns, captions = _labels(pipeline, _labeled_network(pipeline, sampling), class_label, count)
+    return SampleSheet(pipeline(count, class_labels=labels, **sampling).images, columns, captions)
+
+
+def draw_cascade(
+    pipeline: CascadePipeline, count: int, class_label: int | None = None, noise_level: float = 0.0, **sampling
+) -> SampleSheet:
+    """Draw samples of both stages of a cascade, as `draw_samples` does; both take the same steps and eta.
+
+    Args:
+        noise_level: of the noise on the small images, 0 to 1.
+    """
+    network = _labeled_network(pipeline.base, sampling)
+    labels, columns, captions = _labels(
+        pipeline, network if network.num_classes else pipeline.upsampler.unet, class_label, count
+    )
+    images = pipeline(
+        count,
+        class_labels=labels,
+        noise_level=noise_level,
+        upsampler_steps=sampling.get("num_inference_steps"),
+        upsampler_kwargs={"eta": sampling.get("eta")},
+        **sampling,
+    ).images
+    return SampleSheet(images, columns, captions)
+
+
+def draw_denoising(pipeline, count: int, columns: int, class_label: int | None = None, **sampling) -> SampleSheet:
+    """Draw a row for each sample: its predicted x_0 at evenly spaced steps from noise to image (Ho et al. 2020, figure 6)."""
+    labels, _, captions = _labels(pipeline, _labeled_network(pipeline, sampling), class_label, count)
+    steps = pipeline.progressive(count, class_labels=labels, **sampling)
+    shown = {round(i * (pipeline.num_timesteps - 1) / (columns - 1)) for i in range(columns)}
+    predictions = [x_start for i, (_, _, x_start) in enumerate(steps) if i in shown]
+    images = as_images(torch.stack(predictions, dim=1).flatten(0, 1))
+    return SampleSheet(images, len(predictions), row_captions(captions, count, len(predictions)))
+
+
+def draw_interpolations(
+    pipeline, x_start: torch.Tensor, timestep: int, class_label: int | None = None, **sampling
+) -> SampleSheet:
+    """Draw a row for each pair of images: source, mixtures with weights from 0 to 1, source (Ho et al. 2020, figure 8).
+
+    Args:
+        x_start: images (2 N, C, H, W) in [-1, 1]; each two of them are a pair.
+        timestep: at which the noisy images are mixed.
+    """
+    first, second = x_start[::2].to(pipeline.device), x_start[1::2].to(pipeline.device)
+    count, columns = len(first), len(INTERPOLATION_WEIGHTS)
+    labels, _, captions = _labels(pipeline, _labeled_network(pipeline, sampling), class_label, count)
+    mixed = pipeline.interpolate(
+        first, second, INTERPOLATION_WEIGHTS, timestep, output_type="latent", class_labels=labels, **sampling
+    ).images
+    rows = torch.cat((first[:, None], mixed.unflatten(0, (count, columns)), second[:, None]), dim=1)
+    return SampleSheet(as_images(rows.flatten(0, 1)), columns + 2, row_captions(captions, count, columns + 2))
+
+
+def draw_upsampled(
+    pipeline: DDPMSuperResolutionPipeline,
+    x_start: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    noise_level: float = 0.0,
+    **sampling,
+) -> SampleSheet:
+    """Draw three pictures for each image: shrunk, upsampled from that, and the original. Four images a row.
+
+    Args:
+        x_start: images (N, C, H, W) in [-1, 1].
+        labels: of the images, (N,), for a class-conditional network.
+        noise_level: of the noise on the small images, 0 to 1.
+    """
+    small = shrunk(x_start.to(pipeline.device), tuple(pipeline.config.low_resolution))
+    upsampled = pipeline(small, output_type="latent", class_labels=labels, noise_level=noise_level, **sampling).images
+    enlarged = torch.nn.functional.interpolate(small.cpu(), x_start.shape[2:], mode="nearest")
+    images = as_images(torch.cat((enlarged, upsampled.cpu().clamp(-1, 1), x_start), dim=-1))
+    return SampleSheet(images, 4, captions_of(pipeline, labels))
+
+
+def _labeled_network(pipeline, sampling):
+    """The network whose classes the samples are of: the classifier's where it guides."""
+    guided = sampling.get("classifier_scale") is not None and pipeline.classifier
+    return pipeline.classifier if guided else pipeline.unet
+
+
+def _labels(pipeline, network, class_label, count):
+    """Labels (N,), one class or all in turn, with columns and captions of their sheet."""
+    if class_label is not None:
+        return torch.full((count,), class_label), None, None
+    labels = cycled_labels(network, count)
+    return labels, class_columns(network, count), captions_of(pipeline, labels)
