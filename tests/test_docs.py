@@ -89,7 +89,7 @@ def test_options_exist():
     }
     known |= OTHERS | {option for kind in KINDS.values() for option in options(usage(kind))}
     scripts = [path for folder in ("src", "training", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    known |= {option for path in scripts for option in re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text())}
+    known |= {option for path in scripts for option in re.findall(r'add(?:_argument)?\(\s*"(--\w+)"', path.read_text())}
     for path in [*DOCS, "model_card.md", *(ROOT / "training/configs").rglob("*.yaml")]:
         assert options((ROOT / path).read_text()) <= known, path
     for path in (ROOT / "training").glob("*.py"):
