@@ -1,6 +1,7 @@
-"""What the package can do with a package that it does not require: an extra of pip install "ddpm-hf[extra]"."""
+"""Packages that only some tasks need: the extras of pip install "ddpm-hf[extra]"."""
 
 import importlib.util
+import sys
 
 
 class MissingExtra(ImportError):
@@ -8,12 +9,17 @@ class MissingExtra(ImportError):
 
 
 def require_extra(module: str, extra: str, purpose: str) -> None:
-    """Raises MissingExtra, in one line, where a module is not installed, before anything is computed that needs it.
+    """Check, before anything is computed, that the package of an extra is installed.
 
     Args:
-        purpose: what needs it, the subject of the message, such as "plots".
+        module: the package's import name.
+        extra: the extra that brings it.
+        purpose: what needs it, a plural such as "plots"; the subject of the message.
+
+    Raises:
+        MissingExtra: it is not installed; the message names the command that installs it.
     """
-    if importlib.util.find_spec(module) is None:
+    if sys.modules.get(module) is None and (module in sys.modules or importlib.util.find_spec(module) is None):
         raise MissingExtra(
             f'{purpose} need {module}; pip install "ddpm-hf[{extra}]", or pip install -e ".[{extra}]" in a checkout'
         )

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable
 
-import datasets
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps
@@ -169,6 +168,8 @@ def tensor_to_pixels(images: torch.Tensor, levels: int = 256) -> torch.Tensor:
 def open_image(bytes: bytes | None, path: str | None) -> Image.Image:
     """The image of what an undecoded `datasets.Image` holds; its pixels are read when they are needed."""
     if bytes is None and not os.path.isfile(path):
+        import datasets
+
         return datasets.Image().decode_example({"bytes": None, "path": path})  # on the Hub; or no such file
     return Image.open(path if bytes is None else io.BytesIO(bytes))
 

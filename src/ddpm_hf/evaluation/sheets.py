@@ -1,5 +1,6 @@
 """Pictures of what a run's network makes: samples, how they come out of noise, and what in the data is nearest to them."""
 
+import io
 import math
 import os
 from pathlib import Path
@@ -123,6 +124,21 @@ def picture_format(path: str | os.PathLike) -> str:
     if name not in Image.SAVE:
         raise ValueError(f"{path}: pictures are written as .png, .jpg, .webp or another ending that Pillow writes")
     return name
+
+
+def check_picture(path: str | os.PathLike, channels: int) -> None:
+    """Check that a sheet of images with this many channels can be written in the format of the path's ending.
+
+    Raises:
+        ValueError: images of other than 1, 3 or 4 channels, or a format that does not have them.
+    """
+    picture_format(path)
+    if channels not in CHANNELS:
+        raise ValueError(f"images of {channels} channels cannot be shown; sheets are of 1, 3 or 4")
+    try:
+        as_images(torch.zeros(1, channels, 2, 2))[0].save(io.BytesIO(), picture_format(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {error}; give a .png file for images of {channels} channels") from None
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:

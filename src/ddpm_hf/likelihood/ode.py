@@ -15,9 +15,9 @@ from numbers import Integral
 from typing import NamedTuple
 
 import torch
-from torchdiffeq import odeint
 from tqdm.auto import tqdm
 
+from ddpm_hf.extras import require_extra
 from ddpm_hf.likelihood.bound import check_images, check_scheduler, standard_error, to_float64
 from ddpm_hf.models.evaluation_mode import evaluation_mode
 from ddpm_hf.schedulers.sde import SDE, ChainSDE, finest_dtype
@@ -412,6 +412,9 @@ def solve_ode(slope, state, dimensions, begin, end, rtol, atol, max_evaluations,
     try:
         # a step ends where the integral does, not beyond it
         options = {"norm": norm, "step_t": times[1:]}
+        require_extra("torchdiffeq", "ode", "likelihoods and encodings by the ODE")
+        from torchdiffeq import odeint
+
         states = odeint(counted, state, times, rtol=rtol, atol=atol, method="dopri5", options=options)
     except AssertionError as error:
         raise OdeStopped(f"the ODE stopped at t={at:.4g} after {count} evaluations: {error}") from None
