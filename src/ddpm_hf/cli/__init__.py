@@ -4,6 +4,7 @@ A command's words are read and checked before anything slow is imported, so a mi
 """
 
 import sys
+import tarfile
 
 from ddpm_hf.cli.parser import did_you_mean, format_examples
 
@@ -68,16 +69,14 @@ def run(command: str, argv: list[str], program: str) -> None:
 
 def is_users(error: Exception) -> bool:
     """Whether an error is about what the user gave, so that its message says all there is to say."""
-    import tarfile
-
-    from ddpm_hf.hub.upload import HubError
-
-    kinds = [ValueError, OSError, ImportError, tarfile.TarError, HubError]
-    if "ddpm_hf.likelihood.ode" in sys.modules:
-        from ddpm_hf.likelihood.ode import OdeStopped
-
-        kinds.append(OdeStopped)
-    return isinstance(error, tuple(kinds))
+    if isinstance(error, (ValueError, OSError, ImportError, tarfile.TarError)):
+        return True
+    # of modules that only a command which got that far has imported
+    kinds = {"ddpm_hf.hub.upload": "HubError", "ddpm_hf.likelihood.ode": "OdeStopped"}
+    return any(
+        module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
+        for module, name in kinds.items()
+    )
 
 
 def help_text() -> str:

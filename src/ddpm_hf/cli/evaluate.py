@@ -86,9 +86,11 @@ def main(argv: list[str], program: str) -> None:
     if arguments.ode and (arguments.estimate is not None or arguments.steps is not None or arguments.optimize):
         parser.error("--estimate, --steps and --optimize are of the bound; leave them out with --ode")
     require_extra("datasets", "data", "images of a data set")
-    hide_progress_in_logs()
     if arguments.estimate is None and not arguments.ode:
         require_extra("matplotlib", "eval", "plots")
+    if arguments.ode:
+        require_extra("torchdiffeq", "ode", "likelihoods by the ODE")
+    hide_progress_in_logs()
 
     import torch
 

@@ -2,6 +2,7 @@
 
 import sys
 
+from ddpm_hf.extras import MissingExtra, require_extra
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, load_config
 
 
@@ -10,6 +11,11 @@ def main(command: str, argv: list[str], program: str) -> None:
     try:
         config, dry_run = load_config(with_data_option(argv, kind), kind)
     except ConfigError as error:
+        sys.exit(f"{program}: {error}")
+    try:
+        for module in ("datasets", "matplotlib", "psutil"):
+            require_extra(module, "train", "training runs")
+    except MissingExtra as error:
         sys.exit(f"{program}: {error}")
     if kind is ClassifierConfig:
         from ddpm_hf.training.classifier import main as train
