@@ -13,7 +13,8 @@ from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
 from ddpm_hf.models.blocks import ActivatedNorm, FourierEmbedding
-from ddpm_hf.models.unet import CHOICES, DOWN_BLOCKS, UP_BLOCKS, DDPMUNet, _most_parameters, time_tensor
+from ddpm_hf.models.network_config import CHOICES, DOWN_BLOCKS, UP_BLOCKS, parameters_upper_bound
+from ddpm_hf.models.unet import DDPMUNet, time_tensor
 from support.unet_configs import ATTENTION, BASE, CIFAR10, LEARNED, NCSNPP, NCSNPP_256, PLAIN, SIX_LEVELS, levels
 
 
@@ -658,7 +659,7 @@ def test_absurd_sizes_are_refused_at_once(overrides, words, tmp_path):
 def test_the_bound_of_the_number_of_parameters(name):
     with torch.device("meta"):
         network = DDPMUNet(**BASE | CONFIGS[name])
-    assert 1 < _most_parameters(network.config) / network.num_parameters() < 4
+    assert 1 < parameters_upper_bound(network.config) / network.num_parameters() < 4
 
 
 @pytest.mark.parametrize("mid", [{"mid_block_type": None}, {"add_attention": False}], ids=str)

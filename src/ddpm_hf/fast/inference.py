@@ -15,6 +15,7 @@ from ddpm_hf.fast.allocator import keep_freed_memory
 from ddpm_hf.fast.winograd import WinogradConv2d, by_tiles
 from ddpm_hf.models.blocks import ResidualBlock, SelfAttention, Upsample
 from ddpm_hf.models.unet import DDPMUNet, time_tensor
+from ddpm_hf.torch_internals import has_hooks, packing_weights, without_compiler
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,7 @@ class InferenceUNet(nn.Module):
 
     def __init__(self, unet: DDPMUNet, dtype: torch.dtype | None = None, compile: bool = True, pack: bool = True):
         super().__init__()
-        unet = getattr(unet, "_orig_mod", unet)  # of torch.compile
+        unet = without_compiler(unet)
         _check_plain(unet)
         self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
         self.settings = {"dtype": dtype, "compile": compile}
@@ -110,7 +111,7 @@ class InferenceUNet(nn.Module):
         Raises:
             ValueError: the network has got adapters, hooks or offloading since.
         """
-        unet = getattr(unet, "_orig_mod", unet)
+        unet = without_compiler(unet)
         _check_plain(unet)
         return unet is self.source[0] and _fingerprint(unet) == self.fingerprint
 
@@ -125,7 +126,7 @@ class InferenceUNet(nn.Module):
         """
         if self.is_current(unet):
             return self
-        unet = getattr(unet, "_orig_mod", unet)
+        unet = without_compiler(unet)
         same = _layout(unet) == _layout(self.source[0]) and (unet.dtype, unet.device) == (self.dtype, self.device)
         keep = same and not self.packs
         fresh = InferenceUNet(unet, self.settings["dtype"], self.settings["compile"] and not keep, pack=not same)
@@ -162,7 +163,7 @@ class InferenceUNet(nn.Module):
     @torch.no_grad()
     def _call(self, projections_at, sample, timestep, class_labels=None, return_dict=True):
         unet, t = self.source[0], time_tensor(timestep, sample.device)
-        unet._check_input(sample, t, class_labels)
+        unet.check_inputs(sample, t, class_labels)
         if isinstance(timestep, torch.Tensor) and timestep.dim() == 0 and timestep.device.type == "cpu":
             timestep = timestep.item()
         if class_labels is None and not isinstance(timestep, torch.Tensor):
@@ -170,7 +171,7 @@ class InferenceUNet(nn.Module):
         else:
             projections = self._project(t.reshape(-1), class_labels)
         with torch.autocast(sample.device.type, enabled=False):
-            x = unet.unscaled(self._run(sample, projections), t)
+            x = unet.divide_by_noise_level(self._run(sample, projections), t)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _project(self, t, class_labels):
@@ -191,7 +192,7 @@ class InferenceUNet(nn.Module):
     def _path(self, sample, projections):
         """What samples of this shape go through: compiled, by a first call of it, or where that fails as it is."""
         try:
-            with torch._inductor.config.patch(freezing=self.packs):
+            with packing_weights(self.packs):
                 self.compiled(sample, projections)
             return self.compiled
         except Exception as error:  # of the compiler, in many classes; what is wrong with the arguments is raised later
@@ -292,7 +293,7 @@ def _check_plain(unet):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: merge or unload adapters before the network is optimized"
             )
-        if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
+        if hasattr(module, "_hf_hook") or has_hooks(module):  # of accelerate, and of torch
             raise ValueError(f"{name or 'unet'} has hooks or is offloaded; remove them before the network is optimized")
 
 
@@ -303,7 +304,7 @@ def _layout(unet):
 
 @torch.no_grad()
 def _fingerprint(unet):
-    """Norm and sum of each parameter. Versions of tensors tell less: EMA and fused optimizers change weights beside them."""
+    """Norm and sum of each parameter: the versions of tensors do not show what EMA and fused optimizers change in place."""
     parameters = list(unet.parameters())
-    told = torch.stack([part.float() for part in (*torch._foreach_norm(parameters), *(p.sum() for p in parameters))])
-    return unet.dtype, unet.device, told.nan_to_num().tolist()  # NaN is not equal to itself
+    numbers = [number.float() for p in parameters for number in (torch.linalg.vector_norm(p), p.sum())]
+    return unet.dtype, unet.device, torch.stack(numbers).nan_to_num().tolist()  # NaN is not equal to itself

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ddpm_hf.torch_internals import is_functorch_active
+
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 
 
@@ -128,9 +130,9 @@ class ActivatedNorm(nn.GroupNorm):
         self.act = act
 
     def forward(self, x):
-        # a compiler chooses by itself what is kept; torch.func goes through torch's own functions
-        plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-        if self.training and self.act is F.silu and plain:
+        # a compiler chooses itself what to keep; torch.func needs torch's own functions
+        is_eager = not torch.compiler.is_compiling() and not is_functorch_active()
+        if self.training and self.act is F.silu and is_eager:
             return _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return self.act(super().forward(x))
 

@@ -9,9 +9,18 @@ from torch import nn
 
 from ddpm_hf.arguments import checked_arguments, shown, sides
 from ddpm_hf.models.blocks import ActivatedNorm
-from ddpm_hf.models.unet import MOST_PARAMETERS, NETWORK_RANGES, DDPMUNet, Encoder, time_tensor
+from ddpm_hf.models.network_config import DOWN_BLOCKS, MAX_PARAMETERS, NETWORK_RANGES, plain_names
+from ddpm_hf.models.unet import DDPMUNet, Encoder, time_tensor
 
 POOLS = ("attention", "average")
+
+
+# the keys of `DDPMUNet` that `Encoder` reads, with their defaults
+ENCODER_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(DDPMUNet.__init__).parameters.items()
+    if name not in ("self", "up_block_types")
+}
 
 
 class AttentionPool(nn.Module):
@@ -48,19 +57,19 @@ class AveragePool(nn.Module):
 
 
 class NoisyClassifier(Encoder):
-    """log p(y | x_t): the way down of `DDPMUNet` and its middle, and a pool at the last level (ADM, section 4).
+    """log p(y | x_t): the way down and the middle of `DDPMUNet`, then a pool over the positions (ADM, section 4).
 
     Args:
         sample_size: side of the images, or (height, width).
         in_channels, block_out_channels, down_block_types, layers_per_block, attention_head_dim, norm_num_groups, norm_eps,
             dropout, downsample_type, resnet_time_scale_shift: as in `DDPMUNet`; the defaults are ADM's blocks.
         num_classes: labels are 0 .. num_classes - 1.
-        pool: "attention", or "average" over the positions.
-        scheduler: config of the process whose x_t it was trained on, for whoever is guided by it to compare with theirs.
+        pool: "attention" or "average".
+        scheduler: config of the scheduler whose x_t it was trained on; a pipeline compares it with its own.
 
     Raises:
-        ValueError: for a config that is not supported, or beyond the limits of `DDPMUNet`; one line that names the key, the
-            value and what is.
+        ValueError: the config is not supported, or beyond the limits of `DDPMUNet`; one line that names the key, the value
+            and what is supported.
     """
 
     source_name = "noisy_classifier"
@@ -90,15 +99,13 @@ class NoisyClassifier(Encoder):
         scheduler: dict | None = None,
     ):
         super().__init__()
-        if any("Skip" in name for name in down_block_types):
+        if any(name in DOWN_BLOCKS and DOWN_BLOCKS[name].ncsnpp for name in plain_names(down_block_types)):
             raise ValueError(
-                f"down_block_types={shown(down_block_types)} has Skip blocks, which are for DDPMUNet; take other blocks"
+                f"down_block_types={shown(down_block_types)} has Skip blocks, which are for DDPMUNet; use other blocks"
             )
-        defaults = {name: each.default for name, each in inspect.signature(DDPMUNet.__init__).parameters.items()}
-        del defaults["up_block_types"]
-        # attention in the middle is normalized too
-        own = {key: value for key, value in self.config.items() if key in defaults}
-        self._build_encoder({**defaults, **own, "attn_norm_num_groups": norm_num_groups})
+        encoder_config = {key: value for key, value in self.config.items() if key in ENCODER_DEFAULTS}
+        # attention in the middle is normalized, as in ADM
+        self._build_encoder({**ENCODER_DEFAULTS, **encoder_config, "attn_norm_num_groups": norm_num_groups})
         channels, stride = block_out_channels[-1], 2 ** (len(block_out_channels) - 1)
         height, width = sides(sample_size)
         if height % stride or width % stride:
@@ -114,7 +121,7 @@ class NoisyClassifier(Encoder):
                     f"attention_head_dim={head_dim} must divide the last of block_out_channels, {channels}"
                 )
             positions = height * width // stride**2
-            if positions * channels > MOST_PARAMETERS:
+            if positions * channels > MAX_PARAMETERS:
                 raise ValueError(
                     f"sample_size={shown(sample_size)} gives the pool {positions:,} positions of {channels} channels; take "
                     "pool='average', more levels or smaller images"
@@ -126,11 +133,12 @@ class NoisyClassifier(Encoder):
 
     @property
     def num_classes(self) -> int:
-        """Labels are 0 .. num_classes - 1."""
+        """The number of classes, labeled 0 to num_classes - 1."""
         return self.config.num_classes
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float | int) -> torch.Tensor:
-        """
+        """Classifies noisy images.
+
         Args:
             sample: noisy images x_t, (B, in_channels, H, W), of the config's size.
             timestep: 0-based t as a number, a 0-d tensor or (B,).
@@ -142,7 +150,7 @@ class NoisyClassifier(Encoder):
             ValueError: a wrong shape.
         """
         t = time_tensor(timestep, sample.device)
-        self._check_image(sample, t)
+        self.check_images(sample, t)
         height, width = sides(self.config.sample_size)
         if sample.shape[2:] != (height, width):
             raise ValueError(f"sample is {sample.shape[2]}x{sample.shape[3]}; this classifier takes {height}x{width}")
@@ -155,11 +163,17 @@ class NoisyClassifier(Encoder):
         class_labels: torch.Tensor,
         scale: torch.Tensor | float = 1.0,
     ) -> torch.Tensor:
-        """The gradient of scale * log p(y | x_t) by x_t: (B, C, H, W) float32, for y int64 (B,), t as in `forward`.
+        """The gradient of scale * log p(y | x_t) with respect to x_t.
 
-        scale: a number, or (B, 1, 1, 1). The weights get no gradients, and nothing of the graph is kept.
+        Args:
+            x_t, t: as in `forward`.
+            class_labels: y, int64 (B,).
+            scale: a number, or (B, 1, 1, 1).
+
+        Returns:
+            (B, C, H, W) float32. The weights get no gradients, and the graph is freed.
         """
-        # also where the caller is in inference mode, of whose tensors there are no gradients
+        # a caller may be in inference mode, whose tensors have no gradients
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x_t.device.type, enabled=False):
             x = x_t.detach().to(self.dtype, copy=True).requires_grad_()
             t = t.clone() if isinstance(t, torch.Tensor) else t
