@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.extras import require_extra
 from ddpm_hf.likelihood.bound import check_images, check_scheduler, standard_error, to_float64
 from ddpm_hf.models.evaluation_mode import evaluation_mode
+from ddpm_hf.schedulers.prediction import SDE_PREDICTIONS
 from ddpm_hf.schedulers.sde import SDE, ChainSDE, finest_dtype
 from ddpm_hf.schedulers.sde_samplers import clip_limits
 
@@ -267,8 +268,10 @@ def process_of(process) -> SDE:
     """
     if hasattr(process, "alphas_cumprod"):
         check_scheduler(process)
-        if process.prediction_type == "previous":
-            raise ValueError("prediction_type='previous' is of one step of the chain; the ODE takes the other three")
+        if process.prediction_type not in SDE_PREDICTIONS:
+            raise ValueError(
+                f"prediction_type={process.prediction_type!r} is of one step of the chain; the ODE takes the other three"
+            )
         return ChainSDE(process.alphas_cumprod, process.prediction_type)
     sde = getattr(process, "sde", process)
     if not hasattr(sde, "score_weights"):

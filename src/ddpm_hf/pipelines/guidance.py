@@ -8,8 +8,7 @@ import torch
 from ddpm_hf.arguments import shown, sides
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
-
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
+from ddpm_hf.schedulers.prediction import PREDICTION_TYPES, score_weights
 
 
 def scales(name: str, value: float | torch.Tensor | list[float], batch_size: int) -> torch.Tensor:
@@ -53,15 +52,12 @@ def shifted_output(model_output: torch.Tensor, gradient: torch.Tensor, scheduler
     """
     sigma = sigma_at(scheduler, t)
     abar = 1 / (1 + sigma**2)
-    if abar < 1e-12:  # nothing of x_0 is left, and no class: with zero terminal SNR
+    if not 1e-12 <= abar < 1:  # nothing of x_0 is left (zero terminal SNR), and no class; or no noise is left to shift
         return model_output
-    factor = {
-        "epsilon": -math.sqrt(1 - abar),
-        "sample": (1 - abar) / math.sqrt(abar),
-        "v_prediction": -sigma,
-    }[scheduler.config.prediction_type]
+    # the score gains the gradient, the output what makes it gain as much
+    _, of_output = score_weights(scheduler.config.prediction_type, math.sqrt(abar), math.sqrt(1 - abar))
     exact = torch.promote_types(model_output.dtype, torch.float32)
-    return model_output.to(exact).add(gradient.to(exact), alpha=factor).to(model_output.dtype)
+    return model_output.to(exact).add(gradient.to(exact), alpha=1 / of_output).to(model_output.dtype)
 
 
 def sigma_at(scheduler, t) -> float:
@@ -159,7 +155,7 @@ def check_classifier(
         theirs, ours = ("x".join(map(str, sides(size))) for size in (config.sample_size, sample_size))
         raise ValueError(f"the classifier is of {theirs} images, the network of {ours}")
     abar = getattr(scheduler, "alphas_cumprod", None)
-    if abar is None or scheduler.config.prediction_type not in (*PREDICTIONS, "previous"):
+    if abar is None or scheduler.config.prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"{type(scheduler).__name__} has no alphas_cumprod; a classifier guides DDPM and DDIM schedulers"
         )

@@ -21,12 +21,10 @@ from ddpm_hf.files.pipeline_folder import GuardedConfig
 from ddpm_hf.files.saved_config import SavedConfig
 from ddpm_hf.schedulers.betas import BETA_SCHEDULES, MOST_TIMESTEPS, OWN_SCHEDULES, space_timesteps
 from ddpm_hf.schedulers.gaussian import Gaussian, discretized_gaussian_log_likelihood, gaussian_kl, nats_to_bits_per_dim
+from ddpm_hf.schedulers.prediction import PREDICTION_TYPES, is_posterior_mean, is_x_start, prediction_target
 from ddpm_hf.schedulers.tables import ChainTables, ddim_tables, in_working_precision, weighted_sum
 
 logger = logging.get_logger(__name__)
-
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "previous")
 
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -349,13 +347,12 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         self, x_start: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor | int
     ) -> torch.Tensor:
         """What the network is trained to give at (x_t, t), by the prediction type. Images (B, C, H, W); t 0-based."""
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return x_start
-        if self.prediction_type == "previous":
-            return self.q_posterior(x_start, x_t, t).mean
-        return self._noised(self._chain, noise, self._position(t, noise), -in_working_precision(x_start))
+        x_start, x_t, noise = (in_working_precision(images) for images in (x_start, x_t, noise))
+        position = self._position(t, x_t)
+        scale, std = self._chain.at("x_t", position, x_t)
+        posterior = self._chain.at("posterior_mean", position, x_t)
+        images = dict(x_start=x_start, x_t=x_t, noise=noise)
+        return prediction_target(self.prediction_type, **images, scale=scale, std=std, posterior=posterior)
 
     def draw_timesteps(
         self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
@@ -418,7 +415,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         position = self._position(t, x_t)
         output, values = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, clip_sample)
-        if self.prediction_type == "previous":
+        if is_posterior_mean(self.prediction_type):
             mean = output
         else:
             mean = weighted_sum(self._chain.at("posterior_mean", position, x_t), x_start, x_t)
@@ -451,7 +448,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         return low + (values + 1) * (0.5 * (high - low))
 
     def _pred_x_start(self, output, x_t, position, clip_sample):
-        if self.prediction_type == "sample":
+        if is_x_start(self.prediction_type):
             x_start = output
         else:
             x_start = weighted_sum(self._chain.at("x_start", position, x_t), x_t, output)
@@ -582,7 +579,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         if eta is None and values is not None and not last:
             std = torch.exp(0.5 * self._learned_log_variance(values, position)) * (std > 0)  # no noise at the last step
         noise = None if last or eta == 0 else _scaled_noise(std, x_t, generator, variance_noise)
-        if eta is None and self.prediction_type == "previous":
+        if eta is None and is_posterior_mean(self.prediction_type):
             prev_sample = output.clone() if noise is None else noise + output
         else:
             prev_sample = weighted_sum((of_x_start, of_x_t), x_start, x_t, onto=noise)

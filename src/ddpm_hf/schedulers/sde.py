@@ -5,9 +5,7 @@ import math
 import torch
 
 from ddpm_hf.arguments import checked_arguments
-
-SDE_PREDICTIONS = ("epsilon", "score", "sample", "v_prediction")
-
+from ddpm_hf.schedulers.prediction import SDE_PREDICTIONS, score_weights
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "probability_flow", "ddim", "none")
 
@@ -135,15 +133,7 @@ class SDE:
 
     def score_weights(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
         """What x_t and the network's output count in the score; of the shape of t."""
-        std, scale = self.std(t), self.scale(t)
-        if self.prediction_type == "score":
-            return torch.zeros_like(std), torch.ones_like(std)
-        if self.prediction_type == "epsilon":
-            return torch.zeros_like(std), -1 / std
-        if self.prediction_type == "sample":
-            return -1 / std**2, scale / std**2
-        total = scale**2 + std**2  # v = scale * epsilon - std * x_0
-        return -1 / total, -scale / (std * total)
+        return score_weights(self.prediction_type, self.scale(t), self.std(t))
 
     def prior_log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """log of the density of z (B, C, H, W) at t = 1, (B,) nats, summed over the dimensions."""

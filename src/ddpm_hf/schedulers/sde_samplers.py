@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ddpm_hf.arguments import check_argument, checked_arguments, shown
 from ddpm_hf.files.pipeline_folder import GuardedConfig
 from ddpm_hf.files.saved_config import SavedConfig
+from ddpm_hf.schedulers.prediction import x_start_weights
 from ddpm_hf.schedulers.sde import SDE, SDE_RANGES, VESDE, VPSDE, ChainSDE, SubVPSDE
 
 
@@ -105,14 +106,13 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
             of_score, of_noise = std**2 / ratio - next_std * std, zero
         else:
             of_x_t, of_score, of_noise = one, zero, zero
-        from_x_t, from_output = sde.score_weights(t)
         before = (t - 1 / sde.N).clamp(min=0.0)
         alpha = (2 * (sde.log_scale(t) - sde.log_scale(before))).exp()  # of correctors, Algorithm 5
         columns = {
             # of x_t and x_0: the score is (scale x_0 - x_t) / std^2
             "step": (of_x_t - of_score / std**2, of_score * scale / std**2, of_noise),
-            "x_start": ((1 + std**2 * from_x_t) / scale, std**2 * from_output / scale),
-            "score": (from_x_t, from_output),
+            "x_start": x_start_weights(sde.prediction_type, scale, std),
+            "score": sde.score_weights(t),
             "correct": (alpha, std),
         }
         self._tables = {name: list(zip(*(column.tolist() for column in each))) for name, each in columns.items()}

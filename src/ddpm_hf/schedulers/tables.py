@@ -6,6 +6,8 @@ import math
 import numpy as np
 import torch
 
+from ddpm_hf.schedulers.prediction import x_start_weights
+
 
 class _Tables:
     """Tables by position in a chain, kept in the forms that they are asked for: on each device, in each dtype."""
@@ -74,8 +76,7 @@ class ChainTables(_Tables):
         # The first step's variance is 0; its logarithm is taken from the second, as in the paper's code: it is the
         # decoder's scale. A chain of one step has no second: beta stands in.
         clipped = np.append(variance[1] if len(variance) > 1 else beta[0], variance[1:])
-        mean_of_x_start = beta * np.sqrt(alpha_bar_prev) / one_minus
-        mean_of_x_t = (1 - alpha_bar_prev) * np.sqrt(1 - beta) / one_minus
+        mean_of_x_start, mean_of_x_t = posterior_mean_weights(alpha_bar, alpha_bar_prev, beta)
         tables["posterior_mean"] = _columns(mean_of_x_start, mean_of_x_t)
         tables["posterior_variance"] = variance
         tables["posterior_log_variance_clipped"] = np.log(clipped)
@@ -90,21 +91,13 @@ class ChainTables(_Tables):
         tables["log_betas"] = np.log(beta)
 
         # x_0 as a linear function of x_t and the network's output
-        some = alpha_bar >= 1e-24  # zero terminal SNR: nothing of x_0 is left
         root = np.sqrt(np.maximum(alpha_bar, 1e-24))
         tables["reciprocal_sqrt_alphas_cumprod"], tables["sqrt_snr"] = 1 / root, root / np.sqrt(one_minus)
         # what has nothing of x_0 in it has no class either
         tables["x_start_of_gradient"] = np.where(alpha_bar > 1e-12, one_minus / root, 0.0)
-        if prediction_type == "epsilon":  # where epsilon says nothing of x_0, the middle of its range is predicted
-            of_x_t, of_output = some / root, some * -np.sqrt(one_minus) / root
-        elif prediction_type == "sample":
-            of_x_t, of_output = np.zeros_like(beta), np.ones_like(beta)
-        elif prediction_type == "v_prediction":
-            of_x_t, of_output = np.sqrt(alpha_bar), -np.sqrt(one_minus)
-        else:  # previous: the output is the posterior's mean
-            divisor = np.maximum(mean_of_x_start, 1e-12)
-            of_x_t, of_output = -mean_of_x_t / divisor, 1 / divisor
-        tables["x_start"] = _columns(of_x_t, of_output)
+        scale = np.where(alpha_bar >= 1e-24, root, 0.0)  # zero terminal SNR: nothing of x_0 is left
+        posterior = np.maximum(mean_of_x_start, 1e-12), mean_of_x_t
+        tables["x_start"] = _columns(*x_start_weights(prediction_type, scale, np.sqrt(one_minus), posterior))
 
         # DDIM's ODE one step up in t; pure noise after the last
         tables["reverse"] = self._ddim(np.append(alpha_bar[1:], 0.0), np.zeros_like(beta))[:, :2]
@@ -120,6 +113,14 @@ class ChainTables(_Tables):
         of_epsilon = np.sqrt(np.maximum(1 - alpha_bar_to - sigma**2, 0.0))
         of_x_t = of_epsilon / self.tables["sqrt_one_minus_alphas_cumprod"]
         return _columns(np.sqrt(alpha_bar_to) - of_x_t * self.tables["sqrt_alphas_cumprod"], of_x_t, sigma)
+
+
+def posterior_mean_weights(
+    alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray, beta: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of x_0 and x_t in the mean of q(x_{t-1} | x_t, x_0), eq. 7."""
+    of_x_start = beta * np.sqrt(alpha_bar_prev) / (1 - alpha_bar)
+    return of_x_start, (1 - alpha_bar_prev) * np.sqrt(1 - beta) / (1 - alpha_bar)
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,7 +7,9 @@ import torch
 
 from ddpm_hf.arguments import checked_arguments
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.prediction import BOUNDED_PREDICTIONS, epsilon_weights, x_start_weights
 from ddpm_hf.schedulers.sde import SDE, finest_dtype
+from ddpm_hf.schedulers.tables import posterior_mean_weights
 from ddpm_hf.training.timesteps import ContinuousTimes
 
 LOSSES = ("simple", "vlb", "hybrid")
@@ -57,7 +59,7 @@ class DiffusionObjective:
             raise ValueError(f"loss='hybrid' trains a learned variance; variance_type is {scheduler.variance_type!r}")
         if weighting is not None and loss == "vlb":
             raise ValueError(f"weighting={weighting!r} is of the mean squared error; loss='vlb' has the bound's own")
-        if weighting == "truncated_snr" and scheduler.prediction_type not in ("sample", "v_prediction"):
+        if weighting == "truncated_snr" and scheduler.prediction_type not in BOUNDED_PREDICTIONS:
             raise ValueError(
                 f"weighting='truncated_snr' is for prediction_type 'sample' or 'v_prediction', this scheduler has "
                 f"{scheduler.prediction_type!r}, whose errors it would multiply without bound at noisy timesteps; choose "
@@ -164,9 +166,9 @@ class ScoreObjective:
         x_t = sde.sample(x_start, t, noise)
         output = unet(x_t, sde.labels(t).to(x_start.dtype), class_labels=class_labels, return_dict=False)[0]
         output = output[:, : x_start.shape[1]].to(torch.promote_types(output.dtype, torch.float32))
-        # std * score, which is the noise's negative where the network is right
-        of_x_t, of_output = ((sde.std(t) * weight).to(output).view(-1, 1, 1, 1) for weight in sde.score_weights(t))
-        loss = (of_x_t * x_t + of_output * output + noise).square().flatten(1).mean(1)
+        weights = epsilon_weights(sde.prediction_type, sde.scale(t), sde.std(t))
+        of_x_t, of_output = (weight.to(output).view(-1, 1, 1, 1) for weight in weights)
+        loss = (of_x_t * x_t + of_output * output - noise).square().flatten(1).mean(1)
         return loss * (sde.diffusion(t) / sde.std(t)).square().to(loss) if self.weighting == "likelihood" else loss
 
 
@@ -181,15 +183,10 @@ def _mse_weights(scheduler, weighting):
     chain = np.array(scheduler.chain)
     abar = scheduler.alphas_cumprod.numpy()[chain]
     before = np.append(1.0, abar[:-1])
-    snr = np.maximum(abar, 1e-24) / (1 - abar)
-    of_x_start = WEIGHTINGS[weighting](snr)
-    # the squared error of x_0 is this times that of the prediction
-    x_start_error = {
-        "epsilon": 1 / snr,
-        "sample": np.ones_like(snr),
-        "v_prediction": 1 - abar,
-        "previous": ((1 - abar) / (1 - abar / before)) ** 2 / before,
-    }[scheduler.prediction_type]
+    scale, std = np.sqrt(np.maximum(abar, 1e-24)), np.sqrt(1 - abar)
+    posterior = posterior_mean_weights(abar, before, 1 - abar / before)
+    _, of_output = x_start_weights(scheduler.prediction_type, scale, std, posterior)
     weights = np.full(len(scheduler.alphas_cumprod), np.nan)
-    weights[chain] = of_x_start * x_start_error
+    # of the squared error of x_0, which is of_output^2 times that of the output
+    weights[chain] = WEIGHTINGS[weighting]((scale / std) ** 2) * of_output**2
     return weights
