@@ -7,7 +7,7 @@ DEMO := runs/demo
 # one process, every choice named so that accelerate asks for no configuration; it finds a GPU by itself
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-device test-slow bench lint format clean
+.PHONY: demo test test-device test-oldest test-slow bench lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,9 +16,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	rm -rf $(DEMO)
-	$(LAUNCH) training/train.py --config digits --output_dir $(DEMO)
-	$(BIN)/python training/sample.py $(DEMO)/pipeline --count 64 --steps 250 --out $(DEMO)/samples.png
-	$(BIN)/python training/evaluate.py $(DEMO)/pipeline --data digits --split test --images 64 --histogram train \
+	$(LAUNCH) -m ddpm_hf train --config digits --output_dir $(DEMO)
+	$(BIN)/ddpm-hf sample $(DEMO)/pipeline --count 64 --steps 250 --out $(DEMO)/samples.png
+	$(BIN)/ddpm-hf evaluate $(DEMO)/pipeline --data digits --split test --images 64 --histogram train \
 	    --first 14  # steps of less noise are far finer than one of 17 grey levels; 14 is the best for the training split
 	$(BIN)/python -W ignore -c "from diffusers import DiffusionPipeline as P; \
 	    print('opened by plain diffusers as', type(P.from_pretrained('$(DEMO)/pipeline')).__name__)"
@@ -36,6 +36,18 @@ test-device: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+# the core of the suite on the oldest versions that pyproject.toml allows; where bundled wheels of torch need it, with an index of
+# CPU wheels in PIP_EXTRA_INDEX_URL
+OLDEST := .venv-oldest
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[demo]" pytest hypothesis mpmath
+	touch $(OLDEST)/.ready
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest tests/schedulers tests/models tests/pipelines tests/likelihood tests/hub tests/evaluation \
+	    tests/training tests/data tests/end_to_end/test_training.py
+
 # an hour and more on two cores; of lucidrains' package: benchmarks/lucidrains.py, in an environment of its own
 bench: $(READY)
 	for what in scheduler_step cold_start sampling network training_step growth profiles; do \
@@ -51,4 +63,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(OLDEST) runs
