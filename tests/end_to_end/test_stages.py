@@ -12,7 +12,7 @@ from ddpm_hf import CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipel
 from ddpm_hf.data.pixels import image_transform
 from ddpm_hf.data.sources import load_images
 from ddpm_hf.hub.upload import HubError
-from ddpm_hf.models.conditioning import shrunk
+from ddpm_hf.models.conditioning import downsample
 from ddpm_hf.training.config import ConfigError, load_config
 from support.elsewhere import ROUNDING, run_elsewhere
 from support.scripts import script
@@ -142,7 +142,7 @@ def test_pictures_go_in_and_come_out(trained):
     pictures = [image.resize((8, 8)) for image in load_images("mnist", "test")[:2]["image"]]
     assert pipe(pictures, num_inference_steps=2, class_labels=[0, 1]).images[0].size == (32, 32)
     x_start = torch.stack([image_transform((32, 32), 1)(image) for image in load_images("mnist", "test")[:2]["image"]])
-    small = shrunk(x_start, (8, 8))
+    small = downsample(x_start, (8, 8))
     assert pipe(small, num_inference_steps=2, class_labels=0, output_type="pt").images.shape == (2, 1, 32, 32)
 
 

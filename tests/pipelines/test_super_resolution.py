@@ -13,7 +13,7 @@ from ddpm_hf import (
     DDPMUNet,
     VariationalDDPMScheduler,
 )
-from ddpm_hf.models.conditioning import Conditioned, condition_planes, shrunk
+from ddpm_hf.models.conditioning import Conditioned, condition_planes, downsample
 
 
 def seeded(seed=0):
@@ -51,7 +51,7 @@ def run(pipeline, images, **kwargs):
 
 def test_shrunk_and_scaled_up():
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert shrunk(x, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert downsample(x, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     planes = condition_planes(torch.tensor([0.0, 1.0]).view(1, 1, 1, 2), (1, 4))
     assert planes.flatten().tolist() == [0.0, 0.25, 0.75, 1.0]
 

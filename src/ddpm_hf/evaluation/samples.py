@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ddpm_hf.evaluation.sheets import as_images, as_sheet, captions_of, class_columns, cycled_labels, row_captions
-from ddpm_hf.models.conditioning import shrunk
+from ddpm_hf.models.conditioning import downsample
 from ddpm_hf.pipelines.cascade import CascadePipeline
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
 from ddpm_hf.pipelines.guidance import label_ids
@@ -131,7 +131,7 @@ def draw_upsampled(
         labels: of the images, (N,), for a class-conditional network.
         noise_level: of the noise on the small images, 0 to 1.
     """
-    small = shrunk(x_start.to(pipeline.device), tuple(pipeline.config.low_resolution))
+    small = downsample(x_start.to(pipeline.device), tuple(pipeline.config.low_resolution))
     upsampled = pipeline(small, output_type="latent", class_labels=labels, noise_level=noise_level, **sampling).images
     enlarged = torch.nn.functional.interpolate(small.cpu(), x_start.shape[2:], mode="nearest")
     images = as_images(torch.cat((enlarged, upsampled.cpu().clamp(-1, 1), x_start), dim=-1))

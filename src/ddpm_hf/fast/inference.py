@@ -23,6 +23,10 @@ logger = logging.get_logger(__name__)
 COMPILING = threading.Lock()  # torch's settings of the compiler are those of the process
 
 
+# Where the classes of a network's parts are defined; other parts, such as adapters, would be lost.
+KNOWN_MODULES = ("ddpm_hf.models.", "ddpm_hf.fast.", "torch.nn.modules.")
+
+
 ROWS = 64  # timesteps whose projections are made at once: a matrix product for them, and the memory that it takes
 
 
@@ -287,9 +291,8 @@ def _replace(net, old, new):
 def _check_plain(unet):
     if not isinstance(unet, DDPMUNet):
         raise ValueError(f"unet is a {type(unet).__name__}; this is for DDPMUNet, which opens UNet2DModel checkpoints")
-    parts = (DDPMUNet.__module__.rpartition(".")[0], WinogradConv2d.__module__, "torch.nn.modules.")
     for name, module in unet.named_modules():
-        if not (type(module).__module__.startswith(parts) or isinstance(module, nn.Dropout)):
+        if module is not unet and not type(module).__module__.startswith(KNOWN_MODULES):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: merge or unload adapters before the network is optimized"
             )

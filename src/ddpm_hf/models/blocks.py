@@ -22,8 +22,8 @@ class SinusoidalEmbedding(nn.Module):
         half = self.dim // 2
         exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t[:, None].float() * torch.exp(exponents / (half - self.freq_shift))
-        parts = (angles.cos(), angles.sin()) if self.flip_sin_to_cos else (angles.sin(), angles.cos())
-        return F.pad(torch.cat(parts, dim=-1), (0, self.dim % 2))
+        features = (angles.cos(), angles.sin()) if self.flip_sin_to_cos else (angles.sin(), angles.cos())
+        return F.pad(torch.cat(features, dim=-1), (0, self.dim % 2))
 
 
 class FourierEmbedding(nn.Module):
@@ -39,6 +39,8 @@ class FourierEmbedding(nn.Module):
 
 
 class EmbeddingMLP(nn.Module):
+    """Two linear layers that turn the features of a time, or of a class label, into an embedding."""
+
     def __init__(self, in_dim, dim):
         super().__init__()
         self.linear_1 = nn.Linear(in_dim, dim)
@@ -49,7 +51,7 @@ class EmbeddingMLP(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves H and W by a strided 3x3 convolution; padding 0 pads right and below only, as the paper's TensorFlow did."""
+    """Halves H and W by a strided 3x3 convolution; padding 0 pads right and bottom only, as in the paper's code."""
 
     def __init__(self, channels, padding):
         super().__init__()
@@ -72,32 +74,32 @@ class Upsample(nn.Module):
 
 
 class FIR(nn.Module):
-    """Halves or doubles H and W with the kernel (1, 3, 3, 1) along each, as StyleGAN2 (Score-SDE, appendix H.1)."""
+    """Halves or doubles H and W, smoothed by the kernel (1, 3, 3, 1) along each, as StyleGAN2 (Score-SDE, appendix H.1)."""
 
     def __init__(self, up):
         super().__init__()
         self.up = up
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
-        if taps.is_meta:  # no checkpoint holds them
+        if taps.is_meta:  # the values are needed even on the meta device, because no checkpoint holds them
             taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu")
         taps = taps / (4 if up else 8)
         self.register_buffer("kernel", torch.outer(taps, taps)[None, None], persistent=False)
 
     def forward(self, x):
-        x = x.contiguous() if self.training else x  # as in diffusers, for dropout: see conv_shortcut
+        x = x.contiguous() if self.training else x  # as in diffusers; why: see ResidualBlock.forward
         conv, channels = F.conv_transpose2d if self.up else F.conv2d, x.shape[1]
         return conv(x, self.kernel.expand(channels, -1, -1, -1), stride=2, padding=1, groups=channels)
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, the same draws, with a mask of one byte an element to keep on the CPU too."""
+    """`nn.Dropout` with the same random numbers, whose mask takes one byte per element on the CPU too, not four."""
 
     def forward(self, x):
         return torch.native_dropout(x, self.p, True)[0] if self.training and self.p > 0 else x
 
 
 class _NormSiLU(torch.autograd.Function):
-    """silu(group_norm(x)), which keeps x alone for the way back: there it is normalized again."""
+    """silu(group_norm(x)) that saves only x for the backward pass, which normalizes it again."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
@@ -109,12 +111,12 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         groups, eps, dtype = ctx.settings
-        if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
-            wanted = [v for v, needed in zip(ctx.saved_tensors, ctx.needs_input_grad) if needed]
+        if torch.is_grad_enabled():  # create_graph=True: the gradient will itself be differentiated
+            inputs = [v for v, needed in zip(ctx.saved_tensors, ctx.needs_input_grad) if needed]
             x, weight, bias = ctx.saved_tensors
             y = F.silu(F.group_norm(x.to(dtype), groups, weight, bias, eps))
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
+            gradients = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+            return *(next(gradients) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
         x, weight, bias = (v.detach().requires_grad_() for v in ctx.saved_tensors)
         with torch.enable_grad():
             y = F.group_norm(x.to(dtype), groups, weight, bias, eps)
@@ -123,7 +125,7 @@ class _NormSiLU(torch.autograd.Function):
 
 
 class ActivatedNorm(nn.GroupNorm):
-    """Group normalization and the activation after it."""
+    """Group normalization followed by an activation."""
 
     def __init__(self, groups, channels, eps, act):
         super().__init__(groups, channels, eps)
@@ -138,10 +140,16 @@ class ActivatedNorm(nn.GroupNorm):
 
 
 class ResidualBlock(nn.Module):
-    """norm, act, conv, + time, norm, act, dropout, conv, + input; `emb` comes in already activated.
+    """norm, act, conv, + time, norm, act, dropout, conv, + input.
 
-    Resampling blocks resample both branches: `resample` is "down" (2x2 mean) or "up" (nearest) in ADM's, a `FIR` in NCSN++'s,
-    whose shortcut is always a convolution. `groups` are those of the two norms.
+    Args:
+        groups: the numbers of groups of the two norms.
+        scale_shift: whether the time embedding scales and shifts the second norm's output (ADM), or is added before that norm.
+        output_scale: the output is divided by it.
+        resample: how both branches are resampled: "down" (2x2 mean) or "up" (nearest neighbor) as in ADM, or a `FIR` as in
+            NCSN++, where the shortcut is always a convolution; None for not at all.
+
+    `forward` takes the embedding already activated: (B, emb_dim).
     """
 
     def __init__(
@@ -190,7 +198,7 @@ class ResidualBlock(nn.Module):
             h = self.norm2(h + emb)
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
-            # contiguous in training, as in diffusers: the layout decides which elements dropout takes
+            # contiguous in training, as in diffusers: the layout decides which elements dropout zeroes
             x = self.conv_shortcut(x.contiguous() if self.training else x)
         h = x + h
         return h if self.output_scale == 1 else h / self.output_scale
@@ -199,7 +207,7 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention over the H*W positions, with a residual connection."""
 
-    # diffusers' loader then renames the keys of 2022 checkpoints (query -> to_q, proj_attn -> to_out.0, ...)
+    # has diffusers' loader rename the keys of 2022 checkpoints (query -> to_q, proj_attn -> to_out.0, ...)
     _from_deprecated_attn_block = True
 
     def __init__(self, channels, head_dim, *, groups, eps, output_scale):
@@ -221,29 +229,29 @@ class SelfAttention(nn.Module):
         return h if self.output_scale == 1 else h / self.output_scale
 
 
-class _SameRandomNumbers:
-    """A module that gradient checkpointing calls twice, with the same dropout.
+class _SameDropoutTwice:
+    """A module whose second call, by gradient checkpointing, draws the same dropout masks as its first call.
 
-    On Apple's GPUs torch 2.13 does not see to that: the second call would draw another mask, and gradients be wrong.
+    torch 2.13 restores the random state for the second call on other devices, but not on Apple's GPUs (MPS).
     """
 
     def __init__(self, module):
-        self.module, self.state, self.called = module, torch.mps.get_rng_state(), False
+        self.module, self.first_state, self.was_called = module, torch.mps.get_rng_state(), False
 
     def __call__(self, *args):
-        if not self.called:
-            self.called = True
+        if not self.was_called:
+            self.was_called = True
             return self.module(*args)
-        now = torch.mps.get_rng_state()
-        torch.mps.set_rng_state(self.state)
+        state = torch.mps.get_rng_state()
+        torch.mps.set_rng_state(self.first_state)
         try:
             return self.module(*args)
         finally:
-            torch.mps.set_rng_state(now)
+            torch.mps.set_rng_state(state)
 
 
 class Level(nn.Module):
-    """What every level of the U-Net has: residual blocks, and attention after as many of the last ones as there is."""
+    """A resolution level of the U-Net: residual blocks; with n attentions, each of the last n blocks is followed by one."""
 
     gradient_checkpointing = False
 
@@ -253,20 +261,22 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList(attentions)
 
     def checkpointed(self, module, *args):
+        """module(*args), which is computed again in the backward pass if `gradient_checkpointing`."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return module(*args)
         if args[0].device.type == "mps" and self.training:
-            module = _SameRandomNumbers(module)
+            module = _SameDropoutTwice(module)
         return self._gradient_checkpointing_func(module, *args)
 
     def layer(self, i, x, emb):
+        """Residual block `i` and the attention after it, if any."""
         x = self.checkpointed(self.resnets[i], x, emb)
         j = i + len(self.attentions) - len(self.resnets)
         return self.checkpointed(self.attentions[j], x) if j >= 0 else x
 
 
 class DownLevel(Level):
-    """`image` passes by: it is for the levels of NCSN++."""
+    """A level of the way down: appends its outputs to `skips`. `image` is for the levels of NCSN++, and returned as it is."""
 
     def __init__(self, resnets, attentions, downsampler):
         super().__init__(resnets, attentions)
@@ -283,7 +293,7 @@ class DownLevel(Level):
 
 
 class MidLevel(Level):
-    """A residual block, attention if asked for, and a residual block."""
+    """The middle: a residual block, attention if there is one, and a residual block."""
 
     def forward(self, x, emb):
         x = self.checkpointed(self.resnets[0], x, emb)
@@ -293,6 +303,8 @@ class MidLevel(Level):
 
 
 class UpLevel(Level):
+    """A level of the way up: each residual block takes the last of `skips`. `image` is returned as it is."""
+
     def __init__(self, resnets, attentions, upsampler):
         super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])

@@ -1,12 +1,12 @@
-"""What a network sees beside x_t: the low-resolution image of a super-resolution model (IDDPM, appendix; ADM, section 5)."""
+"""The low-resolution image that a super-resolution network sees beside x_t (IDDPM, appendix; ADM, section 5)."""
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 
 
-def shrunk(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Images (B, C, H, W) at (height, width) `size`: each pixel the mean of those that it covers."""
+def downsample(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Shrinks images (B, C, H, W) to (height, width) `size`: each new pixel is the mean of the pixels that it covers."""
     return F.interpolate(images, size, mode="area")
 
 
@@ -16,18 +16,17 @@ def condition_planes(
     noise_level: torch.Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
-    """What the network sees beside x_t of low-resolution images.
+    """The planes that a super-resolution network sees beside x_t: low-resolution images, upsampled bilinearly.
 
     Args:
         images: (B, C, h, w) in [-1, 1].
         size: (height, width) of x_t.
-        noise_level: (B,) in [0, 1): with s its value, the images become sqrt(1 - s^2) images + s noise, and s is one plane
-            more (Gaussian conditioning augmentation, Ho et al. 2021, "Cascaded Diffusion Models", section 4). None: no such
-            plane.
+        noise_level: s, (B,) in [0, 1), for Gaussian conditioning augmentation (Ho et al. 2021, "Cascaded Diffusion Models",
+            section 4): the images become sqrt(1 - s^2) images + s noise, and s is one more plane. None: neither.
         generator: of that noise.
 
     Returns:
-        (B, C, height, width), or (B, C + 1, height, width) with a noise level: bilinear.
+        (B, C, height, width), or (B, C + 1, height, width) with a noise level.
     """
     if noise_level is None:
         return F.interpolate(images, size, mode="bilinear", align_corners=False)
@@ -38,7 +37,10 @@ def condition_planes(
 
 
 class Conditioned:
-    """A network that sees planes (B, P, H, W) beside x_t, called as one that does not; x_t may be a multiple of B images."""
+    """A network with fixed planes (B, P, H, W) beside x_t, called like a network without them.
+
+    x_t may have a multiple of B images: the planes are then repeated, as guidance needs it.
+    """
 
     def __init__(self, network, planes: torch.Tensor):
         self.network, self.planes = network, planes

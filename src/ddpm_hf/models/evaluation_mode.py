@@ -1,4 +1,4 @@
-"""Evaluation mode for the time of a call, whatever mode a network was left in."""
+"""Evaluation mode for the duration of a call, whatever mode a network was left in."""
 
 import contextlib
 import threading
@@ -10,24 +10,25 @@ from torch import nn
 _LOCK = threading.Lock()
 
 
-_CALLS = weakref.WeakKeyDictionary()  # module -> [number of calls in progress, its parts that were in training mode]
+_CALLS = weakref.WeakKeyDictionary()  # module -> [number of calls in progress, submodules that were in training mode]
 
 
 @contextlib.contextmanager
 def evaluation_mode(*modules: nn.Module | None) -> Iterator[None]:
-    """Puts modules into evaluation mode within the block, without dropout; afterwards each part has its own mode back.
+    """Puts modules into evaluation mode, without dropout, and afterwards gives each submodule its own mode back.
 
-    Calls may overlap, in threads as well: the last of them to end restores the modes. What is no module is left as it is.
+    Calls may overlap, also in several threads: the last one to end restores the modes. Callables that are no modules are
+    ignored.
     """
     modules = [module for module in modules if isinstance(module, nn.Module)]
     with _LOCK:
         for module in modules:
             call = _CALLS.setdefault(module, [0, []])
-            trained = [part for part in module.modules() if part.training]
-            for part in trained:
-                part.training = False
+            in_training = [submodule for submodule in module.modules() if submodule.training]
+            for submodule in in_training:
+                submodule.training = False
             call[0] += 1
-            call[1] += trained
+            call[1] += in_training
     try:
         yield
     finally:
@@ -36,5 +37,5 @@ def evaluation_mode(*modules: nn.Module | None) -> Iterator[None]:
                 call = _CALLS[module]
                 call[0] -= 1
                 if call[0] == 0:
-                    for part in _CALLS.pop(module)[1]:
-                        part.training = True
+                    for submodule in _CALLS.pop(module)[1]:
+                        submodule.training = True

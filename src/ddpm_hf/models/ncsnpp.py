@@ -7,7 +7,7 @@ from ddpm_hf.models.blocks import FIR, ActivatedNorm, DownLevel, UpLevel
 
 
 class SkipDownLevel(DownLevel):
-    """A level of NCSN++: the next one is also given the image, made smaller ("input skip")."""
+    """A level of the way down in NCSN++, which also hands the downsampled image to the next level ("input skip")."""
 
     def __init__(self, resnets, attentions, resnet_down):
         super().__init__(resnets, attentions, None)
@@ -24,7 +24,7 @@ class SkipDownLevel(DownLevel):
 
 
 class SkipUpLevel(UpLevel):
-    """A level of NCSN++: its part of the resulting image is added to that of the levels before, made larger ("output skip")."""
+    """A level of the way up in NCSN++, which adds to the upsampled output image of the levels before it ("output skip")."""
 
     def __init__(self, resnets, attentions, resnet_up):
         super().__init__(resnets, attentions, None)
@@ -40,7 +40,7 @@ class SkipUpLevel(UpLevel):
         if image is not None:
             image = self.fir(image)
         if self.resnet_up is not None:
-            part = self.skip_conv(self.skip_norm(x))
-            image = part if image is None else image + part
+            addition = self.skip_conv(self.skip_norm(x))
+            image = addition if image is None else image + addition
             x = self.checkpointed(self.resnet_up, x, emb)
         return x, image

@@ -19,7 +19,7 @@ from ddpm_hf.evaluation.sheets import (
     row_captions,
     save_picture,
 )
-from ddpm_hf.models.conditioning import shrunk
+from ddpm_hf.models.conditioning import downsample
 from ddpm_hf.training.interrupts import going_on
 from ddpm_hf.training.stages import pipeline_of, some_items
 
@@ -141,7 +141,7 @@ class Sheets:
     def _low(self):
         """Some images of the data, made small: (N, C, h, w)."""
         x_start = pixels_to_batch(self.given["pixels"], self.scheduler.levels)
-        return shrunk(x_start, sides(self.config.low_resolution))
+        return downsample(x_start, sides(self.config.low_resolution))
 
     def _stages(self, x_start):
         """What the network was given, what it made of it, and the image itself, side by side (N, C, H, 3 W)."""

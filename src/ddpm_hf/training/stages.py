@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import default_collate
 
 from ddpm_hf.arguments import sides
-from ddpm_hf.models.conditioning import Conditioned, condition_planes, shrunk
+from ddpm_hf.models.conditioning import Conditioned, condition_planes, downsample
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
 from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
 from ddpm_hf.training.config import TrainConfig
@@ -29,7 +29,9 @@ def conditioned(config: TrainConfig, unet, x_start: torch.Tensor):
     level = None
     if config.conditioning_noise:
         level = torch.rand(len(x_start), device=x_start.device) * config.conditioning_noise
-    return Conditioned(unet, condition_planes(shrunk(x_start, sides(config.low_resolution)), x_start.shape[2:], level))
+    return Conditioned(
+        unet, condition_planes(downsample(x_start, sides(config.low_resolution)), x_start.shape[2:], level)
+    )
 
 
 def pipeline_class(config: TrainConfig) -> type[DDPMImagePipeline]:

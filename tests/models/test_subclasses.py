@@ -1,0 +1,84 @@
+"""A bare subclass of a network works wherever its parent does, though its name and its module are others."""
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from ddpm_hf import DDPMUNet, InferenceUNet, NoisyClassifier, VariationalDDPMScheduler, bits_per_dim
+from support.unet_configs import BASE
+
+
+class MyUNet(DDPMUNet):
+    pass
+
+
+class MyClassifier(NoisyClassifier):
+    pass
+
+
+SMALL = BASE | dict(sample_size=8, in_channels=1, out_channels=1)
+
+
+@pytest.fixture
+def unet():
+    torch.manual_seed(0)
+    unet = MyUNet(**SMALL)
+    unet.reset_parameters("torch")
+    return unet.eval()
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+
+
+def same_weights(network, other):
+    return network.state_dict().keys() == other.state_dict().keys() and all(
+        torch.equal(value, other.state_dict()[name]) for name, value in network.state_dict().items()
+    )
+
+
+def test_saved_under_the_name_of_the_stock_class(unet, inputs, tmp_path):
+    unet.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "UNet2DModel"
+    for cls in (MyUNet, DDPMUNet, UNet2DModel):
+        opened = cls.from_pretrained(tmp_path)
+        assert type(opened) is cls and same_weights(opened, unet)
+    assert same_weights(MyUNet.from_config(unet.config), unet) is False  # new weights
+    torch.testing.assert_close(UNet2DModel.from_pretrained(tmp_path)(*inputs).sample, unet(*inputs).sample)
+
+
+def test_errors_name_the_subclass():
+    with pytest.raises(ValueError, match="'KDownBlock2D', not supported by MyUNet"):
+        MyUNet(**SMALL | dict(down_block_types=("DownBlock2D", "KDownBlock2D")))
+
+
+def test_optimized(unet, inputs):
+    fast = InferenceUNet(unet, compile=False)
+    torch.testing.assert_close(fast(*inputs).sample, unet(*inputs).sample, rtol=1e-4, atol=1e-4)
+    assert fast.is_current(unet)
+
+
+def test_likelihood(unet):
+    plain, x_start = DDPMUNet(**SMALL), torch.randint(256, (2, 1, 8, 8)) / 127.5 - 1
+    plain.load_state_dict(unet.state_dict())
+    scheduler = VariationalDDPMScheduler(num_train_timesteps=5)
+    totals = [
+        bits_per_dim(net.eval(), scheduler, x_start, generator=torch.Generator().manual_seed(0)).total
+        for net in (unet, plain)
+    ]
+    assert torch.equal(*totals)
+
+
+def test_classifier(inputs, tmp_path):
+    config = dict(sample_size=8, num_classes=3, in_channels=1, block_out_channels=(16, 32), layers_per_block=1)
+    config |= dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), norm_num_groups=4, attention_head_dim=8)
+    scheduler = VariationalDDPMScheduler()
+    classifier = MyClassifier(**config, scheduler=dict(scheduler.config)).eval()
+    classifier.save_pretrained(tmp_path / "alone")
+    for cls in (MyClassifier, NoisyClassifier):
+        opened = cls.from_pretrained(tmp_path / "alone")
+        assert type(opened) is cls
+        torch.testing.assert_close(opened(*inputs), classifier(*inputs), rtol=0, atol=0)
