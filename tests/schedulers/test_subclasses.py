@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddpm_hf.schedulers import SCHEDULERS
+from ddpm_hf.schedulers import SCHEDULERS, VariationalDDPMScheduler
+from ddpm_hf.schedulers.ddpm import VARIANCE_TYPES
 
 SETTINGS = {"VariationalDDPMScheduler": {"levels": 16, "beta_schedule": "cosine"}, "VESDEScheduler": {"sigma_max": 9.0}}
 
@@ -50,3 +51,12 @@ def test_how_the_schedulers_are_saved():
     assert sorted(stock) == ["DDPMScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"]
     for cls in SCHEDULERS:
         assert (cls.stock_class is None) != (cls.source_name is None)
+
+
+def test_what_the_schedulers_say_of_themselves():
+    for variance_type in VARIANCE_TYPES:
+        scheduler = VariationalDDPMScheduler(variance_type=variance_type)
+        assert scheduler.learns_variance == (variance_type in ("learned", "learned_range"))
+        assert not scheduler.is_continuous
+    for cls in SCHEDULERS[1:]:
+        assert cls().is_continuous and not cls().learns_variance and cls().sde is not None

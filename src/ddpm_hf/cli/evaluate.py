@@ -151,7 +151,7 @@ def open_chain(parser: Parser, arguments: argparse.Namespace, scheduler) -> None
     from ddpm_hf.evaluation.likelihood_report import set_chain
     from ddpm_hf.likelihood.bound import check_scheduler
 
-    name, continuous = type(scheduler).__name__, hasattr(scheduler, "sde")
+    name, continuous = type(scheduler).__name__, getattr(scheduler, "is_continuous", False)
     if not arguments.ode and continuous:
         parser.error(f"{name} is in continuous time, where there is no bound; give --ode")
     if continuous and arguments.first:

@@ -94,7 +94,7 @@ def measure_ode(
     require_extra("torchdiffeq", "ode", "likelihoods by the ODE")
     from ddpm_hf.likelihood.ode import ode_bits_per_dim
 
-    dequantization = dequantization or ("uniform" if hasattr(scheduler, "sde") else "decoder")
+    dequantization = dequantization or ("uniform" if scheduler.is_continuous else "decoder")
     kwargs |= dict(rtol=tolerance, atol=tolerance, probes=probes, dequantization=dequantization)
     result = ode_bits_per_dim(unet, scheduler, x_start, **kwargs)
     probe_error = result.probe_error.square().sum().sqrt().item() / len(x_start)

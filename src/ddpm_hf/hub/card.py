@@ -17,6 +17,7 @@ from ddpm_hf.files.pipeline_folder import PARTS, STAGES, component_classes, read
 from ddpm_hf.hub.records import told_of
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.schedulers.ddpm import LEARNED_VARIANCES
 
 # installed beside the package; at the project's root in a checkout
 TEMPLATES = (Path(__file__).parents[1] / "model_card.md", Path(__file__).parents[3] / "model_card.md")
@@ -148,7 +149,7 @@ def model_card(
         reason = "a network of continuous time"
     elif stock_prediction == "previous":
         reason = "a network that predicts the previous image"
-    elif variance.startswith("learned"):
+    elif variance in LEARNED_VARIANCES:
         reason = "with learned variances"
     elif network.class_embedding is not None:
         reason = "a class-conditional network"

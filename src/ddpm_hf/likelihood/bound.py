@@ -289,7 +289,7 @@ def check_images(x_start: torch.Tensor, levels: int) -> None:
 
 def _check_channels(unet, scheduler, channels):
     config = getattr(unet, "config", None)
-    outputs = channels * (2 if scheduler.variance_type.startswith("learned") else 1)
+    outputs = channels * (2 if scheduler.learns_variance else 1)
     for name, needed in (("in_channels", channels), ("out_channels", outputs)):
         has = getattr(config, name, needed)
         if has != needed:

@@ -273,7 +273,7 @@ def process_of(process) -> SDE:
                 f"prediction_type={process.prediction_type!r} is of one step of the chain; the ODE takes the other three"
             )
         return ChainSDE(process.alphas_cumprod, process.prediction_type)
-    sde = getattr(process, "sde", process)
+    sde = process.sde if getattr(process, "is_continuous", False) else process
     if not hasattr(sde, "score_weights"):
         raise ValueError(
             f"process is of {type(process)}; give VPSDE, SubVPSDE, VESDE, one of their schedulers, or a "

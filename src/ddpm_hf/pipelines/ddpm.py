@@ -39,7 +39,7 @@ from ddpm_hf.pipelines.guidance import (
     scales,
     shifted_output,
 )
-from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.ddpm import LEARNED_VARIANCES, VariationalDDPMScheduler
 from ddpm_hf.schedulers.sde_samplers import SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 
 logger = logging.get_logger(__name__)
@@ -464,8 +464,8 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
             valid = False
         if not valid:
             raise ValueError(f"weights={weights} must be numbers in [0, 1], one at least")
-        sde = getattr(self.scheduler, "sde", None)  # in continuous time
-        most = self.scheduler.config.num_train_timesteps - 1 if sde is None else sde.labels(1.0).item()
+        continuous = getattr(self.scheduler, "is_continuous", False)
+        most = self.scheduler.sde.labels(1.0).item() if continuous else self.scheduler.config.num_train_timesteps - 1
         if not (isinstance(timestep, (Real, torch.Tensor)) and timestep <= most):
             raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {most}")
         self._check_output(output_type, ())
@@ -874,8 +874,7 @@ def _is_solver(scheduler):
 def _uses_learned_variance(scheduler):
     """Whether its steps take the doubled channels of a network that learned its variance."""
     variance = inspect.signature(getattr(scheduler, "_get_variance", list)).parameters
-    learned = str(scheduler.config.get("variance_type")).startswith("learned")
-    return learned and "predicted_variance" in variance
+    return scheduler.config.get("variance_type") in LEARNED_VARIANCES and "predicted_variance" in variance
 
 
 def _check_start(scheduler):

@@ -27,7 +27,9 @@ from ddpm_hf.schedulers.tables import ChainTables, ddim_tables, in_working_preci
 logger = logging.get_logger(__name__)
 
 
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+LEARNED_VARIANCES = ("learned", "learned_range")  # the network's output has twice the channels of the images
+VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
 
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "iddpm")
@@ -89,6 +91,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
     stock_class = "DDPMScheduler"
     stands_for = ("DDPMScheduler",)
+    is_continuous = False
 
     @checked_arguments(
         num_train_timesteps="[1, 100000]",
@@ -207,6 +210,11 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             if replaced is None or config_dict.get(key) in replaced:
                 config_dict[key] = value
         return super().extract_init_dict(config_dict, **kwargs)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the second half of the network's output channels says the variance."""
+        return self.variance_type in LEARNED_VARIANCES
 
     # the chain
 
@@ -427,16 +435,16 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
     def _split(self, model_output, x_t):
         output = model_output if model_output.dtype is x_t.dtype else model_output.to(x_t.dtype)
-        learned = self.variance_type in ("learned", "learned_range")
-        if not learned and output.shape == x_t.shape:
+        if not self.learns_variance and output.shape == x_t.shape:
             return output, None
         channels = x_t.shape[1]
-        if output.shape[1] != channels * (2 if learned else 1):
+        needed = channels * (2 if self.learns_variance else 1)
+        if output.shape[1] != needed:
             raise ValueError(
                 f"model_output has {output.shape[1]} channels for images of {channels}; variance_type="
-                f"{self.variance_type!r} takes {channels * (2 if learned else 1)}: choose another variance_type"
+                f"{self.variance_type!r} takes {needed}: choose another variance_type"
             )
-        return output.split(channels, dim=1) if learned else (output, None)
+        return output.split(channels, dim=1) if self.learns_variance else (output, None)
 
     def _learned_log_variance(self, values, position):
         return values if self.variance_type == "learned" else self._interpolated_log_variance(values, position)

@@ -51,6 +51,8 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
 
     _compatibles = ["DDPMScheduler", "ScoreSdeVeScheduler"]  # their keys stay in the config, for the way back
     source_name = "sde_scheduler"
+    is_continuous = True  # in time: it has an `sde`, and no chain of timesteps
+    learns_variance = False
     process_class: type[SDE]  # the SDE that it samples
     order = 1
     init_noise_sigma = 1.0

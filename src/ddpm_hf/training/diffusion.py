@@ -90,18 +90,17 @@ def build(config: TrainConfig) -> tuple:
     check_pixels(config)
     check_trackers(config.trackers)
     require_extra("matplotlib", "train", "plots")
-    sde = getattr(scheduler, "sde", None)  # in continuous time
-    learned = sde is None and scheduler.variance_type.startswith("learned")
     unet = DDPMUNet(
         sample_size=image_size(config),
         in_channels=in_channels(config),
-        out_channels=config.channels * (2 if learned else 1),
+        out_channels=config.channels * (2 if scheduler.learns_variance else 1),
         **config.unet | with_null_class(config),
     )
     unet.reset_parameters(config.init)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if sde is not None:
+    if scheduler.is_continuous:
+        sde = scheduler.sde
         check_network(unet, sde, config.channels)
         with torch.device("cpu"):
             times = ContinuousTimes(sde, config.timesteps == "importance")

@@ -55,7 +55,7 @@ class DiffusionObjective:
         vlb_weight: float = 0.001,
         weighting: str | None = None,
     ):
-        if loss == "hybrid" and not scheduler.variance_type.startswith("learned"):
+        if loss == "hybrid" and not scheduler.learns_variance:
             raise ValueError(f"loss='hybrid' trains a learned variance; variance_type is {scheduler.variance_type!r}")
         if weighting is not None and loss == "vlb":
             raise ValueError(f"weighting={weighting!r} is of the mean squared error; loss='vlb' has the bound's own")

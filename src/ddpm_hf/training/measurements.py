@@ -37,7 +37,7 @@ def held_out_bits_per_dim(config, signals, unet, scheduler, x_start, labels) -> 
             generator=torch.Generator(accelerator.device).manual_seed(config.seed + rank),
             batch_size=config.batch_size,
         )
-        if hasattr(process, "sde"):
+        if process.is_continuous:
             result, error = _by_ode(unet, process, part, how), math.nan  # of one probe nobody knows
         elif config.eval_evaluations < len(process.chain):
             estimate = estimate_bits_per_dim(unet, process, part, num_evaluations=config.eval_evaluations, **how)

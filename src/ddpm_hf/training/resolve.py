@@ -19,7 +19,7 @@ from ddpm_hf.data.sources import LEVELS, load_images
 from ddpm_hf.files.guarded import naming
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
-from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.ddpm import FIXED_VARIANCES, VariationalDDPMScheduler
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, check, image_size
 from ddpm_hf.training.devices import PROCESSES, opening
 from ddpm_hf.training.interrupts import tell
@@ -149,7 +149,7 @@ def _follow_pipeline(config):
         raise ConfigError(f"{where}: its network is of images in [0, 1]; images are trained in [-1, 1] here")
     _follow(config, where, "process", process)
     config.scheduler = {**keys, **_asked(config, where, scheduler, keys)}
-    learned = process == "ddpm" and scheduler.variance_type.startswith("learned")
+    learned = scheduler.learns_variance
     _follow(config, where, "low_resolution", index.get("low_resolution"))
     _follow(config, where, "conditioning_noise", index.get("conditioning_noise") or 0.0)
     _follow(config, where, "channels", unet.config.out_channels // (1 + learned))
@@ -214,8 +214,7 @@ def _asked(config, where, scheduler, keys):
     """The keys of the process that were asked for and may be other than the pipeline's; the rest must be the same."""
     asked = {key: value for key, value in config.scheduler.items() if f"scheduler.{key}" in config.explicit}
     applied = {key: asked.pop(key) for key in SAMPLING & asked.keys()}
-    fixed = not keys.get("variance_type", "learned").startswith("learned")
-    if fixed and str(asked.get("variance_type", "learned")).startswith("fixed"):
+    if all(values.get("variance_type") in FIXED_VARIANCES for values in (keys, asked)):
         applied["variance_type"] = asked.pop("variance_type")
     if LEVELS.get(config.data) and "levels" not in applied:
         applied["levels"] = LEVELS[config.data]
