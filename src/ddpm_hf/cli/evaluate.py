@@ -21,7 +21,7 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
         "or the likelihood by the probability-flow ODE of Song et al. 2020. Opens any DDPM folder or Hub id, diffusers'\n"
         "own included. Prints a table; writes evaluation.json, and evaluation.csv and .png with every term.",
         [
-            ("runs/digits/pipeline", "test images of the data set it was trained on"),
+            ("runs/digits/pipeline", "the test split of its data set"),
             ("runs/digits/pipeline --data digits --images 64", "64 images, always the same"),
             ("runs/digits-vp/pipeline --ode", "a model in continuous time"),
             ("google/ddpm-cifar10-32 --data uoft-cs/cifar10 --estimate 50", "50 network calls an image"),
@@ -195,7 +195,7 @@ def check_record(parser: Parser, arguments: argparse.Namespace) -> None:
     from ddpm_hf.hub.records import EVALUATION
 
     texts = recorded_texts(parser, arguments)
-    check_values(texts, {key: EVALUATION[key] for key in texts}, "evaluation.json", mend="shorten it")
+    check_values(texts, {key: EVALUATION[key] for key in texts}, Path("evaluation.json"), mend="shorten it")
 
 
 def recorded_texts(parser: Parser, arguments: argparse.Namespace) -> dict[str, str]:

@@ -17,8 +17,8 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
             ("runs/digits/pipeline --count 64 --out samples.png", "64 samples, a column for each class"),
             ("runs/digits/pipeline --steps 50 --eta 0", "DDIM, 50 steps"),
             ("runs/digits/pipeline --count 8 --progressive 12", "8 samples, each at 12 timesteps"),
-            ("runs/digits/pipeline --count 8 --interpolate 500 --data digits", "mixtures of real images"),
-            ("runs/mnist-8-32/pipeline --count 16 --data mnist", "images of the data, upsampled"),
+            ("runs/digits/pipeline --count 8 --interpolate 500", "mixtures of real images"),
+            ("runs/mnist-8-32/pipeline --count 16 --data mnist", "real images, upsampled"),
         ],
     )
     add = parser.group("pipeline and output")

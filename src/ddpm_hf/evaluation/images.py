@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from typing import Any
 
 import datasets
 import numpy as np
@@ -71,9 +72,17 @@ def read_tensor(
             resized.add(image.size)
         return to_pixels(image)
 
-    columns = image_column, label_column, unet.num_classes, unet.class_names
-    limits = dict(max_broken=max_broken, max_image_pixels=max_image_pixels)
-    images = training_set(dataset, convert, *columns, memory=0, **limits)
+    images: Any = training_set(
+        dataset,
+        convert,
+        image_column,
+        label_column,
+        num_classes=unet.num_classes,
+        names=unet.class_names,
+        memory=0,
+        max_broken=max_broken,
+        max_image_pixels=max_image_pixels,
+    )
     if count is None or count >= len(images):
         images = images.in_memory()
     else:

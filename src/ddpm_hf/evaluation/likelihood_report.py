@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from ddpm_hf.likelihood.estimate import BitsPerDimEstimate, estimate_bits_per_di
 class LikelihoodReport:
     """Bits/dim of N images."""
 
-    result: object  # BitsPerDim, BitsPerDimEstimate or OdeBitsPerDim: a value for each image, and what it is made of
+    result: Any  # BitsPerDim, BitsPerDimEstimate or OdeBitsPerDim: a value for each image, and what it is made of
     values: dict  # what evaluation.json holds of them: means over the images, standard errors and settings
     method: str  # one line: how they were measured
     lines: list[str]  # a table for people
@@ -152,9 +153,10 @@ def terms_table(result: BitsPerDim, chain: list[int]) -> str:
     """CSV with a row for each timestep: its term in bits/dim with its standard error, and the errors of x_0 and epsilon."""
     lines = ["t,bits_per_dim,standard_error,x_start_mse,epsilon_mse"]
     for column, t in enumerate(chain):
-        term, *errors = (values[:, column] for values in (result.terms, result.x_start_mse, result.epsilon_mse))
-        values = (term.cpu().double().mean(), standard_error(term), *(error.cpu().double().mean() for error in errors))
-        lines.append(",".join([str(t), *(f"{float(value):.8g}" for value in values)]))
+        term, *errors = (tensor[:, column] for tensor in (result.terms, result.x_start_mse, result.epsilon_mse))
+        means = [error.cpu().double().mean().item() for error in errors]
+        numbers = [term.cpu().double().mean().item(), standard_error(term), *means]
+        lines.append(",".join([str(t), *(f"{number:.8g}" for number in numbers)]))
     return "\n".join([*lines, ""])
 
 

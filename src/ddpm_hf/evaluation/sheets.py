@@ -72,7 +72,10 @@ def as_sheet(images: list[Image.Image], columns: int | None = None, captions: li
     columns = columns or math.ceil(len(images) ** 0.5)
     width, height = images[0].size
     font = _font(max(FONT_SIZE, width // 12))
-    line, shown, places, texts, y = sum(font.getmetrics()) + 2, [], [], [], 0
+    line, y = sum(font.getmetrics()) + 2, 0
+    shown: list[str] = []
+    places: list[tuple[int, int]] = []
+    texts: list[tuple[int, int, str]] = []
     for start in range(0, len(images), columns):
         row = captions[start : start + columns] if captions else []
         if row != shown[: len(row)]:
