@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_hf import DDPMUNet, InferenceUNet
-from ddpm_hf.fast.winograd import WinogradConv2d, by_tiles
+from ddpm_hf.fast.winograd import WinogradConv2d, use_winograd
 from support.unet_configs import BASE
 
 WIDE = BASE | {"block_out_channels": (16, 128), "norm_num_groups": 8, "sample_size": 64}
@@ -17,7 +17,7 @@ def conv(channels, out, dtype=torch.float64, frozen=False):
     """A residual block's convolution, and the same by tiles."""
     plain = torch.nn.Conv2d(channels, out, 3, padding=1, dtype=dtype)
     tiled = copy.deepcopy(plain)
-    assert by_tiles(torch.nn.ModuleList([tiled]), 4, frozen) == 1 and type(tiled) is WinogradConv2d
+    assert use_winograd(torch.nn.ModuleList([tiled]), 4, frozen) == 1 and type(tiled) is WinogradConv2d
     return plain, tiled
 
 
@@ -69,7 +69,7 @@ def test_a_training_network_keeps_its_names_and_gradients():
     plain = DDPMUNet(**WIDE).double()
     plain.reset_parameters("torch")
     tiled = copy.deepcopy(plain)
-    assert by_tiles(tiled, 128) > 5
+    assert use_winograd(tiled, 128) > 5
     assert list(tiled.state_dict()) == list(plain.state_dict())
     x, t = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.tensor([3, 700])
     for unet in (plain, tiled):
@@ -95,7 +95,7 @@ def test_only_convolutions_that_it_can_do():
     unet = torch.nn.Sequential(
         *(torch.nn.Conv2d(8, 8, 3, **kind) for kind in kinds), torch.nn.Conv2d(8, 8, 1, padding=1)
     )
-    assert by_tiles(unet, 4) == 0
+    assert use_winograd(unet, 4) == 0
 
 
 def test_inference():

@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process, as torch's own allocators for accelerators keep theirs."""
+"""Keeps freed memory with the process, as torch's allocators for accelerators do."""
 
 import ctypes
 import sys
@@ -7,13 +7,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep what is freed for the next call of the network, from now on and for the whole process.
+    """Has the C library keep freed memory for the next call of the network, from now on and for the whole process.
 
-    glibc gives large blocks back to the kernel, and each page of the next one is then a fault and zeroed: 9 % of the time of a
-    training step of the cifar10 network (docs/speed.md). The process keeps the memory of its largest moment until it ends.
+    Otherwise glibc returns large blocks to the kernel, and every page of the next block costs a fault and is zeroed: 9 % of the
+    time of a training step of the cifar10 network (docs/speed.md). The process keeps its peak memory until it ends.
 
     Returns:
-        Whether it could be told to: on Linux with glibc.
+        Whether the C library can do so: it is glibc, on Linux.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     return hasattr(libc, "mallopt") and bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))

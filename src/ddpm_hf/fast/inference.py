@@ -1,7 +1,8 @@
-"""The network as samplers call it: what can be combined before is, and the rest is left to the compiler."""
+"""The network for sampling: products that can be combined are combined ahead of time, the rest is left to the compiler."""
 
 import copy
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from ddpm_hf.fast.allocator import keep_freed_memory
-from ddpm_hf.fast.winograd import WinogradConv2d, by_tiles
+from ddpm_hf.fast.winograd import use_direct_convolution, use_winograd
 from ddpm_hf.models.blocks import ResidualBlock, SelfAttention, Upsample
 from ddpm_hf.models.unet import DDPMUNet, time_tensor
 from ddpm_hf.torch_internals import has_hooks, packing_weights, without_compiler
@@ -20,43 +21,44 @@ from ddpm_hf.torch_internals import has_hooks, packing_weights, without_compiler
 logger = logging.get_logger(__name__)
 
 
-COMPILING = threading.Lock()  # torch's settings of the compiler are those of the process
+COMPILING = threading.Lock()  # the compiler's settings are global to the process
 
 
-# Where the classes of a network's parts are defined; other parts, such as adapters, would be lost.
+# Where the classes of a network's modules are defined; others, such as adapters, would be lost.
 KNOWN_MODULES = ("ddpm_hf.models.", "ddpm_hf.fast.", "torch.nn.modules.")
 
 
-ROWS = 64  # timesteps whose projections are made at once: a matrix product for them, and the memory that it takes
+TIMESTEPS_AT_ONCE = 64  # the time projections of so many timesteps are one matrix product
 
 
 class InferenceUNet(nn.Module):
     """A `DDPMUNet` for sampling and likelihoods: the same outputs, within rounding, in less time. No gradients.
 
-    It is called as the network is, by several threads at once too, and has a copy of its weights in the form that is fastest:
+    It is called like the network, also by several threads at once, and holds a copy of its weights in the fastest form:
     - the time projections of all residual blocks are one matrix product, for 64 timesteps at once (`at_timesteps`);
     - q, k and v are one matrix product;
-    - on the CPU, upsampling and the 3x3 convolution after it are one transposed 4x4 convolution of 4/9 of the products;
-    - on the CPU in float32, 3x3 convolutions of 256 channels and more are Winograd's, with four times their weights;
-    - on the CPU, memory that is freed stays with the process for the next call (`keep_freed_memory`);
-    - weights and activations are in channels-last layout on the CPU, and in half precision everywhere;
-    - what remains is compiled; in half precision on the CPU the compiler also packs the weights as oneDNN reads them, into its
-      code, so once they have changed they are not packed any more.
+    - on the CPU, upsampling and the 3x3 convolution after it are one transposed 4x4 convolution with 4/9 of the products;
+    - on the CPU in float32, 3x3 convolutions of at least 256 channels use Winograd's algorithm; their weights take four times
+      the memory;
+    - on the CPU, freed memory stays with the process for the next call (`keep_freed_memory`);
+    - weights and activations are in channels-last layout on the CPU, and in half precision on every device;
+    - the rest is compiled. In half precision on the CPU the compiler also packs the weights into its code, in the layout that
+      oneDNN reads; a network made again because its weights have changed (`updated`) does without.
 
     Args:
-        unet: the network; its weights stay as they are. Where they change later: `update`.
+        unet: the network; it is not changed. If its weights change later, call `updated`.
         dtype: of weights and activations, whatever autocast says; None for that of the network. With torch.bfloat16 outputs
-            differ from float32 as those of autocast do. Samples come in and go out in their own dtype; timesteps are embedded
-            in the network's.
-        compile: by torch.compile, at the first call of each shape of sample (a minute for a large network; its cache makes it
-            seconds in the next process). Where there is no compiler, a warning, and the network as it is without.
-        pack: False where weights will change: see above.
+            differ from float32 as under autocast. Samples keep their own dtype; timesteps are embedded in the network's.
+        compile: whether to use torch.compile, at the first call of each shape of sample (a minute for a large network; its
+            cache makes it seconds in the next process). Without a working compiler a warning is logged, and the network
+            runs uncompiled.
+        pack: whether the compiler may pack weights, see above; False if they will change.
 
     Attributes:
         report: one line on what was done.
 
     Raises:
-        ValueError: not a `DDPMUNet`, or one with adapters, hooks or offloading, which would be passed over.
+        ValueError: not a `DDPMUNet`, or one with adapters, hooks or offloading, which would be ignored.
     """
 
     def __init__(self, unet: DDPMUNet, dtype: torch.dtype | None = None, compile: bool = True, pack: bool = True):
@@ -65,13 +67,11 @@ class InferenceUNet(nn.Module):
         _check_plain(unet)
         self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
         self.settings = {"dtype": dtype, "compile": compile}
-        # in a tuple it is no part of this module: not moved, not saved with it
+        # in a tuple the network is no submodule, which would be moved and saved with this module
         self.source, self.fingerprint = (unet,), _fingerprint(unet)
         self.compute_dtype = dtype or unet.dtype
         net = copy.deepcopy(unet).requires_grad_(False).eval()
-        for module in net.modules():
-            if isinstance(module, WinogradConv2d):  # of compiled training
-                module.__class__ = nn.Conv2d
+        use_direct_convolution(net)  # compiled training uses Winograd's
         on_cpu, half = self.device.type == "cpu", self.compute_dtype.itemsize == 2
 
         blocks = [module for module in net.modules() if isinstance(module, ResidualBlock)]
@@ -80,50 +80,54 @@ class InferenceUNet(nn.Module):
         end = 0
         for block in blocks:
             start, end = end, end + block.time_emb_proj.out_features
-            block.time_emb_proj = _Part(start, end)
-        done = [f"{len(blocks)} time projections in one product for {ROWS} steps"]
+            block.time_emb_proj = _ProjectionColumns(start, end)
+        done = [f"{len(blocks)} time projections in one product for {TIMESTEPS_AT_ONCE} steps"]
         attentions = _replace(net, SelfAttention, FusedAttention)
         done += [f"q, k, v in one product in {attentions} attention blocks"] if attentions else []
         folded = _replace(net, Upsample, FoldedUpsample) if on_cpu else 0
         done += [f"upsampling folded into {folded} convolutions"] if folded else []
-        wide = by_tiles(net, 256, frozen=True) if on_cpu and not half else 0
+        wide = use_winograd(net, min_channels=256, frozen=True) if on_cpu and not half else 0
         done += [f"{wide} convolutions by Winograd's tiles"] if wide else []
         self.layout = torch.channels_last if on_cpu or half else torch.contiguous_format
         done += ["channels last"] if self.layout is torch.channels_last else []
-        # torch's own: diffusers' warns, of modules that others keep in float32
-        for name, part in net.named_children():
-            if name not in ("time_proj", "time_embedding", "class_embedding"):
-                nn.Module.to(part, dtype=self.compute_dtype, memory_format=self.layout)
+        for name, module in net.named_children():
+            if name not in (
+                "time_proj",
+                "time_embedding",
+                "class_embedding",
+            ):  # timesteps are embedded in the network's dtype
+                module.to(dtype=self.compute_dtype, memory_format=self.layout)
         self.net = net
         done += ["freed memory kept"] if on_cpu and keep_freed_memory() else []
 
         self.compiled, self.paths, self.packs = None, {}, pack and compile and on_cpu and half
         if compile:
-            # the module is this one's own and never changes
-            options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "cpp_wrapper": on_cpu}
-            # isolated: without those guards another network's graph would be taken for this one's
-            self.compiled = torch.compile(
-                self._denoise, dynamic=False, fullgraph=True, options=options, isolate_recompiles=True
-            )
+            options, isolation = {"cpp_wrapper": on_cpu}, {}
+            if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13 and later
+                # self.net never changes, so its modules need no guards; isolated, because without guards the graph of
+                # another network would be taken for this one's
+                options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+                isolation = {"isolate_recompiles": True}
+            self.compiled = torch.compile(self._denoise, dynamic=False, fullgraph=True, options=options, **isolation)
             packed = ", weights packed," if self.packs else ""
             done.append(f"compiled{packed} at the first call of each shape")
         self.report = f"network for inference in {str(self.compute_dtype).removeprefix('torch.')}: {'; '.join(done)}"
 
     def is_current(self, unet: nn.Module) -> bool:
-        """Whether it was made of this network, with the weights that it has now. All of them are read: once a sampling.
+        """Whether it was made from this network with its present weights. It reads all of them: call it once a sampling.
 
         Raises:
-            ValueError: the network has got adapters, hooks or offloading since.
+            ValueError: adapters, hooks or offloading have been added to the network.
         """
         unet = without_compiler(unet)
         _check_plain(unet)
         return unet is self.source[0] and _fingerprint(unet) == self.fingerprint
 
     def updated(self, unet: nn.Module) -> "InferenceUNet":
-        """The network for inference of `unet` with the weights that it has now.
+        """A network for inference with the present weights of `unet`.
 
-        It is this one where it is current, or after its weights are copied to where the old ones were; a new one where `unet`
-        has another config, dtype or device, or where the compiler has packed the weights into its code.
+        That is this one if only the weights have changed: they are copied in place. It is a new one if `unet` has another
+        config, dtype or device, or if the compiler has packed the weights into its code.
 
         Raises:
             ValueError: as the constructor.
@@ -131,10 +135,12 @@ class InferenceUNet(nn.Module):
         if self.is_current(unet):
             return self
         unet = without_compiler(unet)
-        same = _layout(unet) == _layout(self.source[0]) and (unet.dtype, unet.device) == (self.dtype, self.device)
-        keep = same and not self.packs
-        fresh = InferenceUNet(unet, self.settings["dtype"], self.settings["compile"] and not keep, pack=not same)
-        if not keep:
+        same_architecture = _architecture(unet) == _architecture(self.source[0])
+        same_architecture &= (unet.dtype, unet.device) == (self.dtype, self.device)
+        in_place = same_architecture and not self.packs
+        compile = self.settings["compile"] and not in_place
+        fresh = InferenceUNet(unet, self.settings["dtype"], compile, pack=not same_architecture)
+        if not in_place:
             return fresh
         with torch.no_grad():
             for weight, new in zip((*self.parameters(), *self.buffers()), (*fresh.parameters(), *fresh.buffers())):
@@ -143,11 +149,11 @@ class InferenceUNet(nn.Module):
         return self
 
     def at_timesteps(self, timesteps: torch.Tensor | list) -> Callable:
-        """The network for a caller of its own that will call it at these timesteps, 0-d each, in turn.
+        """The network for one caller that will call it at these timesteps, one number for all images, in this order.
 
-        Their projections are computed 64 at once.
+        The time projections of 64 of them are computed at once.
         """
-        return functools.partial(self._call, _Projections(self, timesteps))
+        return functools.partial(self._call, _ProjectionCache(self, timesteps))
 
     @torch.no_grad()
     def forward(
@@ -157,12 +163,12 @@ class InferenceUNet(nn.Module):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """Arguments and errors of `DDPMUNet.forward`.
+        """Denoises images: arguments and errors as `DDPMUNet.forward`.
 
         Returns:
             `UNet2DOutput` with `.sample` (B, out_channels, H, W), of the dtype of `sample`, contiguous.
         """
-        return self._call(_Projections(self, ()), sample, timestep, class_labels, return_dict)
+        return self._call(_ProjectionCache(self, ()), sample, timestep, class_labels, return_dict)
 
     @torch.no_grad()
     def _call(self, projections_at, sample, timestep, class_labels=None, return_dict=True):
@@ -194,18 +200,20 @@ class InferenceUNet(nn.Module):
         return self.paths[shape](sample, projections)
 
     def _path(self, sample, projections):
-        """What samples of this shape go through: compiled, by a first call of it, or where that fails as it is."""
+        """The function for samples of this shape: compiled by a first call, or the uncompiled one if that fails."""
         try:
             with packing_weights(self.packs):
                 self.compiled(sample, projections)
             return self.compiled
-        except Exception as error:  # of the compiler, in many classes; what is wrong with the arguments is raised later
+        except (
+            Exception
+        ) as error:  # compilers raise many classes; an error of the arguments is raised again, uncompiled
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logger.warning(f"samples of {tuple(sample.shape)} go through the network uncompiled: {reason}")
+            logger.warning(f"samples of shape {tuple(sample.shape)} go through the network uncompiled: {reason}")
             return self._denoise
 
     def train(self, mode: bool = True) -> "InferenceUNet":
-        """It stays in evaluation mode: nothing of it is trained."""
+        """Does nothing: this network stays in evaluation mode."""
         return super().train(False)
 
     def _denoise(self, sample, projections):
@@ -213,8 +221,8 @@ class InferenceUNet(nn.Module):
         return x.to(sample.dtype, memory_format=torch.contiguous_format)
 
 
-class _Projections:
-    """The time projections of single timesteps, for one caller: 64 of `timesteps` in turn are computed at once."""
+class _ProjectionCache:
+    """The time projections of single timesteps, for one caller; those of the next 64 of `timesteps` are computed at once."""
 
     def __init__(self, network, timesteps):
         self.network, self.timesteps, self.rows = network, torch.as_tensor(timesteps).tolist(), {}
@@ -222,14 +230,14 @@ class _Projections:
     def __call__(self, t):
         if t not in self.rows:
             start = self.timesteps.index(t) if t in self.timesteps else None
-            ts = [t] if start is None else self.timesteps[start : start + ROWS]
+            ts = [t] if start is None else self.timesteps[start : start + TIMESTEPS_AT_ONCE]
             rows = self.network._project(torch.tensor(ts, device=self.network.device), None)
             self.rows = dict(zip(ts, rows.split(1)))
         return self.rows[t]
 
 
-class _Part(nn.Module):
-    """A residual block's columns of the time projections."""
+class _ProjectionColumns(nn.Module):
+    """Takes the columns of one residual block from the time projections of all, in place of its `time_emb_proj`."""
 
     def __init__(self, start, end):
         super().__init__()
@@ -246,9 +254,9 @@ class FusedAttention(nn.Module):
         super().__init__()
         self.heads, self.output_scale = attention.heads, attention.output_scale
         self.group_norm, self.to_out = attention.group_norm, attention.to_out
-        parts = (attention.to_q, attention.to_k, attention.to_v)
-        self.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-        self.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+        projections = (attention.to_q, attention.to_k, attention.to_v)
+        self.weight = nn.Parameter(torch.cat([linear.weight for linear in projections]), requires_grad=False)
+        self.bias = nn.Parameter(torch.cat([linear.bias for linear in projections]), requires_grad=False)
 
     def forward(self, x):
         b, c, height, width = x.shape
@@ -260,32 +268,34 @@ class FusedAttention(nn.Module):
 
 
 class FoldedUpsample(nn.Module):
-    """`Upsample`, nearest neighbors and a 3x3 convolution, as one transposed 4x4 convolution of stride 2.
+    """`Upsample`, nearest neighbor and a 3x3 convolution, as one transposed 4x4 convolution of stride 2.
 
-    Of the nine products for a pixel of the result several have the same pixel below: their weights are added, four are left.
+    The nine products for an output pixel take only four different input pixels, so weights of the same pixel are added.
     """
 
     def __init__(self, upsample):
         super().__init__()
-        weight = upsample.conv.weight.double().flip(2, 3).transpose(0, 1)  # (in, out, 3, 3), as transposed ones have it
+        weight = (
+            upsample.conv.weight.double().flip(2, 3).transpose(0, 1)
+        )  # (in, out, 3, 3), as transposed convolutions have it
         folded = sum(F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))
         self.weight = nn.Parameter(folded.to(upsample.conv.weight.dtype), requires_grad=False)
-        self.bias, self.few = upsample.conv.bias, upsample
+        self.bias, self.original = upsample.conv.bias, upsample
 
     def forward(self, x, emb):
-        if x.shape[0] * x.shape[2] * x.shape[3] < 32:  # so few pixels are sooner done one by one
-            return self.few(x, emb)
+        if x.shape[0] * x.shape[2] * x.shape[3] < 32:  # the original is faster for so few pixels
+            return self.original(x, emb)
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
 
 
 def _replace(net, old, new):
-    """Puts new(module) in the place of every module of class `old`; returns their number."""
-    found = [
+    """Replaces every module of class `old` by new(module); returns their number."""
+    places = [
         (parent, name) for parent in net.modules() for name, module in parent.named_children() if type(module) is old
     ]
-    for parent, name in found:
+    for parent, name in places:
         setattr(parent, name, new(getattr(parent, name)))
-    return len(found)
+    return len(places)
 
 
 def _check_plain(unet):
@@ -300,8 +310,8 @@ def _check_plain(unet):
             raise ValueError(f"{name or 'unet'} has hooks or is offloaded; remove them before the network is optimized")
 
 
-def _layout(unet):
-    """What networks have in common whose weights have the same places."""
+def _architecture(unet):
+    """Equal for networks whose weights have the same names and shapes."""
     return type(unet), {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 
 from ddpm_hf.arguments import shown
 from ddpm_hf.fast.allocator import keep_freed_memory
-from ddpm_hf.fast.dropout import FastDropout
-from ddpm_hf.fast.winograd import by_tiles
+from ddpm_hf.fast.dropout import use_fast_dropout
+from ddpm_hf.fast.winograd import use_winograd
 from ddpm_hf.hub.upload import HubError
 from ddpm_hf.schedulers.ddpm import VARIANCE_TYPES, VariationalDDPMScheduler
 from ddpm_hf.schedulers.sde_samplers import SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
@@ -229,11 +229,9 @@ def compiled(config: RunConfig) -> bool:
 def compile_network(network: torch.nn.Module, config: RunConfig, device: torch.device) -> None:
     """Compiles a network in place, for one shape; on the CPU with a dropout of its own, in float32 with Winograd's tiles."""
     if device.type == "cpu":
-        for module in network.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.__class__ = FastDropout
+        use_fast_dropout(network)
         if config.mixed_precision == "no":
-            by_tiles(network, 128)
+            use_winograd(network, min_channels=128)
     network.compile(dynamic=False)
 
 
