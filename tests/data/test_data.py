@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ddpm_hf.data.dataset import PixelTensors, collate, image_column, label_names, training_set
+from ddpm_hf.data.dataset import PixelTensors, collate, image_column, training_set
+from ddpm_hf.data.labels import label_names
 from ddpm_hf.data.pixels import (
     ImageDoesNotFit,
     image_to_pixels,
@@ -279,7 +280,7 @@ def test_labels():
     stream = labelled([1, 0, 2], integers).to_iterable_dataset()
     assert [item["class_labels"] for item in training_set(stream, to_pixels, None, "kind", 3)] == [1, 0, 2]
     with pytest.raises(
-        ValueError, match="label_column='kind' holds 2; labels of a stream must be integers, 0 to 1: it"
+        ValueError, match="label_column='kind' holds 2; labels of a stream must be integers, 0 to 1: other labels"
     ):
         list(training_set(stream, to_pixels, None, "kind", 2))
 

@@ -10,8 +10,9 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
-from ddpm_hf.data.dataset import collate, label_names, training_set
+from ddpm_hf.data.dataset import collate, training_set
 from ddpm_hf.data.folders import picture_endings
+from ddpm_hf.data.labels import label_names
 from ddpm_hf.data.pixels import image_to_pixels
 from ddpm_hf.data.sources import load_images
 

@@ -1,7 +1,7 @@
-"""A folder of images, or of files that hold them, as a data set: which of its files are read, their splits and their labels.
+"""A folder of images, or of files that hold images, as a data set: which files are read, their splits and their labels.
 
-`datasets` by itself infers splits from words within names, so that a class called "train" becomes all of the data, and leaves
-out files without a message. Here every image of a folder becomes a row, or a warning says why it does not.
+`datasets` alone infers splits from words within names, so that a class called "train" becomes the whole data set, and it skips
+files silently. Here every image in a folder becomes a row, or a warning says why it does not.
 """
 
 import collections
@@ -31,7 +31,7 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
-# what `datasets`, too, takes for the name of a split
+# names of splits, the same as in `datasets`
 NAMES_OF_SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -42,7 +42,7 @@ NAMES_OF_SPLITS = {
 SPLITS = {name: split for split, names in NAMES_OF_SPLITS.items() for name in names}
 
 
-# of a table: test, train0, train-00000-of-00002, train-00000-of-00002-0123456789abcdef
+# names of tables that begin with a split: test, train0, train-00000-of-00002, train-00000-of-00002-0123456789abcdef
 TABLE_NAME = re.compile(r"([a-z]+)([-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?)?", re.IGNORECASE)
 
 
@@ -55,18 +55,18 @@ SHARDS = 128  # of a stream; processes and workers divide them
 def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     """Opens a folder of images, or of .parquet, .arrow or .tar (webdataset) files.
 
-    Splits are the top-level folders where all that hold such files are named after a split (see `NAMES_OF_SPLITS`), and tables
-    where all are named so ("test.parquet", "train-00000-of-00002.parquet"). Otherwise everything is "train", whatever words its
-    names contain. The label of an image is the name of the folder that it lies in, or its path where two have the same name.
-    Metadata files (csv, jsonl, parquet, as of `datasets`' "imagefolder") take the place of these labels.
+    The top-level folders are splits if all that hold such files are named after a split (see `NAMES_OF_SPLITS`). So are tables
+    if all are named after one ("test.parquet", "train-00000-of-00002.parquet"). Otherwise everything is "train", whatever
+    words its names contain. The label of an image is the name of its folder, or the folder's path if two folders have the same
+    name. Metadata files (csv, jsonl, parquet, as for the "imagefolder" of `datasets`) replace these labels.
 
     Args:
-        split: a split by any of its names, or a slice such as "train[:1000]" (but for a stream of tables).
+        split: a split by any of its names, or a slice such as "train[:1000]" (not of a stream of tables).
 
     Raises:
-        FileNotFoundError: no images in the folder.
-        PermissionError: a folder that may not be read.
-        ValueError: an unknown split; files of several kinds, or damaged; a link to a folder.
+        FileNotFoundError: the folder has no images.
+        PermissionError: a folder may not be read.
+        ValueError: an unknown split; files of several kinds, or damaged files; a link to a folder.
     """
     root = os.path.abspath(source)
     files, folders = _walk(root)
@@ -74,7 +74,8 @@ def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | 
     for path in files:
         kinds["images" if _ending(path) in endings else TABLES.get(_ending(path), "others")].append(path)
     metadata = {path for path in files if "images" in kinds and os.path.basename(path) in METADATA}
-    kinds = {kind: left for kind, paths in kinds.items() if (left := [path for path in paths if path not in metadata])}
+    kinds = {kind: [path for path in paths if path not in metadata] for kind, paths in kinds.items()}
+    kinds = {kind: paths for kind, paths in kinds.items() if paths}
     others = kinds.pop("others", [])
     if not kinds:
         unread = f"; it does hold {_listed(others)}" if others else ""
@@ -95,12 +96,12 @@ def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | 
 
 
 def as_stream(rows: datasets.Dataset) -> datasets.IterableDataset:
-    """The same rows in the same order, in shards that processes and workers divide."""
+    """The same rows in the same order as a stream, in shards that processes and workers divide among themselves."""
     return rows.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(rows))))
 
 
 def picture_endings() -> set[str]:
-    """Endings, such as ".png", of the files that Pillow and the plugins registered with it can decode."""
+    """The endings, such as ".png", of files that Pillow and its registered plugins can decode."""
 
     def decodes(format):
         opener = Image.OPEN.get("JPEG" if format == "MPO" else format, [None])[0]
@@ -111,7 +112,7 @@ def picture_endings() -> set[str]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of labels, sorted; by value where all are integers, so that label 2 of "0", "1", ..., "11" is "2"."""
+    """Sorts names of labels; by value if all are integers, so that label 2 of "0", "1", ..., "11" is "2"."""
     names = sorted(names)
     if all(re.fullmatch(r"[+-]?[0-9]{1,1000}", name) for name in names):
         names.sort(key=int)
@@ -119,7 +120,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def check_tars(paths: Iterable[str]) -> None:
-    """Raises ValueError for a .tar that is cut short or damaged: its reader would stop there as if it were whole."""
+    """Raises ValueError for a .tar that is truncated or damaged, at which its reader would stop without an error."""
     for path in paths:
         if _ending(path) != ".tar":
             continue
@@ -127,17 +128,17 @@ def check_tars(paths: Iterable[str]) -> None:
             with tarfile.open(path) as tar:
                 tar.getmembers()
                 tar.fileobj.seek(tar.offset)
-                whole = not any(tar.fileobj.read(tarfile.BLOCKSIZE))
+                ends_with_zeros = not any(tar.fileobj.read(tarfile.BLOCKSIZE))
         except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
             raise ValueError(f"{path} is truncated or corrupt ({error}); download it again") from error
-        if not whole:
+        if not ends_with_zeros:
             raise ValueError(f"{path} is corrupt after its byte {tar.offset}; download it again")
 
 
 def load_tables(
     kind: str, data_files: str | dict, split: str, streaming: bool
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Opens files by a loader of `TABLES`; members of a .tar that Pillow reads and the loader does not know are images, too."""
+    """Opens files with a loader of `TABLES`; members of a .tar that only Pillow knows as images are images, too."""
     rows = datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming)
     if kind == "webdataset":
         endings = picture_endings()
@@ -147,7 +148,7 @@ def load_tables(
     return rows
 
 
-@functools.cache  # once, also where training and held-out images are of one folder
+@functools.cache  # warn once, also if training and held-out images are in one folder
 def _warn(message):
     logger.warning("%s", message)
 
@@ -166,20 +167,20 @@ def _ending(path):
 
 
 def _top(path):
-    """The top-level folder of a path; "" for a file beside these."""
+    """The top-level folder of a path; "" for a file beside the top-level folders."""
     return path.split("/")[0] if "/" in path else ""
 
 
 def _walk(root):
-    """Files and folders below a folder, sorted, as paths from there; without those that are hidden or the system's."""
+    """The files and folders below a folder, sorted, as paths relative to it; without hidden ones and `SYSTEM_FOLDERS`."""
     files, folders, queue = [], [], [""]
     while queue:
-        above = queue.pop()
-        with os.scandir(os.path.join(root, above).rstrip("/") or "/") as entries:
+        folder = queue.pop()
+        with os.scandir(os.path.join(root, folder).rstrip("/") or "/") as entries:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
                     continue
-                path = f"{above}/{entry.name}" if above else entry.name
+                path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir():
                     if entry.is_symlink():
                         raise ValueError(
@@ -200,78 +201,82 @@ def _walk(root):
 
 
 def _warn_of_empty_folders(source, folders, paths):
-    full = {""}
+    with_images = {""}
     for path in paths:
-        while (path := os.path.dirname(path)) not in full:
-            full.add(path)
-    empty = [path for path in folders if path not in full and os.path.dirname(path) in full]
+        while (path := os.path.dirname(path)) not in with_images:
+            with_images.add(path)
+    empty = [path for path in folders if path not in with_images and os.path.dirname(path) in with_images]
     if empty:
         _warn(f"{source}: {_count(empty, 'folder')} without images, which makes no class: {_listed(empty)}")
 
 
 def _splits_of_folders(source, paths):
-    """Split -> paths, by the top-level folders; {} where not all of these are named after a split."""
+    """Split -> paths, by the top-level folders; {} unless all of these are named after a split."""
     names = {_top(path) for path in paths} - {""}
     if not names or not all(name.lower() in SPLITS for name in names):
         return {}
-    parts = collections.defaultdict(list)
+    by_split = collections.defaultdict(list)
     for path in paths:
-        parts[SPLITS.get(_top(path).lower())].append(path)
-    if left := parts.pop(None, None):
+        by_split[SPLITS.get(_top(path).lower())].append(path)
+    if left_out := by_split.pop(None, None):
         folders = ", ".join(sorted(names))
-        _warn(f"{source}: left out {_count(left, 'file')} beside the splits {folders}: {_listed(left)}")
-    return dict(parts)
+        _warn(f"{source}: left out {_count(left_out, 'file')} beside the splits {folders}: {_listed(left_out)}")
+    return dict(by_split)
 
 
 def _split_words(names):
-    """The splits that whole words within names would stand for."""
+    """The splits that are named by whole words within names."""
     return {SPLITS[word] for name in names for word in re.split("[^a-z]+", name.lower()) if word in SPLITS}
 
 
 def _open_tables(source, root, kind, paths, split, streaming):
     if not streaming:
         check_tars(os.path.join(root, path) for path in paths)
-    parts = _splits_of_folders(source, paths)
-    if not parts:
+    by_split = _splits_of_folders(source, paths)
+    if not by_split:
         names = [TABLE_NAME.fullmatch(os.path.splitext(os.path.basename(path))[0]) for path in paths]
         splits = [name and SPLITS.get(name[1].lower()) for name in names]
         if not all(splits):
             splits = ["train"] * len(paths)
             if _split_words(paths) - {"train"}:
                 _warn(f'{source}: every file is read as "train", as not all are named after a split: {_listed(paths)}')
-        for path, part in zip(paths, splits):
-            parts.setdefault(part, []).append(path)
-    data_files = {name: [glob.escape(f"{root}/{path}") for path in part] for name, part in parts.items()}
+        for path, name in zip(paths, splits):
+            by_split.setdefault(name, []).append(path)
+    data_files = {name: [glob.escape(f"{root}/{path}") for path in paths] for name, paths in by_split.items()}
     return load_tables(kind, data_files, split, streaming)
 
 
 def _open_images(source, root, paths, metadata):
     """Split -> its rows."""
-    by_folder = _splits_of_folders(source, paths)
+    split_folders = _splits_of_folders(source, paths)
     tops = sorted({_top(path) for path in paths} - {""})
-    if not by_folder and len(_split_words(tops)) > 1:
+    if not split_folders and len(_split_words(tops)) > 1:
         _warn(
             f'{source}: every image is read as "train", as not all of its folders are named after a split: {_listed(tops)}'
         )
-    parts = by_folder or {"train": paths}
-    described_by = {
-        split: [path for path in metadata if not (by_folder and _top(path)) or SPLITS.get(_top(path).lower()) == split]
-        for split in parts
-    }
-    first = 1 if by_folder else 0  # of the folders in a path that are a class's
-    plain = [path for split, part in parts.items() if not described_by[split] for path in part]
-    folders = {path: "/".join(path.split("/")[first:-1]) for path in plain}
+    by_split = split_folders or {"train": paths}
+
+    def describes(path, split):
+        """Whether a metadata file is for a split: one that lies beside the folders of splits is for all."""
+        return not (split_folders and _top(path)) or SPLITS.get(_top(path).lower()) == split
+
+    metadata = {split: [path for path in metadata if describes(path, split)] for split in by_split}
+    class_level = 1 if split_folders else 0  # where folders of classes begin in a path
+    undescribed = [path for split, paths in by_split.items() if not metadata[split] for path in paths]
+    folders = {path: "/".join(path.split("/")[class_level:-1]) for path in undescribed}
     labels = _labels(source, folders)
-    return {
-        split: _described_rows(source, root, part, described_by[split], split if by_folder else None)
-        if described_by[split]
-        else _rows(root, part, [labels.get(folders[path]) for path in part], in_order(set(labels.values())))
-        for split, part in parts.items()
-    }
+    names = in_order(set(labels.values()))
+    rows = {}
+    for split, paths in by_split.items():
+        if metadata[split]:
+            rows[split] = _described_rows(source, root, paths, metadata[split], split if split_folders else None)
+        else:
+            rows[split] = _rows(root, paths, [labels.get(folders[path]) for path in paths], names)
+    return rows
 
 
 def _labels(source, folders):
-    """Folder -> label, of a dictionary from images to folders."""
+    """Folder -> label. folders: image -> folder, "" for an image outside of the folders of classes."""
     labeled = sorted(set(folders.values()) - {""})
     unlabeled = [path for path, folder in folders.items() if not folder]
     if labeled and unlabeled:
@@ -286,9 +291,9 @@ def _labels(source, folders):
 
 
 def _rows(root, paths, labels, names):
-    """A data set of images by their paths, which holds the paths alone."""
-    features, places = {"image": datasets.Image()}, pa.array([f"{root}/{path}" for path in paths], pa.string())
-    columns = [pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), places], ["bytes", "path"])]
+    """A data set that holds only the paths of its images, and their labels if there are `names` of classes."""
+    features, files = {"image": datasets.Image()}, pa.array([f"{root}/{path}" for path in paths], pa.string())
+    columns = [pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), files], ["bytes", "path"])]
     if names:
         features["label"] = datasets.ClassLabel(names=names)
         ids = {name: i for i, name in enumerate(names)}
@@ -299,32 +304,34 @@ def _rows(root, paths, labels, names):
 
 
 def _described_rows(source, root, paths, metadata, split):
-    """The rows that metadata files give; of these files for several splits, the rows of `split`."""
+    """The rows that metadata files list; only those of `split`, if it is given and a file lists images of several splits."""
     try:
         data_files = [glob.escape(f"{root}/{path}") for path in metadata]
         rows = datasets.load_dataset("imagefolder", data_files=data_files, split="train")
-    except Exception as error:  # the readers of csv, json and parquet have each their own
+    except Exception as error:  # the readers of csv, json and parquet raise classes of their own
         raise ValueError(f"{source}: {_listed(metadata)} cannot be read: {error.__cause__ or error!r}") from error
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     columns = [pc.struct_field(rows.data[name], "path").to_pylist() for name in images]
-    if columns and split is not None:  # a file at the top describes the images of all splits
-        mine = [SPLITS.get(_top(os.path.relpath(path or root, root)).lower(), split) == split for path in columns[0]]
-        rows = rows.select([i for i, kept in enumerate(mine) if kept])
-    named = set().union(*columns)
-    if left := [path for path in paths if f"{root}/{path}" not in named]:
+    if columns and split is not None:
+        splits = [SPLITS.get(_top(os.path.relpath(path or root, root)).lower(), split) for path in columns[0]]
+        rows = rows.select([i for i, row_split in enumerate(splits) if row_split == split])
+    described = set().union(*columns)
+    if left_out := [path for path in paths if f"{root}/{path}" not in described]:
         _warn(
-            f"{source}: left out {len(left)} of {_count(paths, 'image')}, which {_listed(metadata)} does not name: "
-            f"{_listed(left)}"
+            f"{source}: left out {len(left_out)} of {_count(paths, 'image')}, which {_listed(metadata)} does not name: "
+            f"{_listed(left_out)}"
         )
     return rows
 
 
-def _select(parts, split, source):
-    """The rows of a split or slice, of a dictionary of splits."""
+def _select(splits, split, source):
+    """The rows of a split or slice. splits: name -> rows."""
     try:
-        spans = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in parts.items()})
+        spans = datasets.ReadInstruction.from_spec(split).to_absolute(
+            {name: len(rows) for name, rows in splits.items()}
+        )
     except ValueError as error:
         raise ValueError(
-            f"split={shown(split)} is not a split or slice of {source}; it has {', '.join(parts)}"
+            f"split={shown(split)} is not a split or slice of {source}; it has {', '.join(splits)}"
         ) from error
-    return datasets.concatenate_datasets([parts[span.splitname].select(range(span.from_, span.to)) for span in spans])
+    return datasets.concatenate_datasets([splits[span.splitname].select(range(span.from_, span.to)) for span in spans])

@@ -4,8 +4,9 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import datasets
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps
@@ -18,7 +19,7 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 CROPS = ("center", "none")
 
 
-# what Pillow cuts samples of other depths to, without doing so to the transparent value that stands beside them
+# Pillow scales samples of these depths to 8 bits, but not the transparent value that a PNG gives in the original depth
 TRANSPARENT_VALUES = {
     "L;2": lambda value: value * 85,
     "L;4": lambda value: value * 17,
@@ -27,32 +28,32 @@ TRANSPARENT_VALUES = {
 
 
 class ImageDoesNotFit(ValueError):
-    """An image that was read, but that the settings do not allow: it ends a run, where a broken one is left out."""
+    """An image is not broken, but the settings do not allow it: this ends a run, where a broken image is left out."""
 
 
 def image_to_pixels(
     size: tuple[int, int], channels: int = 3, levels: int = 256, background: str = "white", crop: str = "center"
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """A function from a PIL image to its pixels, uint8 (channels, *size) in 0 .. levels - 1; int32 above 256 levels.
+    """Makes a function from a PIL image to its pixels: uint8 (channels, *size) in 0 .. levels - 1; int32 above 256 levels.
 
-    Of any mode: turned as EXIF says, what is transparent laid on the background (but for 4 channels), then grey for 1 channel,
-    RGB for 3. 16 bits lose the lower 8, but for levels above 256: then images must be of one channel and that size. Scaled by
-    Lanczos' filter, which covers the whole image.
+    The image may have any mode. It is turned as its EXIF says, laid on the background where it is transparent (not with 4
+    channels), converted to grey for 1 channel or RGB for 3, and resized by Lanczos' filter. Of 16 bits the upper 8 are kept.
+    With levels above 256 all 16 are: the image must then be grey and already of this size.
 
     Args:
         size: (height, width).
+        channels: 1, 3 or 4.
         levels: grey levels of the data (17 for the digits).
-        background: a name or "#rrggbb", as Pillow reads them.
-        crop: "center": scaled until it covers `size`, and cut at the center. "none": stretched to it. One of that size is left
-            as it is.
+        background: the color behind transparent images: a name or "#rrggbb", as Pillow reads them.
+        crop: "center": scale the image until it covers `size`, then cut it at the center. "none": stretch it to `size`.
 
     Raises:
-        ValueError: an argument that is not one of these; when called, an image of 32 bits or of more levels, or one that levels
-            above 256 do not fit.
+        ValueError: an argument that is not allowed.
+        ImageDoesNotFit: when called, an image of 32 bits, or one that does not fit `levels`.
     """
     height, width = size
     if channels not in PIL_MODES:
-        raise ValueError(f"channels={channels}: images have 1, 3 or 4")
+        raise ValueError(f"channels={channels}: images have 1, 3 or 4; choose one of them")
     if crop not in CROPS:
         raise ValueError(f"crop={shown(crop)} must be one of {', '.join(CROPS)}")
     try:
@@ -77,11 +78,11 @@ def image_to_pixels(
             image = eight_bits(image)
             if levels < 256:
                 _check_range(np.asarray(image), levels)
-            pixels = np.array(scaled(image)).clip(max=levels - 1)  # the filter goes a little beyond
+            pixels = np.array(resized(image)).clip(max=levels - 1)  # the filter overshoots a little
         return torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
 
     def eight_bits(image):
-        if image.mode.startswith("I;16"):  # convert would cut off all above 255
+        if image.mode.startswith("I;16"):  # `convert` would clip at 255
             values = np.asarray(image)
             grey = Image.fromarray((values >> 8).astype(np.uint8))
             if "transparency" in image.info:
@@ -91,14 +92,14 @@ def image_to_pixels(
             raise ImageDoesNotFit(
                 f"an image has pixels of 32 bits (mode {image.mode}); convert the data to 8 or 16 bits"
             )
-        elif image.mode == "La":  # which convert takes no further
+        elif image.mode == "La":  # `convert` knows no other way from it
             image = image.convert("LA")
         if channels != 4 and (image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, color), image)
         return image.convert(PIL_MODES[channels])
 
-    def scaled(image):
+    def resized(image):
         if image.size == (width, height):
             return image
         if crop == "none":
@@ -109,32 +110,32 @@ def image_to_pixels(
 
 
 def _upright(image):
-    """An image that may be opened only, loaded and turned as its EXIF says; its transparent value is on its pixels' scale."""
+    """Loads an opened image and turns it as its EXIF says; scales its transparent value like its pixels."""
     mode = image.tile[0][3] if getattr(image, "format", None) == "PNG" and getattr(image, "tile", None) else None
     if mode in TRANSPARENT_VALUES and "transparency" in image.info:
         value, scale = image.info["transparency"], TRANSPARENT_VALUES[mode]
         image.info["transparency"] = tuple(map(scale, value)) if isinstance(value, tuple) else scale(value)
     image.load()
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if is_turned else image
 
 
 def image_transform(
     size: tuple[int, int], channels: int = 3, levels: int = 256, background: str = "white", crop: str = "center"
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """A function from a PIL image to a float32 tensor (channels, *size) in [-1, 1], by way of `image_to_pixels`."""
+    """Makes a function from a PIL image to a float32 tensor (channels, *size) in [-1, 1]. Arguments as `image_to_pixels`."""
     to_pixels = image_to_pixels(size, channels, levels, background, crop)
     return lambda image: _scaled(to_pixels(image), levels)
 
 
 def pixels_to_batch(pixels: torch.Tensor, levels: int = 256, flip: bool = False) -> torch.Tensor:
-    """Pixels (B, C, H, W) as `image_to_pixels` gives them -> x_start, float32 in [-1, 1], where they are, and unchecked.
+    """Pixels (B, C, H, W), see `image_to_pixels` -> x_start, float32 in [-1, 1], on the same device. Values are not checked.
 
-    flip: every other one at random left to right, by torch's generator of their device.
+    flip: mirror each image left to right with probability 1/2, by the global generator of the device.
     """
     if flip:
-        chosen = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
-        pixels = torch.where(chosen, pixels.flip(-1), pixels)
+        mirrored = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
+        pixels = torch.where(mirrored, pixels.flip(-1), pixels)
     return _scaled(pixels, levels)
 
 
@@ -160,33 +161,32 @@ def _scaled(pixels, levels):
 
 
 def tensor_to_pixels(images: torch.Tensor, levels: int = 256) -> torch.Tensor:
-    """[-1, 1] of any shape -> the nearest grey levels 0 .. levels - 1, uint8 (int64 above 256 levels)."""
+    """Values in [-1, 1], of any shape -> the nearest grey levels 0 .. levels - 1, uint8 (int64 above 256 levels)."""
     pixels = ((images.float().clamp(-1, 1) + 1) * ((levels - 1) / 2)).round()
     return pixels.to(torch.uint8 if levels <= 256 else torch.int64)
 
 
 def open_image(bytes: bytes | None, path: str | None) -> Image.Image:
-    """The image of what an undecoded `datasets.Image` holds; its pixels are read when they are needed."""
-    if bytes is None and not os.path.isfile(path):
-        import datasets
-
-        return datasets.Image().decode_example({"bytes": None, "path": path})  # on the Hub; or no such file
+    """Opens the image of an undecoded `datasets.Image`; Pillow reads its pixels when they are needed."""
+    if bytes is None and not os.path.isfile(path):  # on the Hub, or missing
+        return datasets.Image().decode_example({"bytes": None, "path": path})
     return Image.open(path if bytes is None else io.BytesIO(bytes))
 
 
-def decode_image(bytes, path):
+def decode_image(bytes: bytes | None, path: str | None) -> Image.Image:
+    """Opens, loads and turns the image of an undecoded `datasets.Image`."""
     with open_image(bytes, path) as image:
         return _upright(image)
 
 
 @contextlib.contextmanager
-def pixel_limit(pixels):
-    """Sets Pillow's limit of pixels an image, within this context; None leaves it."""
+def pixel_limit(pixels: int | None) -> Iterator[None]:
+    """Within this context, Pillow refuses images with more pixels; None keeps Pillow's own limit."""
     if pixels is None:
         yield
         return
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = pixels / 2  # Pillow warns of an image above it, and refuses one above twice it
+    Image.MAX_IMAGE_PIXELS = pixels / 2  # Pillow warns above this number, and refuses above twice it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -14,7 +14,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets.distributed import split_dataset_by_node
 
-from ddpm_hf.data.dataset import PixelTensors, collate, held_out_rows, label_names, training_set
+from ddpm_hf.data.dataset import PixelTensors, collate, held_out_rows, training_set
+from ddpm_hf.data.labels import label_names
 from ddpm_hf.data.pixels import image_to_pixels, pixels_to_tensor
 from ddpm_hf.data.sources import check_levels, load_images
 from ddpm_hf.training.config import ConfigError, RunConfig, image_size

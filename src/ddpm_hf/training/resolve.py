@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ddpm_hf.arguments import listed, shown, sides
-from ddpm_hf.data.dataset import held_out_rows, image_column, label_names
+from ddpm_hf.data.dataset import held_out_rows, image_column
+from ddpm_hf.data.labels import label_names
 from ddpm_hf.data.pixels import open_image
 from ddpm_hf.data.sources import LEVELS, load_images
 from ddpm_hf.files.guarded import naming
