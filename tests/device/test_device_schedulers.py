@@ -161,7 +161,7 @@ def test_coefficients_of_sdes_at_times_on_the_device(device, sde, images):
         found.append(
             [getattr(sde, name)(at).float() for name in names]
             + [value.float() for value in (*sde.discrete(at), *sde.score_weights(at))]
-            + [sde.times(sde.labels(at)).float(), sde.sample(x, at, e), sde.score(e, x, at)]
+            + [sde.times(sde.conditioning_times(at)).float(), sde.sample(x, at, e), sde.score(e, x, at)]
             + [sde.reverse_drift(x, at, e), sde.reverse_discretize(x, at, e)[0], sde.prior_log_prob(x).float()]
         )
     assert_close(*found)

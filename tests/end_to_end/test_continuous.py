@@ -165,7 +165,7 @@ def test_presets_of_the_paper(preset, parameters, tmp_path):
         unet, scheduler, objective, times = build(config)
     assert unet.num_parameters() == pytest.approx(parameters, rel=0.05)
     assert (config.steps, config.batch_size, config.learning_rate, config.lr_warmup_steps) == (1300000, 128, 2e-4, 5000)
-    assert objective.sde.least == 1e-5 and len(times.sample(4)[0]) == 4
+    assert objective.sde.t_min == 1e-5 and len(times.sample(4)[0]) == 4
     scheduler.set_timesteps(10 if preset != "ddpmpp-cifar10-vp" else 50)
 
 

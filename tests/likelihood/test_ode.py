@@ -49,13 +49,13 @@ def test_the_process_through_a_chain(schedule):
     scheduler = VariationalDDPMScheduler(beta_schedule=schedule)
     sde = process_of(scheduler)
     t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
-    torch.testing.assert_close(sde.labels(t), torch.arange(1000, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(sde.conditioning_times(t), torch.arange(1000, dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close(sde.scale(t) ** 2, scheduler.alphas_cumprod, rtol=1e-10, atol=0)
     between = sde.log_scale(torch.linspace(0.0005, 0.9995, 5000))
     assert (between.diff() < 0).all()
     t, h = torch.linspace(0.01, 0.99, 37, dtype=torch.float64), 1e-7
     slope = (sde.log_scale(t + h) - sde.log_scale(t - h)) / (2 * h)
-    torch.testing.assert_close(slope, sde.rate(t), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slope, sde.drift_coefficient(t), rtol=1e-5, atol=1e-6)
     net = Mixture(sde)
     x = net.sample(4, 1, 3, 3)
     found = ode_log_likelihood(net, scheduler, x, rtol=1e-6, atol=1e-6)

@@ -47,9 +47,9 @@ def test_the_marginal_solves_the_sde(sde):
     """Mean and variance of a linear SDE follow m' = f m, v' = 2 f v + g^2: by differences of the closed forms."""
     t, h = torch.linspace(0.05, 0.95, 19, dtype=torch.float64), 1e-5
     slope = (sde.log_scale(t + h) - sde.log_scale(t - h)) / (2 * h)
-    torch.testing.assert_close(slope, sde.rate(t), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(slope, sde.drift_coefficient(t), rtol=1e-7, atol=1e-9)
     slope = (sde.std(t + h) ** 2 - sde.std(t - h) ** 2) / (2 * h)
-    expected = 2 * sde.rate(t) * sde.std(t) ** 2 + sde.diffusion(t) ** 2
+    expected = 2 * sde.drift_coefficient(t) * sde.std(t) ** 2 + sde.diffusion(t) ** 2
     torch.testing.assert_close(slope, expected, rtol=1e-7, atol=1e-9)
 
 
@@ -102,7 +102,7 @@ def test_the_score_from_every_prediction(sde, prediction_type):
     sde, x = sde(prediction_type=prediction_type), torch.randn(5, 1, 2, 2, dtype=torch.float64)
     for t in (0.01, 0.4, 1.0):
         scale, noise = sde.scale(t), sde.std(t)
-        found = sde.score(gaussian_network(sde, 0.3, 0.2)(x, sde.labels(t)), x, t)
+        found = sde.score(gaussian_network(sde, 0.3, 0.2)(x, sde.conditioning_times(t)), x, t)
         torch.testing.assert_close(found, -(x - scale * 0.3) / (scale**2 * 0.04 + noise**2))
 
 
@@ -126,7 +126,7 @@ def run(scheduler, network, steps, count=10000, seed=0, correct=None):
 @pytest.mark.parametrize("correct_steps", [0, 1])
 def test_samplers_reach_the_moments_of_gaussian_data(kind, predictor, correct_steps):
     if kind is SubVPSDEScheduler and predictor == "ancestral":
-        with pytest.raises(ValueError, match="predictor='ancestral' is of VP and VE"):
+        with pytest.raises(ValueError, match="predictor='ancestral' is for VP and VE"):
             kind(predictor=predictor)
         return
     # one dimension has a norm of its own in each image: Langevin's step in it is not the paper's; its annealed form is
@@ -373,8 +373,16 @@ def test_sampling_may_end_anywhere():
             {"predictor": "none", "correct_steps": 0},
             "predictor='none' with correct_steps=0 does nothing",
         ),
-        (VPSDEScheduler, {"trained_betas": []}, "trained_betas=[]: give betas to VPSDEScheduler alone, 1 to 100,000"),
-        (SubVPSDEScheduler, {"trained_betas": [0.1]}, "trained_betas=[0.1]: give betas to VPSDEScheduler alone"),
+        (
+            VPSDEScheduler,
+            {"trained_betas": []},
+            "trained_betas=[] must be 1 to 100,000 betas, for VPSDEScheduler alone",
+        ),
+        (
+            SubVPSDEScheduler,
+            {"trained_betas": [0.1]},
+            "trained_betas=[0.1] must be 1 to 100,000 betas, for VPSDEScheduler alone",
+        ),
         (VPSDEScheduler, {"num_train_timesteps": 0}, "num_train_timesteps=0 must be an integer in [1, 100000]"),
         (VPSDEScheduler, {"prediction_type": "previous"}, "prediction_type='previous' is not known"),
     ],
@@ -386,20 +394,24 @@ def test_bad_configs(kind, arguments, message):
 
 def test_bad_calls():
     scheduler, x = VPSDEScheduler(), torch.zeros(1, 1, 2, 2)
-    with pytest.raises(ValueError, match="^set_timesteps"):
+    with pytest.raises(ValueError, match="^timesteps are not set; call set_timesteps"):
         scheduler.step(x, 0.5, x)
     for predictor in ("euler_maruyama", "probability_flow"):
-        with pytest.raises(ValueError, match=r"^num_inference_steps=5 has a beta of 0.98\d, and predictor='(eul|prob)"):
+        with pytest.raises(
+            ValueError, match=r"^num_inference_steps=5 makes a step with beta=0.98\d, but predictor='(eul|prob)"
+        ):
             VPSDEScheduler(predictor=predictor).set_timesteps(5)
     cosine = VariationalDDPMScheduler(beta_schedule="cosine").config
-    with pytest.raises(ValueError, match="^num_inference_steps=1000 has a beta of 0.999, and predictor='prob.* choose"):
+    with pytest.raises(
+        ValueError, match="^num_inference_steps=1000 makes a step with beta=0.999, but predictor='prob.* give"
+    ):
         VPSDEScheduler.from_config(cosine, predictor="probability_flow").set_timesteps(1000)
-    with pytest.raises(ValueError, match="^num_inference_steps=3: some have one timestep of 1"):
+    with pytest.raises(ValueError, match="^num_inference_steps=3 gives two steps the same timestep"):
         VPSDEScheduler(num_train_timesteps=1).set_timesteps(3)
     with pytest.raises(ValueError, match="^num_inference_steps=1 must be"):
         scheduler.set_timesteps(1)
     scheduler.set_timesteps(100)
-    with pytest.raises(ValueError, match="^timestep=0.5 is none of the 100"):
+    with pytest.raises(ValueError, match="^timestep=0.5 is not in `timesteps`; give one of its 100"):
         scheduler.step(x, 0.5, x)
     VPSDEScheduler(predictor="ddim").set_timesteps(10)
 

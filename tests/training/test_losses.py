@@ -362,13 +362,13 @@ def test_times_by_importance_keep_the_mean_and_lessen_the_spread(sde):
 
     generator = torch.Generator().manual_seed(0)
     t, weights = ContinuousTimes(sde, importance=True).sample(200000, generator=generator)
-    assert t.min() >= sde.least and t.max() <= 1 and weights.dtype == torch.float32
+    assert t.min() >= sde.t_min and t.max() <= 1 and weights.dtype == torch.float32
     terms = weights * weighted(t)
-    grid = torch.linspace(math.log(sde.least), 0, 200001, dtype=torch.float64).exp()
-    exact = torch.trapezoid(weighted(grid), grid) / (1 - sde.least)
+    grid = torch.linspace(math.log(sde.t_min), 0, 200001, dtype=torch.float64).exp()
+    exact = torch.trapezoid(weighted(grid), grid) / (1 - sde.t_min)
     assert terms.mean().item() == pytest.approx(exact.item(), rel=0.01)
     assert terms.std() < 0.2 * exact  # even times: many times the mean
     even, ones = ContinuousTimes(sde).sample(200000, generator=generator)
-    assert (ones == 1).all() and even.mean().item() == pytest.approx(0.5, abs=0.005) and even.min() >= sde.least
+    assert (ones == 1).all() and even.mean().item() == pytest.approx(0.5, abs=0.005) and even.min() >= sde.t_min
     # of any other function too
     assert (weights * t**2).mean().item() == pytest.approx(1 / 3, rel=0.05)

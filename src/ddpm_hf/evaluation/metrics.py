@@ -2,7 +2,7 @@
 
 import torch
 
-from ddpm_hf.likelihood.bound import to_float64
+from ddpm_hf.schedulers.precision import to_float64
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:

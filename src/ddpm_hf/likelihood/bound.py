@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.models.evaluation_mode import evaluation_mode
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.precision import to_float64
 
 
 class BitsPerDim(NamedTuple):
@@ -49,11 +50,6 @@ class BitsPerDim(NamedTuple):
 def standard_error(values: torch.Tensor) -> float:
     """The standard error of the mean of values (B,); NaN for a single one."""
     return to_float64(values).std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
-
-
-def to_float64(x: torch.Tensor) -> torch.Tensor:
-    """x in float64; of Apple's GPUs, which have none, on the CPU."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ddpm_hf.likelihood.bound import check_scheduler, to_float64
+from ddpm_hf.likelihood.bound import check_scheduler
 from ddpm_hf.likelihood.ode import (
     clip_limits_of,
     clipped_score,
@@ -18,6 +18,7 @@ from ddpm_hf.likelihood.ode import (
     start_time,
     to_process_range,
 )
+from ddpm_hf.schedulers.precision import to_float64
 
 
 class Encoding(NamedTuple):
@@ -122,7 +123,7 @@ def _carry(
         def solve(part, network, bar):
             def slope(t, state):
                 x_t = state.view(part.shape)
-                output = to_float64(network(x_t.to(part.device, network.dtype), sde.labels(t)))
+                output = to_float64(network(x_t.to(part.device, network.dtype), sde.conditioning_times(t)))
                 score, _ = clipped_score(sde, t, x_t, output, limits)
                 return sde.reverse_drift(x_t, t, score, probability_flow=True).flatten(1)
 

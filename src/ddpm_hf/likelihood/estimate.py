@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ddpm_hf.likelihood.bound import BoundEvaluator, standard_error, to_float64
+from ddpm_hf.likelihood.bound import BoundEvaluator, standard_error
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
-from ddpm_hf.schedulers.sde import finest_dtype
+from ddpm_hf.schedulers.precision import finest_dtype, to_float64
 
 
 class BitsPerDimEstimate(NamedTuple):

@@ -18,10 +18,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ddpm_hf.extras import require_extra
-from ddpm_hf.likelihood.bound import check_images, check_scheduler, standard_error, to_float64
+from ddpm_hf.likelihood.bound import check_images, check_scheduler, standard_error
 from ddpm_hf.models.evaluation_mode import evaluation_mode
+from ddpm_hf.schedulers.precision import finest_dtype, to_float64
 from ddpm_hf.schedulers.prediction import SDE_PREDICTIONS
-from ddpm_hf.schedulers.sde import SDE, ChainSDE, finest_dtype
+from ddpm_hf.schedulers.sde import SDE, ChainSDE
 from ddpm_hf.schedulers.sde_samplers import clip_limits
 
 TRACES = ("rademacher", "gaussian", "exact")
@@ -132,7 +133,7 @@ def ode_log_likelihood(
             x_t = state[:, :dimensions].view(shape)
             with torch.enable_grad():
                 x_in = x_t.detach().to(part.device, network.dtype).requires_grad_()
-                output = to_float64(network(x_in, sde.labels(t)))
+                output = to_float64(network(x_in, sde.conditioning_times(t)))
                 if not output.requires_grad:
                     raise ValueError(
                         "the network gives no gradients, which the likelihood needs; give the DDPMUNet itself"
@@ -147,7 +148,7 @@ def ode_log_likelihood(
             share = inside.flatten(1).double().mean(1, keepdim=True)
             # nats a dimension: the trace of the Jacobian of the score, and of the drift
             bend = share * of_x_t + of_output * found.T / dimensions - (1 - share) / sde.std(t) ** 2
-            rate, half = sde.rate(t), 0.5 * sde.diffusion(t) ** 2
+            rate, half = sde.drift_coefficient(t), 0.5 * sde.diffusion(t) ** 2
             drift, growth = rate * x_t - half * score, rate - half * bend
             return torch.cat((drift.flatten(1), growth.expand(-1, columns)), dim=1)
 
@@ -283,8 +284,8 @@ def process_of(process) -> SDE:
 
 
 def start_time(sde, eps):
-    eps = sde.least if eps is None else eps
-    least = sde.least if isinstance(sde, ChainSDE) else 0.0
+    eps = sde.t_min if eps is None else eps
+    least = sde.t_min if isinstance(sde, ChainSDE) else 0.0
     if not (0 < eps < 1 and eps >= least):
         beside = f", of a chain 1 / T = {least:g} at the least" if least else ""
         raise ValueError(f"eps={eps} must be above 0 and below 1: the time that stands for data{beside}")

@@ -465,7 +465,11 @@ class DDPMImagePipeline(NamedClasses, Published, DiffusionPipeline):
         if not valid:
             raise ValueError(f"weights={weights} must be numbers in [0, 1], one at least")
         continuous = getattr(self.scheduler, "is_continuous", False)
-        most = self.scheduler.sde.labels(1.0).item() if continuous else self.scheduler.config.num_train_timesteps - 1
+        most = (
+            self.scheduler.sde.conditioning_times(1.0).item()
+            if continuous
+            else self.scheduler.config.num_train_timesteps - 1
+        )
         if not (isinstance(timestep, (Real, torch.Tensor)) and timestep <= most):
             raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {most}")
         self._check_output(output_type, ())

@@ -6,7 +6,6 @@ bits per dimension where a name says so. All tables are float64.
 """
 
 import operator
-from collections import OrderedDict
 from numbers import Integral, Real
 
 import numpy as np
@@ -19,10 +18,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from ddpm_hf.arguments import check_argument, checked_arguments, shown
 from ddpm_hf.files.pipeline_folder import GuardedConfig
 from ddpm_hf.files.saved_config import SavedConfig
-from ddpm_hf.schedulers.betas import BETA_SCHEDULES, MOST_TIMESTEPS, OWN_SCHEDULES, space_timesteps
+from ddpm_hf.schedulers.betas import BETA_SCHEDULES, MOST_TIMESTEPS, OWN_SCHEDULES, check_betas, space_timesteps
 from ddpm_hf.schedulers.gaussian import Gaussian, discretized_gaussian_log_likelihood, gaussian_kl, nats_to_bits_per_dim
+from ddpm_hf.schedulers.precision import in_working_precision
 from ddpm_hf.schedulers.prediction import PREDICTION_TYPES, is_posterior_mean, is_x_start, prediction_target
-from ddpm_hf.schedulers.tables import ChainTables, ddim_tables, in_working_precision, weighted_sum
+from ddpm_hf.schedulers.tables import ChainTables, ddim_tables, weighted_sum
 
 logger = logging.get_logger(__name__)
 
@@ -154,10 +154,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
                 f"beta_schedule={beta_schedule!r} with num_train_timesteps={num_train_timesteps}, beta_start={beta_start} and "
                 f"beta_end={beta_end}"
             )
-        possible = (betas >= 1e-15) & (betas <= 1)  # a smaller one is lost in 1 - beta
-        if not possible.all():
-            t = int(np.argmin(possible))
-            raise ValueError(f"{schedule} has beta={betas[t]} at t={t}; betas must be in [1e-15, 1]")
+        check_betas(betas, schedule)
         if steps_offset >= num_train_timesteps:
             raise ValueError(
                 f"steps_offset={steps_offset} must be below the {num_train_timesteps} timesteps of the process"
@@ -170,10 +167,6 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         self.betas = torch.from_numpy(betas)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        lost = self.alphas_cumprod[:-1] == 0
-        if lost.any():
-            t = int(lost.int().argmax())
-            raise ValueError(f"{schedule} leaves nothing of x_0 at t={t}, before the last timestep; lower the betas")
         self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
 
@@ -599,11 +592,10 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             prev_sample.addcmul_(gradient.to(x_t.dtype), variance)
         if x_t is not sample:
             prev_sample, x_start = prev_sample.to(sample.dtype), x_start.to(sample.dtype)
-        return _step_output(prev_sample, x_start) if return_dict else (prev_sample, x_start)
+        return DDPMSchedulerOutput(prev_sample, x_start) if return_dict else (prev_sample, x_start)
 
     def _ddim(self, eta):
-        if not (isinstance(eta, Real) and 0 <= eta <= 1):
-            raise ValueError(f"eta={eta!r} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
+        check_ddim_eta(eta)
         return ddim_tables(self._chain, float(eta))
 
     def reverse_step(
@@ -627,6 +619,12 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         return DDPMSchedulerOutput(prev_sample=result.to(sample.dtype), pred_original_sample=x_start.to(sample.dtype))
 
 
+def check_ddim_eta(eta: float) -> None:
+    """Raise ValueError for an eta of DDIM outside [0, 1]."""
+    if not (isinstance(eta, Real) and 0 <= eta <= 1):
+        raise ValueError(f"eta={eta!r} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
+
+
 def _index(t):
     try:
         return operator.index(t)
@@ -642,13 +640,3 @@ def _scaled_noise(std, x, generator, noise):
     if noise is None:
         noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return noise.to(x.dtype) * std
-
-
-def _step_output(prev_sample, pred_original_sample):
-    """`DDPMSchedulerOutput(...)` without the detours of its constructor, which cost as much as two sums over the image."""
-    output = DDPMSchedulerOutput.__new__(DDPMSchedulerOutput)
-    fields = output.__dict__
-    fields["prev_sample"], fields["pred_original_sample"] = prev_sample, pred_original_sample
-    OrderedDict.__setitem__(output, "prev_sample", prev_sample)
-    OrderedDict.__setitem__(output, "pred_original_sample", pred_original_sample)
-    return output

@@ -1,10 +1,14 @@
-""""""
+"""Diffusion processes in continuous time (Song et al. 2020, "Score-SDE"): the SDEs VP, sub-VP and VE, and a chain as one.
+
+Equation numbers are those of Score-SDE. A process is dx = f(t) x dt + g(t) dw, from data at t = 0 to noise at t = 1.
+"""
 
 import math
 
 import torch
 
 from ddpm_hf.arguments import checked_arguments
+from ddpm_hf.schedulers.precision import finest_dtype
 from ddpm_hf.schedulers.prediction import SDE_PREDICTIONS, score_weights
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "probability_flow", "ddim", "none")
@@ -13,8 +17,8 @@ PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "probability_f
 CORRECTORS = ("langevin", "annealed_langevin")
 
 
-# Of the processes and their schedulers; of beta_min and beta_max see `VPSDE`, too.
-SDE_RANGES = {
+# Ranges of the arguments of the processes and of their schedulers; `VPSDE` restricts beta_min and beta_max further.
+SDE_RANGES: dict[str, str | tuple] = {
     "N": "[1, 100000]",
     "num_train_timesteps": "[1, 100000]",
     "beta_min": "(0, 150]",
@@ -33,118 +37,122 @@ SDE_RANGES = {
 
 
 class SDE:
-    """What all processes (VPSDE, SubVPSDE, VESDE, ChainSDE) have in common.
+    """The base class of all processes: `VPSDE`, `SubVPSDE`, `VESDE`, `ChainSDE`.
 
-    Times t are floats or float tensors (), (B,) in [0, 1]; coefficients float64 tensors of the shape of t; images (B, C, H, W).
+    Times t are floats, or float tensors () or (B,), in [0, 1]. Coefficients are float64 tensors of the shape of t. Images have
+    the shape (B, C, H, W).
 
     Args:
-        N: steps of the discretization by `discretize`; the times given to networks of VP are counted in these steps, too.
-        prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
+        N: number of steps of the discretization, `discretize`. The conditioning times of VP are counted in these steps.
+        prediction_type: the meaning of the network's output: "epsilon", "score", "sample" or "v_prediction".
 
     Attributes:
-        prior_std: of the normal distribution at t = 1, with mean 0.
-        least: the time that stands for data.
+        prior_std: standard deviation of the normal distribution at t = 1, whose mean is 0.
+        t_min: the time at which x_t is taken for data.
     """
 
     prior_std = 1.0
-    least = 1e-5
+    t_min = 1e-5
 
     @checked_arguments(**SDE_RANGES)
     def __init__(self, N: int, prediction_type: str):
         self.N, self.prediction_type = N, prediction_type
 
-    # each process has its own
+    # defined by each process
 
     def log_scale(self, t: torch.Tensor | float) -> torch.Tensor:
-        """log of what x_0 is multiplied by in the mean of x_t."""
+        """Logarithm of `scale`."""
         raise NotImplementedError
 
     def std(self, t: torch.Tensor | float) -> torch.Tensor:
         """The standard deviation of x_t given x_0."""
         raise NotImplementedError
 
-    def rate(self, t: torch.Tensor | float) -> torch.Tensor:
-        """f: the drift is f(t) x."""
+    def drift_coefficient(self, t: torch.Tensor | float) -> torch.Tensor:
+        """f(t); the drift is f(t) x."""
         raise NotImplementedError
 
     def diffusion(self, t: torch.Tensor | float) -> torch.Tensor:
-        """g."""
+        """g(t), the diffusion coefficient."""
         raise NotImplementedError
 
-    def labels(self, t: torch.Tensor | float) -> torch.Tensor:
-        """What the network is told at t, in the place of its timestep."""
+    def conditioning_times(self, t: torch.Tensor | float) -> torch.Tensor:
+        """The network's input at t, in place of a timestep."""
         raise NotImplementedError
 
-    def times(self, labels: torch.Tensor | float) -> torch.Tensor:
-        """The t of `labels`."""
+    def times(self, conditioning_times: torch.Tensor | float) -> torch.Tensor:
+        """The inverse of `conditioning_times`."""
         raise NotImplementedError
 
     def discrete(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(F, G) of the discretization x_{k+1} = (1 + F) x_k + G z; Euler and Maruyama's if a process has none of its own."""
-        return self.rate(t) / self.N, self.diffusion(t) / self.N**0.5
+        """F and G of the discretization x_{k+1} = (1 + F) x_k + G z, by default that of Euler and Maruyama."""
+        return self.drift_coefficient(t) / self.N, self.diffusion(t) / self.N**0.5
 
-    # and this follows from it
+    # derived from these
 
     def index(self, t: torch.Tensor | float) -> torch.Tensor:
-        """k = floor(t (N - 1)), int64: the step of the discretization at t."""
-        return (_double(t) * (self.N - 1)).long()
+        """The step of the discretization at t, k = floor(t (N - 1)), int64."""
+        return (_to_float64(t) * (self.N - 1)).long()
 
     def scale(self, t: torch.Tensor | float) -> torch.Tensor:
-        """What x_0 is multiplied by in the mean of x_t."""
+        """The factor of x_0 in the mean of x_t."""
         return self.log_scale(t).exp()
 
     def drift(self, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
-        """f(t) x, (B, C, H, W)."""
-        return _like(self.rate(t), x_t) * x_t
+        """The drift f(t) x, (B, C, H, W)."""
+        return _broadcast(self.drift_coefficient(t), x_t) * x_t
 
     def marginal(self, x_start: torch.Tensor, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (B, C, H, W) and standard deviation, of the shape of t, of x_t given x_0 (eq. 29)."""
-        return _like(self.scale(t), x_start) * x_start, self.std(t)
+        """Mean (B, C, H, W) and standard deviation (shape of t) of x_t given x_0 (eq. 29)."""
+        return _broadcast(self.scale(t), x_start) * x_start, self.std(t)
 
     def sample(self, x_start: torch.Tensor, t: torch.Tensor | float, noise: torch.Tensor) -> torch.Tensor:
-        """x_t (B, C, H, W) of x_0 and standard normal noise."""
+        """x_t (B, C, H, W) from x_0 and standard normal noise."""
         mean, std = self.marginal(x_start, t)
-        return mean + _like(std, x_start) * noise
+        return mean + _broadcast(std, x_start) * noise
 
     def discretize(self, x_t: torch.Tensor, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """f (B, C, H, W) and G, of the shape of t, of x_{k+1} = x_k + f + G z."""
+        """f (B, C, H, W) and G (shape of t) in x_{k+1} = x_k + f + G z."""
         F, G = self.discrete(t)
-        return _like(F, x_t) * x_t, G
+        return _broadcast(F, x_t) * x_t, G
 
     def reverse_drift(
         self, x_t: torch.Tensor, t: torch.Tensor | float, score: torch.Tensor, probability_flow: bool = False
     ) -> torch.Tensor:
-        """The drift of the reverse SDE (eq. 6), or of the ODE with the same marginals (eq. 13), at a score (B, C, H, W)."""
+        """The drift (B, C, H, W) of the reverse SDE (eq. 6), or of the ODE with the same marginals (eq. 13), for a score."""
         share = 0.5 if probability_flow else 1.0
-        return self.drift(x_t, t) - _like(share * self.diffusion(t) ** 2, x_t) * score
+        return self.drift(x_t, t) - _broadcast(share * self.diffusion(t) ** 2, x_t) * score
 
     def reverse_discretize(
         self, x_t: torch.Tensor, t: torch.Tensor | float, score: torch.Tensor, probability_flow: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """f and G of x_k = x_{k+1} - f + G z (eq. 46), or with G = 0 of the ODE."""
+        """f and G in x_k = x_{k+1} - f + G z (eq. 46); for the ODE, G is 0."""
         f, G = self.discretize(x_t, t)
         share = 0.5 if probability_flow else 1.0
-        return f - _like(share * G**2, x_t) * score, torch.zeros_like(G) if probability_flow else G
+        return f - _broadcast(share * G**2, x_t) * score, torch.zeros_like(G) if probability_flow else G
 
     def score(self, model_output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
-        """The gradient of log p(x_t) by x_t, from the network's output at (x_t, labels(t)), (B, C, H, W)."""
+        """The gradient of log p(x_t) with respect to x_t, (B, C, H, W).
+
+        model_output: the network's output at (x_t, conditioning_times(t)).
+        """
         of_x_t, of_output = self.score_weights(t)
-        return _like(of_x_t, x_t) * x_t + _like(of_output, x_t) * model_output
+        return _broadcast(of_x_t, x_t) * x_t + _broadcast(of_output, x_t) * model_output
 
     def score_weights(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """What x_t and the network's output count in the score; of the shape of t."""
+        """The weights of x_t and of the network's output in the score; each has the shape of t."""
         return score_weights(self.prediction_type, self.scale(t), self.std(t))
 
     def prior_log_prob(self, z: torch.Tensor) -> torch.Tensor:
-        """log of the density of z (B, C, H, W) at t = 1, (B,) nats, summed over the dimensions."""
-        z = _double(z.flatten(1)) / self.prior_std
+        """Log-density of z (B, C, H, W) at t = 1, summed over the dimensions: (B,) nats."""
+        z = _to_float64(z.flatten(1)) / self.prior_std
         return -0.5 * (z**2).sum(1) - z.shape[1] * (0.5 * math.log(2 * math.pi) + math.log(self.prior_std))
 
 
 class VPSDE(SDE):
-    """Variance preserving: the continuous limit of the DDPM chain with betas from beta_min / N to beta_max / N (eq. 11, 32).
+    """Variance preserving SDE: the continuous limit of the DDPM chain with betas from beta_min / N to beta_max / N.
 
-    Networks are told t (N - 1), as those of N discrete timesteps are.
+    Eq. 11 and 32. The conditioning times are t (N - 1), in [0, N - 1] like the timesteps of a chain.
 
     Raises:
         ValueError: not 0 < beta_min <= beta_max, or their sum is above 300.
@@ -160,69 +168,70 @@ class VPSDE(SDE):
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def beta(self, t):
-        """beta(t), per unit of t."""
-        return self.beta_min + _double(t) * (self.beta_max - self.beta_min)
+        """beta(t), the rate per unit of t at which the variance is replaced by noise."""
+        return self.beta_min + _to_float64(t) * (self.beta_max - self.beta_min)
 
     def log_scale(self, t):
-        t = _double(t)
+        t = _to_float64(t)
         return -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
 
     def std(self, t):
         return torch.sqrt(-torch.expm1(2 * self.log_scale(t)))
 
-    def rate(self, t):
+    def drift_coefficient(self, t):
         return -0.5 * self.beta(t)
 
     def diffusion(self, t):
         return torch.sqrt(self.beta(t))
 
     def step_beta(self, t: torch.Tensor | float) -> torch.Tensor:
-        """The beta of the discretization's step at t: of N from beta_min / N to beta_max / N."""
-        share = _double(self.index(t)) / max(self.N - 1, 1)
+        """The beta of the discretization's step at t; the N betas go from beta_min / N to beta_max / N."""
+        share = _to_float64(self.index(t)) / max(self.N - 1, 1)
         return (self.beta_min + share * (self.beta_max - self.beta_min)) / self.N
 
     def discrete(self, t):
         beta = self.step_beta(t)
         return torch.expm1(0.5 * torch.log1p(-beta)), torch.sqrt(beta)
 
-    def labels(self, t):
-        return _double(t) * (self.N - 1)
+    def conditioning_times(self, t):
+        return _to_float64(t) * (self.N - 1)
 
-    def times(self, labels):
-        return _double(labels) / max(self.N - 1, 1)
+    def times(self, conditioning_times):
+        return _to_float64(conditioning_times) / max(self.N - 1, 1)
 
 
 class ChainSDE(VPSDE):
-    """The VP process through a discrete chain's levels of noise: its alphas_cumprod at t = (k + 1) / T, k = 0 .. T - 1.
+    """The VP process through the noise levels of a discrete chain: alphas_cumprod[k] is reached at t = (k + 1) / T.
 
-    Between them, and to 1 at t = 0, log(alphas_cumprod) is a monotone cubic (Fritsch & Carlson 1980). Networks are told
-    t T - 1, which their sinusoidal embedding takes between two timesteps as well. Data are at t = 1 / T at the least.
+    Between these times, and down to t = 0 where alphas_cumprod is 1, log(alphas_cumprod) is a monotone cubic (Fritsch &
+    Carlson 1980). The conditioning times are t T - 1: the timesteps k, and numbers between them, which a sinusoidal embedding
+    takes as well. Times below 1 / T, `t_min`, are not used.
 
     Args:
-        alphas_cumprod: (T,), float64 for its full use.
-        prediction_type: as of the chain; "previous" has no score between timesteps.
+        alphas_cumprod: (T,), best in float64.
+        prediction_type: that of the chain, but not "previous", which has no score between timesteps.
 
     Raises:
-        ValueError: an alphas_cumprod that does not fall, or reaches 0.
+        ValueError: alphas_cumprod does not fall, or reaches 0.
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon"):
         abar = torch.as_tensor(alphas_cumprod).detach().double().cpu()
         SDE.__init__(self, len(abar), prediction_type)
-        self.least = 1 / self.N
+        self.t_min = 1 / self.N
         if not (abar.min() > 0 and (torch.diff(abar, prepend=torch.ones(1)) < 0).all()):
-            raise ValueError("alphas_cumprod must fall and stay above 0: of zero SNR there is no way back")
+            raise ValueError("alphas_cumprod must fall and stay above 0: the ODE cannot leave zero terminal SNR")
         knots = torch.cat((torch.zeros(1, dtype=torch.float64), 0.5 * abar.log()))
         rise = torch.diff(knots)
         slope = 2 * rise[1:] * rise[:-1] / (rise[1:] + rise[:-1])  # the harmonic mean overshoots nowhere
         first, last = torch.cat((rise[:1], slope)), torch.cat((slope, rise[-1:]))
-        # (N, 4), a cubic for each interval; by device, each moved there once
+        # (N, 4), the cubic of each interval, and copies of it on other devices
         self.cubics = torch.stack((knots[:-1], first, 3 * rise - 2 * first - last, first + last - 2 * rise), dim=1)
-        self.cubics_on = {}
+        self.cubics_on: dict[torch.device, torch.Tensor] = {}
 
     def _piece(self, t):
-        """Where t is in its interval, 0 to 1, and the cubic's coefficients there: value, slope, and the next two."""
-        at = _double(t) * self.N
+        """The place of t in its interval, 0 to 1, and the four coefficients of the cubic there, constant term first."""
+        at = _to_float64(t) * self.N
         k = at.long().clamp(0, self.N - 1)
         if at.device not in self.cubics_on:
             with torch.inference_mode(False):
@@ -238,18 +247,18 @@ class ChainSDE(VPSDE):
         return -2 * (b + u * (2 * c + u * 3 * d)) * self.N
 
     def step_beta(self, t):
-        before = (_double(t) - 1 / self.N).clamp(min=0.0)
+        before = (_to_float64(t) - 1 / self.N).clamp(min=0.0)
         return -torch.expm1(2 * (self.log_scale(t) - self.log_scale(before)))
 
-    def labels(self, t):
-        return _double(t) * self.N - 1
+    def conditioning_times(self, t):
+        return _to_float64(t) * self.N - 1
 
-    def times(self, labels):
-        return (_double(labels) + 1) / self.N
+    def times(self, conditioning_times):
+        return (_to_float64(conditioning_times) + 1) / self.N
 
 
 class SubVPSDE(VPSDE):
-    """Sub-variance preserving: the drift of `VPSDE`, and never more variance (eq. 12, 34)."""
+    """Sub-VP SDE: the drift of `VPSDE` with at most its variance (eq. 12, 34)."""
 
     def std(self, t):
         return -torch.expm1(2 * self.log_scale(t))
@@ -262,9 +271,9 @@ class SubVPSDE(VPSDE):
 
 
 class VESDE(SDE):
-    """Variance exploding: noise of standard deviation sigma_min (sigma_max / sigma_min)^t, of NCSN (eq. 9, 30).
+    """Variance exploding SDE of NCSN: noise of standard deviation sigma(t) = sigma_min (sigma_max / sigma_min)^t (eq. 9, 30).
 
-    Networks are told sigma(t). At t = 0 the variance is sigma_min^2, as in the paper's code.
+    The conditioning times are sigma(t). At t = 0 the variance is sigma_min^2, as in the code of Score-SDE.
 
     Raises:
         ValueError: not 0 < sigma_min < sigma_max.
@@ -279,41 +288,36 @@ class VESDE(SDE):
         self.log_ratio = math.log(sigma_max / sigma_min)
 
     def log_scale(self, t):
-        return torch.zeros_like(_double(t))
+        return torch.zeros_like(_to_float64(t))
 
     def std(self, t):
-        return self.sigma_min * torch.exp(_double(t) * self.log_ratio)
+        return self.sigma_min * torch.exp(_to_float64(t) * self.log_ratio)
 
-    def rate(self, t):
-        return torch.zeros_like(_double(t))
+    def drift_coefficient(self, t):
+        return torch.zeros_like(_to_float64(t))
 
     def diffusion(self, t):
         return self.std(t) * math.sqrt(2 * self.log_ratio)
 
     def discrete(self, t):
-        k = _double(self.index(t))
-        ratio = math.exp(2 * self.log_ratio / max(self.N - 1, 1))  # of two variances in a row
+        k = _to_float64(self.index(t))
+        ratio = math.exp(2 * self.log_ratio / max(self.N - 1, 1))  # of the variances of two consecutive steps
         variance = self.std(k / max(self.N - 1, 1)) ** 2
         G = torch.sqrt(torch.where(k > 0, variance * (1 - 1 / ratio), variance))
         return torch.zeros_like(G), G
 
-    def labels(self, t):
+    def conditioning_times(self, t):
         return self.std(t)
 
-    def times(self, labels):
-        return torch.log(_double(labels) / self.sigma_min) / self.log_ratio
+    def times(self, conditioning_times):
+        return torch.log(_to_float64(conditioning_times) / self.sigma_min) / self.log_ratio
 
 
-def finest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _double(t):
+def _to_float64(t):
     return t.to(finest_dtype(t.device)) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
-def _like(coefficient, x):
-    """() or (B,) -> what multiplies images x."""
+def _broadcast(coefficient, x):
+    """A coefficient () or (B,) in a shape that multiplies images x."""
     coefficient = coefficient.to(x.device, x.dtype)
     return coefficient if coefficient.dim() == 0 else coefficient.view(-1, *[1] * (x.dim() - 1))

@@ -11,45 +11,49 @@ from diffusers.utils.torch_utils import randn_tensor
 from ddpm_hf.arguments import check_argument, checked_arguments, shown
 from ddpm_hf.files.pipeline_folder import GuardedConfig
 from ddpm_hf.files.saved_config import SavedConfig
+from ddpm_hf.schedulers.betas import MOST_TIMESTEPS
+from ddpm_hf.schedulers.precision import in_working_precision
 from ddpm_hf.schedulers.prediction import x_start_weights
 from ddpm_hf.schedulers.sde import SDE, SDE_RANGES, VESDE, VPSDE, ChainSDE, SubVPSDE
 
 
 class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
-    """The reverse of an SDE as a diffusers scheduler: a predictor from each time to the next, correctors before it.
+    """The base class of the samplers of reverse SDEs: predictor steps from each time to the next, corrector steps before them.
 
-    `timesteps` are what the network is told, so that pipelines need to know nothing of the process: t (N - 1) for VP and
-    sub-VP, sigma for VE. Times run from 1 down to `sampling_eps` evenly; each step goes to the next one by the process's own
-    transition between the two, the last to data: it returns the mean, without noise. `step` makes one network output one
-    predictor step; `DDPMImagePipeline` calls the network anew for each of the `correct_steps` corrector steps before it
-    (Algorithms 2 and 3), which other pipelines leave out.
+    `timesteps` are the conditioning times that the network is given: t (N - 1) for VP and sub-VP, sigma for VE. A pipeline
+    therefore needs no knowledge of the process. Times run evenly from 1 down to `sampling_eps`. Each predictor step uses the
+    process's own transition between two times; the last one goes to data, and returns the mean without noise.
+
+    `step` makes one predictor step from one network output. `DDPMImagePipeline` calls the network again for each of the
+    `correct_steps` corrector steps (Algorithms 2 and 3); other pipelines make no corrector steps.
 
     Args, of `VPSDEScheduler`, `SubVPSDEScheduler` and `VESDEScheduler`:
-        num_train_timesteps: N of the process: the range of timesteps that the network knows.
-        beta_min, beta_max, or sigma_min, sigma_max: of the process.
+        num_train_timesteps: N of the process; the network was trained with timesteps in [0, N - 1].
+        beta_min, beta_max, or sigma_min, sigma_max: noise levels of the process, see `VPSDE` and `VESDE`.
         sampling_eps: the time at which sampling ends, above 0.
-        predictor: "reverse_diffusion" (eq. 46), "ancestral" (appendix F; DDPM's own steps, and NCSN's; not of sub-VP),
-            "euler_maruyama", "probability_flow" (the ODE by the steps of reverse diffusion, without noise), "ddim" (the ODE in
-            DDIM's form, eq. 13 there, exact where the predicted noise does not change), "none". The two that take steps of
-            Euler are refused where a step's beta is 0.9 or more: in few steps, and at the noisy end of cosine chains.
-        corrector: "langevin" (Algorithms 4 and 5, each image with norms of its own), "annealed_langevin" (NCSN: steps of
-            (snr * std)^2; with predictor "none" its whole sampler).
-        correct_steps: corrector steps at each time.
+        predictor: "reverse_diffusion" (eq. 46); "ancestral" (appendix F; the steps of DDPM and of NCSN, not for sub-VP);
+            "euler_maruyama"; "probability_flow" (reverse diffusion steps of the ODE, without noise); "ddim" (DDIM eq. 13, exact
+            for the ODE if the predicted noise is constant); "none". "euler_maruyama" and "probability_flow" are refused if a
+            step has a beta of 0.9 or more, as with few steps, or at the noisy end of a cosine schedule.
+        corrector: "langevin" (Algorithms 4 and 5, with the norms of each image by itself), or "annealed_langevin" (NCSN: steps
+            of (snr * std)^2; with predictor "none" this is the whole sampler of NCSN).
+        correct_steps: number of corrector steps at each time.
         snr: signal-to-noise ratio r of a corrector step.
-        prediction_type: what the network gives: "epsilon", "score", "sample" or "v_prediction".
-        levels: grey levels of the data, 256 for 8 bits.
-        clip_sample: whether predictor steps, and the ODE of `flow`, are of the predicted x_0 clipped to [-1, 1], as a DDPM's.
-            At the noisy end of a cosine chain the ODE multiplies the network's error by thousands otherwise; of a DDPM's config
-            it is the DDPM's.
+        prediction_type: the meaning of the network's output: "epsilon", "score", "sample" or "v_prediction".
+        levels: number of grey levels of the data, 256 for 8 bits.
+        clip_sample: whether predictor steps and the ODE clip the predicted x_0 to [-1, 1], as DDPM samplers do. Without
+            clipping, the ODE multiplies the network's errors by thousands at the noisy end of a cosine schedule. From the
+            config of a DDPM the DDPM's value is taken.
 
-    `from_config` takes the configs of diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, and of a DDPM: the linear
-    schedule becomes beta_min = T beta_start, beta_max = T beta_end; any other is for VP alone, as `ChainSDE` through its betas.
+    `from_config` accepts configs of diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, and of a DDPM: its linear schedule
+    becomes beta_min = T beta_start and beta_max = T beta_end. Other schedules are for VP alone, which takes their betas to a
+    `ChainSDE`.
 
     Raises:
-        ValueError: a value that is not supported, named.
+        ValueError: a value that is not supported; the message names it.
     """
 
-    _compatibles = ["DDPMScheduler", "ScoreSdeVeScheduler"]  # their keys stay in the config, for the way back
+    _compatibles = ["DDPMScheduler", "ScoreSdeVeScheduler"]  # their keys stay in the config
     source_name = "sde_scheduler"
     is_continuous = True  # in time: it has an `sde`, and no chain of timesteps
     learns_variance = False
@@ -60,27 +64,31 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
     def _build(self, sde):
         config = self.config
         if config.predictor == "ancestral" and isinstance(sde, SubVPSDE):
-            raise ValueError("predictor='ancestral' is of VP and VE; choose 'reverse_diffusion' or 'euler_maruyama'")
+            raise ValueError("predictor='ancestral' is for VP and VE; choose 'reverse_diffusion' or 'euler_maruyama'")
         if config.predictor == "none" and config.correct_steps == 0:
             raise ValueError("predictor='none' with correct_steps=0 does nothing; give correct_steps")
         self.sde, self.init_noise_sigma, self.levels = sde, sde.prior_std, config.levels
         self.timesteps, self.num_inference_steps = None, None
-        self._position, self._tables = {}, {}
+        self._positions, self._tables = {}, {}
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Sets `timesteps`, float32 on the CPU or `device`, and what each step multiplies by.
+        """Set `timesteps` and the coefficients of each step.
+
+        Args:
+            num_inference_steps: at least 2.
+            device: the device of `timesteps` (float32); None for the CPU.
 
         Raises:
-            ValueError: fewer steps than 2, or than the predictor can do with.
+            ValueError: too few steps for the predictor, or so many that two have the same timestep.
         """
         if not (isinstance(num_inference_steps, Integral) and num_inference_steps >= 2):
             raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer, 2 or more")
         n, config, sde = int(num_inference_steps), self.config, self.sde
-        t = torch.linspace(1.0, max(config.sampling_eps, sde.least), n, dtype=torch.float64)
+        t = torch.linspace(1.0, max(config.sampling_eps, sde.t_min), n, dtype=torch.float64)
         one, zero = torch.ones_like(t), torch.zeros_like(t)
-        # each step goes to the next time, the last one to data; x_t given x at the next time is N(ratio x, G^2)
+        # Each step goes to the next time, the last one to data; x_t given x at the next time is N(ratio x, G^2).
         at = t
-        # NCSN's sigmas go to t = 0, what it tells the network to sampling_eps
+        # NCSN's sigmas go down to t = 0, its conditioning times only to sampling_eps
         if isinstance(sde, VESDE) and config.sampling_eps <= 1e-5:
             at = torch.linspace(1.0, 0.0, n, dtype=torch.float64)
         scale, std = torch.cat((sde.scale(at), one[:1])), torch.cat((sde.std(at), zero[:1]))
@@ -89,8 +97,8 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
         G2 = std**2 - (ratio * next_std) ** 2
         if config.predictor in ("euler_maruyama", "probability_flow") and ratio.square().min() < 0.1:
             raise ValueError(
-                f"num_inference_steps={n} has a beta of {1 - ratio.square().min():.3f}, and predictor={config.predictor!r} "
-                "takes steps of Euler, for betas below 0.9; give more steps, or choose predictor='ddim'"
+                f"num_inference_steps={n} makes a step with beta={1 - ratio.square().min():.3f}, but "
+                f"predictor={config.predictor!r} takes Euler steps, for beta below 0.9; give more steps or predictor='ddim'"
             )
         if config.predictor == "reverse_diffusion":
             of_x_t, of_score, of_noise = 2 - ratio, G2, G2.sqrt()
@@ -99,33 +107,33 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
         elif config.predictor == "euler_maruyama":
             step = -torch.diff(t, append=zero[:1])
             g2 = sde.diffusion(t) ** 2 * step
-            of_x_t, of_score, of_noise = 1 - sde.rate(t) * step, g2, g2.sqrt()
-        elif config.predictor == "ancestral":  # of NCSN with the posterior's variance, of DDPM with beta
+            of_x_t, of_score, of_noise = 1 - sde.drift_coefficient(t) * step, g2, g2.sqrt()
+        elif config.predictor == "ancestral":  # NCSN's have the variance of the posterior, DDPM's have beta
             variance = G2 * (next_std / std) ** 2 if isinstance(sde, VESDE) else G2
             of_x_t, of_score, of_noise = 1 / ratio, G2 / ratio, variance.sqrt()
-        elif config.predictor == "ddim":  # x_0 and epsilon stay, t goes on; after the last step x_0
+        elif config.predictor == "ddim":  # to the next time with the same x_0 and epsilon; at last to x_0
             of_x_t = 1 / ratio
             of_score, of_noise = std**2 / ratio - next_std * std, zero
         else:
             of_x_t, of_score, of_noise = one, zero, zero
         before = (t - 1 / sde.N).clamp(min=0.0)
-        alpha = (2 * (sde.log_scale(t) - sde.log_scale(before))).exp()  # of correctors, Algorithm 5
+        alpha = (2 * (sde.log_scale(t) - sde.log_scale(before))).exp()  # the correctors' alpha, Algorithm 5
         columns = {
-            # of x_t and x_0: the score is (scale x_0 - x_t) / std^2
+            # weights of x_t, x_0 and the noise, with the score (scale x_0 - x_t) / std^2
             "step": (of_x_t - of_score / std**2, of_score * scale / std**2, of_noise),
             "x_start": x_start_weights(sde.prediction_type, scale, std),
             "score": sde.score_weights(t),
             "correct": (alpha, std),
         }
-        self._tables = {name: list(zip(*(column.tolist() for column in each))) for name, each in columns.items()}
-        labels = sde.labels(t).float()
-        self.timesteps, self.num_inference_steps = labels.to(device), n
-        self._position = {label: i for i, label in enumerate(labels.tolist())}
-        if len(self._position) < n:
-            raise ValueError(f"num_inference_steps={n}: some have one timestep of {sde.N}; give fewer")
+        self._tables = {name: list(zip(*(column.tolist() for column in row))) for name, row in columns.items()}
+        timesteps = sde.conditioning_times(t).float()
+        self.timesteps, self.num_inference_steps = timesteps.to(device), n
+        self._positions = {timestep: i for i, timestep in enumerate(timesteps.tolist())}
+        if len(self._positions) < n:
+            raise ValueError(f"num_inference_steps={n} gives two steps the same timestep; give fewer steps")
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The network's input is the sample as it is."""
+        """Return the sample unchanged; the network takes it as it is."""
         return sample
 
     def step(
@@ -138,24 +146,25 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
         *,
         variance_noise: torch.Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """A predictor step to the next time.
+        """Make a predictor step to the next time.
 
         Args:
-            model_output: of the network at (sample, timestep), (B, C, H, W).
+            model_output: the network's output at (sample, timestep), (B, C, H, W).
             timestep: one of `timesteps`.
-            sample: (B, C, H, W).
-            generator: one, or a list with one for each image.
+            sample: x_t, (B, C, H, W). Half precision is computed in float32.
+            generator: a generator, or a list with one for each image.
             return_dict: False for a tuple (prev_sample, pred_original_sample).
-            variance_noise: standard normal noise to use in place of drawing it.
+            variance_noise: standard normal noise to use instead of drawing it.
 
         Returns:
-            `DDPMSchedulerOutput`, of the dtype of sample; `.pred_original_sample` is E[x_0 | x_t] by the network (Tweedie).
+            `DDPMSchedulerOutput` in the dtype of sample; `.pred_original_sample` is the network's E[x_0 | x_t].
 
         Raises:
-            ValueError: a timestep that is not of `timesteps`; before `set_timesteps`.
+            ValueError: timestep is not in `timesteps`, or `set_timesteps` has not been called.
         """
         i = self._index(timestep)
-        x, output = _in_float32(sample, model_output)
+        x = in_working_precision(sample)
+        output = model_output.to(x.dtype)
         of_x_t, of_output = self._tables["x_start"][i]
         x_start = (x * of_x_t).add_(output, alpha=of_output)
         if self.config.clip_sample:
@@ -177,16 +186,17 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
         *,
         variance_noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A step of Langevin dynamics at the same time; arguments as of `step`. Returns the sample, (B, C, H, W)."""
+        """Make a step of Langevin dynamics at the same time, with the arguments of `step`; return the sample (B, C, H, W)."""
         i = self._index(timestep)
-        x, output = _in_float32(sample, model_output)
+        x = in_working_precision(sample)
+        output = model_output.to(x.dtype)
         of_x_t, of_output = self._tables["score"][i]
         score = (x * of_x_t).add_(output, alpha=of_output)
         noise = _noise(x, generator) if variance_noise is None else variance_noise.to(x.dtype)
         alpha, std = self._tables["correct"][i]
         if self.config.corrector == "langevin":
             norm = score.flatten(1).norm(dim=1)
-            ratio = torch.where(norm > 0, noise.flatten(1).norm(dim=1) / norm, 0.0)  # no score, no step
+            ratio = torch.where(norm > 0, noise.flatten(1).norm(dim=1) / norm, 0.0)  # where the score is 0, no step
             size = 2 * alpha * (self.config.snr * ratio).square().view(-1, *[1] * (x.dim() - 1))
         else:
             size = torch.full_like(x[:1, :1, :1, :1], 2 * alpha * (self.config.snr * std) ** 2)
@@ -195,26 +205,26 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float
     ) -> torch.Tensor:
-        """x_t (B, C, H, W) of x_0 and standard normal noise at timesteps (B,), which may lie between those of `timesteps`."""
+        """x_t (B, C, H, W) from x_0 and standard normal noise; timesteps (B,) may lie between those of `timesteps`."""
         return self.sde.sample(original_samples, self.sde.times(timesteps), noise)
 
     def _index(self, timestep):
         if self.timesteps is None:
-            raise ValueError("set_timesteps(num_inference_steps) comes before the first step")
+            raise ValueError("timesteps are not set; call set_timesteps(num_inference_steps) before the first step")
         at = float(timestep)
-        if at not in self._position:
-            raise ValueError(f"timestep={at} is none of the {self.num_inference_steps} in `timesteps`")
-        return self._position[at]
+        if at not in self._positions:
+            raise ValueError(f"timestep={at} is not in `timesteps`; give one of its {self.num_inference_steps}")
+        return self._positions[at]
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """diffusers' hook of `from_config`: a DDPM's linear schedule in terms of the process."""
+        """diffusers' hook in `from_config`: express the schedule of a DDPM by the arguments of the process."""
         config_dict = dict(config_dict)
         own_keys = check_argument("_ddpm_hf", config_dict.get("_ddpm_hf") or {}, dict)
         if "levels" in own_keys:
             config_dict.setdefault("levels", own_keys["levels"])
         variance_exploding = issubclass(cls.process_class, VESDE)
-        if "predictor" not in config_dict:  # of another class, whose defaults are not ours
+        if "predictor" not in config_dict:  # the config of another class, with other defaults
             config_dict["_use_default_values"] = []
             if variance_exploding and "sigma_min" in config_dict:  # ScoreSdeVeScheduler's
                 config_dict.setdefault("centered", False)
@@ -224,12 +234,12 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
         if {"beta_start", "beta_schedule"} & set(config_dict) and not own:
             schedule, T = config_dict.get("beta_schedule", "linear"), config_dict.get("num_train_timesteps", 1000)
             T = check_argument("num_train_timesteps", T, int, SDE_RANGES["N"])
-            # the betas of a schedule by name are there for classes that do not know it
+            # the config also holds the betas of a schedule whose name other classes do not know
             by_name = schedule == "linear_scaled_by_T" and "trained_betas" in own_keys
             linear = schedule == "linear" and config_dict.get("trained_betas") is None
             if (by_name or linear) and not config_dict.get("rescale_betas_zero_snr"):
                 factor = 1000 if by_name else T
-                first, last = (  # diffusers' own
+                first, last = (  # the defaults of diffusers
                     check_argument(key, config_dict.get(key, default), float, "(0, 1]")
                     for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))
                 )
@@ -238,7 +248,8 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
                 config_dict["trained_betas"] = DDPMScheduler.from_config(config_dict).betas.tolist()
             if variance_exploding or (cls.process_class is not VPSDE and "beta_min" not in config_dict):
                 raise ValueError(
-                    f"{cls.__name__} has no process for beta_schedule={schedule!r}; VP has for every one, sub-VP for 'linear'"
+                    f"{cls.__name__} has no process for beta_schedule={schedule!r}; use VPSDEScheduler, which takes every "
+                    "schedule, or with beta_schedule='linear' SubVPSDEScheduler"
                 )
         return super().extract_init_dict(config_dict, **kwargs)
 
@@ -247,7 +258,7 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
 
 
 class VPSDEScheduler(SDEScheduler):
-    """Samplers of `VPSDE`, or with `trained_betas`, those of a discrete chain, of `ChainSDE`; see `SDEScheduler`."""
+    """Samplers of `VPSDE`, or with `trained_betas`, the betas of a discrete chain, of `ChainSDE`; see `SDEScheduler`."""
 
     process_class = VPSDE
     stands_for = ("ScoreSdeVpScheduler",)
@@ -270,9 +281,9 @@ class VPSDEScheduler(SDEScheduler):
         clip_sample: bool = False,
     ):
         if trained_betas is not None:
-            if self.process_class is not VPSDE or not 1 <= len(trained_betas) <= 100_000:
+            if self.process_class is not VPSDE or not 1 <= len(trained_betas) <= MOST_TIMESTEPS:
                 raise ValueError(
-                    f"trained_betas={shown(trained_betas)}: give betas to VPSDEScheduler alone, 1 to 100,000"
+                    f"trained_betas={shown(trained_betas)} must be 1 to {MOST_TIMESTEPS:,} betas, for VPSDEScheduler alone"
                 )
             num_train_timesteps = len(trained_betas)
             self.register_to_config(num_train_timesteps=num_train_timesteps, trained_betas=list(trained_betas))
@@ -296,8 +307,8 @@ class SubVPSDEScheduler(VPSDEScheduler):
 class VESDEScheduler(SDEScheduler):
     """Samplers of `VESDE`; see `SDEScheduler`.
 
-    Args beyond its own:
-        centered: whether the images are in [-1, 1]; False for [0, 1], as NCSN's and those of diffusers' ScoreSdeVeScheduler.
+    Further argument:
+        centered: whether the images are in [-1, 1]; False for [0, 1], as in NCSN and diffusers' ScoreSdeVeScheduler.
     """
 
     process_class = VESDE
@@ -324,15 +335,9 @@ class VESDEScheduler(SDEScheduler):
 
 
 def clip_limits(config: dict) -> tuple[float, float]:
-    """What a scheduler of this config clips the predicted x_0 to: +-`clip_sample_range`, or from 0 if not `centered`."""
+    """Range that a scheduler of this config clips the predicted x_0 to: +-`clip_sample_range`, or from 0 if not `centered`."""
     most = config.get("clip_sample_range", 1.0)
     return -most if config.get("centered", True) else 0.0, most
-
-
-def _in_float32(*tensors):
-    """Half precision is computed in float32; all have the dtype of the first."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [tensor.to(dtype) for tensor in tensors]
 
 
 def _noise(x, generator):

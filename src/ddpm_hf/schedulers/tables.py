@@ -10,23 +10,23 @@ from ddpm_hf.schedulers.prediction import x_start_weights
 
 
 class _Tables:
-    """Tables by position in a chain, kept in the forms that they are asked for: on each device, in each dtype."""
+    """Tables by position in a chain, each copied once to every device and dtype that it is used with."""
 
     def __init__(self, tables):
         self.tables, self.tensors, self.entries = tables, {}, {}
 
     def __deepcopy__(self, memo):
-        return self  # their values never change: copies of a scheduler share them
+        return self  # the values never change, so copies of a scheduler share them
 
     def at(self, name, position, like):
-        """A table's entry to multiply `like` with, one for each column of the table.
+        """The entry of a table by which images `like` are multiplied; of a table of several columns, a tuple of entries.
 
-        0-d, on the CPU, for an int; (B, 1, ...) for a tensor of positions.
+        For an int position the entry is 0-d and on the CPU, for a tensor of positions (B, 1, ...) and beside `like`.
         """
         if isinstance(position, int):
             key = (name, like.dtype)
             if key not in self.entries:
-                with torch.inference_mode(False):  # what is kept here serves calls with gradients too
+                with torch.inference_mode(False):  # later calls may need gradients
                     table = torch.as_tensor(self.tables[name]).to(like.dtype)
                     columns = [column.unbind() for column in table.unbind(1)] if table.dim() > 1 else None
                     self.entries[key] = list(zip(*columns)) if columns else table.unbind()
@@ -36,7 +36,7 @@ class _Tables:
         return columns if entry.dim() > 1 else columns[0]
 
     def on(self, name, device):
-        """A table as a tensor on `device`, moved there once; one NaN more than its entries, for steps not in the chain."""
+        """A table as a tensor on `device`, with one NaN appended for timesteps outside the chain."""
         key = (name, device)
         if key not in self.tensors:
             with torch.inference_mode(False):
@@ -49,12 +49,25 @@ class _Tables:
 
 
 class ChainTables(_Tables):
-    """The tables of q and p on a subsequence of the timesteps (IDDPM section 4), by position in it."""
+    """The tables of q and p on a subsequence of the timesteps (IDDPM section 4), by position in the subsequence.
 
-    def __init__(self, timesteps, betas, alphas_cumprod, variance_type, prediction_type):
+    Args:
+        timesteps: the subsequence, ascending.
+        betas, alphas_cumprod: (T,) float64, of all timesteps.
+        variance_type, prediction_type: as in `VariationalDDPMScheduler`.
+    """
+
+    def __init__(
+        self,
+        timesteps: list[int],
+        betas: np.ndarray,
+        alphas_cumprod: np.ndarray,
+        variance_type: str,
+        prediction_type: str,
+    ):
         super().__init__({})
         T, tables = len(betas), self.tables
-        self.timesteps = timesteps  # ascending
+        self.timesteps = timesteps
         self.position = {t: i for i, t in enumerate(timesteps)}
         alpha_bar = alphas_cumprod[timesteps]
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
@@ -73,8 +86,8 @@ class ChainTables(_Tables):
 
         # q(x_{t-1} | x_t, x_0), eq. 6-7
         variance = beta * (1 - alpha_bar_prev) / one_minus
-        # The first step's variance is 0; its logarithm is taken from the second, as in the paper's code: it is the
-        # decoder's scale. A chain of one step has no second: beta stands in.
+        # The variance of the first step is 0. Its logarithm, which is the decoder's scale, is that of the second step, as in
+        # the paper's code, or of beta in a chain of one step.
         clipped = np.append(variance[1] if len(variance) > 1 else beta[0], variance[1:])
         mean_of_x_start, mean_of_x_t = posterior_mean_weights(alpha_bar, alpha_bar_prev, beta)
         tables["posterior_mean"] = _columns(mean_of_x_start, mean_of_x_t)
@@ -93,23 +106,23 @@ class ChainTables(_Tables):
         # x_0 as a linear function of x_t and the network's output
         root = np.sqrt(np.maximum(alpha_bar, 1e-24))
         tables["reciprocal_sqrt_alphas_cumprod"], tables["sqrt_snr"] = 1 / root, root / np.sqrt(one_minus)
-        # what has nothing of x_0 in it has no class either
+        # where nothing of x_0 is left there is no class either
         tables["x_start_of_gradient"] = np.where(alpha_bar > 1e-12, one_minus / root, 0.0)
         scale = np.where(alpha_bar >= 1e-24, root, 0.0)  # zero terminal SNR: nothing of x_0 is left
         posterior = np.maximum(mean_of_x_start, 1e-12), mean_of_x_t
         tables["x_start"] = _columns(*x_start_weights(prediction_type, scale, np.sqrt(one_minus), posterior))
 
-        # DDIM's ODE one step up in t; pure noise after the last
+        # DDIM's ODE, one step up in t; after the last timestep alpha_bar is 0
         tables["reverse"] = self._ddim(np.append(alpha_bar[1:], 0.0), np.zeros_like(beta))[:, :2]
 
     def ddim(self, eta):
-        """The table "ddim": DDIM eq. 12 with the sigma of eq. 16, which is eta times the posterior's standard deviation."""
+        """Tables with the entry "ddim": DDIM eq. 12, with eta times the posterior's standard deviation as sigma (eq. 16)."""
         sigma = eta * np.sqrt(self.tables["posterior_variance"])
         alpha_bar_prev = np.append(1.0, self.tables["sqrt_alphas_cumprod"][:-1] ** 2)
         return _Tables({"ddim": self._ddim(alpha_bar_prev, sigma)})
 
     def _ddim(self, alpha_bar_to, sigma):
-        """What x_0, x_t and the noise count in eq. 12, with epsilon = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
+        """The weights of x_0, x_t and the noise in DDIM eq. 12, with epsilon = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
         of_epsilon = np.sqrt(np.maximum(1 - alpha_bar_to - sigma**2, 0.0))
         of_x_t = of_epsilon / self.tables["sqrt_one_minus_alphas_cumprod"]
         return _columns(np.sqrt(alpha_bar_to) - of_x_t * self.tables["sqrt_alphas_cumprod"], of_x_t, sigma)
@@ -124,7 +137,8 @@ def posterior_mean_weights(
 
 
 @functools.lru_cache(maxsize=8)
-def ddim_tables(chain, eta):
+def ddim_tables(chain: ChainTables, eta: float) -> _Tables:
+    """`chain.ddim(eta)`, kept for the latest few chains and etas."""
     return chain.ddim(eta)
 
 
@@ -132,13 +146,10 @@ def _columns(*arrays):
     return np.stack(arrays, axis=1)
 
 
-def in_working_precision(x):
-    """Half precision is computed in float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def weighted_sum(weights, x, y, onto=None):
-    """a * x + b * y, added in place to `onto` where given; the weights (a, b) are those of `ChainTables.at`."""
+def weighted_sum(
+    weights: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, y: torch.Tensor, onto: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return a * x + b * y for weights (a, b) of `ChainTables.at`, added in place to `onto` if that is given."""
     a, b = weights
     if a.dim() == 0:
         total = x * a if onto is None else onto.add_(x, alpha=a)

@@ -7,8 +7,9 @@ import torch
 
 from ddpm_hf.arguments import checked_arguments
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.precision import finest_dtype
 from ddpm_hf.schedulers.prediction import BOUNDED_PREDICTIONS, epsilon_weights, x_start_weights
-from ddpm_hf.schedulers.sde import SDE, finest_dtype
+from ddpm_hf.schedulers.sde import SDE
 from ddpm_hf.schedulers.tables import posterior_mean_weights
 from ddpm_hf.training.timesteps import ContinuousTimes
 
@@ -138,7 +139,7 @@ class ScoreObjective:
     @property
     def times(self) -> torch.Tensor:
         """(N,) float64 times, spread evenly, at which to compare losses."""
-        least = self.sde.least
+        least = self.sde.t_min
         return least + (1 - least) * (torch.arange(self.sde.N, dtype=torch.float64) + 0.5) / self.sde.N
 
     def __call__(
@@ -164,7 +165,7 @@ class ScoreObjective:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = sde.sample(x_start, t, noise)
-        output = unet(x_t, sde.labels(t).to(x_start.dtype), class_labels=class_labels, return_dict=False)[0]
+        output = unet(x_t, sde.conditioning_times(t).to(x_start.dtype), class_labels=class_labels, return_dict=False)[0]
         output = output[:, : x_start.shape[1]].to(torch.promote_types(output.dtype, torch.float32))
         weights = epsilon_weights(sde.prediction_type, sde.scale(t), sde.std(t))
         of_x_t, of_output = (weight.to(output).view(-1, 1, 1, 1) for weight in weights)

@@ -6,7 +6,8 @@ import torch
 
 from ddpm_hf.arguments import checked_arguments
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
-from ddpm_hf.schedulers.sde import SDE, finest_dtype
+from ddpm_hf.schedulers.precision import finest_dtype
+from ddpm_hf.schedulers.sde import SDE
 
 
 class UniformTimesteps:
@@ -140,11 +141,11 @@ class ContinuousTimes:
     """
 
     def __init__(self, sde: SDE, importance: bool = False):
-        self.least, self.importance = sde.least, importance
+        self.least, self.importance = sde.t_min, importance
         # cells in which the density is constant: fine near 0, where it falls as 1 / t, and near 1, where betas may grow
-        logarithmic = torch.linspace(math.log(sde.least), 0.0, 2001, dtype=torch.float64).exp()
-        even = torch.linspace(sde.least, 1.0, 5001, dtype=torch.float64)
-        edges = torch.cat((logarithmic, even)).clamp(sde.least, 1.0).unique()
+        logarithmic = torch.linspace(math.log(sde.t_min), 0.0, 2001, dtype=torch.float64).exp()
+        even = torch.linspace(sde.t_min, 1.0, 5001, dtype=torch.float64)
+        edges = torch.cat((logarithmic, even)).clamp(sde.t_min, 1.0).unique()
         width, middle = edges.diff(), (edges[1:] + edges[:-1]) / 2
         density = (sde.diffusion(middle) / sde.std(middle)) ** 2
         density /= (density * width).sum()
