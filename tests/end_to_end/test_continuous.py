@@ -11,7 +11,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ddpm_hf import (
+    VESDE,
+    VPSDE,
     DDPMImagePipeline,
+    SubVPSDE,
     SubVPSDEScheduler,
     VariationalDDPMScheduler,
     VESDEScheduler,
@@ -157,16 +160,32 @@ def test_dequantization_of_a_chain(make_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "parameters"), [("ddpmpp-cifar10-vp", 60e6), ("ddpmpp-cifar10-subvp", 60e6), ("ncsnpp-cifar10", 60e6)]
+    ("preset", "process", "decay"),
+    [
+        ("ddpmpp-cifar10-vp", VPSDE(beta_min=0.1, beta_max=20.0), 0.9999),
+        ("ddpmpp-cifar10-subvp", SubVPSDE(beta_min=0.1, beta_max=20.0), 0.9999),
+        ("ncsnpp-cifar10", VESDE(sigma_min=0.02, sigma_max=100.0), 0.999),
+    ],
 )
-def test_presets_of_the_paper(preset, parameters, tmp_path):
+def test_presets_of_the_paper(preset, process, decay, tmp_path):
+    """Sizes, optimizer and process as their authors published them for CIFAR-10; Song et al. 2020, appendix C and H."""
     config, _ = load_config(["--config", preset, "--output_dir", str(tmp_path / "none")])
     with torch.device("meta"):
         unet, scheduler, objective, times = build(config)
-    assert unet.num_parameters() == pytest.approx(parameters, rel=0.05)
+    assert unet.num_parameters() == pytest.approx(60e6, rel=0.05)
     assert (config.steps, config.batch_size, config.learning_rate, config.lr_warmup_steps) == (1300000, 128, 2e-4, 5000)
-    assert objective.sde.t_min == 1e-5 and len(times.sample(4)[0]) == 4
+    assert (config.ema_decay, config.unet["dropout"], config.random_flip, config.max_grad_norm) == (decay, 0.1, True, 1)
+    t = torch.linspace(1e-5, 1, 11, dtype=torch.float64)
+    x = torch.randn(11, 3, 2, 2, dtype=torch.float64)
+    assert type(objective.sde) is type(process) and objective.sde.t_min == 1e-5
+    for ours, published in zip(objective.sde.marginal(x, t), process.marginal(x, t)):
+        torch.testing.assert_close(ours, published)
+    drawn, weights = times.sample(4)
+    assert len(drawn) == 4 and (drawn >= 1e-5).all() and (drawn <= 1).all() and (weights == 1).all()
     scheduler.set_timesteps(10 if preset != "ddpmpp-cifar10-vp" else 50)
+    ve = preset == "ncsnpp-cifar10"
+    steps = ("reverse_diffusion", 1, 0.16) if ve else ("euler_maruyama", 0, scheduler.config.snr)
+    assert (scheduler.config.predictor, scheduler.config.correct_steps, scheduler.config.snr) == steps
 
 
 @pytest.mark.parametrize(

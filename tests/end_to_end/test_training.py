@@ -15,12 +15,13 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from ddpm_hf import DDPMImagePipeline
 from ddpm_hf.data.sources import digits
+from ddpm_hf.evaluation.sheets import as_sheet
 from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.training.config import ConfigError, TrainConfig, load_config
 from ddpm_hf.training.diffusion import train
@@ -46,17 +47,27 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
+@contextlib.contextmanager
+def one_core():
+    """Processes started within have one core: several threads of so small a network mostly wait for each other."""
+    if not hasattr(os, "sched_setaffinity"):  # macOS
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Two runs of the same seed by accelerate launch and by python, the third with another seed."""
     folder = tmp_path_factory.mktemp("runs")
     accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "1"]
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(
-        0, {min(cores)}
-    )  # several threads of so small a network wait for each other, beside other work long
-    script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "a", launcher=accelerate)
-    os.sched_setaffinity(0, cores)
+    with one_core():
+        script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "a", launcher=accelerate)
     threads = json.loads((folder / "a/environment.json").read_text())["threads"]  # sums of as many parts
     script("train.py", *SMALL.split(), *NETWORK, "--output_dir", folder / "c", "--seed", "1")
     before = torch.get_num_threads()
@@ -436,8 +447,20 @@ def test_class_conditional(tmp_path):
     script("evaluate.py", folder, "--images", 1, "--steps", 5)
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["standard_error"] is None and "±" not in (folder / "README.md").read_text()
-    pipeline = DDPMImagePipeline.from_pretrained(tmp_path / "run/pipeline")
-    assert pipeline(2, class_labels=[1, 2], num_inference_steps=2).images[0].size == (8, 8)
+    pipeline, labels = DDPMImagePipeline.from_pretrained(folder), [*range(10)] * 2
+    drawn = pipeline(20, class_labels=labels, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    expected = as_sheet(drawn, 10, [str(label) for label in labels])
+    assert drawn[0].size == (8, 8) and sheet.size == expected.size
+    assert np.abs(np.asarray(sheet, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1  # one grey level
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([10, 500])
+    networks = pipeline.unet, UNet2DModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        ours, stock, swapped = (
+            network(x, t, class_labels=torch.tensor(pair)).sample
+            for network, pair in ((networks[0], [1, 2]), (networks[1], [1, 2]), (networks[0], [2, 1]))
+        )
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-6)
+    assert (ours - swapped).abs().amax((1, 2, 3)).min() > 1e-4 * ours.std()  # labels matter to each image
 
 
 def test_what_the_data_does_not_hold_is_told_in_one_line(tmp_path):

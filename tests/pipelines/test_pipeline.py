@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.utils.torch_utils import randn_tensor
 
 import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
@@ -46,6 +47,21 @@ def test_same_images_as_the_stock_pipeline(make_pipeline):
 
 def stock_config(unet):
     return {key: value for key, value in unet.config.items() if key in inspect.signature(UNet2DModel).parameters}
+
+
+@torch.no_grad()
+def stock_images(unet, scheduler, class_labels=None, steps=5):
+    """The images of `run`, drawn by diffusers' network and scheduler in the loop of its documentation."""
+    network = UNet2DModel(**stock_config(unet)).eval()
+    network.load_state_dict(unet.state_dict())
+    generator = seeded()
+    scheduler.set_timesteps(steps)
+    x = randn_tensor((2, 1, 8, 8), generator=generator) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(x, t), t, class_labels).sample
+        kwargs = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        x = scheduler.step(output, t, x, **kwargs).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize("eta", [None, 0.0, 1.0])
@@ -114,11 +130,19 @@ def test_callback_sees_changes_and_interrupts(make_pipeline):
     assert run(pipeline, output_type="latent").any()  # the next call starts afresh
 
 
-@pytest.mark.parametrize("labels", [3, [3, 1], torch.tensor([3, 1])])
-def test_class_labels(make_pipeline, labels):
-    pipeline = make_pipeline(num_class_embeds=4)
+@pytest.mark.parametrize(
+    ("labels", "each"), [(3, [3, 3]), ([3, 1], [3, 1]), (torch.tensor([3, 1]), [3, 1])], ids=["int", "list", "tensor"]
+)
+def test_class_labels(make_pipeline, labels, each):
+    """Image i is of label i: the images of the stock network that is called with these labels."""
+    pipeline = make_pipeline(num_class_embeds=4, scheduler=VariationalDDPMScheduler(variance_type="fixed_large"))
     images = run(pipeline, class_labels=labels)
-    assert np.abs(images - run(pipeline, class_labels=[0, 2])).max() > 1e-3
+    stock = DDPMScheduler(variance_type="fixed_large")
+    expected = stock_images(pipeline.unet, stock, torch.tensor(each))
+    np.testing.assert_allclose(images, expected, atol=1 / 255)
+    others = stock_images(pipeline.unet, stock, torch.tensor([0, 2]))
+    np.testing.assert_allclose(run(pipeline, class_labels=[0, 2]), others, atol=1 / 255)
+    assert np.abs(expected - others).max() > 3 / 255
 
 
 @pytest.mark.parametrize(
@@ -134,8 +158,12 @@ def test_class_labels(make_pipeline, labels):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "quad"])
 def test_other_schedulers_swap_in(make_pipeline, scheduler, schedule):
     pipeline = make_pipeline(scheduler=VariationalDDPMScheduler(beta_schedule=schedule, timestep_spacing="iddpm"))
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    assert np.isfinite(run(pipeline)).all()
+    config = pipeline.scheduler.config
+    pipeline.scheduler = scheduler.from_config(config)
+    images = run(pipeline)
+    np.testing.assert_allclose(images, stock_images(pipeline.unet, scheduler.from_config(config)), atol=1e-5)
+    betas, schedule = pipeline.scheduler.betas.double(), VariationalDDPMScheduler.from_config(config).betas.double()
+    torch.testing.assert_close(betas, schedule, rtol=1e-6, atol=1e-9)  # the chain that was trained
 
 
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from ddpm_hf import DDPMUNet, NoisyClassifier
+from ddpm_hf import DDPMUNet, NoisyClassifier, VariationalDDPMScheduler
 from ddpm_hf.training.config import (
     PRESETS,
     ClassifierConfig,
@@ -31,12 +31,66 @@ def load(*argv):
     return load_config(["--output_dir", "/tmp/there/is/no/such/folder", *argv])[0]
 
 
+def assert_holds_what_the_file_says(config, path, but):
+    """All values of a preset are those of its file, and the others are defaults."""
+    defaults, file = dataclasses.asdict(type(config)()), yaml.safe_load(path.read_text())
+    assert file["output_dir"].startswith("runs/") and file["steps"] >= 1000
+    for key, value in dataclasses.asdict(config).items():
+        if key not in {"preset", "output_dir", *but}:
+            assert value == file.get(key, defaults[key]), key
+
+
+# in the comment of a preset -> how the config has it
+CLAIMS = {
+    r"([\d.]+) (?:M|million) parameters": lambda config, value: (
+        parameters(config) == pytest.approx(float(value) * 1e6, rel=0.5 / float(value))
+    ),
+    r"batch (\d+)(?! in all|\d)": lambda config, value: config.batch_size == int(value),
+    r"(?:Adam|learning rate) ([\de-]+)": lambda config, value: config.learning_rate == float(value),
+    r"EMA (0\.\d+)": lambda config, value: config.ema_decay == float(value),
+    r"dropout (0\.\d+|0)": lambda config, value: config.unet["dropout"] == float(value),
+    r"no (dropout)": lambda config, value: not config.unet.get("dropout"),
+    r"(\d+)k steps": lambda config, value: config.steps == 1000 * int(value),
+    r"([\d.]+)(?: million|M) steps": lambda config, value: config.steps == round(1e6 * float(value)),
+    r"attention at (\d+)x\d+[ ,]": lambda config, value: attention_sides(config)[:1] == [int(value)],
+    r"(clipping at 1)": lambda config, value: config.max_grad_norm == 1,
+    r"(no\s+clipping)": lambda config, value: config.max_grad_norm == float("inf"),
+    r"[^o] (flips)": lambda config, value: config.random_flip,
+    r"no (flips)": lambda config, value: not config.random_flip,
+    r"(learned variance)": lambda config, value: config.scheduler["variance_type"] == "learned_range",
+    r"([\d,]+) steps\s+of the cosine schedule": lambda config, value: (
+        (config.scheduler["beta_schedule"], config.scheduler["num_train_timesteps"])
+        == ("cosine", int(value.replace(",", "")))
+    ),
+}
+
+
+def parameters(config):
+    with torch.device("meta"):
+        return build(config)[0].num_parameters()
+
+
+def attention_sides(config):
+    """Sides of the images on which the network has attention on the way down, the largest first."""
+    return [config.image_size // 2**i for i, name in enumerate(config.unet["down_block_types"]) if "Attn" in name]
+
+
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_presets_name_their_source_and_load(preset, tmp_path):
+    """Each holds its file's values, and the numbers that its comment names."""
+    path = PRESETS / f"{preset}.yaml"
     data = ["--data", str(tmp_path)] if preset.endswith(("256", "imagenet64", "imagenet128")) else []
     config = load("--config", preset, *data)
-    assert config.steps >= 1000
-    assert (PRESETS / f"{preset}.yaml").read_text().startswith("#")
+    assert_holds_what_the_file_says(config, path, but={"data"} if data else ())
+    lines = path.read_text().splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    assert lines[0].startswith("#")
+    found = 0
+    for pattern, is_so in CLAIMS.items():
+        for value in re.findall(pattern, comment):
+            found += 1
+            assert is_so(config, value), (pattern, value)
+    assert found >= 4 or not re.search(r"[A-Z]\w+ et al\.|& Dhariwal|Ho, Jain", comment)  # of a paper's settings
 
 
 def test_command_line_beats_the_file(tmp_path):
@@ -442,8 +496,15 @@ def test_dry_run_shows_the_resolved_config():
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in ClassifierConfig.PRESETS.glob("*.yaml")))
 def test_presets_of_classifiers(preset):
+    """Each holds its file's values, and its process is that of the diffusion preset of its name."""
     config, _ = load_config(["--config", preset, "--output_dir", "/tmp/there/is/no/such/folder"], ClassifierConfig)
+    assert_holds_what_the_file_says(config, ClassifierConfig.PRESETS / f"{preset}.yaml", but=())
     assert config.classes == 10 and config.preset == preset
+    diffusion = load("--config", preset)
+    betas, guided = (VariationalDDPMScheduler(**each.scheduler).betas for each in (config, diffusion))
+    assert torch.equal(betas, guided)
+    for key in ("data", "image_size", "channels"):
+        assert getattr(config, key) == getattr(diffusion, key), key
 
 
 @pytest.mark.parametrize(
