@@ -12,7 +12,7 @@ from ddpm_hf import (
     ScoreObjective,
     VariationalDDPMScheduler,
 )
-from ddpm_hf.likelihood.ode import process_of
+from ddpm_hf.likelihood.solver import process_of
 from ddpm_hf.schedulers.sde import VESDE, VPSDE, SubVPSDE
 from support.golden_data import case_id, case_scheduler, golden_cases, images, network, randn
 

@@ -8,24 +8,23 @@ from typing import NamedTuple
 import torch
 
 from ddpm_hf.likelihood.bound import check_scheduler
-from ddpm_hf.likelihood.ode import (
-    clip_limits_of,
+from ddpm_hf.likelihood.solver import (
+    OdeOptions,
     clipped_score,
     is_centered,
     process_of,
     solve_in_batches,
     solve_ode,
-    start_time,
     to_process_range,
 )
 from ddpm_hf.schedulers.precision import to_float64
 
 
 class Encoding(NamedTuple):
-    """Images at the other end of the ODE."""
+    """The result of `encode` or `decode`: samples at the other end of the ODE."""
 
     sample: torch.Tensor  # (B, C, H, W)
-    evaluations: torch.Tensor  # (B,) int64: of the network for this image
+    evaluations: torch.Tensor  # (B,) int64: network evaluations for this image
 
 
 def encode(
@@ -43,23 +42,26 @@ def encode(
     max_evaluations: int = 2000,
     progress_bar: bool = False,
 ) -> Encoding:
-    """Images to the latents that the ODE takes them to: unique to the data's distribution, not to the network.
+    """Encode images as the latents to which the ODE takes them.
+
+    The latents of an exact network depend on the data's distribution alone, not on the network's architecture.
 
     Args:
         unet, process, class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar: as in
-            `ode_log_likelihood`; the network needs no gradients, so an `InferenceUNet` works too.
-        x_start: (B, C, H, W).
-        num_inference_steps: None for the adaptive solver; a number for as many steps of DDIM (eq. 13 there) up the chain of a
-            `VariationalDDPMScheduler`: fewer calls, and `decode` does not come back exactly.
+            `ode_log_likelihood`. The network needs no gradients, so an `InferenceUNet` works too.
+        x_start: (B, C, H, W) in [-1, 1].
+        num_inference_steps: None for the adaptive solver, or the number of DDIM steps (DDIM eq. 13) up the chain of a
+            `VariationalDDPMScheduler`, which take fewer network calls but are not inverted exactly by `decode`.
 
     Returns:
-        `Encoding` with `.sample` (B, C, H, W), x at t = 1: of standard deviation `prior_std` of the process.
+        `Encoding`; `.sample` is x at t = 1, (B, C, H, W), with the standard deviation `prior_std` of the process.
 
     Raises:
-        As `ode_log_likelihood`.
+        ValueError, OdeStopped: as `ode_log_likelihood`.
     """
-    how = unet, process, class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar
-    return _carry(to_process_range(process, x_start), True, num_inference_steps, *how)
+    options = OdeOptions(class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar)
+    x = to_process_range(process, x_start)
+    return _solve_with_options(unet, process, x, num_inference_steps, options, to_latents=True)
 
 
 def decode(
@@ -77,59 +79,92 @@ def decode(
     max_evaluations: int = 2000,
     progress_bar: bool = False,
 ) -> Encoding:
-    """Latents of `encode`, or noise, to images; arguments as there. `.sample` is x at t = eps, [-1, 1] but for stray values."""
-    how = unet, process, class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar
-    found = _carry(latents, False, num_inference_steps, *how)
-    return found if is_centered(process) else found._replace(sample=2 * found.sample - 1)
+    """Decode latents of `encode`, or noise, to images.
+
+    Args:
+        latents: (B, C, H, W), x at t = 1.
+        Others: as in `encode`.
+
+    Returns:
+        `Encoding`; `.sample` is x at t = eps, (B, C, H, W) in [-1, 1] up to stray values.
+
+    Raises:
+        ValueError, OdeStopped: as `ode_log_likelihood`.
+    """
+    options = OdeOptions(class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar)
+    result = _solve_with_options(unet, process, latents, num_inference_steps, options, to_latents=False)
+    return result if is_centered(process) else result._replace(sample=2 * result.sample - 1)
 
 
 def interpolate_latents(a: torch.Tensor, b: torch.Tensor, weights: list[float]) -> torch.Tensor:
-    """On the sphere from latents a to b, each (B, C, H, W) (DDIM eq. 67): (B * len(weights), C, H, W), of each pair in turn."""
+    """Interpolate on the sphere between latents a and b (DDIM eq. 67).
+
+    Args:
+        a, b: (B, C, H, W).
+        weights: numbers in [0, 1]; 0 gives a, 1 gives b.
+
+    Returns:
+        (B * len(weights), C, H, W): all interpolations of the first pair, then those of the second, and so on.
+    """
     x, y = to_float64(a), to_float64(b)
     angle = torch.nn.functional.cosine_similarity(x.flatten(1), y.flatten(1)).clamp(-1, 1).acos()
     weight = torch.tensor(weights, dtype=torch.float64, device=x.device)[None]
-    angle = angle[:, None].clamp(min=1e-6)  # nearly equal ones are mixed linearly
+    angle = angle[:, None].clamp(min=1e-6)  # almost linear for almost equal latents
     of_x, of_y = torch.sin((1 - weight) * angle) / angle.sin(), torch.sin(weight * angle) / angle.sin()
     mixed = of_x[..., None, None, None] * x[:, None] + of_y[..., None, None, None] * y[:, None]
     return mixed.flatten(0, 1).to(a)
 
 
-def _carry(
-    x, up, steps, unet, process, class_labels, eps, clip_sample, rtol, atol, batch_size, max_evaluations, progress_bar
-):
-    if steps is not None:
-        check_scheduler(process)
-        if eps is not None:
-            raise ValueError(f"eps={eps} is of the adaptive solver; leave it out with num_inference_steps")
-        name, sde, scheduler = "DDIM", process_of(process), copy.copy(process)
-        if clip_sample is not None:
-            scheduler.register_to_config(clip_sample=clip_sample, thresholding=False)  # of the copy
-        scheduler.set_timesteps(steps)
-        chain = scheduler.chain if up else scheduler.chain[::-1]
-        step = scheduler.reverse_step if up else partial(scheduler.step, eta=0.0)
-
-        @torch.no_grad()
-        def solve(part, network, bar):
-            for t in chain:
-                part = step(network(part, t), t, part).prev_sample
-                bar.update()
-            return part, len(chain)
+def _solve_with_options(unet, process, x, num_inference_steps, options, *, to_latents):
+    """`Encoding` of images x, or, if not to_latents, the images of latents x."""
+    if num_inference_steps is None:
+        sde, solve = _adaptive_solution(process, options, to_latents)
+        description = "encoding" if to_latents else "decoding"
     else:
-        sde = process_of(process)
-        eps, limits = start_time(sde, eps), clip_limits_of(process, clip_sample)
-        name, ends = ("encoding", (eps, 1.0)) if up else ("decoding", (1.0, eps))
+        sde, solve = _ddim_solution(process, num_inference_steps, options, to_latents)
+        description = "DDIM"
+    results = list(solve_in_batches(unet, sde, x, solve, options=options, description=description))
+    samples = [end.view(batch.shape).to(x) for batch, end, _ in results]
+    counts = [torch.full((len(batch),), evaluations) for batch, _, evaluations in results]
+    return Encoding(torch.cat(samples), torch.cat(counts))
 
-        @torch.no_grad()
-        def solve(part, network, bar):
-            def slope(t, state):
-                x_t = state.view(part.shape)
-                output = to_float64(network(x_t.to(part.device, network.dtype), sde.conditioning_times(t)))
-                score, _ = clipped_score(sde, t, x_t, output, limits)
-                return sde.reverse_drift(x_t, t, score, probability_flow=True).flatten(1)
 
-            return solve_ode(slope, to_float64(part.flatten(1)), None, *ends, rtol, atol, max_evaluations, bar)
+def _adaptive_solution(process, options, to_latents):
+    """The SDE, and the function that `solve_in_batches` calls for each batch."""
+    sde = process_of(process)
+    eps, limits = options.start_time(sde), options.clip_limits(process)
+    begin, end = (eps, 1.0) if to_latents else (1.0, eps)
 
-    found = list(solve_in_batches(unet, sde, x, class_labels, batch_size, name, progress_bar, solve))
-    parts = [end.view(part.shape).to(x) for part, end, _ in found]
-    counts = [torch.full((len(part),), evaluations) for part, _, evaluations in found]
-    return Encoding(torch.cat(parts), torch.cat(counts))
+    @torch.no_grad()
+    def solve(batch, network, bar):
+        def slope(t, state):
+            x_t = state.view(batch.shape)
+            output = to_float64(network(x_t.to(batch.device, network.dtype), sde.conditioning_times(t)))
+            score, _ = clipped_score(sde, t, x_t, output, limits)
+            return sde.reverse_drift(x_t, t, score, probability_flow=True).flatten(1)
+
+        return solve_ode(slope, to_float64(batch.flatten(1)), begin=begin, end=end, options=options, bar=bar)
+
+    return sde, solve
+
+
+def _ddim_solution(process, num_inference_steps, options, to_latents):
+    """As `_adaptive_solution`, in steps of DDIM up or down the chain of a `VariationalDDPMScheduler`."""
+    check_scheduler(process)
+    if options.eps is not None:
+        raise ValueError(f"eps={options.eps} is for the adaptive solver; leave it out with num_inference_steps")
+    sde, scheduler = process_of(process), copy.copy(process)
+    if options.clip_sample is not None:  # changes the copy's config only
+        scheduler.register_to_config(clip_sample=options.clip_sample, thresholding=False)
+    scheduler.set_timesteps(num_inference_steps)
+    chain = scheduler.chain if to_latents else scheduler.chain[::-1]
+    step = scheduler.reverse_step if to_latents else partial(scheduler.step, eta=0.0)
+
+    @torch.no_grad()
+    def solve(batch, network, bar):
+        for t in chain:
+            batch = step(network(batch, t), t, batch).prev_sample
+            bar.update()
+        return batch, len(chain)
+
+    return sde, solve

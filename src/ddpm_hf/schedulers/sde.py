@@ -49,9 +49,11 @@ class SDE:
     Attributes:
         prior_std: standard deviation of the normal distribution at t = 1, whose mean is 0.
         t_min: the time at which x_t is taken for data.
+        time_embedding_type: the embedding of a network that is made for the process's conditioning times.
     """
 
     prior_std = 1.0
+    time_embedding_type = "positional"
     t_min = 1e-5
 
     @checked_arguments(**SDE_RANGES)
@@ -278,6 +280,8 @@ class VESDE(SDE):
     Raises:
         ValueError: not 0 < sigma_min < sigma_max.
     """
+
+    time_embedding_type = "fourier"
 
     @checked_arguments(**SDE_RANGES)
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, N: int = 1000, prediction_type: str = "score"):

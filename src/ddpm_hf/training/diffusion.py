@@ -26,7 +26,8 @@ from ddpm_hf.extras import MissingExtra, require_extra
 from ddpm_hf.files.atomic import replacing_folder, write_text
 from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.hub.records import weights_digest
-from ddpm_hf.likelihood.ode import check_network, dequantized
+from ddpm_hf.likelihood.ode import dequantized
+from ddpm_hf.likelihood.solver import check_network
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.training.checkpoints import Checkpoints
 from ddpm_hf.training.config import ConfigError, TrainConfig, as_yaml, checkpoint_to_resume, image_size, nearest
