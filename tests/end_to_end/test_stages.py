@@ -11,7 +11,7 @@ import ddpm_hf
 from ddpm_hf import CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipeline
 from ddpm_hf.data.pixels import image_transform
 from ddpm_hf.data.sources import load_images
-from ddpm_hf.hub.upload import HubError
+from ddpm_hf.hub.errors import HubError
 from ddpm_hf.models.conditioning import downsample
 from ddpm_hf.training.config import ConfigError, load_config
 from support.elsewhere import ROUNDING, run_elsewhere

@@ -18,8 +18,9 @@ from ddpm_hf.data.sources import load_images
 from ddpm_hf.evaluation.images import load_tensor
 from ddpm_hf.evaluation.report_folder import check_out, data_of, held_out_of, own_folder
 from ddpm_hf.hub.card import card_text, evaluation_command, write_model_card
+from ddpm_hf.hub.contents import published_files
 from ddpm_hf.hub.records import weights_digest
-from ddpm_hf.hub.upload import published_files, push_folder
+from ddpm_hf.hub.upload import push_folder
 from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.training.diffusion import save_pipeline
 from support.scripts import script

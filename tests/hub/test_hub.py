@@ -20,8 +20,9 @@ from huggingface_hub import ModelCard, constants
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler
 from ddpm_hf.data.sources import digits, load_images
 from ddpm_hf.hub.card import model_card, write_model_card
+from ddpm_hf.hub.errors import HubError
 from ddpm_hf.hub.records import weights_digest
-from ddpm_hf.hub.upload import HubError, push_folder
+from ddpm_hf.hub.upload import push_folder
 from support.elsewhere import ROUNDING, open_elsewhere, run_elsewhere
 
 

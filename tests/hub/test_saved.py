@@ -20,8 +20,8 @@ from ddpm_hf import (
 )
 from ddpm_hf.files.guarded import read_json
 from ddpm_hf.hub.card import card_text, code, evaluation_command, write_model_card
+from ddpm_hf.hub.contents import published_files
 from ddpm_hf.hub.records import weights_digest
-from ddpm_hf.hub.upload import published_files
 
 TRAINING = {
     "data": "digits", "split": "train", "steps": 7, "batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 0.1,

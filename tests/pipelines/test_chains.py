@@ -13,6 +13,8 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler, VPSDEScheduler
+from ddpm_hf.pipelines.chain import prepared_scheduler, warn_once
+from ddpm_hf.pipelines.options import SamplingOptions
 
 MEAN, STD = 0.3, 0.2
 
@@ -149,7 +151,8 @@ def test_sigmas_whose_rounded_timesteps_are_equal(name, schedule, sigmas, steps)
     """Steps are between sigmas. Of the cosine the first timesteps are equal."""
     pipeline = exact_pipeline(VariationalDDPMScheduler(beta_schedule=schedule, clip_sample=False))
     pipeline.scheduler = scheduler_class(name).from_config(pipeline.scheduler.config, **{f"use_{sigmas}_sigmas": True})
-    chain, grey = pipeline._prepared_scheduler(steps, None, None).timesteps, torch.zeros(8, 1, 16, 16)
+    chain = prepared_scheduler(pipeline.scheduler, SamplingOptions(num_inference_steps=steps)).timesteps
+    grey = torch.zeros(8, 1, 16, 16)
     assert len(chain.unique()) < len(chain)
     images = pipeline(8, seeded(), steps, "latent").images
     on_the_way = pipeline.interpolate(grey, grey, [0.5], 980, num_inference_steps=steps, output_type="latent").images
@@ -245,10 +248,9 @@ def test_calls_do_not_share_a_solvers_memory(name):
     pipeline.scheduler = scheduler_class(name).from_config(pipeline.scheduler.config)
 
     def chain(seed):
-        sample, scheduler, step = pipeline._prepare(2, seeded(seed), 10, None, None, None)
-        for t in scheduler.timesteps:
-            sample = step(t, sample)[1]
-            yield sample
+        sampling = pipeline._prepare(2, SamplingOptions(seeded(seed), 10))
+        for step in pipeline._denoise(sampling, sampling.noise):
+            yield step.sample
 
     alone = [list(chain(seed))[-1] for seed in (0, 1)]
     in_turn = list(zip(chain(0), chain(1)))[-1]
@@ -397,9 +399,7 @@ def test_wrong_generators(make_pipeline, generator, message):
     ],
 )
 def test_noise_in_the_middle_of_the_process_is_warned_of(make_pipeline, logged, scheduler, kwargs, signal):
-    from ddpm_hf.pipelines.ddpm import _warn_once
-
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     pipeline = make_pipeline(scheduler=VariationalDDPMScheduler(**scheduler))
     for _ in range(2):
         pipeline(**kwargs)

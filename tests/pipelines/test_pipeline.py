@@ -1,4 +1,3 @@
-import ast
 import importlib
 import inspect
 import json
@@ -23,7 +22,6 @@ from diffusers.utils.torch_utils import randn_tensor
 import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
 from ddpm_hf.hub.card import has_our_card, write_model_card
-from ddpm_hf.hub.source import self_contained_source
 from support.elsewhere import ROUNDING, open_elsewhere
 
 
@@ -315,30 +313,6 @@ def test_learned_variance_fails_loudly_in_stock_classes(make_pipeline, tmp_path)
     assert DDPMImagePipeline.from_pretrained(tmp_path).scheduler.variance_type == "learned"
     with pytest.raises(RuntimeError):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)(num_inference_steps=2)
-
-
-@pytest.mark.parametrize("module", ["pipelines.ddpm", "pipelines.super_resolution", "models.classifier"])
-def test_the_published_source_imports_nothing_of_the_package(module):
-    source = self_contained_source(f"ddpm_hf.{module}")
-    compile(source, "pipeline.py", "exec")
-    assert "ddpm_hf" not in "\n".join(
-        line for line in source.splitlines() if line.lstrip().startswith(("import", "from"))
-    )
-    assert "from ." not in source
-    names = [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    assert len(names) == len(set(names))  # of different modules, now in one
-
-
-def test_names_of_published_modules_do_not_collide():
-    """They become one module: a name of two would stand for the last."""
-    tree = ast.parse(self_contained_source("ddpm_hf.pipelines.super_resolution"))
-    names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    for node in tree.body:
-        names += [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
-    twice = {name for name in names if names.count(name) > 1}
-    assert twice <= {"logger"} and {"checked_arguments", "DDPMUNet", "VPSDEScheduler", "DDPMImagePipeline"} <= set(
-        names
-    )
 
 
 def test_modules_are_attributes_of_the_package():

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from ddpm_hf import DDPMImagePipeline
-from ddpm_hf.hub.upload import HubError
+from ddpm_hf.hub.errors import HubError
 from ddpm_hf.training.config import ConfigError, TrainConfig
 from ddpm_hf.training.publisher import Publisher
 from support.scripts import script

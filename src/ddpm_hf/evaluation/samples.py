@@ -18,7 +18,7 @@ from ddpm_hf.evaluation.sheets import as_images, as_sheet, captions_of, class_co
 from ddpm_hf.models.conditioning import downsample
 from ddpm_hf.pipelines.cascade import CascadePipeline
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
-from ddpm_hf.pipelines.guidance import label_ids
+from ddpm_hf.pipelines.labels import label_ids
 from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
 
 INTERPOLATION_WEIGHTS = [i / 8 for i in range(9)]

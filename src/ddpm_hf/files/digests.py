@@ -9,7 +9,7 @@ DIGESTS = "digests.json"  # file name -> SHA-256 in hexadecimal
 
 def write_digests(folder: Path) -> None:
     """Writes the digests of all files of a folder into it. To be called last, before the folder gets its name."""
-    digests = {name: _digest(path) for name, path in _files(folder).items()}
+    digests = {name: file_sha256(path) for name, path in _files(folder).items()}
     (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
@@ -33,7 +33,7 @@ def check_digests(folder: Path, name: str | None = None) -> None:
             raise ValueError(f"{each} is missing")
         if each not in expected:
             raise ValueError(f"{each} is not a part of it")
-        if _digest(found[each]) != expected[each]:
+        if file_sha256(found[each]) != expected[each]:
             raise ValueError(f"{each} is damaged")
 
 
@@ -43,6 +43,7 @@ def _files(folder):
     return {path.name: path for path in paths}
 
 
-def _digest(path):
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,8 +8,16 @@ def sorted_json(value: dict) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
+def saved_class(cls: type) -> type:
+    """The class that instances are saved as: the nearest one, itself included, whose own body says how it is saved.
+
+    So a user's bare subclass is saved, and opened again, as the class of this package behind it.
+    """
+    return next(base for base in cls.__mro__ if vars(base).keys() & {"stock_class", "stands_for", "source_name"})
+
+
 class SavedConfig:
-    """A network or a scheduler that says how it is saved and opened; a base class, listed before diffusers' `ConfigMixin`.
+    """A part of a pipeline that says how it is saved and opened; a base class, listed before diffusers' `ConfigMixin`.
 
     Class attributes, which subclasses inherit:
         stock_class: the diffusers class under whose name it is saved because that class opens it too; None for its own name.
@@ -23,7 +31,7 @@ class SavedConfig:
     source_name: str | None = None
 
     def to_json_string(self) -> str:
-        """The config as JSON, under the name of `stock_class` where there is one."""
+        """The config as JSON, under the name of `stock_class`, or where there is none, of the class that it is saved as."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
-        return sorted_json(config | ({"_class_name": self.stock_class} if self.stock_class else {}))
+        return sorted_json(config | {"_class_name": self.stock_class or saved_class(type(self)).__name__})

@@ -14,7 +14,7 @@ from ddpm_hf.arguments import sides
 from ddpm_hf.files.atomic import final_name, write_text
 from ddpm_hf.files.guarded import COUNT, NULL, NUMBER, WORD, Kind, check_values, naming, read_json, read_text
 from ddpm_hf.files.pipeline_folder import PARTS, STAGES, component_classes, read_config
-from ddpm_hf.hub.records import told_of
+from ddpm_hf.hub.records import records_of
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.schedulers.ddpm import LEARNED_VARIANCES
@@ -134,8 +134,8 @@ def model_card(
     own_settings = scheduler.get("_ddpm_hf") or {}
     check_values(own_settings, SCHEDULER, folder / "scheduler/scheduler_config.json")
     scheduler |= own_settings
-    told = told_of(folder)
-    training, evaluation = told.get("training"), told.get("evaluation")
+    records = records_of(folder)
+    training, evaluation = records.get("training"), records.get("evaluation")
     data_id = (training or {}).get("hub_dataset") or ""
     low = check_values(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]
     low = low and "x".join(map(str, low))

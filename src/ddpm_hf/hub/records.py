@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+import re
+import shutil
 from pathlib import Path
 
+from ddpm_hf.files.digests import file_sha256
 from ddpm_hf.files.guarded import (
     COUNT,
     INTEGER,
     NULL,
     NUMBER,
+    PICTURE_BYTES,
     SHARE,
     TEXT,
     WORD,
@@ -18,9 +22,13 @@ from ddpm_hf.files.guarded import (
     read_json,
 )
 from ddpm_hf.files.label_names import are_label_names
-from ddpm_hf.files.pipeline_folder import variants_in
+from ddpm_hf.files.pipeline_folder import STAGES, variants_in
 
 NAMES = Kind("a list of at most 100,000 texts of 500 characters", are_label_names)
+
+
+# the files that describe a run: its record, how the weights were measured, and their pictures
+RECORD = re.compile(r"(training|evaluation)\.(json|csv|png)|samples\.png")
 
 
 VERSIONS = Kind(
@@ -101,21 +109,30 @@ def weights_digest(folder: Path) -> str | None:
     return digest.hexdigest() if paths else None
 
 
-def told_of(folder: Path, pipeline_folder: Path | None = None) -> dict[str, dict | None]:
-    """training.json and evaluation.json of a saved pipeline by "training" and "evaluation": of other weights they are None.
+def records_of(folder: Path, pipeline_folder: Path | None = None) -> dict[str, dict | None]:
+    """The records of a saved pipeline, by "training" and "evaluation": None for a record of other weights.
 
-    What is not there is left out. Raises ValueError for what training/train.py and evaluate.py do not write.
-    pipeline_folder: where `folder` is that of a stage in it.
+    Records that do not exist are left out. Raises ValueError for what training/train.py and evaluate.py do not write.
+
+    Args:
+        folder: of the pipeline.
+        pipeline_folder: the folder of the cascade, if `folder` is that of a stage in it.
     """
-    now, found = weights_digest(folder), {}
+    digest, records = weights_digest(folder), {}
     for name in ("training", "evaluation"):
         path = folder / f"{name}.json"
         if os.path.lexists(path):
             values = read_record(path, pipeline_folder or folder)
-            found[name] = values if values["weights"] in (None, now) else None
-    return found
+            records[name] = values if values["weights"] in (None, digest) else None
+    return records
 
 
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def copy_record(source: Path | None, folder: Path) -> None:
+    """Copies card, license, pictures and numbers of the pipeline in `source` and its stages, where the weights are the same."""
+    for stage in ("", *STAGES) if source else ():
+        old, new = source / stage, folder / stage
+        has_networks = (old / "unet").is_dir() and (new / "unet").is_dir()
+        if has_networks and weights_digest(old) == weights_digest(new) is not None:
+            for path in old.iterdir():
+                if RECORD.fullmatch(path.name) or path.name in ("README.md", "LICENSE"):
+                    shutil.copyfile(check_file(path, source, PICTURE_BYTES), new / path.name)

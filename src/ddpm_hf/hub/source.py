@@ -1,37 +1,220 @@
-"""The source that is published beside weights: a pipeline and its parts in one file that needs no package."""
+"""The source that is published beside weights: one readable file with a pipeline and its parts that needs no package.
 
-import importlib
-import inspect
+It is made from the sources of this package by their syntax trees: the classes that are saved, and every top-level definition
+that they use, as they are written. What only the package can do, such as uploading or compiling, is not published: the classes
+of `stand_ins.py` take the place of the package's classes of the same names.
+"""
+
+import ast
+import functools
 import os
-import re
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
 
+from ddpm_hf import __version__
 from ddpm_hf.files.atomic import write_text
+from ddpm_hf.files.saved_config import saved_class
+
+PACKAGE = Path(__file__).parents[1]
+STAND_INS = "ddpm_hf.hub.stand_ins"
 
 
-def write_source(module: str, folder: str | os.PathLike, name: str = "pipeline") -> None:
-    """Writes `self_contained_source` of a module as <folder>/<name>.py."""
+# a tuple of classes, of which a published file has those that it contains
+REGISTRY = ("ddpm_hf.schedulers", "SCHEDULERS")
+
+
+# stand-ins that are for files without this class alone
+STAND_INS_WITHOUT = {"classifier_gradient": "NoisyClassifier"}
+
+
+HEADER = (
+    "Published beside the weights by ddpm-hf {version}, for use without that package: it needs torch, diffusers and numpy. Its "
+    "parts are taken as they are from the package's {files}.",
+    "With the package (`pip install ddpm-hf`) this file is not executed: `from ddpm_hf import {name}`, then "
+    "`{name}.from_pretrained(...)`, which also checks the files, measures likelihoods, and publishes.",
+)
+
+
+class Definition(NamedTuple):
+    """A top-level name of the package."""
+
+    module: str  # "ddpm_hf.models.unet"
+    name: str
+
+
+def write_source(folder: str | os.PathLike, name: str, classes: Iterable[type]) -> None:
+    """Writes `published_source` of these classes as <folder>/<name>.py."""
     os.makedirs(folder, exist_ok=True)
-    write_text(os.path.join(folder, f"{name}.py"), self_contained_source(module))
+    write_text(os.path.join(folder, f"{name}.py"), published_source(classes))
 
 
-def self_contained_source(module: str) -> str:
-    """The source of a module and of those of this package that it imports, as one that imports nothing of this package."""
-    sources = {}
+def published_source(classes: Iterable[type]) -> str:
+    """One file with the classes of this package that `classes` are saved as, and all that these use.
 
-    def add(name):
-        text = inspect.getsource(importlib.import_module(name)).strip()
-        for part in re.findall(r"^from (ddpm_hf\.[\w.]+) import", text, flags=re.MULTILINE):
-            if part not in sources:
-                add(part)
-        sources[name] = text
+    Raises:
+        ValueError: two definitions of one name, or a top-level statement that cannot be moved to another file.
+    """
+    saved = [saved_class(cls) for cls in classes]
+    return _published_source(tuple(dict.fromkeys(Definition(cls.__module__, cls.__name__) for cls in saved)))
 
-    add(module)
-    return (
-        re.sub(
-            r"^from ddpm_hf\.[\w.]+ import (\([^)]+\)|[\w, ]+)\n",
-            "",
-            "\n\n\n".join(sources.values()),
-            flags=re.MULTILINE,
-        )
-        + "\n"
-    )
+
+@functools.lru_cache(maxsize=16)
+def _published_source(roots):
+    return _File(roots).text()
+
+
+class _Module:
+    """A file of the package: its top-level statements by the names that they define, and its imports."""
+
+    def __init__(self, name):
+        path = PACKAGE.joinpath(*name.split(".")[1:])
+        self.path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        source = self.path.read_text(encoding="utf-8")
+        self.lines, self.body = source.split("\n"), ast.parse(source).body
+        self.statements = {}  # name -> indices of the statements that define it
+        self.ours, self.others = {}, {}  # local name -> what it is imported from
+        for index, node in enumerate(self.body):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                self._add_import(node)
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                self.statements.setdefault(node.name, []).append(index)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+                for name in names:
+                    self.statements.setdefault(name, []).append(index)
+            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # a docstring
+                raise ValueError(f"{self.path}, line {node.lineno}: this statement cannot be published; define a name")
+
+    def _add_import(self, node):
+        for alias in node.names:
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module and module.partition(".")[0] == "ddpm_hf":
+                if alias.asname:
+                    raise ValueError(f"{self.path}, line {node.lineno}: an import of this package under another name")
+                self.ours[alias.name] = Definition(module, alias.name)
+            else:
+                self.others[alias.asname or alias.name.partition(".")[0]] = (module, alias.name, alias.asname)
+
+    def mentions(self, name):
+        """All names that the definition of `name` mentions."""
+        nodes = (node for index in self.statements[name] for node in ast.walk(self.body[index]))
+        return {node.id for node in nodes if isinstance(node, ast.Name)}
+
+    def text(self, index):
+        """A statement as it is written, with its decorators and the comment lines above it."""
+        node = self.body[index]
+        start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))]) - 1
+        while start > 0 and self.lines[start - 1].startswith("#"):
+            start -= 1
+        return "\n".join(self.lines[start : node.end_lineno])
+
+
+@functools.cache
+def _module(name):
+    return _Module(name)
+
+
+class _File:
+    """A published file: the definitions that are in it."""
+
+    def __init__(self, roots):
+        self.roots = roots
+        names = {root.name for root in roots}
+        stand_ins = _module(STAND_INS).statements
+        self.stand_ins = {name for name in stand_ins if STAND_INS_WITHOUT.get(name) not in names}
+        self.used, left = set(), [self.resolved(root) for root in roots]
+        while left:
+            definition = left.pop()
+            if definition not in self.used:
+                self.used.add(definition)
+                left += () if definition == REGISTRY else self.uses(definition)
+        self.check_names()
+
+    def resolved(self, definition):
+        """Where a name is defined: its stand-in if it has one, or what its module imports it from."""
+        if definition.name in self.stand_ins:
+            return Definition(STAND_INS, definition.name)
+        module = _module(definition.module)
+        return definition if definition.name in module.statements else self.resolved(module.ours[definition.name])
+
+    def uses(self, definition):
+        """The definitions of this package that one mentions."""
+        module = _module(definition.module)
+        for name in sorted(module.mentions(definition.name)):
+            if name in module.statements:
+                yield Definition(definition.module, name)
+            elif name in module.ours:
+                yield self.resolved(module.ours[name])
+
+    def check_names(self):
+        """Raises ValueError unless each name has one meaning; statements that are the same word by word may be there twice."""
+        meanings = {}
+        for definition in sorted(self.used):
+            module = _module(definition.module)
+            text = "\n".join(module.text(index) for index in module.statements[definition.name])
+            meanings.setdefault(definition.name, {})[text] = definition.module
+        for definition in self.used:
+            for name in _module(definition.module).others.keys() & meanings.keys():
+                meanings[name]["an import"] = definition.module
+        for name, modules in meanings.items():
+            if len(modules) > 1:
+                raise ValueError(
+                    f"{name} means different things in {' and '.join(modules.values())}, which are published in one file; "
+                    "rename it"
+                )
+
+    def text(self):
+        texts, files = [], []
+        for name in self.modules():
+            module = _module(name)
+            files.append(module.path.relative_to(PACKAGE).as_posix())
+            names = [definition.name for definition in self.used if definition.module == name]
+            for index in sorted({index for each in names for index in module.statements[each]}):
+                text = self.registry() if (name, *names) == REGISTRY else module.text(index)
+                texts += [text] if text not in texts else []
+        values = {"name": self.roots[0].name, "version": __version__, "files": ", ".join(files)}
+        header = [f"{self.roots[0].name} and what it needs, in one file.", ""]
+        for paragraph in HEADER:
+            header += textwrap.wrap(paragraph.format(**values), 120, break_on_hyphens=False)
+        header = '"""' + "\n".join(header) + '\n"""'
+        return "\n\n\n".join((f"{header}\n\n{self.imports()}", *texts)) + "\n"
+
+    def registry(self):
+        """The tuple of classes, with those that are in the file."""
+        module = _module(REGISTRY[0])
+        classes = module.body[module.statements[REGISTRY[1]][0]].value.elts
+        names = [node.id for node in classes if self.resolved(module.ours[node.id]) in self.used]
+        return f"{REGISTRY[1]} = ({', '.join(names)}{',' if len(names) == 1 else ''})"
+
+    def modules(self):
+        """The modules of the definitions, each behind those that it imports from."""
+        names, ordered, seen = {definition.module for definition in self.used}, [], set()
+
+        def add(name):
+            if name not in seen:
+                seen.add(name)
+                for definition in _module(name).ours.values():
+                    add(self.resolved(definition).module)
+                ordered.append(name)
+
+        for name in sorted(names):
+            add(name)
+        return [name for name in ordered if name in names]
+
+    def imports(self):
+        """The imports of other packages that the definitions need, the standard library's first."""
+        found = set()
+        for definition in self.used - {REGISTRY}:
+            module = _module(definition.module)
+            found |= {module.others[name] for name in module.mentions(definition.name) & module.others.keys()}
+        lines = sorted(f"import {name}{f' as {other}' if other else ''}" for module, name, other in found if not module)
+        for module in sorted({module for module, *_ in found if module}):
+            names = sorted(f"{name} as {other}" if other else name for its, name, other in found if its == module)
+            line = f"from {module} import {', '.join(names)}"
+            lines.append(line if len(line) <= 120 else f"from {module} import (\n    " + ",\n    ".join(names) + ",\n)")
+        standard = [line for line in lines if line.split()[1].partition(".")[0] in sys.stdlib_module_names]
+        return "\n".join(standard) + "\n\n" + "\n".join(line for line in lines if line not in standard)

@@ -1,23 +1,17 @@
 """Two pipelines in a row: small images, then larger ones (ADM, section 5)."""
 
-import json
-import os
-from pathlib import Path
-
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
 from ddpm_hf.arguments import sides
-from ddpm_hf.files.guarded import is_inside, read_json
-from ddpm_hf.files.pipeline_folder import STAGES, component_classes
-from ddpm_hf.hub.source import write_source
-from ddpm_hf.hub.upload import Published
-from ddpm_hf.pipelines.ddpm import WHERE, DDPMImagePipeline, local_folder
-from ddpm_hf.pipelines.guidance import NamedClasses, check_names
+from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
+from ddpm_hf.pipelines.index import SavedPipeline
+from ddpm_hf.pipelines.labels import NamedClasses, check_names
+from ddpm_hf.pipelines.packaged import PackagedCascade
 from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
 
 
-class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
+class CascadePipeline(NamedClasses, SavedPipeline, PackagedCascade, DiffusionPipeline):
     """Two stages: a `DDPMImagePipeline` draws small images, a `DDPMSuperResolutionPipeline` makes them larger (ADM, section 5).
 
     It is saved to one folder, a sub-folder for each stage, which is a whole pipeline itself.
@@ -29,6 +23,9 @@ class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
     Raises:
         ValueError: images of the base that the upsampler does not take, or other classes.
     """
+
+    stock_class = None
+    stage_classes = {"base": DDPMImagePipeline, "upsampler": DDPMSuperResolutionPipeline}
 
     def __init__(self, base: DDPMImagePipeline, upsampler: DDPMSuperResolutionPipeline):
         super().__init__()
@@ -46,40 +43,6 @@ class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
     def class_names(self) -> list[str] | None:
         """Names of the labels 0, 1, ... of the stages; None if not known."""
         return self.upsampler.class_names if self.base.class_names is None else self.base.class_names
-
-    @property
-    def folder(self) -> Path | None:
-        """The local folder, or the snapshot of the Hub, that both stages were opened from; None if from neither."""
-        folders = {stage.folder and stage.folder.parent for stage in (self.base, self.upsampler)}
-        folder = folders.pop() if len(folders) == 1 else None
-        return folder if folder and (folder / "model_index.json").is_file() else None
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """diffusers' hook for reading `model_index.json`."""
-        return read_json(Path(json_file))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CascadePipeline":
-        """Opens both stages of a folder or of a repository on the Hub; arguments as those of their own.
-
-        Stages can be given in place of the folder's, as base= and upsampler=.
-        """
-        path = pretrained_model_name_or_path
-        index = super().load_config(path, **{name: kwargs[name] for name in WHERE if name in kwargs})
-        missing = [stage for stage in STAGES if stage not in component_classes(index, path, STAGES)]
-        folder = local_folder(path, all_files=True, **kwargs)
-        stages = {stage: kwargs.pop(stage) for stage in STAGES if stage in kwargs}
-        opened = [stage for stage in STAGES if stage not in stages]
-        missing += [stage for stage in opened if not (folder / stage).is_dir() or not is_inside(folder / stage, folder)]
-        if missing:
-            raise ValueError(f"{path} is no cascade: it has no folder {missing[0]} of its own")
-        kwargs = {name: value for name, value in kwargs.items() if name not in WHERE}
-        kinds = dict(zip(STAGES, (DDPMImagePipeline, DDPMSuperResolutionPipeline)))
-        stages |= {stage: kinds[stage].from_pretrained(folder / stage, **kwargs) for stage in opened}
-        pipeline = cls(**stages)
-        pipeline.register_to_config(_name_or_path=str(path))
-        return pipeline
 
     @torch.no_grad()
     def __call__(
@@ -109,21 +72,20 @@ class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
         Returns:
             `ImagePipelineOutput` with `.images` of the upsampler.
         """
-        first, second = dict(kwargs), dict(upsampler_kwargs or {})
-        # to those that know classes
-        takers = [
-            told
-            for told, stage in ((first, self.base), (second, self.upsampler))
-            if stage.takes_labels or told.get("classifier_scale") is not None
+        base_kwargs, upsampler_kwargs = dict(kwargs), dict(upsampler_kwargs or {})
+        with_classes = [
+            stage_kwargs
+            for stage_kwargs, stage in ((base_kwargs, self.base), (upsampler_kwargs, self.upsampler))
+            if stage.takes_labels or stage_kwargs.get("classifier_scale") is not None
         ]
-        if class_labels is not None and not takers:
+        if class_labels is not None and not with_classes:
             raise ValueError("class_labels were given, but neither stage has classes; leave them out")
-        for told in takers:
-            told.setdefault("class_labels", class_labels)
-        second |= dict(noise_level=noise_level, output_type=output_type)
-        self.upsampler.check(batch_size, generator, upsampler_steps, **second)  # before the first stage is computed
-        small = self.base(batch_size, generator, num_inference_steps, "latent", **first).images.clamp(-1, 1)
-        return self.upsampler(small, generator, upsampler_steps, return_dict=return_dict, **second)
+        for stage_kwargs in with_classes:
+            stage_kwargs.setdefault("class_labels", class_labels)
+        upsampler_kwargs |= dict(noise_level=noise_level, output_type=output_type)
+        self.upsampler.check(batch_size, generator, upsampler_steps, **upsampler_kwargs)  # before the base computes
+        small = self.base(batch_size, generator, num_inference_steps, "latent", **base_kwargs).images.clamp(-1, 1)
+        return self.upsampler(small, generator, upsampler_steps, return_dict=return_dict, **upsampler_kwargs)
 
     def to(self, *args, **kwargs) -> "CascadePipeline":
         """Moves both stages, as diffusers' method."""
@@ -143,15 +105,3 @@ class CascadePipeline(NamedClasses, Published, DiffusionPipeline):
         """Of both stages, as diffusers' method."""
         for stage in (self.base, self.upsampler):
             stage.set_progress_bar_config(**kwargs)
-
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Writes `model_index.json`, and `pipeline.py` with this class and its parts in one self-contained file."""
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        write_source(__name__, save_directory)
-
-    def to_json_string(self) -> str:
-        """The pipeline's index as it is saved: each class stands in the `pipeline.py` of its folder."""
-        index = json.loads(super().to_json_string())
-        index.pop("_name_or_path", None)
-        index |= {"base": ["pipeline", "DDPMImagePipeline"], "upsampler": ["pipeline", "DDPMSuperResolutionPipeline"]}
-        return json.dumps({**index, "_class_name": ["pipeline", "CascadePipeline"]}, indent=2, sort_keys=True) + "\n"

@@ -1,12 +1,14 @@
 """Guidance of sampling by class: classifier-free (Ho & Salimans 2021), and by a classifier of noisy images (ADM, section 4)."""
 
-import difflib
+import copy
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from ddpm_hf.arguments import shown, sides
-from ddpm_hf.models.classifier import NoisyClassifier
+from ddpm_hf.arguments import sides
+from ddpm_hf.pipelines.labels import check_names
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.prediction import PREDICTION_TYPES, score_weights
 
@@ -68,76 +70,127 @@ def sigma_at(scheduler, t) -> float:
     return a + (float(t) - low) * (b - a)
 
 
-def label_ids(names: list[str], class_names: list[str] | None, argument: str = "label") -> list[int]:
-    """The label of each name; `class_names` are those of the labels 0, 1, ..., `argument` is named in messages.
-
-    Raises:
-        ValueError: a name that is not among them, with the nearest ones; no names are known.
-    """
-    for name in names:
-        if class_names is None:
-            raise ValueError(f"{argument}={shown(name)}: the names of the classes are not known; give numbers")
-        if name not in class_names:
-            lower = {each.lower(): each for each in class_names}
-            near = difflib.get_close_matches(str(name).lower(), lower)
-            near = [lower[each] for each in near] or [each for key, each in lower.items() if str(name).lower() in key]
-            hint = f"did you mean {' or '.join(map(shown, near[:3]))}?" if near else f"known: {shown(class_names)}"
-            raise ValueError(f"{argument}={shown(name)} is not the name of a class; {hint}")
-    return [class_names.index(name) for name in names]
-
-
-class NamedClasses:
-    """What a pipeline has of the names of its classes, before diffusers' `DiffusionPipeline` among its bases."""
-
-    class_names = None  # of the labels 0, 1, ...; None where they are not known
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Class name -> label, as diffusers' `DiTPipeline` has it; empty where the names are not known."""
-        return {name: label for label, name in enumerate(self.class_names or [])}
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """The labels of class names, or of one, as diffusers' `DiTPipeline`; `class_labels` takes the names, too.
-
-        Raises:
-            ValueError: an unknown name, with the nearest ones.
-        """
-        return label_ids([label] if isinstance(label, str) else list(label), self.class_names)
-
-
-def check_names(class_names: list[str] | None, others: list[str] | None, of: tuple[str, str]) -> None:
-    """Whether labels mean the same in two networks or data sets, where the names of both are known.
+@dataclass
+class GuidedNetwork:
+    """The network of one sampling call, with classifier-free guidance if there is a scale.
 
     Args:
-        of: whose names these are, for the message, as ("the network", "the classifier").
+        network: called as a `DDPMUNet`.
+        channels: of the images. The network's output may have twice as many, with its variance behind the mean.
+        class_labels: (B,); None of an unconditional network.
+        scale: of `classifier_free`, (B or 1, 1, 1, 1); None for one call of the network without guidance.
+        null_class: the label of no class.
+        with_variance: whether the output keeps the channels of the variance.
+    """
+
+    network: Callable
+    channels: int
+    class_labels: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    null_class: int | None = None
+    with_variance: bool = True
+
+    def __post_init__(self):
+        self._labels = self.class_labels
+        if self.scale is not None:  # both in one call
+            self._labels = torch.cat((self.class_labels, torch.full_like(self.class_labels, self.null_class)))
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The output at x_t (B, C, H, W) and the timestep t (): (B, C, H, W), or (B, 2 C, H, W) with the variance."""
+        if self.scale is None:
+            output = self.network(x_t, t, class_labels=self._labels, return_dict=False)[0]
+        else:
+            output = self.network(torch.cat((x_t, x_t)), t, class_labels=self._labels, return_dict=False)[0]
+            output = classifier_free(*output.chunk(2), self.scale, self.channels)
+        if not self.with_variance and output.shape[1] == 2 * self.channels:
+            output = output[:, : self.channels]
+        return output
+
+
+def classifier_free_arguments(pipeline, class_labels: torch.Tensor | None, guidance_scale, batch_size: int) -> dict:
+    """`class_labels`, `scale` and `null_class` of `GuidedNetwork` for a pipeline's network.
 
     Raises:
-        ValueError: other names, or the same in another order.
+        ValueError: a scale that is no number, without labels, or of a network that was trained without label dropout; no
+            labels of a network that needs them.
     """
-    if class_names is None or others is None or class_names == others:
-        return
-    at = next((i for i, (a, b) in enumerate(zip(class_names, others)) if a != b), min(len(class_names), len(others)))
-    a, b = (shown(names[at]) if at < len(names) else "none" for names in (class_names, others))
-    raise ValueError(
-        f"label {at} is {a} of {of[0]}, {b} of {of[1]}: their classes must have the same names in one order"
+    null = getattr(pipeline.unet, "null_class", None)
+    scale = None if guidance_scale is None else scales("guidance_scale", guidance_scale, batch_size)
+    if scale is not None and (null is None or class_labels is None):
+        needed = "class_labels: give them" if null is not None else "a network trained with label dropout (null_class)"
+        raise ValueError(f"guidance_scale={guidance_scale} needs {needed}, or leave it out")
+    if class_labels is None and null is not None:
+        class_labels = torch.full((batch_size,), null, device=pipeline._execution_device)
+    if class_labels is None and pipeline.takes_labels:
+        raise ValueError("class_labels are missing: this network is class-conditional; give one for each image")
+    labels = class_labels if pipeline.takes_labels else None  # else they are the classifier's
+    if scale is None or (scale == 1).all():
+        return {"class_labels": labels}
+    return {"class_labels": labels, "scale": scale.to(pipeline._execution_device), "null_class": null}
+
+
+@dataclass
+class ClassifierGradient:
+    """Guidance by a classifier, with a scale (B or 1, 1, 1, 1) and class labels y (B,)."""
+
+    classifier: torch.nn.Module
+    class_labels: torch.Tensor
+    scale: torch.Tensor
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The gradient of scale * log p(y | x_t) by x_t, (B, C, H, W), float32."""
+        return self.classifier.gradient(x_t, t, self.class_labels, self.scale)
+
+    def shifted(self, model_output: torch.Tensor, x_t: torch.Tensor, scheduler, t: torch.Tensor) -> torch.Tensor:
+        """`shifted_output` by the gradient at x_t."""
+        return shifted_output(model_output, self(x_t, t), scheduler, t)
+
+
+def classifier_gradient(
+    pipeline, class_labels: torch.Tensor | None, classifier_scale, batch_size: int
+) -> ClassifierGradient | None:
+    """What guides a pipeline's steps by its classifier, computed in float32 and evaluation mode; None for no guidance.
+
+    Raises:
+        ValueError: a scale that is no number, without labels or a classifier; a classifier of other images or another process.
+    """
+    scale = None if classifier_scale is None else scales("classifier_scale", classifier_scale, batch_size)
+    if scale is None:
+        return None
+    classifier, unet = pipeline.classifier, pipeline.unet
+    if classifier is None or class_labels is None:
+        needed = "class_labels" if classifier is not None else "a classifier: DDPMImagePipeline(..., classifier=)"
+        raise ValueError(f"classifier_scale={classifier_scale} needs {needed}")
+    check_classifier(
+        classifier,
+        pipeline.scheduler,
+        num_classes=getattr(unet, "num_classes", None),
+        channels=pipeline.channels,
+        sample_size=unet.config.sample_size,
+        class_names=getattr(unet, "class_names", None),
     )
+    if (scale == 0).all():
+        return None
+    if classifier.dtype != torch.float32 or classifier.training:
+        classifier = copy.deepcopy(classifier).float().eval()
+    return ClassifierGradient(classifier, class_labels, scale.to(pipeline._execution_device))
 
 
 def check_classifier(
-    classifier: NoisyClassifier,
+    classifier: torch.nn.Module,
     scheduler,
-    classes: int | None,
+    *,
+    num_classes: int | None,
     channels: int,
     sample_size: int | tuple[int, int] | None,
     class_names: list[str] | None = None,
 ) -> None:
-    """Whether a classifier was trained on what the network is asked for, by their saved configs.
+    """Compares the configs of a `NoisyClassifier`, and of the network and the scheduler that it is to guide.
 
     Args:
-        scheduler: whose steps are to be guided.
-        classes: of the network's labels; None for a network without.
-        channels, sample_size: of its images; None for any size.
-        class_names: of the network's labels, compared where the classifier's are known too.
+        num_classes: of the network; None for one without classes.
+        channels, sample_size: of the network's images; None for any size.
+        class_names: of the network, compared if the classifier's are known too.
 
     Raises:
         ValueError: other classes, channels or image size than the network's; another process than the scheduler's; a scheduler
@@ -145,7 +198,7 @@ def check_classifier(
     """
     config = classifier.config
     for name, theirs, ours in (
-        ("classes", config.num_classes, classes),
+        ("classes", config.num_classes, num_classes),
         ("channels", config.in_channels, channels),
     ):
         if ours is not None and theirs != ours:

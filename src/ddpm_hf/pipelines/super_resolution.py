@@ -1,22 +1,22 @@
 """Images made larger by a diffusion model that sees them, and two stages in a row (IDDPM, appendix; ADM, section 5)."""
 
 import inspect
-import json
 from collections.abc import Iterator
 from numbers import Real
 
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 from ddpm_hf.arguments import checked_arguments, shown, sides
-from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.conditioning import condition_planes
 from ddpm_hf.models.unet import DDPMUNet
-from ddpm_hf.pipelines.ddpm import DDPMImagePipeline, positive_integer
+from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
+from ddpm_hf.pipelines.options import SamplingOptions, check_generator, positive_integer
 
 
 class DDPMSuperResolutionPipeline(DDPMImagePipeline):
@@ -36,14 +36,14 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         ValueError: a network whose channels do not fit.
     """
 
-    _source_module = __name__
+    stock_class = None  # plain diffusers has no class that samples it
 
     @checked_arguments(low_resolution="[1, 65536]", conditioning_noise="[0, 1)")
     def __init__(
         self,
         unet: DDPMUNet | UNet2DModel,
         scheduler,
-        classifier: NoisyClassifier | None = None,
+        classifier: ModelMixin | None = None,
         low_resolution: list[int] | int = (8, 8),
         conditioning_noise: float = 0.0,
     ):
@@ -106,20 +106,21 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
                 `DDPMImagePipeline.__call__`.
         """
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
-        prepared = self._prepare_larger(
-            images,
-            noise_level,
-            generator,
-            num_inference_steps,
-            eta,
-            class_labels,
-            latents,
-            guidance_scale,
-            classifier_scale,
-            timesteps,
-            sigmas,
+        options = SamplingOptions(
+            generator=generator,
+            num_inference_steps=num_inference_steps,
+            eta=eta,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            classifier_scale=classifier_scale,
+            latents=latents,
+            timesteps=timesteps,
+            sigmas=sigmas,
         )
-        return self._run(prepared, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        sampling = self._prepare_images(images, noise_level, options)
+        return self._sample(
+            sampling, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
 
     def progressive(
         self,
@@ -129,60 +130,47 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         *,
         every: int = 1,
         noise_level: float = 0.0,
-        eta: float | None = None,
-        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
-        guidance_scale: float | torch.Tensor | None = None,
-        classifier_scale: float | torch.Tensor | None = None,
-        latents: torch.Tensor | None = None,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
+        **options,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """As `DDPMImagePipeline.progressive`, of images as `__call__` takes them."""
+        """As `DDPMImagePipeline.progressive`, for images as `__call__` takes them."""
         every = positive_integer("every", every)
-        prepared = self._prepare_larger(
-            images,
-            noise_level,
-            generator,
-            num_inference_steps,
-            eta,
-            class_labels,
-            latents,
-            guidance_scale,
-            classifier_scale,
-            timesteps,
-            sigmas,
-        )
-        return self._progress(*prepared, every)
+        options = SamplingOptions(generator, num_inference_steps, **options)
+        return self._progress(self._prepare_images(images, noise_level, options), every)
 
-    def _prepare_larger(self, images, noise_level, generator, *arguments):
-        """`_prepare` of as many images as there are small ones, with their planes; `arguments` are its own."""
-        self._check_generator(generator)
-        planes, generator = self._planes(images, noise_level, generator)
-        return self._prepare(len(planes), generator, *arguments, planes)
+    def _prepare_images(self, images, noise_level, options):
+        """`_prepare` for as many images as there are small ones, with the planes that the network sees of them."""
+        check_generator(options.generator, self._execution_device)
+        generator = options.generator
+        options.generator = list(generator) if isinstance(generator, tuple) else generator
+        planes = self._planes(images, noise_level, options.generator)
+        return self._prepare(len(planes), options, planes)
 
     def check(self, batch_size: int, generator=None, num_inference_steps: int | None = None, **kwargs) -> None:
-        """Whether `__call__` takes these arguments, with `batch_size` images that fit: raises what it would raise."""
+        """Raises what `__call__` would raise with these arguments, for `batch_size` images that fit; draws nothing."""
         try:
             arguments = inspect.signature(type(self).__call__).bind(self, None, **kwargs)
         except TypeError as error:
             raise ValueError(f"upsampler: {error}") from None
         arguments.apply_defaults()
-        told = arguments.arguments
-        self._check_output(told["output_type"], told["callback_on_step_end_tensor_inputs"])
+        values = arguments.arguments
+        self._check_output(values["output_type"], values["callback_on_step_end_tensor_inputs"])
+        check_generator(generator, self._execution_device)
         if isinstance(generator, (list, tuple)):
             generator = [torch.Generator() for _ in generator]  # nothing is drawn from the caller's
         else:
             generator = torch.Generator()
         images = torch.zeros(positive_integer("batch_size", batch_size), self.channels, *self.config.low_resolution)
-        names = ("eta", "class_labels", "latents", "guidance_scale", "classifier_scale", "timesteps", "sigmas")
-        how = (told[name] for name in names)
-        self._prepare_larger(images, told["noise_level"], generator, num_inference_steps, *how)
+        options = SamplingOptions(generator, num_inference_steps)
+        for name in kwargs.keys() & vars(options).keys():
+            setattr(options, name, kwargs[name])
+        self._prepare_images(images, values["noise_level"], options)
 
     def interpolate(self, *args, **kwargs):
-        """Not for this pipeline: interpolate the low-resolution images, by the pipeline that draws them."""
+        """Not supported: interpolate the low-resolution images, with the pipeline that draws them. Raises ValueError."""
         raise ValueError("a super-resolution pipeline does not interpolate; interpolate its low-resolution images")
 
     def _planes(self, images, noise_level, generator):
+        """What the network sees of low-resolution images beside x_t: (B, P, H, W)."""
         low, conditioning_noise = tuple(self.config.low_resolution), self.config.conditioning_noise
         if not isinstance(images, torch.Tensor):
             listed = [images] if isinstance(images, (Image.Image, np.ndarray)) else images
@@ -210,10 +198,4 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         images = images.to(self._execution_device, self.unet.dtype)
         size = sides(self.unet.config.sample_size)
         level = torch.full((len(images),), float(noise_level)) if conditioning_noise > 0 else None
-        generator = list(generator) if isinstance(generator, tuple) else generator
-        return condition_planes(images, size, level, generator if noise_level > 0 else None), generator
-
-    def to_json_string(self) -> str:
-        """The pipeline's index as it is saved: it names this class, which stands in `pipeline.py` beside it."""
-        index = json.loads(super().to_json_string())
-        return json.dumps({**index, "_class_name": ["pipeline", type(self).__name__]}, indent=2, sort_keys=True) + "\n"
+        return condition_planes(images, size, level, generator if noise_level > 0 else None)

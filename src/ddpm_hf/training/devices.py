@@ -23,7 +23,7 @@ from ddpm_hf.arguments import shown
 from ddpm_hf.fast.allocator import keep_freed_memory
 from ddpm_hf.fast.dropout import use_fast_dropout
 from ddpm_hf.fast.winograd import use_winograd
-from ddpm_hf.hub.upload import HubError
+from ddpm_hf.hub.errors import HubError
 from ddpm_hf.schedulers.ddpm import VARIANCE_TYPES, VariationalDDPMScheduler
 from ddpm_hf.schedulers.sde_samplers import SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from ddpm_hf.training.config import ConfigError, RunConfig, nearest

@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub import get_token
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from ddpm_hf.hub.upload import HubError, check_repository, push_folder
+from ddpm_hf.hub.errors import HubError
+from ddpm_hf.hub.upload import check_repository, push_folder
 from ddpm_hf.training.config import ConfigError, TrainConfig
 from ddpm_hf.training.interrupts import tell
 

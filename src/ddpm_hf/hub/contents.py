@@ -1,0 +1,103 @@
+"""What of a saved pipeline's folder belongs on the Hub: whole, and nothing else."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ddpm_hf.files.guarded import PICTURE_BYTES, check_file, naming, read_json, read_text
+from ddpm_hf.files.pipeline_folder import component_classes, pipeline_class, read_config, read_shards, variants_in
+from ddpm_hf.files.saved_config import sorted_json
+from ddpm_hf.hub.records import RECORD, records_of
+from ddpm_hf.hub.saved import CASCADE, IMAGE, NETWORKS, kind_of_folder, own_sources
+
+
+def published_files(folder: Path, pipeline_folder: Path | None = None) -> dict[str, Path | bytes]:
+    """The files that a saved pipeline has on the Hub: path in the repository -> file, or its content.
+
+    Args:
+        folder: of the pipeline.
+        pipeline_folder: the folder of the cascade, if `folder` is that of a stage in it.
+
+    Raises:
+        ValueError: something is missing, does not belong together, is too large, no file, or a link to outside of the folder;
+            the message names the file and what to do.
+    """
+    root = pipeline_folder or folder
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} is no pipeline: it has no model_index.json; give what save_pretrained wrote, such as a run's pipeline/"
+        )
+    index = read_json(folder / "model_index.json", root)
+    kind = kind_of_folder(index, folder)
+    source = read_text(folder / "pipeline.py", root) if os.path.lexists(folder / "pipeline.py") else ""
+    if kind is None or f"class {kind.name}(" not in source:
+        raise ValueError(
+            f"{folder} was not saved by {IMAGE.name} (its index says {pipeline_class(index, folder)}): open it with "
+            f"{IMAGE.name}.from_pretrained and save it again"
+        )
+    texts = [name for name in ("pipeline.py", "README.md", "LICENSE") if os.path.lexists(folder / name)]
+    files = {name: check_file(folder / name, root) for name in texts}
+    if kind is CASCADE:
+        for stage in kind.parts:
+            files |= {f"{stage}/{name}": file for name, file in published_files(folder / stage, root).items()}
+        return files | {"model_index.json": folder / "model_index.json"}
+    files["model_index.json"] = sorted_json({**index, "_class_name": kind.saved_name(index)}).encode()
+    classes = component_classes(index, folder, kind.parts)
+    for name in classes:
+        files |= _files_of_part(folder / name, own_sources(index).get(name), root)
+    records = records_of(folder, root)
+    for path in folder.iterdir():
+        record = "training" if path.name == "samples.png" else path.stem
+        if RECORD.fullmatch(path.name) and records.get(record, path) is not None:
+            files[path.name] = check_file(path, root, PICTURE_BYTES)
+    return files
+
+
+def _files_of_part(folder, source, root):
+    """The config of a network or scheduler, its weights, and the source of its class if that is not of diffusers."""
+    network = NETWORKS.get(folder.name)
+    names = ["config.json" if network else "scheduler_config.json", *([source] if source else [])]
+    for name in names:
+        if not os.path.lexists(folder / name):
+            missing = name if name == source else "config"
+            raise ValueError(f"{folder} has no {missing}, but model_index.json names it; save the pipeline again")
+    read_config(folder / names[0], root)
+    paths = [check_file(folder / name, root) for name in names]
+    if network:
+        _check_weights(folder, network, root)
+        paths += [path for variant in variants_in(folder).values() for path in variant]
+    return {f"{folder.name}/{path.name}": path for path in paths}
+
+
+def _check_weights(folder, cls, root):
+    """Raises ValueError if the weights in a network's folder are not safetensors, or not those of its config."""
+    with naming(folder / "config.json"), torch.device("meta"):
+        network = cls.from_config(read_config(folder / "config.json", root))
+    expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    variants = variants_in(folder)  # "diffusion_pytorch_model.fp16" -> its files
+    if not variants:
+        pickled = next(folder.glob("*.bin"), None)
+        what = f"{pickled} is a pickle, which is not published" if pickled else f"{folder} holds no weights"
+        raise ValueError(f"{what}; open the pipeline and save it with save_pretrained, which writes safetensors")
+    for variant, paths in variants.items():
+        indices = [path for path in paths if path.suffix == ".json"]
+        shards = {path.name for path in paths} - {path.name for path in indices}
+        named = set(read_shards(indices[0], root).values()) if indices else {f"{variant}.safetensors"}
+        if shards != named:
+            raise ValueError(
+                f"{folder / variant}*: {', '.join(sorted(shards ^ named)[:3])} do not belong together; save the pipeline to an "
+                "empty folder"
+            )
+        found = {}
+        for name in shards:
+            path = check_file(folder / name, root, None)
+            with naming(path), safe_open(path, framework="pt") as file:
+                found |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        if found != expected:
+            name = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
+            raise ValueError(
+                f"{folder / variant} holds {name[:80]!r} of shape {found.get(name)}, its config.json asks for "
+                f"{expected.get(name)}; they are of different networks, save the pipeline again"
+            )

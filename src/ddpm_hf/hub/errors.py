@@ -1,0 +1,65 @@
+"""What the Hub refuses, in one line with what to do."""
+
+import contextlib
+from collections.abc import Iterator
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+
+class HubError(RuntimeError):
+    """What kept a folder from being published, and what to do, in one line.
+
+    Attributes:
+        refused: whether the Hub, or its rules for names and tokens, said no, so that the same push would fail again.
+    """
+
+    def __init__(self, message: str, refused: bool = False):
+        super().__init__(message)
+        self.refused = refused
+
+
+@contextlib.contextmanager
+def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turns errors of the Hub into a `HubError` in one line, without the errors behind it, which may show the token."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:
+        chain = [error]
+        while (last := chain[-1]).__cause__ or (last.__context__ and not last.__suppress_context__):
+            chain.append(last.__cause__ or last.__context__)
+            if isinstance(chain[-1], HubError):  # what went wrong before
+                chain.pop()
+                break
+        status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), None)
+        again = "nothing is lost, push it again later"
+        refused = status in (400, 401, 403, 404)
+        if isinstance(error, HFValidationError):
+            refused = True
+            message = f"repo_id={repo_id!r} is no name of a repository; give user/name"
+        elif isinstance(error, OfflineModeIsEnabled):
+            message = f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish"
+        elif status == 401 or any(type(e).__name__ in ("LocalTokenNotFoundError", "LocalProtocolError") for e in chain):
+            refused = True
+            message = f"{repo_id}: no valid token; run `hf auth login`, set HF_TOKEN, or give token="
+        elif status == 403:
+            message = f"{repo_id}: this token may not write there; take one with write access, or a name of your own"
+        elif status == 404 and revision is not None:
+            message = f"{repo_id}: not found, private to somebody else, or revision={revision!r} is no name of a branch"
+        elif status == 404:
+            message = f"{repo_id}: not found, or private to somebody else; choose another name"
+        elif status in (409, 412):
+            message = f"{repo_id}: changed or taken by somebody else at the same time ({status}); push again"
+        elif status is not None and status < 500:
+            message = f"{repo_id}: the Hub refused it ({status}): {' '.join(str(error).split())}"
+        elif status is not None:
+            message = f"{repo_id}: the Hub answered {status}; {again}"
+        elif any(type(e).__module__.startswith("httpx") or isinstance(e, ConnectionError) for e in chain):
+            message = (
+                f"{repo_id}: {constants.ENDPOINT} was not reached or broke off ({type(chain[-1]).__name__}); {again}"
+            )
+        else:
+            raise
+        raise HubError(message, refused) from None

@@ -1,0 +1,80 @@
+"""What a published pipeline.py has in place of the package's classes of the same names; see `source.py`."""
+
+import os
+from pathlib import Path
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+
+MISSING = "{} is brought by the package ddpm-hf: pip install ddpm-hf, then ddpm_hf.{}.from_pretrained(...) opens this pipeline"
+
+
+def checked_arguments(**allowed):
+    """Decorates a constructor. With the package, its arguments are checked; here they are used as they are."""
+    return lambda init: init
+
+
+def check_argument(name, value, annotation, allowed=None):
+    """Returns a value. With the package, it is checked."""
+    return value
+
+
+def classifier_gradient(pipeline, class_labels, classifier_scale, batch_size):
+    """None, for no guidance by a classifier. Raises ValueError if there shall be one: this file is of a pipeline without."""
+    if classifier_scale is not None:
+        raise ValueError(
+            f"classifier_scale={classifier_scale} needs a classifier, which this pipeline was saved without"
+        )
+
+
+class GuardedConfig:
+    """A network or a scheduler of this file. With the package, configs are checked while they are opened and saved."""
+
+    published_source = Path(__file__).read_bytes()  # now: diffusers puts the next file of this name in its place
+
+
+class CheckedModel(GuardedConfig, ModelMixin, ConfigMixin):
+    """A network of this file. With the package, weights are checked while they are opened and saved."""
+
+
+class PackagedPipeline:
+    """A pipeline of this file. With the package, it can also be published."""
+
+    published_source = Path(__file__).read_bytes()
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As diffusers' method; of [module, class], as our folders name a class, the class: it is this one."""
+        config = super().load_config(pretrained_model_name_or_path, **kwargs)
+        index = config[0] if isinstance(config, tuple) else config
+        if isinstance(index["_class_name"], list):
+            index["_class_name"] = index["_class_name"][-1]
+        return config
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes `model_index.json`, and beside it this file; beside the config of a part, the file of its class."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for name, part in {".": self, **self.components}.items():
+            if getattr(part, "source_name", None) is not None:
+                file = Path(save_directory, name, f"{part.source_name}.py")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(part.published_source)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Is brought by the package ddpm-hf. Raises ImportError."""
+        raise ImportError(MISSING.format("push_to_hub", type(self).__name__))
+
+
+class PackagedImagePipeline(PackagedPipeline):
+    """A pipeline of this file. With the package, it can also be published and made faster."""
+
+    def optimize(self, *args, **kwargs):
+        """Is brought by the package ddpm-hf. Raises ImportError."""
+        raise ImportError(MISSING.format("optimize", type(self).__name__))
+
+    def _network(self, timesteps):
+        return self.unet
+
+
+class PackagedCascade(PackagedPipeline):
+    """A pipeline of pipelines of this file. With the package, it can also be published."""

@@ -1,0 +1,148 @@
+"""The scheduler of one sampling call: its timesteps, what its steps can do, and what its samples should look like."""
+
+import copy
+import functools
+import inspect
+import math
+
+import torch
+from diffusers.utils import logging
+
+from ddpm_hf.arguments import shown
+from ddpm_hf.pipelines.options import SamplingOptions, positive_integer
+from ddpm_hf.schedulers.ddpm import LEARNED_VARIANCES
+
+logger = logging.get_logger(__name__)
+
+
+# What solvers of the ODE or SDE take by default: twice the steps that their papers need. In as many as the process has they
+# visit timesteps twice or begin at pure noise, and either gives garbage.
+SOLVER_STEPS = 50
+
+
+def prepared_scheduler(scheduler, options: SamplingOptions):
+    """A copy of a scheduler for one call, its timesteps set by `num_inference_steps`, `timesteps` or `sigmas`.
+
+    The pipeline's own stays as it is, for example with the chain of a likelihood.
+
+    Raises:
+        ValueError: more than one of the three; one that this scheduler does not take or cannot sample with.
+    """
+    # deep: multistep solvers keep lists of the outputs of their last steps
+    scheduler = copy.deepcopy(scheduler)
+    given = {name: getattr(options, name) for name in ("num_inference_steps", "timesteps", "sigmas")}
+    given = {name: value for name, value in given.items() if value is not None}
+    name, cls = next(iter(given), "num_inference_steps"), type(scheduler).__name__
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} were given; give one of them")
+    if name not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"{name}: {cls} takes none; give num_inference_steps, or use another scheduler")
+    if name != "num_inference_steps":
+        # this package's scheduler checks its timesteps itself
+        bounded = name == "timesteps" and not hasattr(scheduler, "chain")
+        most = scheduler.config.num_train_timesteps - 1 if bounded else math.inf
+        scheduler.set_timesteps(**{name: _descending(name, given[name], most)})
+    else:
+        n = positive_integer(name, given[name]) if given else default_steps(scheduler)
+        scheduler.set_timesteps(n)
+        # where there are sigmas the steps are between those: timesteps are rounded, and may be equal
+        places = scheduler.sigmas[:-1] if hasattr(scheduler, "sigmas") else scheduler.timesteps
+        if len(places.unique()) < n:
+            raise ValueError(f"{cls} visits timesteps twice in {n} steps, and divides by their distance; give fewer")
+    if hasattr(scheduler, "set_begin_index"):  # else it would begin at the second of two equal timesteps
+        scheduler.set_begin_index(0)
+    return scheduler
+
+
+def default_steps(scheduler) -> int:
+    """Steps of a call that names none: all of the process, 50 of a solver, those that a distilled network was made for."""
+    T = scheduler.config.num_train_timesteps
+    n = min(SOLVER_STEPS, max(1, T // 2)) if _is_solver(scheduler) else T
+    return min(n, scheduler.config.get("original_inference_steps") or n)  # of LCM and TCD
+
+
+def _is_solver(scheduler):
+    """Whether it solves the process's ODE or SDE, and does not take the process's own steps."""
+    return not getattr(scheduler, "is_continuous", False) and not hasattr(scheduler, "_get_variance")
+
+
+def _descending(name, values, most):
+    """Timesteps or sigmas as a list of numbers, if they descend from `most` at most to 0 at least."""
+    try:
+        numbers = torch.as_tensor(values)
+        valid = numbers.dim() == 1 and len(numbers) > 0 and bool((numbers.diff() < 0).all() & numbers.isfinite().all())
+    except (TypeError, ValueError, RuntimeError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{name}={values!r} must be strictly descending numbers, one at least")
+    if numbers[-1] < 0 or numbers[0] > most:
+        allowed = "0 or more" if most == math.inf else f"{most} to 0"
+        raise ValueError(f"{name}={shown(values)} must be strictly descending numbers, {allowed}")
+    return numbers.tolist()
+
+
+def takes_learned_variance(scheduler) -> bool:
+    """Whether its steps take the doubled channels of a network that learned its variance, if it did."""
+    if hasattr(scheduler, "chain"):  # this package's: it also refuses what it cannot use
+        return True
+    variance = inspect.signature(getattr(scheduler, "_get_variance", list)).parameters
+    return scheduler.config.get("variance_type") in LEARNED_VARIANCES and "predicted_variance" in variance
+
+
+def first_step(scheduler, timestep) -> int:
+    """The index of the chain's first step at `timestep` or below, for sampling that starts there.
+
+    Raises:
+        ValueError: a timestep below the whole chain; a scheduler whose first steps prepare the others (PNDM).
+    """
+    chain, order = scheduler.timesteps, getattr(scheduler, "order", 1)
+    if order == 1 and not hasattr(scheduler, "sigmas") and len(chain.unique()) < len(chain):
+        raise ValueError(
+            f"{type(scheduler).__name__} visits its first timesteps twice and cannot start at another; use a DDIM scheduler"
+        )
+    start = next((i for i in range(0, len(chain), order) if chain[i] <= timestep), None)
+    if start is None:
+        raise ValueError(f"timestep={timestep} is below the chain, which ends at {chain[-1].item()}")
+    return start
+
+
+def warn_of_late_start(scheduler) -> None:
+    """Warns if sampling starts from noise alone at a timestep whose x_t still holds much of the image.
+
+    Much: more than a tenth of x_0, and twice what is left at the process's last timestep.
+    """
+    start, alphas_cumprod = float(scheduler.timesteps[0]), getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None:
+        return
+    signal, least = (math.sqrt(alphas_cumprod[t]) for t in (min(round(start), len(alphas_cumprod) - 1), -1))
+    if signal > max(0.1, 2 * least):
+        warn_once(
+            f"the chain starts at timestep {start:g} from noise alone, but x_t there still holds {signal:.2f} of the image: "
+            "samples lack contrast and variety; choose timestep_spacing='trailing', other timesteps, or a number of steps that "
+            "divides num_train_timesteps"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def warn_once(message: str) -> None:
+    """Logs a warning, the same only once in a process."""
+    logger.warning(message)
+
+
+def check_samples(sample: torch.Tensor, scheduler) -> None:
+    """Warns of samples far outside of their range; waits for the device once. Raises ValueError for NaN and infinity."""
+    bad = len(sample) - sample.isfinite().flatten(1).all(1).sum()
+    bad, size = torch.stack((bad.float(), sample.float().square().mean().sqrt())).tolist()
+    timesteps = scheduler.timesteps
+    chain = f"{type(scheduler).__name__}, {len(timesteps)} timesteps from {float(timesteps[0]):g}"
+    if bad:
+        raise ValueError(
+            f"{bad:.0f} of {len(sample)} samples are not finite ({chain}): the network's weights, half precision or the solver "
+            "overflowed; try another number of steps or scheduler, or float32"
+        )
+    if size > 2:
+        logger.warning(
+            f"samples lie far outside of [-1, 1], their root mean square is {size:.3g} ({chain}): a solver that does not clip "
+            "multiplies errors of the network at pure noise; start below it (timestep_spacing='leading'), clip "
+            "(thresholding=True where the scheduler has it), or use a DDPM or DDIM scheduler"
+        )

@@ -1,0 +1,130 @@
+"""What the caller of a pipeline asks for, and the checks of it."""
+
+import inspect
+import operator
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import torch
+
+from ddpm_hf.arguments import shown
+
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
+
+
+@dataclass
+class SamplingOptions:
+    """What decides how a pipeline samples: the arguments of `DDPMImagePipeline.__call__` of the same names."""
+
+    generator: torch.Generator | list[torch.Generator] | None = None
+    num_inference_steps: int | None = None
+    eta: float | None = None
+    class_labels: torch.Tensor | list[int | str] | int | str | None = None
+    guidance_scale: float | torch.Tensor | None = None
+    classifier_scale: float | torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    timesteps: list[int] | None = None
+    sigmas: list[float] | None = None
+
+
+def positive_integer(name: str, value) -> int:
+    """An argument as an int of 1 or more; it may be one of NumPy or a 0-d tensor. Raises ValueError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}={value!r} must be an integer, 1 or more")
+    return number
+
+
+def check_output(output_type: str, channels: int) -> None:
+    """Raises ValueError for an `output_type` that is not known, or cannot show images of so many channels."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r} is not known; choose one of {', '.join(OUTPUT_TYPES)}")
+    if output_type == "pil" and channels not in (1, 3, 4):
+        raise ValueError(f"output_type='pil' shows 1, 3 or 4 channels, this network has {channels}; use 'np' or 'pt'")
+
+
+def check_callback_inputs(names: tuple[str, ...], known: list[str]) -> None:
+    """Raises ValueError for `callback_on_step_end_tensor_inputs` that are not `known`."""
+    try:
+        unknown = [name for name in names if name not in known]
+    except TypeError:
+        raise ValueError(f"callback_on_step_end_tensor_inputs={shown(names)} must be a list of names") from None
+    if unknown:
+        raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; known are {', '.join(known)}")
+
+
+def check_generator(generator, device: torch.device) -> None:
+    """Raises ValueError for what is no generator, or no list of generators, of one device that `device` can draw with."""
+    generators = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    wrong = [each for each in generators if not isinstance(each, torch.Generator)]
+    if wrong:
+        seed = wrong[0] if isinstance(wrong[0], Integral) else 0
+        raise ValueError(
+            f"generator={generator!r} must be a torch.Generator or a list of them; use "
+            f"torch.Generator().manual_seed({seed})"
+        )
+    devices = {each.device.type for each in generators}
+    if len(devices) > 1 or devices - {"cpu", device.type}:
+        raise ValueError(
+            f"generator is on {', '.join(sorted(devices))}, the pipeline on {device.type}; give generators of one device, "
+            f"{device.type}{' or cpu' if device.type != 'cpu' else ''}"
+        )
+
+
+def check_batch(options: SamplingOptions, batch_size: int, channels: int) -> int:
+    """The number of images: `batch_size`, or that of the latents if it is 1.
+
+    Raises:
+        ValueError: generators or latents of another number, latents that are no images of so many channels.
+    """
+    batch_size, latents, generator = positive_integer("batch_size", batch_size), options.latents, options.generator
+    if latents is not None and not isinstance(latents, torch.Tensor):
+        raise ValueError(f"latents={shown(latents)} must be a tensor (B, {channels}, H, W)")
+    if latents is not None and latents.dim() > 0 and latents.shape[0] != batch_size and batch_size == 1:
+        batch_size = latents.shape[0]
+    if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        raise ValueError(
+            f"generator is a list of {len(generator)} for batch_size={batch_size}; give one for each image"
+        )
+    if latents is not None and (latents.dim() != 4 or latents.shape[:2] != (batch_size, channels)):
+        raise ValueError(
+            f"latents has shape {tuple(latents.shape)}; for batch_size={batch_size} give ({batch_size}, {channels}, H, W)"
+        )
+    return batch_size
+
+
+def check_eta(eta: float | None, scheduler) -> None:
+    """Raises ValueError for an eta outside [0, 1], or for a scheduler whose steps take none."""
+    if eta is not None and not (isinstance(eta, Real) and 0 <= eta <= 1):
+        raise ValueError(f"eta={eta!r} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
+    if eta is not None and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ValueError(f"eta={eta}: {type(scheduler).__name__} has none; leave it out or use another scheduler")
+
+
+def sample_from_callback(answer, sample: torch.Tensor) -> torch.Tensor:
+    """The sample to go on with after `callback_on_step_end`: what it returned under "sample" or "latents", else the same.
+
+    Raises:
+        ValueError: it returned something else than nothing or a dict with a tensor.
+    """
+    if not isinstance(answer, torch.Tensor) and not answer:
+        return sample
+    values = [answer.get(name, sample) for name in ("sample", "latents")] if hasattr(answer, "get") else [None]
+    changed = next((value for value in values if value is not sample), sample)
+    if not isinstance(changed, torch.Tensor):
+        raise ValueError(
+            f"callback_on_step_end returned {shown(answer)}; return a dict, its sample or latents a tensor"
+        )
+    return changed
+
+
+def repeated(values, count: int):
+    """One value for each pair, `count` times each; a single value, or what is no tensor, as it is: it is checked later."""
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return values
+    return values.repeat_interleave(count, dim=0) if values.dim() > 0 else values

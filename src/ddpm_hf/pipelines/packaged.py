@@ -1,0 +1,344 @@
+"""What only the package brings to a pipeline: guarded opening and saving, publishing, and the optimized network.
+
+These classes are no part of a published pipeline.py, where those of `hub/stand_ins.py` have their names.
+"""
+
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
+from huggingface_hub import snapshot_download
+
+from ddpm_hf.fast.inference import InferenceUNet
+from ddpm_hf.files.guarded import is_inside, naming, read_json
+from ddpm_hf.files.pipeline_folder import (
+    check_part,
+    check_target,
+    component_classes,
+    pipeline_class,
+    read_config,
+    variants_in,
+)
+from ddpm_hf.files.saved_config import SavedConfig, saved_class
+from ddpm_hf.hub.records import copy_record
+from ddpm_hf.hub.saved import NETWORKS, PIPELINES, class_of_part, kind_of_class, scheduler_class
+from ddpm_hf.hub.source import write_source
+from ddpm_hf.hub.upload import push_folder
+from ddpm_hf.schedulers import SCHEDULERS
+
+logger = logging.get_logger(__name__)
+
+
+# of a repository: no pickled weights, and what stands beside them
+FILES = ("*.json", "*.safetensors", "*.py")
+BESIDE = ("training.*", "evaluation.*", "samples.png", "README.md", "LICENSE")
+
+
+# arguments of from_pretrained: where a repository is, and what the networks take
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+NETWORK_KWARGS = (
+    "device_map", "disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "use_safetensors",
+)  # fmt: skip
+
+
+# arguments of push_to_hub that save_pretrained(push_to_hub=True) takes too
+PUSH_KWARGS = ("license", "commit_message", "private", "token", "revision", "create_pr")
+
+
+_UPDATING = threading.Lock()  # of an optimized network's weights
+
+
+class PackagedPipeline:
+    """A pipeline that is opened and saved with checks, and published; listed before diffusers' `DiffusionPipeline`."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or the snapshot of the Hub, that the pipeline's network was opened from; None if from neither."""
+        place = Path(self.unet.config.get("_name_or_path") or os.devnull)
+        # the oldest pipelines have the network in the folder itself
+        folders = (place, place.parent) if place.is_dir() else ()
+        return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """diffusers' hook for reading `model_index.json`."""
+        return read_json(Path(json_file))
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Saves the pipeline as diffusers' method does; push_to_hub=True also publishes the folder by `push_folder`.
+
+        Args:
+            Of `push_folder`: repo_id (the folder's name if left out), license, commit_message, private, token, revision,
+                create_pr.
+
+        Raises:
+            ValueError: a file or folder to be written is a link; a network with adapters in it.
+        """
+        push_kwargs = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs}
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        check_target(Path(save_directory), self.components)
+        self.register_modules(**self.components)  # diffusers passes over a component that was None when it was made
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        if push_to_hub:
+            push_folder(save_directory, repo_id, **push_kwargs)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes `model_index.json`, and `pipeline.py` with the source of this class and its parts.
+
+        The source of a part that no stock class can open stands beside the part's config as well. Raises ValueError if it would
+        write through a link.
+        """
+        check_target(Path(save_directory))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        write_source(save_directory, self.source_name, saved_classes(self))
+        for name, part in self.components.items():
+            part = getattr(part, "_orig_mod", part)
+            if getattr(part, "source_name", None) is not None and not isinstance(part, DiffusionPipeline):
+                write_source(os.path.join(save_directory, name), part.source_name, [type(part)])
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        revision: str | None = None,
+        max_shard_size: int | str | None = None,
+        license: str | None = None,
+    ):
+        """Saves the pipeline to a temporary folder and publishes it by `push_folder`, whose arguments and errors these are.
+
+        The card, pictures and numbers of the folder that the pipeline was opened from go with it if its weights are still
+        the same. With a variant, for example "fp16", those weights stand beside the others in the repository.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            copy_record(self.folder, Path(folder))
+            return push_folder(
+                folder,
+                repo_id,
+                license=license,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+class PackagedCascade(PackagedPipeline):
+    """A pipeline of pipelines, each saved to a folder of its own in the cascade's folder.
+
+    Attributes:
+        stage_classes: the class of each stage.
+    """
+
+    stage_classes: dict[str, type]
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or the snapshot of the Hub, that all stages were opened from; None if from neither."""
+        folders = {stage.folder and stage.folder.parent for stage in self.components.values()}
+        folder = folders.pop() if len(folders) == 1 else None
+        return folder if folder and (folder / "model_index.json").is_file() else None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Opens all stages of a folder or of a repository on the Hub, with the arguments of their own `from_pretrained`.
+
+        Stages can be given in place of the folder's, by their names.
+        """
+        path, names = pretrained_model_name_or_path, tuple(cls.stage_classes)
+        index = cls.load_config(path, **{name: kwargs[name] for name in WHERE if name in kwargs})
+        missing = [name for name in names if name not in component_classes(index, path, names)]
+        folder = local_folder(cls, path, all_files=True, **kwargs)
+        stages = {name: kwargs.pop(name) for name in names if name in kwargs}
+        opened = [name for name in names if name not in stages]
+        missing += [name for name in opened if not (folder / name).is_dir() or not is_inside(folder / name, folder)]
+        if missing:
+            raise ValueError(f"{path} is no cascade: it has no folder {missing[0]} of its own")
+        kwargs = {name: value for name, value in kwargs.items() if name not in WHERE}
+        stages |= {name: cls.stage_classes[name].from_pretrained(folder / name, **kwargs) for name in opened}
+        pipeline = cls(**stages)
+        pipeline.register_to_config(_name_or_path=str(path))
+        return pipeline
+
+
+def saved_classes(pipeline) -> list[type]:
+    """The classes of this package in a pipeline: its own and those of its parts, and of their parts."""
+    classes = [type(pipeline)]
+    for part in pipeline.components.values():
+        part = getattr(part, "_orig_mod", part)  # of torch.compile
+        if isinstance(part, DiffusionPipeline):
+            classes += saved_classes(part)
+        elif isinstance(part, SavedConfig):
+            classes.append(type(part))
+    return classes
+
+
+class PackagedImagePipeline(PackagedPipeline):
+    """A pipeline of a network, a scheduler and perhaps a classifier, which can be made faster."""
+
+    _inference = None  # the optimized network
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """The index of a folder or repository, as diffusers' method; of [module, class] it has the class."""
+        config = super().load_config(pretrained_model_name_or_path, **kwargs)
+        index = config[0] if isinstance(config, tuple) else config
+        index["_class_name"] = pipeline_class(index, pretrained_model_name_or_path)
+        return config
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Opens a folder or a repository on the Hub, as diffusers' method, with any U-Net, scheduler and classifier of ours.
+
+        The parts are opened by classes of this package and of diffusers alone: no code of the folder is run. Only
+        safetensors are read, unless use_safetensors=False. Parts can be given in place of the folder's.
+
+        Raises:
+            ValueError: another kind of pipeline; a file that is a link to outside of the folder, or not as it is saved; weights
+                that are pickled, or not of the network's config. One line that names the file.
+            OSError: a file that is missing or cannot be read, named.
+        """
+        path = pretrained_model_name_or_path
+        index = cls.load_config(path, **{name: kwargs[name] for name in WHERE if name in kwargs})
+        classes = cls._check_index(index, path)
+        kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
+        folder = local_folder(cls, path, all_files=_is_ours(index, classes), **kwargs)
+        part_names, setting_names = cls._get_signature_keys(cls)
+        parts = {name: kwargs.pop(name) for name in part_names if name in kwargs}
+        settings = {name: kwargs.pop(name, index.get(name)) for name in setting_names if name in kwargs.keys() | index}
+        # the files of the oldest pipelines lie in the folder itself
+        places = {name: folder / name if (folder / name).is_dir() else folder for name in classes.keys() - parts.keys()}
+        for place in places.values():
+            check_part(place, folder)
+        if "scheduler" in places:
+            parts["scheduler"] = open_scheduler(places.pop("scheduler"), classes["scheduler"], folder)
+        parts |= _open_networks(places, kwargs)
+        with naming(folder / "model_index.json"):
+            pipeline = cls(**parts, **settings)
+        pipeline.register_to_config(_name_or_path=str(path))
+        if "device_map" in kwargs:
+            pipeline.hf_device_map = kwargs["device_map"]
+        if ignored := kwargs.keys() - {*WHERE, *NETWORK_KWARGS, "torch_dtype", "dtype", "variant"}:
+            logger.warning(f"{cls.__name__}.from_pretrained does not use {', '.join(sorted(ignored))}")
+        return pipeline
+
+    @classmethod
+    def _check_index(cls, index, path):
+        """Part -> class name, of an index that this class opens."""
+        classes, saved = component_classes(index, path), pipeline_class(index, path)
+        if not {"unet", "scheduler"} <= classes.keys() or class_of_part("unet", classes["unet"]) is None:
+            found = ", ".join(f"{name} {class_name}" for name, class_name in sorted(classes.items()))
+            raise ValueError(
+                f"{path} holds a {saved} of {found}; this class opens pipelines of a UNet2DModel and a scheduler"
+            )
+        if "classifier" in classes and class_of_part("classifier", classes["classifier"]) is None:
+            raise ValueError(
+                f"{path} has a classifier of the class {classes['classifier']}; only NoisyClassifier is known"
+            )
+        if kind_of_class(saved).name != saved_class(cls).__name__:
+            raise ValueError(f"{path} holds a {saved}; open it with that class, not with {cls.__name__}")
+        return classes
+
+    def optimize(self, dtype: torch.dtype | None = None, compile: bool = True) -> str:
+        """Makes later calls of the pipeline faster, with the same images within rounding; `unet` itself stays as it is.
+
+        They then use an `InferenceUNet` made from `unet`, which takes over new weights if these have changed.
+
+        Args:
+            dtype: of the network's activations; None for that of its weights, torch.bfloat16 for more speed and the rounding
+                of autocast. Samples keep the dtype of `unet`.
+            compile: by torch.compile; the first call with each batch and image size then takes up to some minutes.
+
+        Returns:
+            One line on what was done.
+
+        Raises:
+            ValueError: a network that is not a `DDPMUNet`, or has adapters, hooks or offloading.
+        """
+        self._inference = InferenceUNet(self.unet, dtype, compile)
+        return self._inference.report
+
+    def _network(self, timesteps):
+        """The network to call at these timesteps: the optimized one if there is one, with the weights that `unet` has now."""
+        if self._inference is None:
+            return self.unet
+        with _UPDATING:
+            self._inference = network = self._inference.updated(self.unet)
+        return network.at_timesteps(timesteps)
+
+
+def _is_ours(index, classes):
+    """Whether the index names classes that only this package has, for which diffusers would run the repository's code."""
+    own_parts = {cls.__name__ for cls in (*NETWORKS.values(), *SCHEDULERS) if cls.source_name}
+    return index["_class_name"] in {kind.name for kind in PIPELINES} or not own_parts.isdisjoint(classes.values())
+
+
+def _open_networks(places, kwargs):
+    """The networks in these folders, by name; kwargs are those of `from_pretrained`."""
+    variant, dtype = kwargs.get("variant"), kwargs.get("dtype")
+    dtype = kwargs.get("torch_dtype") if dtype is None else dtype
+    having = {name for name, place in places.items() if f"diffusion_pytorch_model.{variant}" in variants_in(place)}
+    networks = {}
+    for name, place in places.items():
+        network_kwargs = {key: kwargs[key] for key in NETWORK_KWARGS if key in kwargs}
+        network_kwargs["variant"] = variant if name in having or not having else None  # one at least must have it
+        network_kwargs["torch_dtype"] = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
+        with naming(place / "config.json"):
+            networks[name] = NETWORKS[name].from_pretrained(place, **network_kwargs)
+        # for `folder`, from wherever it is asked
+        networks[name].register_to_config(_name_or_path=os.path.abspath(place))
+    return networks
+
+
+def local_folder(cls: type, path: str | os.PathLike, all_files: bool, **kwargs) -> Path:
+    """The folder itself, or that to which a repository of this name was downloaded.
+
+    Args:
+        cls: the class of the pipeline.
+        all_files: whether all weights of a repository are downloaded, and not only those that diffusers chooses by its index.
+        kwargs: of `from_pretrained`.
+    """
+    if os.path.isdir(path):
+        return Path(path)
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    if not all_files:
+        kinds = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
+        where["revision"] = Path(cls.download(str(path), **kinds, **where)).name  # its commit
+    where.pop("proxies", None)
+    return Path(snapshot_download(str(path), allow_patterns=[*(FILES if all_files else ()), *BESIDE], **where))
+
+
+def open_scheduler(folder: Path, class_name: str, pipeline_folder: Path):
+    """The scheduler that a pipeline has in `folder`: one of this package, or of diffusers. Raises ValueError."""
+    path = folder / "scheduler_config.json"
+    cls = scheduler_class(class_name)
+    if cls is None:
+        raise ValueError(
+            f"{path} is for the class {class_name}, which is no scheduler of diffusers {diffusers.__version__}"
+        )
+    sizes = {name: value for name, value in read_config(path, pipeline_folder).items() if isinstance(value, int)}
+    absurd = next((name for name, value in sizes.items() if abs(value) > 10**6), None)
+    if absurd:
+        raise ValueError(f"{path}: {absurd}={sizes[absurd]} is beyond 1,000,000; no scheduler is that large")
+    with naming(path):
+        return cls.from_pretrained(folder)

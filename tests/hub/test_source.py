@@ -1,0 +1,293 @@
+"""The pipeline.py that is published beside weights: what it holds, and that it works without the package."""
+
+import ast
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_hf import (
+    CascadePipeline,
+    DDPMImagePipeline,
+    DDPMSuperResolutionPipeline,
+    DDPMUNet,
+    NoisyClassifier,
+    SubVPSDEScheduler,
+    VariationalDDPMScheduler,
+    VESDEScheduler,
+    VPSDEScheduler,
+    __version__,
+)
+from ddpm_hf.hub import source
+from ddpm_hf.hub.source import published_source
+from support.elsewhere import ROUNDING, run_elsewhere
+
+DDPM = (DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler)
+CASCADE = (CascadePipeline, DDPMSuperResolutionPipeline, *DDPM)
+FILES = {
+    "ddpm": DDPM,
+    "guided": (*DDPM, NoisyClassifier),
+    "vp": (DDPMImagePipeline, DDPMUNet, VPSDEScheduler),
+    "super_resolution": (DDPMSuperResolutionPipeline, DDPMUNet, VariationalDDPMScheduler),
+    "cascade": CASCADE,
+    "classifier": (NoisyClassifier,),
+    "all": (*CASCADE, NoisyClassifier, VPSDEScheduler, SubVPSDEScheduler, VESDEScheduler),
+}
+
+
+def definitions(text):
+    return [node.name for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_nothing_of_the_package(name):
+    text = published_source(FILES[name])
+    compile(text, "pipeline.py", "exec")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.partition(".")[0] == "ddpm_hf" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module.partition(".")[0] != "ddpm_hf"
+    assert {cls.__name__ for cls in FILES[name]} <= {*definitions(text)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_name_stands_for_one_thing(name):
+    """Definitions of many modules become one module: a name of two would stand for the last."""
+    tree = ast.parse(published_source(FILES[name]))
+    names = definitions(ast.unparse(tree))
+    for node in tree.body:
+        names += [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+        names += [alias.asname or alias.name for alias in getattr(node, "names", ())]
+    assert len(names) == len(set(names))
+
+
+# no uploader, compiler, optimized network, allocator, reader of guarded files or checker of weights
+FORBIDDEN = (
+    "huggingface_hub", "HfApi", "upload", "torch.compile(", "_inductor", "InferenceUNet", "Winograd", "mallopt", "ctypes",
+    "read_json", "check_file", "safetensors", "load_state_dict(file", "subprocess", "importlib",
+)  # fmt: skip
+MODULES = {
+    "contextlib",
+    "copy",
+    "dataclasses",
+    "difflib",
+    "functools",
+    "inspect",
+    "json",
+    "math",
+    "numbers",
+    "operator",
+    "os",
+}
+MODULES |= {"collections", "pathlib", "re", "reprlib", "threading", "typing", "weakref", "numpy", "torch", "diffusers"}
+
+
+@pytest.mark.parametrize("name", ["ddpm", "guided", "vp"])
+def test_network_scheduler_and_pipeline_and_nothing_else(name):
+    text = published_source(FILES[name])
+    assert [word for word in FORBIDDEN if word in text] == []
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {each.partition(".")[0] for each in names} <= MODULES
+    absent = {"NoisyClassifier", "VPSDEScheduler", "VariationalDDPMScheduler"} - {cls.__name__ for cls in FILES[name]}
+    assert absent.isdisjoint(definitions(text))
+
+
+def test_size():
+    """Version 0.1.0 published 277 kB with each of these."""
+    for name, most in (("ddpm", 150_000), ("classifier", 60_000)):
+        assert len(published_source(FILES[name]).encode()) < most
+
+
+def test_the_header_says_what_it_is():
+    text = published_source(DDPM)
+    header = ast.get_docstring(ast.parse(text))
+    assert header.startswith("DDPMImagePipeline ") and f"ddpm-hf {__version__}" in header and "models/unet.py" in header
+    assert max(map(len, text.splitlines())) <= 128
+    assert '"""Draws images by running a diffusion process backwards' in text  # docstrings, and comments
+    assert "# the timesteps stay on the CPU" in text
+
+
+PACKAGE = {
+    "a": """
+        import math
+        from collections.abc import (
+            Callable,
+            Iterable as Many,
+        )
+        from ddpm_hf.b import (
+            Base,  # wrapped, with a comment
+            decorate,
+        )
+
+        class Saved(Base):
+            stock_class = None
+
+            @decorate
+            def area(self, shapes: Many) -> Callable:
+                return math.pi * SIZES["small"]
+
+        # how large
+        # things are
+        SIZES = {"small": 1}
+        SIZES["large"] = 2
+        SIZES |= {"huge": 3}  # at the end
+
+        def unused():
+            return sum
+    """,
+    "b": """
+        from ddpm_hf.c import helper
+
+        class Base:
+            pass
+
+        def decorate(function):
+            return helper(function)
+    """,
+    "c": "helper = 3\n",
+}
+
+
+def write_package(folder, monkeypatch, **files):
+    for name, text in {**PACKAGE, **files}.items():
+        lines = text.splitlines()
+        (folder / f"{name}.py").write_text("\n".join(line.removeprefix("        ") for line in lines) + "\n")
+    (folder / "stand_ins.py").write_text("def helper(function):\n    return function\n")
+    monkeypatch.setattr(source, "PACKAGE", folder)
+    monkeypatch.setattr(source, "STAND_INS", "ddpm_hf.stand_ins")
+    monkeypatch.setattr(source, "_module", source._Module)
+    return source._File((source.Definition("ddpm_hf.a", "Saved"),))
+
+
+def test_what_a_class_uses_goes_with_it(tmp_path, monkeypatch):
+    text = write_package(tmp_path, monkeypatch).text()
+    assert definitions(text) == ["helper", "Base", "decorate", "Saved"]  # in the order of use, the stand-in first
+    assert "# how large\n# things are\nSIZES = " in text and "# at the end" in text and "unused" not in text
+    assert "import math\nfrom collections.abc import Callable, Iterable as Many\n" in text
+    scope = {}
+    exec(compile(text, "pipeline.py", "exec"), scope)
+    assert scope["Saved"]().area(()) == np.pi and scope["SIZES"] == {"small": 1, "large": 2, "huge": 3}
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("c", "import os\nhelper = os\n", None),
+        (
+            "b",
+            PACKAGE["b"] + "\n        SIZES = decorate\n        Base.sizes = SIZES\n",
+            "SIZES means different things in",
+        ),
+        ("b", "from ddpm_hf.c import helper as decorate\nBase = 3\n", "an import of this package under another name"),
+        ("b", "Base = decorate = 3\nprint(Base)\n", "b.py, line 2: this statement cannot be published"),
+    ],
+)
+def test_what_cannot_be_one_file_is_refused(tmp_path, monkeypatch, name, text, message):
+    if message is None:
+        write_package(tmp_path, monkeypatch, **{name: text}).text()
+    else:
+        with pytest.raises(ValueError, match=message):
+            write_package(tmp_path, monkeypatch, **{name: text})
+
+
+# what was published by 0.1.0, and what each folder drew
+
+
+@pytest.fixture(scope="module")
+def published_0_1(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    with tarfile.open(Path(__file__).with_name("published_0_1.tar.xz")) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+CALLS = {
+    "ddpm": {},
+    "sde": {},
+    "guided": {"class_labels": [1, 2], "classifier_scale": 2.0},
+    "cascade": {"upsampler_steps": 4},
+}
+
+
+def check_images(folder, name, images):
+    mean, std, first = json.loads((folder / "images.json").read_text())[name]
+    assert (images.mean(), images.std()) == (pytest.approx(mean, abs=1e-4), pytest.approx(std, abs=1e-4))
+    np.testing.assert_allclose(images.flatten()[:16], first, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_folders_of_0_1_open_with_the_package(published_0_1, name):
+    cls = CascadePipeline if name == "cascade" else DDPMImagePipeline
+    pipe = cls.from_pretrained(published_0_1 / name)
+    check_images(published_0_1, name, pipe(2, torch.Generator().manual_seed(1), 4, "np", **CALLS[name]).images)
+
+
+OPEN = """
+    import json, sys
+    sys.modules["ddpm_hf"] = None  # not importable
+    import diffusers, numpy, torch
+    folder, out, kwargs = sys.argv[1:]
+    index = json.load(open(f"{folder}/model_index.json"))
+    ours = {"custom_pipeline": folder} if index["_class_name"] == "DDPMPipeline" else {}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **ours)
+    images = pipe(2, torch.Generator().manual_seed(1), 4, "np", **json.loads(kwargs)).images
+    numpy.save(out, images)
+    for name in ("push_to_hub", "optimize"):
+        try:
+            getattr(pipe, name)("user/x")
+        except Exception as error:
+            print(type(error).__name__, error)
+    pipe.save_pretrained(f"{out}-again")
+"""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_folders_of_0_1_open_with_their_own_code(published_0_1, tmp_path, name):
+    run_elsewhere(
+        OPEN,
+        tmp_path / "home",
+        published_0_1 / name,
+        tmp_path / "out.npy",
+        json.dumps(CALLS[name]),
+        package=False,
+        offline=True,
+    )
+    check_images(published_0_1, name, np.load(tmp_path / "out.npy"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_saved_now_works_without_the_package(published_0_1, tmp_path, name):
+    """It draws the same images, says in one line what only the package can do, and saves itself as it was."""
+    cls = CascadePipeline if name == "cascade" else DDPMImagePipeline
+    pipe = cls.from_pretrained(published_0_1 / name)
+    pipe.save_pretrained(tmp_path / "saved")
+    printed = run_elsewhere(
+        OPEN,
+        tmp_path / "home",
+        tmp_path / "saved",
+        tmp_path / "out.npy",
+        json.dumps(CALLS[name]),
+        package=False,
+        offline=True,
+    )
+    check_images(published_0_1, name, np.load(tmp_path / "out.npy"))
+    lines = printed.splitlines()
+    assert lines[0] == (
+        "ImportError push_to_hub is brought by the package ddpm-hf: pip install ddpm-hf, then "
+        f"ddpm_hf.{cls.__name__}.from_pretrained(...) opens this pipeline"
+    )
+    assert name == "cascade" or lines[1] == lines[0].replace("push_to_hub", "optimize")
+    again = tmp_path / "out.npy-again"
+    files = {path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
+    for file in files:
+        assert (again / file).read_bytes() == (tmp_path / "saved" / file).read_bytes(), file
+    opened = cls.from_pretrained(again)
+    images = opened(2, torch.Generator().manual_seed(1), 4, "np", **CALLS[name]).images
+    np.testing.assert_allclose(images, np.load(tmp_path / "out.npy"), atol=ROUNDING)
