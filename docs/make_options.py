@@ -1,0 +1,101 @@
+"""Write docs/options.md, the table of all options of all commands: python docs/make_options.py"""
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+
+from ddpm_hf import DDPMUNet, NoisyClassifier, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler
+from ddpm_hf.cli import evaluate, push, sample
+from ddpm_hf.training.config import ClassifierConfig, TrainConfig
+
+PAGE = Path(__file__).with_name("options.md")
+HEAD = """# Options
+
+You want to look up an option. `ddpm-hf COMMAND --help` prints the same lists.
+
+- The keys of `train` and `train-classifier` are options (`--steps 500`) and keys of a YAML file (`steps: 500`).
+- Keys of `unet`, `classifier` and `scheduler` are written with a dot: `--unet.dropout 0.1`.
+- A default in *italics* holds for presets that do not set the key. Without a preset the value follows the data, see
+  [settings](training.md#settings).
+- A hyphen may stand in place of an underscore.
+
+`python docs/make_options.py` writes this page from the code.
+"""
+COMMANDS = {"sample": sample.make_parser, "evaluate": evaluate.make_parser, "push": push.make_parser}
+SECTIONS = {
+    "unet": DDPMUNet,
+    "classifier": NoisyClassifier,
+    "scheduler": VariationalDDPMScheduler,
+    "scheduler, for process vp or subvp": VPSDEScheduler,
+    "scheduler, for process ve": VESDEScheduler,
+}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def value(default) -> str:
+    """A default as it is written on the command line."""
+    return f"`{json.dumps(default).replace(chr(34), '')}`"
+
+
+def keys_of(kind) -> dict[str, list[list[str]]]:
+    """Group -> a row for each key of a config: option, default, meaning."""
+    groups = {}
+    for field in dataclasses.fields(kind):
+        if field.init:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            shown = f"*{value(default)}*" if field.metadata.get("found") else value(default)
+            row = [f"`--{field.name}`", shown, field.metadata["help"]]
+            groups.setdefault(field.metadata["group"], []).append(row)
+    return groups
+
+
+def config_tables(groups: dict[str, list[list[str]]]) -> str:
+    head = ["option", "default", "meaning"]
+    return "\n".join(f"**{name}**\n\n{table(head, rows)}" for name, rows in groups.items())
+
+
+def parser_table(parser) -> str:
+    rows = []
+    for action in parser._actions:
+        if action.dest != "help":
+            name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+            values = f" {action.metavar}" if action.option_strings and action.nargs != 0 and action.metavar else ""
+            rows.append([f"`{name}{values}`", (action.help or "") % {"default": action.default}])
+    return table(["option", "meaning (default)"], rows)
+
+
+def section_table(owner: type) -> str:
+    derived = {"self", *TrainConfig.DERIVED, *ClassifierConfig.DERIVED}
+    parameters = inspect.signature(owner.__init__).parameters.values()
+    rows = [
+        [f"`{each.name}`", "required" if each.default is each.empty else value(each.default)]
+        for each in parameters
+        if each.name not in derived
+    ]
+    return table(["key", "default"], rows)
+
+
+def page() -> str:
+    keys, classifier_keys = keys_of(TrainConfig), keys_of(ClassifierConfig)
+    own = {name: [row for row in rows if row not in keys.get(name, [])] for name, rows in classifier_keys.items()}
+    common = {row[0] for rows in classifier_keys.values() for row in rows} - {
+        row[0] for rows in own.values() for row in rows
+    }
+    only = "It takes these keys of `ddpm-hf train`, with the same defaults: " + ", ".join(sorted(common)) + ". Its own:"
+    parts = [HEAD, "## ddpm-hf train", config_tables(keys), "## ddpm-hf train-classifier", only]
+    parts += [config_tables({name: rows for name, rows in own.items() if rows})]
+    for name, make_parser in COMMANDS.items():
+        parts += [f"## ddpm-hf {name}", parser_table(make_parser())]
+    for name, owner in SECTIONS.items():
+        parts += [f"## Keys of {name}", section_table(owner)]
+    return "\n".join(part if part.endswith("\n") else f"{part}\n" for part in parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
