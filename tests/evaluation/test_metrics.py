@@ -34,11 +34,11 @@ def test_precision_and_recall_of_what_is_counted_by_hand():
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])
     # with k = 1 every radius is 1: the manifold is [-1, 3] and [9, 13]
     generated = torch.tensor([[0.5], [2.9], [3.1], [50.0]])
-    precision, recall = precision_recall(real, generated, neighbours=1)
+    precision, recall = precision_recall(real, generated, neighbors=1)
     assert precision == 0.5
     # radii 2.4, 0.2, 0.2, 46.9: of the real ones all within [3.1, 96.9] or [-1.9, 2.9]
     assert recall == 1.0
-    assert precision_recall(real, generated[:2], neighbours=1)[1] == 0.5  # [-1.9, 2.9], [0.5, 5.3]
+    assert precision_recall(real, generated[:2], neighbors=1)[1] == 0.5  # [-1.9, 2.9], [0.5, 5.3]
 
 
 def test_few_modes_lose_recall_and_noise_loses_precision():
@@ -54,9 +54,9 @@ def test_few_modes_lose_recall_and_noise_loses_precision():
 def test_bad_features(real, generated):
     with pytest.raises(ValueError, match="real|generated"):
         precision_recall(torch.randn(real), torch.randn(generated))
-    with pytest.raises(ValueError, match="neighbours=0"):
-        precision_recall(torch.randn(5, 2), torch.randn(5, 2), neighbours=0)
-    with pytest.raises(ValueError, match="features; 2 at least"):
+    with pytest.raises(ValueError, match="neighbors=0"):
+        precision_recall(torch.randn(5, 2), torch.randn(5, 2), neighbors=0)
+    with pytest.raises(ValueError, match="features; give at least 2"):
         frechet_distance(torch.randn(1, 2), torch.randn(5, 2))
 
 

@@ -15,7 +15,7 @@ from ddpm_hf.schedulers.precision import to_float64
 
 
 class BitsPerDim(NamedTuple):
-    """The bound of each of B images, in bits per dimension, term by term over the T steps of the chain.
+    """The variational bound of each of B images in bits per dimension, with its terms over the T steps of the chain.
 
     Columns ascend in t: column 0 of `terms` is the decoder L_0, column i the KL term of the chain's step i.
     """
@@ -23,17 +23,17 @@ class BitsPerDim(NamedTuple):
     total: torch.Tensor  # (B,), prior + sum of terms: an upper bound on the negative log-likelihood
     prior: torch.Tensor  # (B,), L_T
     terms: torch.Tensor  # (B, T)
-    x_start_mse: torch.Tensor  # (B, T), of the predicted x_0, on the scale [-1, 1]
-    epsilon_mse: torch.Tensor  # (B, T), of the noise that follows from the predicted x_0
+    x_start_mse: torch.Tensor  # (B, T), mean squared error of the predicted x_0, on the scale [-1, 1]
+    epsilon_mse: torch.Tensor  # (B, T), mean squared error of the noise computed from the predicted x_0
 
     @property
     def kl(self) -> torch.Tensor:
-        """(B,), L_1 + ... + L_{T-1}."""
+        """The sum of the KL terms L_1 to L_{T-1}, (B,)."""
         return self.terms[:, 1:].sum(1)
 
     @property
     def decoder(self) -> torch.Tensor:
-        """(B,), L_0."""
+        """The decoder term L_0, (B,)."""
         return self.terms[:, 0]
 
     @property
@@ -66,38 +66,47 @@ def bits_per_dim(
     noise_fn: Callable[[int, torch.Size], torch.Tensor] | None = None,
     progress_bar: bool = False,
 ) -> BitsPerDim:
-    """Every term of the variational bound for every image, one noise draw for each term.
+    """Compute every term of the variational bound for every image, with one draw of the noise for each term.
 
-    A chain need not begin at t = 0: where the noise of its first step is far finer than a grey level, as in schedules made for
-    256 levels on data of 17, a network pays there in KL for what the decoder of a later step gives for nothing. The bound of
-    `scheduler.set_timesteps(timesteps=range(T - 1, t0 - 1, -1))` is as much a bound; choose t0 on the training data.
+    A chain need not begin at t = 0. If the noise of its first step is much finer than a grey level, as with a schedule made
+    for 256 grey levels on data with 17, the KL terms of the first steps cost bits that the decoder of a later step saves.
+    After `scheduler.set_timesteps(timesteps=range(T - 1, t0 - 1, -1))` the result is a bound too. Choose t0 on training data.
 
     Args:
-        unet: a diffusers model, or anything called as `unet(x_t, t, class_labels=..., return_dict=False)` that returns a
-            tuple with the output first; t is an int, or int64 (rows,) where a call holds several timesteps. Its dropout is
-            off while this runs. In half precision, or under autocast, the terms are still computed in float32.
-        scheduler: its chain is used: all T steps unless `set_timesteps` was called; our pipeline's calls leave it alone.
+        unet: a diffusers model, or any function called as `unet(x_t, t, class_labels=..., return_dict=False)` that returns a
+            tuple with the output first. t is an int, or int64 (rows,) if a call holds several timesteps. Dropout is off
+            during the call. With half precision or autocast, the terms are still computed in float32.
+        scheduler: its chain is used: all T steps unless `set_timesteps` was called. `DDPMImagePipeline` does not change it.
         x_start: images (B, C, H, W) on the grid of `levels` grey levels in [-1, 1], float32 or float64.
         class_labels: (B,), for a class-conditional network.
-        generator: for the noise, which is drawn step by step: how many steps a call holds does not change it.
-        clip_sample: clip the predicted x_0, as the papers do when they evaluate.
-        batch_size: rows (images times timesteps) a network call, which bound the memory: fewer images than that share the
-            call with their next timesteps. None for all images at one timestep.
-        levels: grey levels of the data; None for those of the scheduler.
-        noise_fn: `noise_fn(t, shape)` gives the noise of step t in place of `generator`.
-        progress_bar: show one, in a terminal or a notebook.
+        generator: generator of the noise. The noise does not depend on the number of steps in a network call.
+        clip_sample: whether to clip the predicted x_0, as the papers do in evaluation.
+        batch_size: rows (images times timesteps) per network call, which limits the memory. If there are fewer images, a call
+            holds several timesteps. None for all images at one timestep.
+        levels: number of grey levels of the data; None for that of the scheduler.
+        noise_fn: `noise_fn(t, shape)` returns the noise of step t, instead of `generator`.
+        progress_bar: whether to show a progress bar in a terminal or a notebook.
 
     Returns:
         `BitsPerDim` on the device of x_start.
 
     Raises:
-        ValueError: another scheduler; no image; x_start beyond [-1, 1] or off the grid; labels of another number; a network
-            of other channels than the process needs; a term or an output that is not finite, named by its image and t.
+        ValueError: the scheduler has no bound; x_start has no image, exceeds [-1, 1] or is off the grid; there is not one
+            label per image; the network's channels do not fit; a term or an output is not finite (the message has the image
+            and t).
     """
-    evaluate = BoundEvaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
+    evaluate = BoundEvaluator(
+        unet,
+        scheduler,
+        x_start,
+        class_labels=class_labels,
+        clip_sample=clip_sample,
+        levels=levels,
+        batch_size=batch_size,
+    )
     b = min(batch_size or len(x_start), len(x_start))
     chain, count = scheduler.chain, max(1, (batch_size or b) // b)
-    # the decoder's step alone, the others several a call
+    # the decoder's step has a network call of its own
     calls = [chain[:1], *(chain[i : i + count] for i in range(1, len(chain), count))]
     rows = []
     with (
@@ -131,22 +140,31 @@ def progressive_coding(
     levels: int | None = None,
     progress_bar: bool = False,
 ) -> BitsPerDim:
-    """The code lengths of sending each image progressively: Algorithms 3 and 4 of the paper, simulated.
+    """Simulate sending each image progressively (the paper's Algorithms 3 and 4) and return the code lengths.
 
-    The sender draws x_T from q(x_T | x_0), then each x_{t-1} from q(x_{t-1} | x_t, x_0): one trajectory an image, where
-    `bits_per_dim` draws every x_t anew. The expected code length of a step is its term of the bound; nothing is encoded.
+    The sender draws x_T from q(x_T | x_0), then each x_{t-1} from q(x_{t-1} | x_t, x_0): one trajectory per image, whereas
+    `bits_per_dim` draws every x_t independently. The expected code length of a step is its term of the bound. Nothing is
+    encoded.
 
     Args:
         unet, scheduler, x_start, class_labels, generator, clip_sample, levels, progress_bar: as in `bits_per_dim`.
-        batch_size: images a network call; None for all.
+        batch_size: images per network call; None for all.
 
     Returns:
-        `BitsPerDim`; `x_start_mse` is what the receiver of x_t has.
+        `BitsPerDim`; `x_start_mse` is the error of the receiver who has x_t.
 
     Raises:
         ValueError: as `bits_per_dim`.
     """
-    evaluate = BoundEvaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
+    evaluate = BoundEvaluator(
+        unet,
+        scheduler,
+        x_start,
+        class_labels=class_labels,
+        clip_sample=clip_sample,
+        levels=levels,
+        batch_size=batch_size,
+    )
     rows = []
     with (
         evaluate,
@@ -172,26 +190,39 @@ def _bound(scheduler, x_start, rows):
 
 
 def rate_distortion(result: BitsPerDim) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rate against distortion while an image is received (Ho, Jain, Abbeel 2020, section 4.3, figure 5 and table 4).
+    """Rate and distortion while an image is received (Ho, Jain, Abbeel 2020, section 4.3, figure 5 and table 4).
 
     Args:
-        result: of `progressive_coding`, or of `bits_per_dim`, which has the same expectation.
+        result: result of `progressive_coding`, or of `bits_per_dim`, which has the same expectation.
 
     Returns:
-        Two float64 tensors (T + 1,), means over the images, in the order of receiving: the rate in bits per dimension spent
-        so far, and the root of the mean squared error of the predicted x_0 on the scale 0 .. 255. The last entry is the
-        whole image, without error. On the device of the result, or for Apple's GPUs on the CPU.
+        Two float64 tensors (T + 1,), means over the images, in the order of receiving: the rate, in bits per dimension
+        received so far, and the distortion, the root mean squared error of the predicted x_0 on the scale 0 to 255. The last
+        entry is the complete image, without error. On the device of the result, or the CPU for Apple's GPUs.
     """
     terms, mse = to_float64(result.terms).mean(0), to_float64(result.x_start_mse).mean(0)
-    # with x_t received, all terms of later t are paid
+    # the receiver of x_t has paid the terms of all later t
     rate = torch.cat((to_float64(result.prior).mean()[None], terms.flip(0))).cumsum(0)
     return rate, torch.cat((mse.flip(0).sqrt() * 127.5, mse.new_zeros(1)))
 
 
 class BoundEvaluator:
-    """Terms of the bound for rows of (image, t, noise), with the network in evaluation mode while it is entered."""
+    """Computes terms of the bound for rows of (image, t, noise); as a context, it keeps the network in evaluation mode.
 
-    def __init__(self, unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size):
+    Arguments and errors are those of `bits_per_dim`.
+    """
+
+    def __init__(
+        self,
+        unet: Callable,
+        scheduler: VariationalDDPMScheduler,
+        x_start: torch.Tensor,
+        *,
+        class_labels: torch.Tensor | None,
+        clip_sample: bool,
+        levels: int | None,
+        batch_size: int | None,
+    ):
         check_scheduler(scheduler)
         self.unet, self.scheduler, self.x_start = unet, scheduler, x_start
         self.class_labels = None if class_labels is None else torch.as_tensor(class_labels, device=x_start.device)
@@ -199,12 +230,14 @@ class BoundEvaluator:
         self.dtype = getattr(unet, "dtype", x_start.dtype)
         self.first, self.pending = scheduler.chain[0], []
         if not isinstance(self.levels, Integral) or self.levels < 2:
-            raise ValueError(f"levels={self.levels!r}: give the number of grey levels of the data, 2 or more")
+            raise ValueError(f"levels={self.levels!r} must be 2 or more: the number of grey levels of the data")
         check_images(x_start, self.levels)
         if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size >= 1):
             raise ValueError(f"batch_size={batch_size} must be an integer, 1 or more")
         if class_labels is not None and len(class_labels) != len(x_start):
-            raise ValueError(f"class_labels has {len(class_labels)} entries for {len(x_start)} images; give one each")
+            raise ValueError(
+                f"class_labels has {len(class_labels)} entries for {len(x_start)} images; give one for each image"
+            )
         _check_channels(unet, scheduler, x_start.shape[1])
 
     def __enter__(self):
@@ -217,14 +250,24 @@ class BoundEvaluator:
         if error is None:
             self.check_terms()
 
-    def noise(self, shape, generator):
+    def noise(self, shape: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
+        """Standard normal noise, of the dtype and on the device of the images."""
         return randn_tensor(shape, generator=generator, device=self.x_start.device, dtype=self.x_start.dtype)
 
-    def at_noise(self, index, t, noise):
+    def at_noise(self, index: torch.Tensor, t: int | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """As a call, with x_t drawn from q(x_t | x_0) by this noise."""
         return self(index, t, self.scheduler.q_sample(self.x_start[index], t, noise), noise)
 
-    def __call__(self, index, t, x_t, noise):
-        """(3, rows): the term, the squared error of x_0 and that of epsilon; t is an int, or one for each row."""
+    def __call__(
+        self, index: torch.Tensor, t: int | torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The terms, the mean squared errors of x_0 and those of epsilon: (3, rows).
+
+        Args:
+            index: int64 (rows,), which image each row is of.
+            t: timestep, an int or int64 (rows,). The decoder's step must be an int.
+            x_t, noise: (rows, C, H, W).
+        """
         scheduler, x_start = self.scheduler, self.x_start[index]
         labels = None if self.class_labels is None else self.class_labels[index]
         t = t if isinstance(t, int) else t.to(x_t.device)
@@ -239,15 +282,16 @@ class BoundEvaluator:
             term = scheduler.decoder_bits_per_dim(p, x_start, self.levels)
         else:
             term = scheduler.kl_bits_per_dim(p, x_start, x_t, t)
-        term = term.masked_fill(~output.isfinite().flatten(1).all(1), torch.nan)  # clipping would hide an infinite one
+        term = term.masked_fill(~output.isfinite().flatten(1).all(1), torch.nan)  # clipping would hide infinite outputs
         epsilon = scheduler.epsilon_from_x_start(p.pred_original_sample, x_t, t)
         errors = (p.pred_original_sample - x_start, epsilon - noise)
         self.pending.append((term, index, t))
-        if term.device.type == "cpu" or len(self.pending) == 50:  # looking waits for an accelerator
+        if term.device.type == "cpu" or len(self.pending) == 50:  # the check waits for an accelerator
             self.check_terms()
         return torch.stack((term, *(error.square().flatten(1).mean(1) for error in errors)))
 
-    def check_terms(self):
+    def check_terms(self) -> None:
+        """Raise ValueError if a term since the last check is not finite."""
         pending, self.pending = self.pending, []
         if not pending or torch.stack([term.isfinite().all() for term, *_ in pending]).all():
             return
@@ -258,18 +302,18 @@ class BoundEvaluator:
 
 
 def check_scheduler(scheduler) -> None:
-    """Raises ValueError for a scheduler that has no bound."""
+    """Raise ValueError for a scheduler that has no bound."""
     if not hasattr(scheduler, "chain"):
         raise ValueError(
-            f"scheduler is a {type(scheduler).__name__}; the bound is of a VariationalDDPMScheduler, "
-            "which VariationalDDPMScheduler.from_config(scheduler.config) makes"
+            f"scheduler is a {type(scheduler).__name__}, which has no bound; give "
+            "VariationalDDPMScheduler.from_config(scheduler.config)"
         )
 
 
 def check_images(x_start: torch.Tensor, levels: int) -> None:
-    """Raises ValueError for images that are not (B, C, H, W), float32 or float64, on a grid of `levels` levels in [-1, 1]."""
+    """Raise ValueError for images that are not (B, C, H, W), float32 or float64, on a grid of grey levels in [-1, 1]."""
     if x_start.dim() != 4 or len(x_start) == 0:
-        raise ValueError(f"x_start has shape {tuple(x_start.shape)}; give (B, C, H, W) with one image at least")
+        raise ValueError(f"x_start has shape {tuple(x_start.shape)}; give (B, C, H, W) with at least one image")
     if x_start.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x_start is {x_start.dtype}; give float32 or float64, which hold every grey level")
     if not x_start.abs().max() <= 1 + 1e-5:  # NaN too
@@ -278,8 +322,8 @@ def check_images(x_start: torch.Tensor, levels: int) -> None:
     off = (grey - grey.round()).abs().max().item()
     if off > max(0.01, levels * 2e-7):
         raise ValueError(
-            f"x_start is up to {off:.2g} of a grey level off the grid of levels={levels}; give the data's own levels, "
-            "unscaled and without dithering"
+            f"x_start is up to {off:.2g} of a grey level off the grid of levels={levels}; set levels to that of the data, and "
+            "do not resize or dither the images"
         )
 
 

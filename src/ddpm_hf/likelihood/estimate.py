@@ -15,13 +15,13 @@ from ddpm_hf.schedulers.precision import finest_dtype, to_float64
 
 
 class BitsPerDimEstimate(NamedTuple):
-    """An unbiased estimate of the bound of each of B images, in bits per dimension."""
+    """An unbiased estimate of the variational bound of each of B images, in bits per dimension."""
 
     total: torch.Tensor  # (B,), prior + kl + decoder
     prior: torch.Tensor  # (B,), L_T, exact
     kl: torch.Tensor  # (B,), L_1 + ... + L_{T-1}, estimated
     decoder: torch.Tensor  # (B,), L_0
-    # the standard error of `mean` by the draws of timesteps and noise, for the bound of these B images; rough for a few
+    # the standard error of `mean` due to the draws of timesteps and noise alone; rough for few images
     sampling_error: float
 
     @property
@@ -31,7 +31,7 @@ class BitsPerDimEstimate(NamedTuple):
 
     @property
     def standard_error(self) -> float:
-        """The standard error of `mean` over images and draws together; NaN for a single image."""
+        """The standard error of `mean` due to images and draws together; NaN for a single image."""
         return standard_error(self.total)
 
 
@@ -49,25 +49,34 @@ def estimate_bits_per_dim(
     levels: int | None = None,
     progress_bar: bool = False,
 ) -> BitsPerDimEstimate:
-    """An unbiased estimate of `bits_per_dim` from few network evaluations.
+    """Estimate `bits_per_dim` without bias from few network evaluations.
 
-    L_T is exact and L_0 is always evaluated (twice). Of the KL terms each image draws one timestep in each of K strata; the
-    images' draws in a stratum are spread evenly over it. The error that the same noise costs the best linear denoiser has a
-    known expectation: what the terms owe to it is taken off (a control variate). The strata hold equal shares of the spread
-    that then is left, as a pilot run finds it.
+    L_T is exact, and L_0 is evaluated twice for each image. For the KL terms, the chain is divided into K strata, and each
+    image draws one timestep in each; the draws of all images are spread evenly over a stratum. The error of the best linear
+    denoiser with the same noise, whose expectation is known, serves as a control variate. A pilot run measures the spread of
+    the terms that then remains; each stratum has an equal share of it.
 
     Args:
-        num_evaluations: network evaluations an image, pilot and decoder included: 8 to below the length of the chain.
-        unet, scheduler, x_start, class_labels, generator, clip_sample, batch_size, levels, progress_bar: as in `bits_per_dim`;
-            batch_size None stands for as many rows a call as there are images.
+        num_evaluations: network evaluations per image, including the pilot run and the decoder: at least 8, and fewer than
+            the chain has steps.
+        unet, scheduler, x_start, class_labels, generator, clip_sample, batch_size, levels, progress_bar: as in `bits_per_dim`,
+            but with batch_size=None a network call has as many rows as there are images.
 
     Returns:
         `BitsPerDimEstimate` on the device of x_start.
 
     Raises:
-        ValueError: as `bits_per_dim`; num_evaluations out of its range.
+        ValueError: as `bits_per_dim`; num_evaluations is out of range.
     """
-    evaluate = BoundEvaluator(unet, scheduler, x_start, class_labels, clip_sample, levels, batch_size)
+    evaluate = BoundEvaluator(
+        unet,
+        scheduler,
+        x_start,
+        class_labels=class_labels,
+        clip_sample=clip_sample,
+        levels=levels,
+        batch_size=batch_size,
+    )
     N, B = len(scheduler.chain), len(x_start)
     if N <= 8:
         raise ValueError(f"a chain of {N} steps needs no estimate; bits_per_dim evaluates all of them")
@@ -85,30 +94,33 @@ def estimate_bits_per_dim(
         return torch.rand(shape, generator=generator, device=device, dtype=finest_dtype(device)).cpu().double()
 
     def terms(positions):
-        """Each image's term at its (B, n) positions in the chain, 0 alone or not at all, and the excess their noise costs."""
+        """The images' terms at positions (B, n) in the chain, and the linear denoiser's excess errors: (2, B, n).
+
+        The positions are all 0, the decoder's, or none is.
+        """
         index = torch.arange(B).repeat_interleave(positions.shape[1])
-        found = []
+        results = []
         for rows, at in zip(index.split(batch_size or B), positions.flatten().split(batch_size or B)):
             rows, noise = rows.to(x_start.device), evaluate.noise((len(rows), *x_start.shape[1:]), generator)
             t = chain[at] if at.any() else int(chain[0])
             term, *_ = evaluate.at_noise(rows, t, noise)
-            found.append(torch.stack((to_float64(term), linear.excess(rows, chain[at], noise))))
+            results.append(torch.stack((to_float64(term), linear.excess(rows, chain[at], noise))))
             bar.update(len(rows))
         evaluate.check_terms()
-        return torch.cat(found, dim=1).cpu().view(2, B, -1)
+        return torch.cat(results, dim=1).cpu().view(2, B, -1)
 
     with evaluate, tqdm(total=B * num_evaluations, desc="bits/dim", disable=not progress_bar or None) as bar:
         first, _ = terms(torch.zeros(B, 2, dtype=torch.int64))
-        # the pilot: positions spread evenly in their logarithm, over which the terms change evenly
+        # pilot run: positions spread evenly in their logarithm
         u = (uniform(B * pilot).argsort() + uniform(B * pilot)) / (B * pilot)
         at = torch.exp(u * math.log(N)).long().clamp(1, N - 1).view(B, pilot)
         spread, slope = _fit_pilot(at, *terms(at), N - 1)
         step = torch.arange(1, N)
-        # 1 / step is what the terms are like before anything is known; no step is left without a chance
+        # Mixed with 1 / step, the shape that terms have on the whole, and with a constant, so that no step has probability 0.
         trust = 0.94 * at.numel() / (at.numel() + 8)
         parts = ((trust, spread), (0.97 - trust, 1 / step), (0.03, step**0))
         share = sum(weight * part / part.sum() for weight, part in parts)
-        # each stratum has 1 / strata of the probability, each image a cell of its own in it
+        # each stratum has probability 1 / strata; within it, each image has a cell of its own
         u = (uniform(B, strata).argsort(dim=0) + uniform(B, strata)) / B
         u = (torch.arange(strata) + u) / strata
         at = torch.searchsorted(share.cumsum(0), u).clamp(max=N - 2) + 1
@@ -116,10 +128,10 @@ def estimate_bits_per_dim(
         drawn = (term - slope[at - 1] * excess) / (strata * share[at - 1])
     prior = scheduler.prior_bits_per_dim(x_start)
     kl, decoder = (part.to(prior) for part in (drawn.sum(1), first.mean(1)))
-    if B > 1:  # the images' draws in a stratum stand for repeated ones, but for what an image costs on the whole
+    if B > 1:  # the draws of different images, less each image's mean, serve as repeated draws
         rest = drawn - drawn.mean(1, keepdim=True)
         variance = strata / (strata - 1) * rest.var(0).sum() / B
-    else:  # a stratum's draw for the line between its neighbors', too much where that is curved
+    else:  # deviations from the line between neighboring strata, too large where the terms are curved
         off = drawn[:, 1:-1] - (drawn[:, :-2] + drawn[:, 2:]) / 2
         variance = strata * off.square().mean() / 1.5
     variance = variance + (first[:, 0] - first[:, 1]).square().mean() / (4 * B)
@@ -127,19 +139,19 @@ def estimate_bits_per_dim(
 
 
 def _fit_pilot(positions, terms, excess, steps):
-    """At positions 1 .. steps the spread of the terms and what they gain with excess, both by log(position)."""
+    """The spread of the terms and their slope in the excess error, each (steps,), at positions 1 to steps."""
     order = positions.flatten().argsort()
     x, y, excess = (values.flatten()[order] for values in (positions.log(), terms, excess))
     grid = torch.arange(1, steps + 1).log()
 
     def root_mean_square(values, parts):
-        """Of values sorted by x: a function of x."""
+        """The root mean square of values, which are sorted by x, as a function of x."""
         centers = torch.stack([part.mean() for part in x.tensor_split(parts)])
         sizes = torch.stack([part.square().mean() for part in values.tensor_split(parts)]).clamp(min=1e-30).sqrt().log()
         return lambda at: torch.from_numpy(np.exp(np.interp(at.numpy(), centers.numpy(), sizes.numpy())))
 
     size = root_mean_square(y, max(1, min(20, len(x) // 2)))
-    if len(x) < 32:  # too few for a spread: take it in proportion to the size
+    if len(x) < 32:  # too few for a spread, which is taken to be proportional to the terms
         return size(grid), torch.zeros(steps, dtype=torch.float64)
     # term / size = 1 + (a + b log(position)) excess + rest
     relative = y / size(x)
@@ -150,21 +162,21 @@ def _fit_pilot(positions, terms, excess, steps):
 
 
 class _LinearDenoiser:
-    """The linear denoiser of least squared error for Gaussian data with the images' mean and (shrunk) covariance."""
+    """The linear denoiser with the least squared error for Gaussian data with the images' mean and (shrunk) covariance."""
 
     def __init__(self, scheduler, x_start):
         self.alphas_cumprod = scheduler.alphas_cumprod.double()
-        images = to_float64(x_start[:512].flatten(1))  # enough for a covariance
+        images = to_float64(x_start[:512].flatten(1))  # enough to estimate a covariance
         _, values, self.directions = torch.linalg.svd(images - images.mean(0), full_matrices=False)
         self.x_start = (to_float64(x_start.flatten(1)) - images.mean(0)) @ self.directions.T
-        # the rest of the space has the weight of one image whose pixels vary alike
+        # shrinkage: one more image, whose variance is the same in all directions
         self.rest = images.var(correction=0) / (len(images) + 1)
         self.variances = values.square() / (len(images) + 1) + self.rest
 
     def excess(self, index, t, noise):
-        """(rows,): its squared error with this noise, relative to the expectation over noise, less 1.
+        """Its squared error with this noise, divided by the expectation over noise, minus 1: (rows,).
 
-        Of images beyond the first 512 it is the error in the plane of those: as good for a control variate.
+        For images after the first 512 only the error in the span of those is counted, which serves as a control variate too.
         """
         noise = to_float64(noise.flatten(1))
         alpha, index = self.alphas_cumprod[t][:, None].to(noise.device), index.to(noise.device)

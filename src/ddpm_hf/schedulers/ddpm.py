@@ -1,8 +1,8 @@
-"""The diffusion process: q, p, the variational bound and the samplers, in one self-contained file.
+"""The DDPM scheduler: the diffusion process q, the model p, the variational bound, and the samplers.
 
 Equation numbers are those of Ho, Jain, Abbeel 2020 ("the paper") unless IDDPM (Nichol & Dhariwal 2021) or DDIM (Song,
-Meng, Ermon 2020) is named. Timesteps are 0-based: t = 0 here is the paper's t = 1. Likelihoods are in nats inside and in
-bits per dimension where a name says so. All tables are float64.
+Meng, Ermon 2020) is named. Timesteps are 0-based: t = 0 here is t = 1 in the paper. Likelihoods are in bits per dimension if
+the name says so, otherwise in nats. All tables are float64.
 """
 
 import operator
@@ -35,23 +35,23 @@ VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "iddpm")
 
 
-# What diffusers' own classes read in place of a value that they do not know: the first of each is saved, all are read back.
-# "leading" for "iddpm": it alone keeps solvers without clipping away from the end of a cosine schedule, where an error of
-# epsilon becomes one of x_0 20,000 times as large, and its strides are integers, as the steps of diffusers' DDPMScheduler
-# and DDIMScheduler take them to be; folders saved earlier have "linspace". Stock classes cannot sample a network that learned
-# its log variance directly: "fixed_small" makes them stop at the doubled channels instead of sampling NaN.
+# Values that diffusers' classes do not know, and the values that they read instead: the first is saved, all are read back.
+# "leading" stands for "iddpm": its strides are integers, as the steps of diffusers' DDPMScheduler and DDIMScheduler assume, and
+# of all spacings it alone keeps solvers without clipping away from the end of a cosine schedule, where an error of epsilon
+# becomes an error of x_0 20,000 times as large. Older folders have "linspace". Stock classes cannot sample a network that
+# learned its log variance directly; with "fixed_small" they stop at the doubled channels instead of sampling NaN.
 STOCK_VALUES = {
     "timestep_spacing": {"iddpm": ("leading", "linspace")},
     "variance_type": {"fixed_large_log": ("fixed_large",), "learned": ("fixed_small",)},
 }
 
 
-# What says which process the network was trained for: carried to every other scheduler class, whose defaults differ.
+# The keys of the process that the network was trained for. They are passed on to every scheduler class: defaults differ.
 PROCESS_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 def _shortened(chain):
-    """A list as errors show it: of many timesteps the first and the last."""
+    """Timesteps in an error message, of many the first and the last."""
     if len(chain) <= 8:
         return str(chain)
     first, last = (", ".join(map(str, part)) for part in (chain[:3], chain[-3:]))
@@ -59,34 +59,35 @@ def _shortened(chain):
 
 
 class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
-    """diffusers' `DDPMScheduler` with the whole of the paper: exact tables, posteriors, the bound and its decoder.
+    """diffusers' `DDPMScheduler` with all of the paper: exact tables, posteriors, the variational bound and its decoder.
 
-    "The chain" is the list of timesteps last given to `set_timesteps`, all T before any call. q, p, the bound and `step`
-    act on it, with betas and variances recomputed for it. `t` is always an original, 0-based timestep: an int, a 0-d
-    tensor, or an int64 tensor (B,) with one for each image. A `t` outside the chain is a ValueError; in a tensor on an
-    accelerator, where looking would wait for the device, its image becomes NaN instead.
+    "The chain" is the list of timesteps of the last call of `set_timesteps`, or all T timesteps before any call. q, p, the
+    bound and `step` act on the chain, with betas and variances recomputed for it. `t` is always an original, 0-based timestep:
+    an int, a 0-d tensor, or an int64 tensor (B,) with one for each image. A `t` outside the chain raises ValueError, except in
+    a tensor on an accelerator, where the check would wait for the device: there the image becomes NaN.
 
-    Args beyond those of `DDPMScheduler`:
+    Args in addition to those of `DDPMScheduler`:
         beta_schedule: also "quad", "warmup10", "warmup50", "const", "jsd" (the paper's code), "cosine" (IDDPM eq. 17) and
-            "linear_scaled_by_T". A schedule is used as given whatever `num_train_timesteps` is; IDDPM scales beta_start
-            and beta_end of its linear schedule by 1000 / T, which is "linear_scaled_by_T".
-        variance_type: "fixed_small" (posterior variance, 0 at the first step), "fixed_large" (beta; the posterior variance
-            of the second step at the first), "learned" (the network's second half of channels is the log variance),
-            "learned_range" (it interpolates between the two, IDDPM eq. 15). "fixed_small_log" and "fixed_large_log" are the
-            same distributions, written by their log variances. In logarithms the first step has the second's posterior
-            variance, as in the paper's code.
-        prediction_type: also "previous": the network gives the mean of x_{t-1} (the paper's mu-tilde prediction).
-        timestep_spacing: also "iddpm": even fractional strides that keep both ends, `space_timesteps(T, n)`.
-        levels: grey levels of the data, 256 for 8 bits, for the decoder L_0.
+            "linear_scaled_by_T", which multiplies beta_start and beta_end by 1000 / T as IDDPM's linear schedule does. Other
+            schedules do not depend on `num_train_timesteps` in this way. `schedulers.betas` describes each.
+        variance_type: "fixed_small" (the posterior variance, 0 at the first step), "fixed_large" (beta, and at the first step
+            the posterior variance of the second), "learned" (the second half of the output channels is the log variance) or
+            "learned_range" (it interpolates between the logarithms of the two fixed variances, IDDPM eq. 15).
+            "fixed_small_log" and "fixed_large_log" are the same distributions. The log variance of the first step is always
+            that of the second step's posterior, as in the paper's code.
+        prediction_type: also "previous": the output is the mean of x_{t-1} (the paper's mu-tilde prediction).
+        timestep_spacing: also "iddpm": even fractional strides that keep both ends, as `space_timesteps(T, n)`.
+        levels: number of grey levels of the data for the decoder L_0, 256 for 8 bits.
 
-    `config` holds what diffusers' own classes understand (a schedule that they do not all know as `trained_betas`) and the
-    rest under "_ddpm_hf"; `from_config` of any scheduler takes it, and takes it back.
+    `config` holds keys and values that diffusers' classes understand, and the others under "_ddpm_hf". A schedule that some of
+    these classes do not know is saved as `trained_betas` too. `from_config` of any scheduler accepts the config, and the config
+    of that scheduler can be converted back.
 
-    Limits, so that a config from elsewhere cannot ask for all memory: 100,000 timesteps, 2**24 grey levels.
+    At most 100,000 timesteps and 2**24 grey levels are accepted, so that a config from elsewhere cannot exhaust the memory.
 
     Raises:
-        ValueError: a value that is not supported, named with what is; betas outside (0, 1], or so large that before the last
-            timestep nothing is left of x_0.
+        ValueError: a value that is not supported (the message lists those that are); betas outside [1e-15, 1], or so large that
+            nothing is left of x_0 before the last timestep.
     """
 
     stock_class = "DDPMScheduler"
@@ -127,26 +128,26 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         levels: int = 256,
     ):
         if variance_type not in VARIANCE_TYPES:
-            if variance_type is not None:  # None: in the configs of other schedulers
+            if variance_type is not None:  # configs of other schedulers have None
                 logger.warning(
-                    f"variance_type={shown(variance_type)} is not known and, as in diffusers, taken for 'fixed_small'; "
-                    f"known are {', '.join(VARIANCE_TYPES)}"
+                    f"variance_type={shown(variance_type)} is not known; 'fixed_small' is used, as in diffusers. Choose one of "
+                    f"{', '.join(VARIANCE_TYPES)}"
                 )
             variance_type = "fixed_small"
         if trained_betas is not None:
             if not 1 <= len(trained_betas) <= MOST_TIMESTEPS:
                 raise ValueError(
-                    f"trained_betas has {len(trained_betas)} entries; give 1 to {MOST_TIMESTEPS}, one a timestep"
+                    f"trained_betas has {len(trained_betas)} entries; give 1 to {MOST_TIMESTEPS}, one for each timestep"
                 )
             betas = np.array(trained_betas, dtype=np.float64)
             num_train_timesteps = len(betas)
         else:
             betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
         if rescale_betas_zero_snr and num_train_timesteps < 2:
-            raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of 2 at least")
+            raise ValueError(f"rescale_betas_zero_snr=True needs num_train_timesteps >= 2, not {num_train_timesteps}")
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
-        # classes that know no rescaling are given the betas rescaled; twice is once
+        # the rescaled betas are saved for classes that do not rescale; rescaling them again changes nothing
         self._make_config_stock(betas, beta_schedule, trained_betas, variance_type, levels)
         schedule = "trained_betas"
         if trained_betas is None:
@@ -156,9 +157,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             )
         check_betas(betas, schedule)
         if steps_offset >= num_train_timesteps:
-            raise ValueError(
-                f"steps_offset={steps_offset} must be below the {num_train_timesteps} timesteps of the process"
-            )
+            raise ValueError(f"steps_offset={steps_offset} must be less than num_train_timesteps={num_train_timesteps}")
 
         self.levels = levels
         self.variance_type = variance_type
@@ -186,27 +185,28 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         if trained_betas is not None or beta_schedule in OWN_SCHEDULES or self.config.rescale_betas_zero_snr:
             stock["trained_betas"] = betas.tolist()
             if trained_betas is None:
-                own["trained_betas"] = None  # they follow from the schedule's name
+                own["trained_betas"] = None  # to be computed from the schedule's name
         config = {**self.config, **stock, "_ddpm_hf": own}
         del config["levels"]
         if "_use_default_values" in config:
-            told = {"levels", *PROCESS_KEYS, *own}
-            config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in told]
+            explicit = {"levels", *PROCESS_KEYS, *own}
+            config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in explicit]
         self._internal_dict = FrozenDict(config)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
+        """diffusers' hook in `from_config`: restore the values that `config` keeps under "_ddpm_hf"."""
         config_dict = dict(config_dict)
         for key, value in check_argument("_ddpm_hf", config_dict.pop("_ddpm_hf", None) or {}, dict).items():
             replaced = STOCK_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
-            # not where another class's user has chosen something else since
+            # not if the value was changed while the config belonged to another class
             if replaced is None or config_dict.get(key) in replaced:
                 config_dict[key] = value
         return super().extract_init_dict(config_dict, **kwargs)
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the second half of the network's output channels says the variance."""
+        """Whether the second half of the network's output channels determines the variance."""
         return self.variance_type in LEARNED_VARIANCES
 
     # the chain
@@ -219,7 +219,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     def _make_chain(self, timesteps, variance_type=None):
         betas, alphas_cumprod = self.betas.numpy(), self.alphas_cumprod.numpy()
         variance_type = variance_type or self.variance_type
-        with np.errstate(divide="ignore", invalid="ignore"):  # betas above 1, warned of
+        with np.errstate(divide="ignore", invalid="ignore"):  # beta = 1: zero terminal SNR
             return ChainTables(list(timesteps), betas, alphas_cumprod, variance_type, self.prediction_type)
 
     def set_timesteps(
@@ -228,19 +228,19 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """Sets the chain: `num_inference_steps` timesteps by `timestep_spacing`, or exactly `timesteps`.
+        """Set the chain: `num_inference_steps` timesteps by `timestep_spacing`, or exactly `timesteps`.
 
         Args:
             num_inference_steps: 1 to num_train_timesteps.
-            device: where `self.timesteps` shall be; on the CPU a loop over it never waits for an accelerator.
+            device: the device of `self.timesteps`. On the CPU, a loop over it never waits for an accelerator.
             timesteps: strictly descending original timesteps.
 
         Raises:
-            ValueError: both or neither given, or timesteps that are not strictly descending in [0, T).
+            ValueError: both arguments or neither are given; timesteps that are not strictly descending in [0, T).
         """
         T = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("give one of num_inference_steps and timesteps, not both and not neither")
+            raise ValueError("give either num_inference_steps or timesteps")
         if timesteps is None and not (isinstance(num_inference_steps, Integral) and 1 <= num_inference_steps <= T):
             raise ValueError(
                 f"num_inference_steps={num_inference_steps!r} must be an integer, 1 to {T}, the steps of the process"
@@ -259,7 +259,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             self._chain = self._all_steps if len(chain) == T else self._make_chain(chain)
 
     def _spaced(self, n):
-        """n ascending timesteps (Lin et al. 2024, table 2; "iddpm": IDDPM section 4)."""
+        """n ascending timesteps by `timestep_spacing` (Lin et al. 2024, table 2; IDDPM section 4)."""
         T = self.config.num_train_timesteps
         if self.timestep_spacing == "iddpm":
             return space_timesteps(T, n)
@@ -272,12 +272,12 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         return steps.astype(np.int64).tolist()
 
     def previous_timestep(self, timestep: int) -> torch.Tensor:
-        """The timestep after `timestep` on the way down the chain, a 0-d tensor; -1 after the last."""
+        """The next lower timestep of the chain, a 0-d tensor; -1 after the last."""
         position = self._position(timestep)
         return torch.tensor(self._chain.timesteps[position - 1] if position > 0 else -1)
 
     def _position(self, t, like=None):
-        """The position of timestep t in the chain: an int for one timestep; a tensor, beside `like`, for one an image."""
+        """The position of timestep t in the chain: an int for one timestep, a tensor on the device of `like` for (B,)."""
         chain = self._chain
         if isinstance(t, torch.Tensor) and t.dim() > 0:
             position = t = self._in_range(t if like is None else t.to(like.device))
@@ -294,7 +294,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             raise ValueError(f"timesteps of dtype {t.dtype} must be integers")
         t, T = t.long(), self.config.num_train_timesteps
         if t.device.type == "cpu" and (outside := (t < 0) | (t >= T)).any():
-            raise ValueError(f"timestep {t[outside].flatten()[0].item()} is not one of the process, 0 to {T - 1}")
+            raise ValueError(f"timestep {t[outside].flatten()[0].item()} is outside of the process, 0 to {T - 1}")
         return t
 
     def _refuse(self, t):
@@ -306,7 +306,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     # q
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor | int, noise: torch.Tensor) -> torch.Tensor:
-        """x_t drawn from q(x_t | x_0) with the given noise: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, eq. 4.
+        """Draw x_t from q(x_t | x_0) with the given noise: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, eq. 4.
 
         Args:
             x_start: images (B, C, H, W) in [-1, 1].
@@ -314,21 +314,19 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             noise: standard normal, of the shape of x_start.
 
         Returns:
-            (B, C, H, W), of the dtype of x_start.
+            x_t (B, C, H, W), in the dtype of x_start.
         """
         return self._noised(self._chain, x_start, self._position(t, x_start), noise)
 
-    def add_noise(self, original_samples, noise, timesteps):
-        """`q_sample` with diffusers' order of arguments, for any of the T timesteps whatever the chain is.
-
-        Returns:
-            Of the shape and dtype of `original_samples`. timesteps: int64 (B,), 0-based.
-        """
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | int
+    ) -> torch.Tensor:
+        """`q_sample` with the argument order of diffusers, for any of the T timesteps, in the chain or not."""
         timesteps = self._in_range(torch.as_tensor(timesteps)).reshape(-1).to(original_samples.device)
         return self._noised(self._all_steps, original_samples, timesteps, noise)
 
-    def get_velocity(self, sample, noise, timesteps):
-        """The target of v-prediction, sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022); as `add_noise`."""
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | int) -> torch.Tensor:
+        """The target of v-prediction, sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022), for any timestep."""
         timesteps = self._in_range(torch.as_tensor(timesteps)).reshape(-1).to(noise.device)
         return self._noised(self._all_steps, noise, timesteps, -in_working_precision(sample))
 
@@ -338,16 +336,16 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         return weighted_sum(chain.at("x_t", position, a), a, b).to(dtype)
 
     def epsilon_from_x_start(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
-        """The noise that leads from x_0 to x_t: (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t), eq. 9. (B, C, H, W)."""
+        """The noise between x_0 and x_t, (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t), eq. 9; images (B, C, H, W)."""
         x_start, x_t, position = in_working_precision(x_start), in_working_precision(x_t), self._position(t, x_t)
-        # by the same factor that leads to x_0, so that the rounding of the way back is undone
+        # divided by sqrt(abar_t) first, as where x_0 is predicted, so that the rounding errors of the two cancel
         unscaled = x_t * self._chain.at("reciprocal_sqrt_alphas_cumprod", position, x_t)
         return (unscaled - x_start) * self._chain.at("sqrt_snr", position, x_t)
 
     def prediction_target(
         self, x_start: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor | int
     ) -> torch.Tensor:
-        """What the network is trained to give at (x_t, t), by the prediction type. Images (B, C, H, W); t 0-based."""
+        """The output that the network is trained to give at (x_t, t). Images (B, C, H, W); t 0-based, of the chain."""
         x_start, x_t, noise = (in_working_precision(images) for images in (x_start, x_t, noise))
         position = self._position(t, x_t)
         scale, std = self._chain.at("x_t", position, x_t)
@@ -358,16 +356,16 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     def draw_timesteps(
         self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Timesteps of the chain, drawn uniformly: int64 (batch_size,) on `device`, 0-based original timesteps.
+        """Draw timesteps of the chain uniformly: 0-based original timesteps, int64 (batch_size,) on `device`.
 
-        They are drawn where the generator is, if one is given.
+        They are drawn on the device of the generator, if there is one.
         """
         chain, source = self._chain, device if generator is None else generator.device
         drawn = torch.randint(len(chain.timesteps), (batch_size,), generator=generator, device=source)
         return chain.on("timesteps", drawn.device)[drawn].to(device)
 
     def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
-        """q(x_t | x_0), eq. 4. x_start: (B, C, H, W) in [-1, 1]; t: 0-based, of the chain."""
+        """q(x_t | x_0), eq. 4. x_start (B, C, H, W) in [-1, 1]; t 0-based, of the chain."""
         x_start, position = in_working_precision(x_start), self._position(t, x_start)
         mean = self._chain.at("sqrt_alphas_cumprod", position, x_start) * x_start
         variance = self._full("one_minus_alphas_cumprod", position, x_start)
@@ -376,7 +374,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     def q_posterior(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
         """q(x_{t-1} | x_t, x_0), eq. 6-7. Images (B, C, H, W); t: 0-based, of the chain.
 
-        At the chain's first step the variance is 0 and the log variance that of the second step.
+        At the chain's first step the variance is 0, and the log variance that of the second step.
         """
         x_start, x_t, position = in_working_precision(x_start), in_working_precision(x_t), self._position(t, x_t)
         return Gaussian(
@@ -386,7 +384,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         )
 
     def _full(self, name, position, like):
-        """A table's entry at each pixel, beside `like`."""
+        """The entry of a table, expanded to the shape of `like`."""
         if isinstance(position, int):
             return self._chain.on(name, like.device)[position].to(like.dtype).expand(like.shape)
         return self._chain.at(name, position, like).expand(like.shape)
@@ -400,17 +398,17 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         t: torch.Tensor | int,
         clip_sample: bool | None = None,
     ) -> Gaussian:
-        """p(x_{t-1} | x_t) by the network's output, eq. 1 and 11, with `.pred_original_sample`.
+        """p(x_{t-1} | x_t) from the network's output, eq. 1 and 11, with `.pred_original_sample`.
 
         Args:
-            model_output: (B, C, H, W), or (B, 2C, H, W) when the variance is learned.
+            model_output: (B, C, H, W), or (B, 2C, H, W) if the variance is learned.
             x_t: (B, C, H, W).
             t: 0-based timesteps of the chain.
-            clip_sample: clip (or threshold) the predicted x_0; None for what the config says. With "previous" prediction
-                the mean is the output as it is and clipping touches the predicted x_0 only.
+            clip_sample: whether to clip (or threshold) the predicted x_0; None for the config's value. With "previous"
+                prediction the mean is the output itself, and only the predicted x_0 is clipped.
 
         Raises:
-            ValueError: wrong number of channels in model_output; a timestep outside the chain.
+            ValueError: wrong number of channels in model_output, or a timestep outside the chain.
         """
         x_t = in_working_precision(x_t)
         position = self._position(t, x_t)
@@ -435,7 +433,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         if output.shape[1] != needed:
             raise ValueError(
                 f"model_output has {output.shape[1]} channels for images of {channels}; variance_type="
-                f"{self.variance_type!r} takes {needed}: choose another variance_type"
+                f"{self.variance_type!r} needs {needed}; choose the variance_type that the network was trained with"
             )
         return output.split(channels, dim=1) if self.learns_variance else (output, None)
 
@@ -443,7 +441,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         return values if self.variance_type == "learned" else self._interpolated_log_variance(values, position)
 
     def _interpolated_log_variance(self, values, position):
-        # IDDPM eq. 15: v in [-1, 1] interpolates in the logarithm
+        # IDDPM eq. 15, with values in [-1, 1]
         low = self._chain.at("posterior_log_variance_clipped", position, values)
         high = self._chain.at("log_betas", position, values)
         return low + (values + 1) * (0.5 * (high - low))
@@ -460,11 +458,11 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             return x_start
         if config.thresholding:
             return self._threshold_sample(x_start)
-        clip = x_start.clamp if x_start is output else x_start.clamp_  # in place where the tensor is ours
+        clip = x_start.clamp if x_start is output else x_start.clamp_  # in place if the tensor is not the caller's
         return clip(-config.clip_sample_range, config.clip_sample_range)
 
     def _get_variance(self, t, predicted_variance=None, variance_type=None):
-        """The variance of p(x_{t-1} | x_t), always a variance; diffusers' private name, for code that calls it."""
+        """The variance of p(x_{t-1} | x_t), never its logarithm; some code calls this private method of diffusers."""
         variance_type = variance_type or self.variance_type
         position = self._position(t)
         if variance_type == "learned":
@@ -489,15 +487,15 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         """One term of the variational bound for each image, eq. 5: L_{t-1}, or L_0 at the chain's first step.
 
         Args:
-            model_output: of the network at (x_t, t).
+            model_output: the network's output at (x_t, t).
             x_start: (B, C, H, W) in [-1, 1], on the grid of `levels` grey levels.
             x_t: drawn from q(x_t | x_start), (B, C, H, W).
             t: 0-based timesteps of the chain.
             clip_sample: as in `p_mean_variance`.
 
         Returns:
-            (B,) bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or the decoder's negative
-            log-likelihood (eq. 13).
+            Bits per dimension (B,): KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or the decoder's negative log-likelihood
+            (eq. 13).
         """
         p = self.p_mean_variance(model_output, x_t, t, clip_sample)
         first = self._position(t, x_t) == 0
@@ -509,17 +507,20 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     def kl_bits_per_dim(
         self, p: Gaussian, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int
     ) -> torch.Tensor:
-        """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p) of eq. 5, of `p_mean_variance`; not for the chain's first step.
+        """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p) of eq. 5, (B,) bits per dimension; not for the chain's first step.
 
-        Images (B, C, H, W); t 0-based, of the chain; (B,) bits per dimension.
+        p is a result of `p_mean_variance`. Images (B, C, H, W); t 0-based, of the chain.
         """
         q = self.q_posterior(x_start, x_t, t)
         return nats_to_bits_per_dim(gaussian_kl(q.mean, q.log_variance, p.mean, p.log_variance))
 
     def decoder_bits_per_dim(self, p: Gaussian, x_start: torch.Tensor, levels: int | None = None) -> torch.Tensor:
-        """L_0 of eq. 13, of `p_mean_variance` at the chain's first step.
+        """L_0 of eq. 13, (B,) bits per dimension.
 
-        x_start: (B, C, H, W) on the grid of `levels` grey levels (None: those of the config); (B,) bits per dimension.
+        Args:
+            p: result of `p_mean_variance` at the chain's first step.
+            x_start: (B, C, H, W) in [-1, 1], on the grid of `levels` grey levels.
+            levels: number of grey levels of the data; None for that of the config.
         """
         x_start, log_scale = in_working_precision(x_start), 0.5 * p.log_variance
         return nats_to_bits_per_dim(
@@ -527,7 +528,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         )
 
     def prior_bits_per_dim(self, x_start: torch.Tensor) -> torch.Tensor:
-        """L_T = KL(q(x_T | x_0) || N(0, 1)) of eq. 5, at the chain's last step. x_start: (B, C, H, W); (B,) bits/dim."""
+        """L_T = KL(q(x_T | x_0) || N(0, 1)) of eq. 5 at the chain's last step, (B,) bits/dim. x_start: (B, C, H, W)."""
         q = self.q_mean_variance(x_start, self._chain.timesteps[-1])
         zero = torch.zeros_like(q.mean)
         return nats_to_bits_per_dim(gaussian_kl(q.mean, q.log_variance, zero, zero))
@@ -546,27 +547,27 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         variance_noise: torch.Tensor | None = None,
         gradient: torch.Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """x_t -> the next sample down the chain.
+        """Make a step from x_t to the next lower timestep of the chain.
 
         Args:
-            model_output: of the network at (sample, timestep).
-            timestep: 0-based, of the chain; an int is fastest.
-            sample: x_t, (B, C, H, W). Half precision is computed in float32 and returned in half.
-            generator: one, or a list with one for each image.
+            model_output: the network's output at (sample, timestep).
+            timestep: 0-based, of the chain; fastest as an int.
+            sample: x_t, (B, C, H, W). Half precision is computed in float32 and returned in half precision.
+            generator: a generator, or a list with one for each image.
             return_dict: False for a tuple (prev_sample, pred_original_sample).
-            eta: None for ancestral sampling (Algorithm 2); a number in [0, 1] for DDIM (eq. 12 and 16 there), which
-                recomputes epsilon from the clipped x_0.
-            variance_noise: standard normal noise to use in place of drawing it.
-            gradient: of scale * log p(y | x_t) by x_t, of the shape of sample, for classifier guidance: the mean is shifted by
-                the variance times it (ADM, Algorithm 1), with eta epsilon by -sqrt(1 - abar) times it (Algorithm 2), after
-                the clipping of x_0.
+            eta: None for ancestral sampling (Algorithm 2); a number in [0, 1] for DDIM (DDIM eq. 12 and 16), which recomputes
+                epsilon from the clipped x_0.
+            variance_noise: standard normal noise to use instead of drawing it.
+            gradient: gradient of scale * log p(y | x_t) with respect to x_t, of the shape of sample, for classifier guidance.
+                After x_0 is clipped, the mean is shifted by variance * gradient (ADM, Algorithm 1), or with eta, epsilon by
+                -sqrt(1 - abar) * gradient (ADM, Algorithm 2).
 
         Returns:
-            `DDPMSchedulerOutput` with `.prev_sample` and `.pred_original_sample`, of the dtype of `sample`. The chain's
-            first step returns the mean, which is x_0, with no noise.
+            `DDPMSchedulerOutput` with `.prev_sample` and `.pred_original_sample`, in the dtype of `sample`. The chain's first
+            step returns the mean, which is x_0, without noise.
 
         Raises:
-            ValueError: timestep outside the chain; wrong channels; eta outside [0, 1].
+            ValueError: timestep outside the chain, wrong number of channels, or eta outside [0, 1].
         """
         x_t = in_working_precision(sample)
         position = self._position(timestep, x_t)
@@ -601,15 +602,16 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     def reverse_step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> DDPMSchedulerOutput:
-        """DDIM's ODE one step up the chain, deterministic: for encoding an image (DDIM section 4.3).
+        """Make a deterministic step of DDIM's ODE up the chain, to encode an image (DDIM section 4.3).
 
         Args:
-            model_output: of the network at (sample, timestep).
-            timestep: the sample's own 0-based timestep, of the chain.
+            model_output: the network's output at (sample, timestep).
+            timestep: the timestep of sample, 0-based, of the chain.
             sample: (B, C, H, W).
 
         Returns:
-            `DDPMSchedulerOutput`; `.prev_sample` is the sample at the chain's next timestep, at abar = 0 after the last.
+            `DDPMSchedulerOutput`; `.prev_sample` is the sample at the next higher timestep of the chain, or after the last
+            timestep at abar = 0.
         """
         x_t = in_working_precision(sample)
         position = self._position(timestep, x_t)
@@ -633,9 +635,9 @@ def _index(t):
 
 
 def _scaled_noise(std, x, generator, noise):
-    """std times standard normal noise of x's shape: `noise` where it is given, else drawn from the generator(s)."""
+    """std times standard normal noise of x's shape: times `noise` if given, else drawn from the generator(s)."""
     if noise is None and std.dim() == 0 and (generator is None or getattr(generator, "device", None) == x.device):
-        # the values of std * randn, and one pass less
+        # the same values as std * randn, in one pass less
         return torch.empty_like(x, memory_format=torch.contiguous_format).normal_(0.0, std, generator=generator)
     if noise is None:
         noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""Training losses of denoising diffusion models, and the timesteps they are trained at."""
+"""Training losses of diffusion models, one number for each image."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 
 from ddpm_hf.arguments import checked_arguments
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
-from ddpm_hf.schedulers.precision import finest_dtype
+from ddpm_hf.schedulers.precision import finest_dtype, in_working_precision
 from ddpm_hf.schedulers.prediction import BOUNDED_PREDICTIONS, epsilon_weights, x_start_weights
 from ddpm_hf.schedulers.sde import SDE
 from ddpm_hf.schedulers.tables import posterior_mean_weights
@@ -19,7 +19,7 @@ LOSSES = ("simple", "vlb", "hybrid")
 SCORE_WEIGHTINGS = ("variance", "likelihood")
 
 
-# Name -> what an error of x_0 counts, as a function of SNR = abar / (1 - abar). Plain "simple" with epsilon prediction is SNR.
+# The weight of the squared error of x_0, as a function of SNR = abar / (1 - abar). For unweighted epsilon prediction it is SNR.
 WEIGHTINGS = {
     "min_snr": lambda snr: np.minimum(snr, 5.0),  # Hang et al. 2023, gamma = 5
     "truncated_snr": lambda snr: np.maximum(snr, 1.0),  # Salimans & Ho 2022
@@ -28,24 +28,24 @@ WEIGHTINGS = {
 
 
 class DiffusionObjective:
-    """The loss of Algorithm 1 and its relatives, one number for each image.
+    """The loss of Algorithm 1 and its variants.
 
     Args:
-        scheduler: gives q, the prediction type and the variances; timesteps are drawn from its chain.
-        loss: "simple": the mean squared error of the prediction (Ho, Jain, Abbeel 2020, eq. 14; of the mean part alone when
-            the variance is learned). "vlb": N times the bound's term at the drawn t, N the chain's length, in bits/dim, so
-            that its mean over t is the bound without L_T (eq. 5). "hybrid": simple + vlb_weight * vlb, in which the mean is
-            detached, so that the bound trains the variance alone (IDDPM eq. 16). With a fixed variance "vlb" is the paper's
-            eq. 12 and its weights.
-        vlb_weight: of "hybrid"; IDDPM's 0.001, which its code calls rescaled_mse; its plain mse is vlb_weight = 1 / N, its
-            rescaled_kl "vlb".
-        weighting: of the mean squared error by t: None for none; "min_snr" (Hang et al. 2023, gamma 5) and "p2" (Choi et al.
-            2022) for any prediction type; "truncated_snr" (Salimans & Ho 2022) for "sample" and "v_prediction".
+        scheduler: provides q, the prediction type and the variances; timesteps are drawn from its chain.
+        loss: "simple" is the mean squared error of the prediction (Ho, Jain, Abbeel 2020, eq. 14), without the channels of a
+            learned variance. "vlb" is N times the bound's term at the drawn t in bits/dim, where N is the chain's length; its
+            mean over t is the bound without L_T (eq. 5), and with a fixed variance it has the weights of eq. 12. "hybrid" is
+            simple + vlb_weight * vlb with the mean detached in vlb, so that the bound trains the variance alone (IDDPM
+            eq. 16).
+        vlb_weight: the weight of vlb in "hybrid". The code of IDDPM calls 0.001 (at N = 1000) rescaled_mse, 1 / N mse, and
+            "vlb" rescaled_kl.
+        weighting: the weighting of the mean squared error by t: None; "min_snr" (Hang et al. 2023, gamma 5) or "p2" (Choi et
+            al. 2022) for any prediction type; "truncated_snr" (Salimans & Ho 2022) for "sample" and "v_prediction".
 
     Raises:
-        ValueError: unknown loss or weighting; "hybrid" where no variance is learned; a weighting of "vlb", which has its own;
-            "truncated_snr" where the network predicts epsilon or the mean: x_0 counts in full at pure noise, where a small
-            error of epsilon is one of x_0 up to 4e8 times its square (cosine schedule).
+        ValueError: an unknown loss or weighting; "hybrid" without a learned variance; a weighting with "vlb", which has its
+            own; "truncated_snr" with another prediction type. It gives x_0 its full weight at pure noise, where the squared
+            error of x_0 is up to 4e8 times that of epsilon (cosine schedule).
     """
 
     @checked_arguments(loss=LOSSES, vlb_weight="[0, 1000000]", weighting=(None, *WEIGHTINGS))
@@ -57,12 +57,17 @@ class DiffusionObjective:
         weighting: str | None = None,
     ):
         if loss == "hybrid" and not scheduler.learns_variance:
-            raise ValueError(f"loss='hybrid' trains a learned variance; variance_type is {scheduler.variance_type!r}")
+            raise ValueError(
+                f"loss='hybrid' trains a learned variance, but variance_type={scheduler.variance_type!r} is fixed; choose "
+                "'learned_range' or loss='simple'"
+            )
         if weighting is not None and loss == "vlb":
-            raise ValueError(f"weighting={weighting!r} is of the mean squared error; loss='vlb' has the bound's own")
+            raise ValueError(
+                f"weighting={weighting!r} is for the mean squared error; loss='vlb' has weights of its own, leave weighting out"
+            )
         if weighting == "truncated_snr" and scheduler.prediction_type not in BOUNDED_PREDICTIONS:
             raise ValueError(
-                f"weighting='truncated_snr' is for prediction_type 'sample' or 'v_prediction', this scheduler has "
+                f"weighting='truncated_snr' is for prediction_type 'sample' or 'v_prediction'; this scheduler has "
                 f"{scheduler.prediction_type!r}, whose errors it would multiply without bound at noisy timesteps; choose "
                 "another prediction_type, or weighting 'min_snr' or 'p2'"
             )
@@ -72,7 +77,7 @@ class DiffusionObjective:
 
     @property
     def times(self) -> torch.Tensor:
-        """int64 (N,): the timesteps of the chain."""
+        """The timesteps of the chain, int64 (N,)."""
         return torch.tensor(self.scheduler.chain)
 
     def __call__(
@@ -83,16 +88,17 @@ class DiffusionObjective:
         t: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
+        """Compute the loss of each image at its timestep.
+
         Args:
-            unet: called as `unet(x_t, t, class_labels=..., return_dict=False)`; a tuple with the output first.
+            unet: called as `unet(x_t, t, class_labels=..., return_dict=False)`; returns a tuple with the output first.
             x_start: images (B, C, H, W) in [-1, 1].
-            class_labels: (B,) for a class-conditional network.
+            class_labels: (B,), for a class-conditional network.
             t: int64 (B,), 0-based timesteps of the chain, on any device; None to draw them uniformly.
-            noise: of the shape of x_start; None to draw it.
+            noise: standard normal, of the shape of x_start; None to draw it.
 
         Returns:
-            (B,) losses, float32 at least. The predicted x_0 is never clipped here.
+            Losses (B,), in float32 or float64. The predicted x_0 is never clipped.
         """
         scheduler, steps = self.scheduler, len(self.scheduler.chain)
         if t is None:
@@ -108,7 +114,7 @@ class DiffusionObjective:
         target = scheduler.prediction_target(x_start, x_t, noise, t)
         mse = ((target - prediction.to(target.dtype)) ** 2).flatten(1).mean(1)
         if self.weights is not None:
-            self.weights = self.weights.to(mse.device)  # once
+            self.weights = self.weights.to(mse.device)  # moved once
             mse = mse * self.weights[t]
         if self.loss == "simple":
             return mse
@@ -118,29 +124,30 @@ class DiffusionObjective:
 
 
 class ScoreObjective:
-    """Denoising score matching in continuous time (Score-SDE eq. 7), one number for each image.
+    """Denoising score matching in continuous time (Score-SDE eq. 7).
 
     Args:
         sde: the process.
-        weighting: "variance": lambda = std^2, the mean squared error of the predicted noise, `DiffusionObjective`'s "simple".
-            "likelihood": lambda = g^2, by which the loss bounds the negative log-likelihood (Song et al. 2021, "ScoreFlow",
-            theorem 1): half its mean over t in [0, 1] times the dimensions, in nats, but for terms without the network.
+        weighting: "variance", lambda = std^2, is the mean squared error of the predicted noise, like "simple" of
+            `DiffusionObjective`. "likelihood", lambda = g^2, bounds the negative log-likelihood (Song et al. 2021, "ScoreFlow",
+            theorem 1): half the mean loss over t in [0, 1], times the number of dimensions, is the bound in nats up to terms
+            that do not depend on the network.
 
     Raises:
-        ValueError: unknown weighting.
+        ValueError: an unknown weighting.
     """
 
     @checked_arguments(weighting=SCORE_WEIGHTINGS)
     def __init__(self, sde: SDE, weighting: str = "variance"):
         self.sde, self.weighting = sde, weighting
 
-    end = 1.0  # t of noise alone
+    end = 1.0  # the time of pure noise
 
     @property
     def times(self) -> torch.Tensor:
-        """(N,) float64 times, spread evenly, at which to compare losses."""
-        least = self.sde.t_min
-        return least + (1 - least) * (torch.arange(self.sde.N, dtype=torch.float64) + 0.5) / self.sde.N
+        """Evenly spread times at which to compare losses, float64 (N,)."""
+        t_min = self.sde.t_min
+        return t_min + (1 - t_min) * (torch.arange(self.sde.N, dtype=torch.float64) + 0.5) / self.sde.N
 
     def __call__(
         self,
@@ -150,13 +157,14 @@ class ScoreObjective:
         t: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
+        """Compute the loss of each image at its time.
+
         Args:
-            unet, x_start, class_labels, noise: as in `DiffusionObjective`.
-            t: (B,) in (0, 1], on any device; None to draw them evenly from the process's `least` on.
+            unet, x_start, class_labels, noise: as in `DiffusionObjective`; unet gets conditioning times of the process for t.
+            t: (B,) in (0, 1], on any device; None to draw them uniformly from [t_min, 1].
 
         Returns:
-            (B,) losses, float32 at least.
+            Losses (B,), in float32 or float64.
         """
         sde = self.sde
         if t is None:
@@ -166,7 +174,7 @@ class ScoreObjective:
             noise = torch.randn_like(x_start)
         x_t = sde.sample(x_start, t, noise)
         output = unet(x_t, sde.conditioning_times(t).to(x_start.dtype), class_labels=class_labels, return_dict=False)[0]
-        output = output[:, : x_start.shape[1]].to(torch.promote_types(output.dtype, torch.float32))
+        output = in_working_precision(output[:, : x_start.shape[1]])
         weights = epsilon_weights(sde.prediction_type, sde.scale(t), sde.std(t))
         of_x_t, of_output = (weight.to(output).view(-1, 1, 1, 1) for weight in weights)
         loss = (of_x_t * x_t + of_output * output - noise).square().flatten(1).mean(1)
@@ -174,13 +182,13 @@ class ScoreObjective:
 
 
 def drop_labels(class_labels: torch.Tensor, null_class: int, probability: float) -> torch.Tensor:
-    """Class labels (B,), each `null_class` with this probability: for classifier-free guidance (Ho & Salimans 2021)."""
+    """Replace class labels (B,) by `null_class` with a probability, for classifier-free guidance (Ho & Salimans 2021)."""
     dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
     return class_labels.masked_fill(dropped, null_class)
 
 
 def _mse_weights(scheduler, weighting):
-    """(T,) float64: the weight of the mean squared error of what the network predicts; NaN outside the chain."""
+    """The weight of the mean squared error of the network's output at each timestep, float64 (T,); NaN outside the chain."""
     chain = np.array(scheduler.chain)
     abar = scheduler.alphas_cumprod.numpy()[chain]
     before = np.append(1.0, abar[:-1])
@@ -188,6 +196,6 @@ def _mse_weights(scheduler, weighting):
     posterior = posterior_mean_weights(abar, before, 1 - abar / before)
     _, of_output = x_start_weights(scheduler.prediction_type, scale, std, posterior)
     weights = np.full(len(scheduler.alphas_cumprod), np.nan)
-    # of the squared error of x_0, which is of_output^2 times that of the output
+    # the squared error of x_0 is of_output^2 times that of the output
     weights[chain] = WEIGHTINGS[weighting]((scale / std) ** 2) * of_output**2
     return weights
