@@ -24,7 +24,7 @@ from ddpm_hf import DDPMImagePipeline, bits_per_dim
 from ddpm_hf.data.pixels import pixels_to_tensor, tensor_to_pixels
 from ddpm_hf.data.sources import load_images
 from ddpm_hf.evaluation.likelihood_report import histogram_bits_per_dim
-from ddpm_hf.training.config import load_config
+from ddpm_hf.training.command_line import load_config
 
 ROOT = Path(__file__).parents[1]
 

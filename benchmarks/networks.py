@@ -4,7 +4,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf import DDPMUNet
-from ddpm_hf.training.config import load_config
+from ddpm_hf.training.command_line import load_config
 
 NETWORKS = {
     "digits": {"preset": "digits", "batch_sizes": (1, 64)},

@@ -25,8 +25,9 @@ from ddpm_hf.data.pixels import pixels_to_tensor, tensor_to_pixels
 from ddpm_hf.data.sources import LEVELS
 from ddpm_hf.evaluation.likelihood_report import histogram_bits_per_dim
 from ddpm_hf.files.atomic import write_text
-from ddpm_hf.training.config import as_yaml, load_config
-from ddpm_hf.training.diffusion import train
+from ddpm_hf.training import train
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import as_yaml
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,11 +18,11 @@ from measure import in_turns
 
 from ddpm_hf.data.dataset import PixelTensors
 from ddpm_hf.data.pixels import pixels_to_batch
+from ddpm_hf.training.batches import Position, batches, open_loader
 from ddpm_hf.training.checkpoints import Checkpoints
-from ddpm_hf.training.config import load_config
-from ddpm_hf.training.diffusion import build
-from ddpm_hf.training.inputs import Position, batches, open_loader
-from ddpm_hf.training.interrupts import FiniteSteps
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.diffusion import DiffusionTask
+from ddpm_hf.training.finite_steps import FiniteSteps
 from ddpm_hf.training.log import Log
 from ddpm_hf.training.output import OutputFolder
 
@@ -37,7 +37,8 @@ def main():
         config, _ = load_config([*sys.argv[1:], "--output_dir", f"{folder}/run"])
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
         device = accelerator.device
-        unet, _, objective, timesteps = build(config)
+        task = DiffusionTask(config)
+        unet, objective, timesteps = task.network, task.objective, task.timesteps
         optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, fused=True)
         ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
         unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -45,7 +46,7 @@ def main():
         height = width = config.image_size
         pixels = torch.randint(0, 256, (4096, config.channels, height, width), dtype=torch.uint8)
         stream = batches(open_loader(PixelTensors(pixels), config, accelerator), config, Position())
-        output = stack.enter_context(OutputFolder(config, accelerator, "pipeline"))
+        output = stack.enter_context(OutputFolder(config, accelerator))
         finite, log = FiniteSteps(device, 25), Log(config, output, accelerator, 1000)
         checkpoints = Checkpoints(config, accelerator, own=dict(at=Position(), log=log), ema=ema, finite=finite)
         seen, steps = {}, iter(range(1, 100))

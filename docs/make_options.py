@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ddpm_hf import DDPMUNet, NoisyClassifier, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler
 from ddpm_hf.cli import evaluate, push, sample
-from ddpm_hf.training.config import ClassifierConfig, TrainConfig
+from ddpm_hf.training.config import ClassifierConfig, TrainConfig, keys_of
 
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# Options
@@ -42,15 +42,14 @@ def value(default) -> str:
     return f"`{json.dumps(default).replace(chr(34), '')}`"
 
 
-def keys_of(kind) -> dict[str, list[list[str]]]:
+def rows_of(kind) -> dict[str, list[list[str]]]:
     """Group -> a row for each key of a config: option, default, meaning."""
     groups = {}
-    for field in dataclasses.fields(kind):
-        if field.init:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            shown = f"*{value(default)}*" if field.metadata.get("found") else value(default)
-            row = [f"`--{field.name}`", shown, field.metadata["help"]]
-            groups.setdefault(field.metadata["group"], []).append(row)
+    for field in keys_of(kind):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        text = f"*{value(default)}*" if field.metadata["from_data"] else value(default)
+        row = [f"`--{field.name}`", text, field.metadata["help"]]
+        groups.setdefault(field.metadata["group"], []).append(row)
     return groups
 
 
@@ -81,7 +80,7 @@ def section_table(owner: type) -> str:
 
 
 def page() -> str:
-    keys, classifier_keys = keys_of(TrainConfig), keys_of(ClassifierConfig)
+    keys, classifier_keys = rows_of(TrainConfig), rows_of(ClassifierConfig)
     own = {name: [row for row in rows if row not in keys.get(name, [])] for name, rows in classifier_keys.items()}
     common = {row[0] for rows in classifier_keys.values() for row in rows} - {
         row[0] for rows in own.values() for row in rows

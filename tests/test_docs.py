@@ -17,8 +17,10 @@ from PIL import Image
 from ddpm_hf import cli
 from ddpm_hf.cli import evaluate, push, sample
 from ddpm_hf.cli.train import with_data_option
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, as_yaml, load_config, sections_of
-from ddpm_hf.training.usage import section_keys, usage
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, as_yaml, sections_of
+from ddpm_hf.training.sections import section_keys
+from ddpm_hf.training.usage import usage
 from support.scripts import ROOT
 
 DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]

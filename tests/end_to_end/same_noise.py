@@ -4,13 +4,13 @@ import sys
 
 import torch
 
-from ddpm_hf.training import diffusion as train
-from ddpm_hf.training.config import load_config
+from ddpm_hf.training import diffusion, train
+from ddpm_hf.training.command_line import load_config
 
 CONFIG = load_config(sys.argv[1:])[0]
 
 
-class SameNoise(train.DiffusionObjective):
+class SameNoise(diffusion.DiffusionObjective):
     calls = 0
 
     def __call__(self, unet, x_start, class_labels, t, noise=None):
@@ -27,5 +27,5 @@ class SameNoise(train.DiffusionObjective):
         return super().__call__(unet, x_start, class_labels, t, noise)
 
 
-train.DiffusionObjective = SameNoise
-train.train(CONFIG)
+diffusion.DiffusionObjective = SameNoise
+train(CONFIG)

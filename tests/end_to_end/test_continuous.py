@@ -23,9 +23,10 @@ from ddpm_hf import (
 )
 from ddpm_hf.data.pixels import image_transform
 from ddpm_hf.data.sources import load_images
-from ddpm_hf.training.config import TrainConfig, load_config
-from ddpm_hf.training.diffusion import build
-from ddpm_hf.training.interrupts import Signals
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.training.diffusion import DiffusionTask
+from ddpm_hf.training.interrupts import Interrupts
 from ddpm_hf.training.measurements import held_out_bits_per_dim
 from support.scripts import script
 
@@ -109,7 +110,7 @@ def test_evaluation_and_samples(run, tmp_path):
     refused = script(
         "train_classifier.py", "--config", "digits", "--pipeline", folder, "--output_dir", tmp_path / "c", check=False
     )
-    assert refused.returncode == 1 and "is in continuous time; classifiers are of discrete timesteps" in refused.stderr
+    assert refused.returncode == 1 and "is in continuous time; classifiers need discrete timesteps" in refused.stderr
 
 
 def test_without_the_package_by_trusted_code_alone(run):
@@ -136,7 +137,7 @@ def test_the_ode_of_a_chain(make_pipeline, tmp_path):
 
 
 def test_an_ode_that_does_not_end_leaves_the_run_alone(capsys):
-    config, signals = TrainConfig(), Signals(Accelerator(cpu=True))
+    config, signals = TrainConfig(), Interrupts(Accelerator(cpu=True))
     x_start = torch.zeros(2, 1, 8, 8)
 
     class Lost(torch.nn.Module):
@@ -171,7 +172,8 @@ def test_presets_of_the_paper(preset, process, decay, tmp_path):
     """Sizes, optimizer and process as their authors published them for CIFAR-10; Song et al. 2020, appendix C and H."""
     config, _ = load_config(["--config", preset, "--output_dir", str(tmp_path / "none")])
     with torch.device("meta"):
-        unet, scheduler, objective, times = build(config)
+        task = DiffusionTask(config)
+        unet, scheduler, objective, times = task.network, task.scheduler, task.objective, task.timesteps
     assert unet.num_parameters() == pytest.approx(60e6, rel=0.05)
     assert (config.steps, config.batch_size, config.learning_rate, config.lr_warmup_steps) == (1300000, 128, 2e-4, 5000)
     assert (config.ema_decay, config.unet["dropout"], config.random_flip, config.max_grad_norm) == (decay, 0.1, True, 1)
@@ -192,10 +194,10 @@ def test_presets_of_the_paper(preset, process, decay, tmp_path):
     ("arguments", "message"),
     [
         (["--process", "vpp"], "process='vpp' is not known; did you mean 'vp'?"),
-        (["--loss", "vlb"], "loss='vlb' is of discrete timesteps; with process=vp take simple"),
-        (["--weighting", "p2"], "weighting='p2' is of discrete timesteps; with process=vp take null, likelihood"),
-        (["--timesteps", "loss_second_moment"], "is of discrete timesteps; with process=vp take uniform, importance"),
-        (["--low_resolution", "4"], "low_resolution is of process=ddpm, not of vp"),
+        (["--loss", "vlb"], "loss='vlb' is for discrete timesteps; with process=vp take simple"),
+        (["--weighting", "p2"], "weighting='p2' is for discrete timesteps; with process=vp take null, likelihood"),
+        (["--timesteps", "loss_second_moment"], "is for discrete timesteps; with process=vp take uniform, importance"),
+        (["--low_resolution", "4"], "low_resolution is for process=ddpm, not for vp"),
         (["--process", "ve"], "VESDE needs a network with time_embedding_type='fourier', this one has 'positional'"),
         ([*VE, "--scheduler.centered", "false"], "images are trained in [-1, 1]; leave it out, and double sigma_min"),
         (["--unet.time_embedding_type", "fourier"], "VPSDE needs a network with time_embedding_type='positional'"),
@@ -203,7 +205,7 @@ def test_presets_of_the_paper(preset, process, decay, tmp_path):
         (["--scheduler.sigma_min", "1"], "unknown key 'scheduler.sigma_min'"),
         (["--scheduler.variance_type", "fixed_small"], "unknown key 'scheduler.variance_type'"),
         (["--scheduler.num_train_timesteps", "1", "--sample_steps", "null"], "sample_steps=1 must be"),
-        ([*VE, "--scheduler.prediction_type", "epsilon"], "networks that are told sigma divide by it, as scores want"),
+        ([*VE, "--scheduler.prediction_type", "epsilon"], "networks that take sigma divide their output by it"),
         (["--sample_steps", "1"], "sample_steps=1 must be an integer, 2 or more"),
     ],
 )

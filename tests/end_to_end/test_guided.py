@@ -1,5 +1,6 @@
 """A class-conditional network and a classifier of its noisy images, trained, saved, opened and sampled as a user does it."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +18,8 @@ from ddpm_hf.data.sources import digits
 from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.hub.upload import push_folder
 from ddpm_hf.training.classifier import random_crop
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, load_config
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ClassifierConfig, ConfigError
 from ddpm_hf.training.inputs import open_data, open_images
 from ddpm_hf.training.resolve import guided_class_names, resolve
 from support.elsewhere import ROUNDING, run_elsewhere
@@ -216,7 +218,7 @@ def test_labels_are_those_of_the_pipeline(trained, tmp_path):
     config, *_ = load_config(
         ["--config", "digits", "--data", str(tmp_path / "reversed.parquet"), "--batch_size", "16"], ClassifierConfig
     )
-    found = open_data(config, open_images(config)[0], names=names)
+    found = open_data(config, dataclasses.replace(open_images(config), class_names=names))
     assert found.tensors["class_labels"].tolist() == rows["label"]
     told = script(
         "train_classifier.py", *arguments, "--data", tmp_path / "others.parquet", "--output_dir", tmp_path / "no", check=False
@@ -231,7 +233,7 @@ def test_preprocessing_is_that_of_the_pipeline(trained, tmp_path):
     unet.preprocessing = {"background": "#123456", "crop": "none"}
     unet.save_config(tmp_path / "base/unet")
     config, *_ = load_config(["--pipeline", str(tmp_path / "base")], ClassifierConfig)
-    resolve(config)
+    config = resolve(config)
     assert guided_class_names(config) == [str(digit) for digit in range(10)]
     assert (config.background, config.crop) == ("#123456", "none")
 

@@ -70,7 +70,7 @@ def end_when(process, path, number=signal.SIGKILL):
     else:  # launchers have a status of their own
         assert process.returncode != 0
         step = int(
-            re.search(rf"stopped by signal {number} after step (\d+); the same command goes on from there", errors)[1]
+            re.search(rf"stopped by signal {number} after step (\d+); the same command resumes from there", errors)[1]
         )
         assert (path.parents[0] / f"{step:07d}").is_dir() or (path.parents[0] / f"checkpoints/{step:07d}").is_dir()
     return errors
@@ -250,7 +250,7 @@ def test_one_of_two_processes_is_interrupted_while_it_measures(tmp_path):
     other = next(each for each in psutil.Process(process.pid).children() if each.environ()["RANK"] == "1")
     other.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
-    assert "stopped by signal 15 after step 6; the same command goes on from there" in errors
+    assert "stopped by signal 15 after step 6; the same command resumes from there" in errors
     finish(start(tmp_path / "stopped", *extra, processes=2))
     one, other = (results(tmp_path / name, 12) for name in ("alone", "stopped"))
     torch.testing.assert_close(one, other, rtol=0, atol=0)

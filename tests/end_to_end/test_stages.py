@@ -13,7 +13,8 @@ from ddpm_hf.data.pixels import image_transform
 from ddpm_hf.data.sources import load_images
 from ddpm_hf.hub.errors import HubError
 from ddpm_hf.models.conditioning import downsample
-from ddpm_hf.training.config import ConfigError, load_config
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ConfigError
 from support.elsewhere import ROUNDING, run_elsewhere
 from support.scripts import script
 
@@ -168,7 +169,7 @@ def test_sheets_of_both(trained, tmp_path):
         (["--low_resolution", "[8, 8, 8]"], "must be smaller"),
         (["--conditioning_noise", "1"], r"conditioning_noise=1 must be a number in \[0, 1\)"),
         (["--low_resolution", "null"], "conditioning_noise=0.5 is for networks with low_resolution; leave it out"),
-        (["--eval_every", "5"], "eval_every measures networks that begin with noise alone"),
+        (["--eval_every", "5"], "eval_every measures networks that start from noise alone"),
     ],
 )
 def test_mistakes(argv, message, tmp_path):

@@ -1,5 +1,6 @@
 """The line from images to a loadable pipeline, as a user runs it."""
 
+import contextlib
 import json
 import math
 import os
@@ -21,9 +22,10 @@ from ddpm_hf import DDPMImagePipeline
 from ddpm_hf.data.sources import digits
 from ddpm_hf.evaluation.sheets import as_sheet
 from ddpm_hf.hub.card import write_model_card
-from ddpm_hf.training.config import ConfigError, TrainConfig, load_config
-from ddpm_hf.training.diffusion import train
-from ddpm_hf.training.inputs import open_data, open_images, open_some
+from ddpm_hf.training import train
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ConfigError, TrainConfig
+from ddpm_hf.training.inputs import held_out_images, open_data, open_images
 from support.scripts import script
 
 SMALL = "--steps 6 --batch_size 16 --sample_every 3 --sample_count 4 --sample_steps 3 --log_every 2 --lr_warmup_steps 2"
@@ -169,7 +171,7 @@ def test_the_quarters_of_the_loss_are_of_it(tmp_path):
         Accelerator(cpu=True),
         TrainConfig(batch_size=4, steps=9, log_every=2, output_dir=str(tmp_path)),
     )
-    with OutputFolder(config, accelerator, "pipeline") as folder:
+    with OutputFolder(config, accelerator) as folder:
         log = Log(config, folder, accelerator, 1000)
         x_start = torch.zeros(4, 1, 2, 2)
         log.add(x_start, torch.tensor([0, 249, 250, 999]), torch.tensor([1.0, 3, 5, 7]), torch.tensor([1.0, 1, 2, 1]))
@@ -332,7 +334,7 @@ def test_a_folder_of_every_kind_of_image(tmp_path, extra, caplog):
     assert json.loads((tmp_path / "run/pipeline/training.json").read_text())["label_names"] == ["a", "b"]
     assert {record.message.split(" cannot")[0][-8:] for record in caplog.records} == {"torn.jpg"}
     config, _ = load_config([str(each) for each in arguments])
-    dataset = open_data(config, open_images(config)[0])
+    dataset = open_data(config, open_images(config))
     items = [{key: torch.as_tensor(value) for key, value in item.items()} for item in dataset]
     assert sorted(item["class_labels"].item() for item in items) == [0] * 5 + [1] * 7
     colours = torch.stack([item["pixels"].float().mean((1, 2)) for item in items])
@@ -418,7 +420,7 @@ def test_held_out_images_are_of_all_that_there_are(tmp_path):
     ]
     for streaming in ("true", "false"):
         config, _ = load_config([*arguments, "--eval_images", "20", "--streaming", streaming])
-        x_start, labels = open_some(config, ["a", "b", "c"])
+        x_start, labels = held_out_images(config, ["a", "b", "c"])
         assert len(x_start) == 20 and len(labels.unique()) == 3 and x_start.shape[1:] == (1, 8, 8)
 
 
@@ -505,16 +507,16 @@ def test_a_stream(hub, tmp_path):
     digits("test").to_parquet(tmp_path / "images.parquet")
     arguments = [*SMALL.split(), *NETWORK, "--streaming", "true", "--shuffle_buffer", "50", "--data"]
     config, _ = load_config(["--split", "test"])
-    expected = torch.stack([item["pixels"] for item in open_data(config, open_images(config)[0])])
+    expected = torch.stack([item["pixels"] for item in open_data(config, open_images(config))])
     for source in ("user/streamed", str(tmp_path / "images.parquet")):
         config, _ = load_config([*arguments, source])
         epochs = []
         for epoch in (0, 1):
-            stream = open_data(config, open_images(config)[0])
+            stream = open_data(config, open_images(config))
             stream.set_epoch(epoch)
             epochs.append(torch.stack([item["pixels"] for item in stream]))
         shares = [
-            torch.stack([item["pixels"] for item in open_data(config, open_images(config)[0], process, 2)])
+            torch.stack([item["pixels"] for item in open_data(config, open_images(config), process, 2)])
             for process in (0, 1)
         ]
         assert not torch.equal(*epochs)

@@ -22,7 +22,7 @@ from ddpm_hf.hub.contents import published_files
 from ddpm_hf.hub.records import weights_digest
 from ddpm_hf.hub.upload import push_folder
 from ddpm_hf.training.config import TrainConfig
-from ddpm_hf.training.diffusion import save_pipeline
+from ddpm_hf.training.saving import save_pipeline
 from support.scripts import script
 
 NAMES = ["ant", "bee", "cat"]
@@ -173,14 +173,13 @@ def test_names_of_local_data_are_those_of_the_folders(make_pipeline, tmp_path, m
     folder.parent.mkdir()
     monkeypatch.chdir(data)
     config, pipeline = TrainConfig(data=source, held_out=0.25, output_dir=str(tmp_path / "run")), make_pipeline()
-    config.split_size = 24
-    save_pipeline(config, 5, pipeline.unet, pipeline.scheduler, folder)
+    save_pipeline(pipeline, folder, config=config, step=5, split_size=24)
     told = json.loads((folder / "training.json").read_text())
     assert (told["data"], told["images"]) == ("pictures", 24) and "README.md" in published_files(folder)
     assert held_out_of(str(folder), source, "train", 24) == held_out_of(folder, str(data), "train") == 0.25
     assert held_out_of(folder, "digits", "train", 24) == held_out_of(folder, source, "test", 24) == 0
     (data / "digits").symlink_to(tmp_path)  # a name of built-in data is that, whatever lies there
-    save_pipeline(dataclasses.replace(config, data="digits"), 5, pipeline.unet, pipeline.scheduler, folder)
+    save_pipeline(pipeline, folder, config=dataclasses.replace(config, data="digits"), step=5, split_size=24)
     assert data_of(str(folder)) == json.loads((folder / "training.json").read_text())["data"] == "digits"
     monkeypatch.chdir(folder)
     assert card_text(".") == card_text(folder)

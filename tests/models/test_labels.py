@@ -18,8 +18,9 @@ from ddpm_hf import (
     VariationalDDPMScheduler,
 )
 from ddpm_hf.files.label_names import check_label_names
-from ddpm_hf.training.config import ConfigError, TrainConfig, load_config
-from ddpm_hf.training.inputs import open_images, open_some, record_data
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ConfigError, TrainConfig
+from ddpm_hf.training.inputs import held_out_images, open_images, record_data
 
 NAMES = ["ant", "bee", "cat"]
 HOW = {"background": "black", "crop": "none", "label_column": "kind"}
@@ -224,8 +225,8 @@ def test_held_out_data_without_one_of_the_classes(tmp_path):
         arguments = ["--data", tmp_path / data, "--eval_data", tmp_path / held_out, "--eval_split", "train"]
         arguments += ["--label_column", "label", "--unet.num_class_embeds", 3, "--scheduler.levels", 256]
         config, *_ = load_config([*map(str, arguments), "--output_dir", str(tmp_path / "run")])
-        _, names = open_images(config)
-        x_start, found = open_some(config, names)
+        names = open_images(config).class_names
+        x_start, found = held_out_images(config, names)
         pixels = ((x_start[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
         assert names == expected and len(pixels) == 6
         assert [labels[pixel] for pixel in pixels] == found.tolist()

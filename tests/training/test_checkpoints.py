@@ -1,5 +1,6 @@
 """What a checkpoint holds, and what is not loaded from one."""
 
+import dataclasses
 import os
 import pickle
 import random
@@ -12,10 +13,13 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ddpm_hf.files.digests import DIGESTS, check_digests, write_digests
+from ddpm_hf.training import train
+from ddpm_hf.training.batches import Position
 from ddpm_hf.training.checkpoints import Checkpoints
-from ddpm_hf.training.config import ConfigError, TrainConfig, checkpoint_to_resume, checkpoints_in, load_config
-from ddpm_hf.training.diffusion import train
-from ddpm_hf.training.inputs import Position, data_facts, open_images
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ConfigError, TrainConfig
+from ddpm_hf.training.inputs import open_images
+from ddpm_hf.training.resume import checkpoint_to_resume, checkpoints_in
 
 NAMES = ["config.yaml", "model.safetensors", "optimizer.bin", "random_states_0.pkl", "run.pt", "scaler.pt"]
 
@@ -196,11 +200,11 @@ def test_a_broken_image_is_left_out_of_a_run_that_resumes(tmp_path, monkeypatch,
     ):
         train(load_config([*arguments, "3"])[0])
     train(load_config([*arguments, "3", "--max_broken", "0.5"])[0])
-    assert "the data has 7 images, 8 before the run was stopped; the epoch begins anew" in capsys.readouterr().err
+    assert "the data has 7 images, 8 before the run was stopped; the epoch starts again" in capsys.readouterr().err
     for name in ("3.png", "4.png"):
         (data / name).unlink()
     train(load_config([*arguments, "4"])[0])
-    assert "the data has 6 images, 7 before the run was stopped; the epoch begins anew" in capsys.readouterr().err
+    assert "the data has 6 images, 7 before the run was stopped; the epoch starts again" in capsys.readouterr().err
     place = torch.load(tmp_path / "run/checkpoints/0000004/run.pt")["own"][0]["at"]
     assert place == {"step": 4, "epoch": 0, "batch": 1, "images": 6}
 
@@ -219,9 +223,9 @@ def test_held_out_images_stay_the_same(tmp_path):
         Image.new("L", (8, 8), 30 * i).save(tmp_path / f"{i}.png")
     for share in (0.0, 0.25):
         config = TrainConfig(data=str(tmp_path), held_out=share)
-        images, names = open_images(config)
-        assert len(images) == 8 * (1 - share) and config.split_size == 8
-        assert data_facts(config, names) == {"class_names": None} | ({"size_of_the_split": 8} if share else {})
+        data = open_images(config)
+        assert len(data.images) == 8 * (1 - share) and data.split_size == 8
+        assert data.facts(config) == {"class_names": None} | ({"size_of_the_split": 8} if share else {})
 
 
 def test_a_damaged_checkpoint_of_another_run(tmp_path, capsys):
@@ -236,7 +240,7 @@ def test_a_damaged_checkpoint_of_another_run(tmp_path, capsys):
     assert [path.name for path in checkpoints_in(tmp_path / "first")] == ["0000002", "0000003"]
     flip(newest.with_name("0000002") / "run.pt", 1000)
     with pytest.raises(
-        ConfigError, match="cannot be read .run.pt is damaged., nor can the one before it; begin anew in"
+        ConfigError, match="cannot be read .run.pt is damaged., nor can the one before it; start again in"
     ):
         second.checkpoints.load(newest)
 
@@ -251,11 +255,9 @@ def test_checkpoints_that_cannot_be_meant(run):
         ),
         (str(folder / "0000009"), "is neither auto, never nor a folder"),
     ):
-        config.resume = resume
         with pytest.raises(ConfigError, match=message):
-            checkpoint_to_resume(config)
-    config.resume = str(folder / "0000002")
-    assert checkpoint_to_resume(config) == folder / "0000002"
+            checkpoint_to_resume(dataclasses.replace(config, resume=resume))
+    assert checkpoint_to_resume(dataclasses.replace(config, resume=str(folder / "0000002"))) == folder / "0000002"
 
 
 def test_a_changed_config_is_not_believed(run):

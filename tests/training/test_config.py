@@ -11,17 +11,11 @@ import torch
 import yaml
 
 from ddpm_hf import DDPMUNet, NoisyClassifier, VariationalDDPMScheduler
-from ddpm_hf.training.config import (
-    PRESETS,
-    ClassifierConfig,
-    ConfigError,
-    TrainConfig,
-    as_yaml,
-    check,
-    checkpoint_to_resume,
-    load_config,
-)
-from ddpm_hf.training.diffusion import build
+from ddpm_hf.training.checks import check
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import PRESETS, ClassifierConfig, ConfigError, TrainConfig, as_yaml, keys_of
+from ddpm_hf.training.diffusion import DiffusionTask
+from ddpm_hf.training.resume import checkpoint_to_resume
 from support.scripts import ROOT, script
 
 TRAIN = ROOT / "training/train.py"
@@ -67,7 +61,7 @@ CLAIMS = {
 
 def parameters(config):
     with torch.device("meta"):
-        return build(config)[0].num_parameters()
+        return DiffusionTask(config).network.num_parameters()
 
 
 def attention_sides(config):
@@ -200,8 +194,8 @@ def test_help(kind, program, capsys):
         load_config(["--steps", "x", "--help"], kind)
     told = capsys.readouterr().out
     assert end.value.code == 0 and f"usage: python training/{program}" in told
-    for field in dataclasses.fields(kind):
-        assert not field.init or f"\n  --{field.name} " in told
+    for field in keys_of(kind):
+        assert f"\n  --{field.name} " in told
     assert "--log_every INT                 steps between rows of metrics.jsonl (20)" in told
     assert "--weight_decay NUMBER" in told and f"({'0.0' if kind is TrainConfig else '0.05'})" in told
     cls = DDPMUNet if kind is TrainConfig else NoisyClassifier
@@ -212,10 +206,9 @@ def test_help(kind, program, capsys):
         assert key in kind.DERIVED or re.search(rf"[ ]{key}={re.escape(default)}\s", told), key
     for path in kind.PRESETS.glob("*.yaml"):
         assert re.search(rf"^  {path.stem} +\S", told, re.MULTILINE)
-    code = "import sys; sys.argv = ['x', '-h']; from ddpm_hf.training import config\n"
-    code += (
-        "try: config.load_config(['-h'])\nexcept SystemExit: print('torch' in sys.modules, 'diffusers' in sys.modules)"
-    )
+    code = "import sys; sys.argv = ['x', '-h']; from ddpm_hf.training import command_line\n"
+    code += "try: command_line.load_config(['-h'])\nexcept SystemExit: "
+    code += "print('torch' in sys.modules, 'diffusers' in sys.modules)"
     probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert probe.stdout.endswith("False False\n"), probe.stderr
 
@@ -306,7 +299,7 @@ def test_files_of_the_users_own_are_no_run(tmp_path):
 
 def test_the_checkpoint_to_resume(tmp_path):
     run, new = tmp_path / "run", str(tmp_path / "new")
-    text = yaml.safe_dump(dataclasses.asdict(load("--output_dir", str(run))))
+    text = as_yaml(load("--output_dir", str(run)))
     for name in ("0000900", "12000000", ".0001000", "notes"):
         folder = run / "checkpoints" / name
         folder.mkdir(parents=True)
@@ -327,7 +320,7 @@ def test_the_checkpoint_to_resume(tmp_path):
     own = tmp_path / "new/checkpoints/0001000"
     own.mkdir(parents=True)
     for folder in (tmp_path / "new", own):
-        (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+        (folder / "config.yaml").write_text(as_yaml(config))
     assert checkpoint_to_resume(config) == own
 
     for argv, message in (
@@ -343,7 +336,7 @@ def test_the_checkpoint_to_resume(tmp_path):
             ["--unet.dropout", "0.2"],
             "^unet.dropout=0.2, but .* was trained with its default; .* --init_from .*run/pipeline",
         ),
-        (["--steps", "7"], "steps=7, but .*12000000 is further already"),
+        (["--steps", "7"], "steps=7, but .*12000000 is already further"),
         (["--lr_schedule", "cosine"], "steps=13000000, but .*12000000 was trained with|lr_schedule='cosine', but"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
@@ -414,7 +407,7 @@ def test_the_config_of_the_checkpoint_before(tmp_path):
 def test_a_folder_that_may_not_be_written_to(folder_of_a_stranger):
     folder_of_a_stranger.chmod(0o500)
     for name in ("run", "new/run"):
-        with pytest.raises(ConfigError, match=f"output_dir=.*{name}': {folder_of_a_stranger} may not be written to"):
+        with pytest.raises(ConfigError, match=f"output_dir=.*{name}': {folder_of_a_stranger} is not writable"):
             load("--output_dir", str(folder_of_a_stranger / name))
     folder_of_a_stranger.chmod(0o700)
 
@@ -515,7 +508,7 @@ def test_the_parameters_of_adm(preset, millions, tmp_path):
     """As the paper states them, and without allocating them."""
     config = load("--config", preset, "--data", str(tmp_path))
     with torch.device("meta"):
-        unet, *_ = build(config)
+        unet = DiffusionTask(config).network
     assert round(unet.num_parameters() / 1e6) == millions and unet.device.type == "meta"
     sides = [config.image_size // 2**i for i, name in enumerate(config.unet["down_block_types"]) if "Attn" in name]
     assert sides == [32, 16, 8] and unet.mid_block.attentions[0].heads == config.unet["block_out_channels"][-1] // 64

@@ -17,10 +17,14 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from ddpm_hf import DDPMUNet
-from ddpm_hf.training.config import ConfigError, checkpoints_in, load_config
-from ddpm_hf.training.diffusion import train
+from ddpm_hf.training import train
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ConfigError
 from ddpm_hf.training.environment import environment
-from ddpm_hf.training.interrupts import FiniteSteps, Interrupted, Signals, Stopped, going_on
+from ddpm_hf.training.finite_steps import FiniteSteps
+from ddpm_hf.training.interrupts import Interrupted, Interrupts, Stopped
+from ddpm_hf.training.messages import warn_on_write_error
+from ddpm_hf.training.resume import checkpoints_in
 from support.scripts import script
 
 RUN = (
@@ -78,10 +82,10 @@ def test_a_signal_waits_for_the_end_of_a_step(number, capsys):
     before, received = signal.getsignal(number), []
     try:
         signal.signal(number, lambda number, frame: received.append(number))
-        with Signals(ALONE) as signals:
-            assert signals.stop(1) is None
+        with Interrupts(ALONE) as interrupts:
+            assert interrupts.stop(1) is None
             os.kill(os.getpid(), number)
-            assert signals.stop(2) == number and not received
+            assert interrupts.stop(2) == number and not received
             assert (
                 f"{signal.Signals(number).name}: stopping after this step; again ends at once"
                 in capsys.readouterr().err
@@ -89,7 +93,7 @@ def test_a_signal_waits_for_the_end_of_a_step(number, capsys):
             os.kill(os.getpid(), number)
             if number != signal.SIGINT:
                 assert not received  # passed on by a launcher
-                signals.at -= 3
+                interrupts.received_at -= 3
                 os.kill(os.getpid(), number)
             assert received == [number]
         os.kill(os.getpid(), number)
@@ -101,9 +105,9 @@ def test_a_signal_waits_for_the_end_of_a_step(number, capsys):
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Signals(ALONE) as signals:
+        with Interrupts(ALONE) as interrupts:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.stop(1) is None
+            assert interrupts.stop(1) is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -111,7 +115,7 @@ def test_nohup_is_respected():
 def test_a_signal_ends_a_measurement():
     """At its next network call; in all processes, also where another one has received it."""
     network, calls, accelerator = torch.nn.Identity(), [], Accelerator(cpu=True)
-    with Signals(accelerator) as signals:
+    with Interrupts(accelerator) as interrupts:
 
         def compute(signal_at):
             for i in range(10):
@@ -120,12 +124,12 @@ def test_a_signal_ends_a_measurement():
                     os.kill(os.getpid(), signal.SIGTERM)
             return sum(calls)
 
-        assert signals.measure(network, lambda: compute(None)) == [45]
+        assert interrupts.run(network, lambda: compute(None)) == [45]
         calls.clear()
         with pytest.raises(Interrupted) as caught:
-            signals.measure(network, lambda: compute(3))
+            interrupts.run(network, lambda: compute(3))
         assert calls == [0, 1, 2, 3] and caught.value.status == 128 + signal.SIGTERM
-        assert signals.stop(1) == signal.SIGTERM
+        assert interrupts.stop(1) == signal.SIGTERM
         network(torch.tensor(0))  # as before
 
 
@@ -134,12 +138,12 @@ def test_a_measurement_that_fails_in_one_process_is_left_out_in_all(rank, monkey
     monkeypatch.setattr(
         "ddpm_hf.training.interrupts.gather_object", lambda mine: [*mine, (None, None, "2 of 3 samples are not finite")]
     )
-    signals = Signals(SimpleNamespace(num_processes=2, is_main_process=rank == 0))
-    assert signals.measure(torch.nn.Identity(), lambda: 7) is None
-    told = "a sheet or measurement is left out (2 of 3 samples are not finite); the run goes on\n"
+    interrupts = Interrupts(SimpleNamespace(num_processes=2, is_main_process=rank == 0))
+    assert interrupts.run(torch.nn.Identity(), lambda: 7) is None
+    told = "a sheet or measurement is left out (2 of 3 samples are not finite); the run continues\n"
     assert capsys.readouterr().err == (told if rank == 0 else "")
     monkeypatch.setattr("ddpm_hf.training.interrupts.gather_object", lambda mine: mine)
-    assert signals.measure(torch.nn.Identity(), lambda: torch.zeros(2).view(3)) is None
+    assert interrupts.run(torch.nn.Identity(), lambda: torch.zeros(2).view(3)) is None
 
 
 def test_values_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):
@@ -192,7 +196,7 @@ def test_a_run_interrupted_while_it_measures(tmp_path, line):
     with contextlib.redirect_stderr(Trigger(line, signal.SIGTERM)), pytest.raises(Stopped) as stopped:
         train(load_config([*arguments, str(other)])[0])
     step = int(line.split()[1][0])
-    assert f"stopped by signal 15 after step {step}; the same command goes on from there" in str(stopped.value)
+    assert f"stopped by signal 15 after step {step}; the same command resumes from there" in str(stopped.value)
     assert stopped.value.status == 143
     assert (other / f"samples/000000{step}.png").exists() == ("measuring" in line)
     train(load_config([*arguments, str(other)])[0])
@@ -221,27 +225,27 @@ def test_several_processes_ask_each_other_about_once_a_second(monkeypatch):
         asked.append(step)
         return torch.cat((mine, torch.tensor([[other[0], 0.0]])))
 
-    signals = Signals(SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather))
+    interrupts = Interrupts(SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather))
     for step in range(501, 801):
         clock[0] += 0.02 if step < 701 else 5.0
-        assert signals.stop(step) is None
+        assert interrupts.stop(step) is None
     assert asked[:4] == [501, 502, 552, 602] and set(range(710, 801)) <= set(asked)
     other[0] = float(signal.SIGTERM)
     step = 801
-    assert signals.stop(step) == signal.SIGTERM
+    assert interrupts.stop(step) == signal.SIGTERM
 
 
 def test_files_that_cannot_be_written_are_told(capsys):
-    with going_on("the pipeline could not be written"):
+    with warn_on_write_error("the pipeline could not be written"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
-    told = "the pipeline could not be written (Error while serializing: I/O error: No space left on device); the run goes on"
+    told = "the pipeline could not be written (Error while serializing: I/O error: No space left on device); the run continues"
     assert told in capsys.readouterr().err
 
 
 def test_a_problem_that_stays_is_told_once(capsys):
     said = set()
     for full in (True, True, False, True):
-        with going_on("metrics.jsonl could not be written", said):
+        with warn_on_write_error("metrics.jsonl could not be written", said):
             if full:
                 raise OSError(28, "No space left on device")
     assert capsys.readouterr().err.count("No space left on device") == 2
@@ -262,7 +266,7 @@ def test_what_is_in_the_way_of_checkpoints(tmp_path):
 
 def test_interrupted_before_it_has_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "ddpm_hf.training.diffusion.open_images", mock.Mock(side_effect=KeyboardInterrupt)
+        "ddpm_hf.training.loop.open_images", mock.Mock(side_effect=KeyboardInterrupt)
     )  # as Ctrl-C raises it
     result = script("train.py", *RUN.split(), "--output_dir", tmp_path / "run", check=False)
     assert result.returncode == 130 and result.stderr.splitlines()[-1] == "train.py: interrupted"
@@ -281,7 +285,7 @@ def test_a_full_disk_ends_nothing(tmp_path):
     # the pipeline itself could not be written either
     assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("train.py: Error while serializing")
     assert result.stderr.count("a checkpoint could not be written") == 2
-    assert f"the run goes on, the last whole one is {tmp_path}/checkpoints/0000002" in result.stderr
+    assert f"the run continues, the last complete one is {tmp_path}/checkpoints/0000002" in result.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000002"]
     assert not list(tmp_path.glob(".*"))  # nothing half written takes up space
     train(load_config(arguments)[0])
@@ -319,7 +323,7 @@ def test_no_checkpoint_that_can_be_read(tmp_path):
     for path in checkpoints_in(str(tmp_path)):
         (path / "run.pt").write_bytes(b"x")
     message = (
-        rf"0000006 cannot be read \(run.pt is damaged\), nor can the one before it; begin anew in another output_dir, "
+        rf"0000006 cannot be read \(run.pt is damaged\), nor can the one before it; start again in another output_dir, "
         rf"--init_from {tmp_path}/pipeline takes the weights from there"
     )
     with pytest.raises(ConfigError, match=message):

@@ -14,8 +14,9 @@ from ddpm_hf import DDPMUNet, DiffusionObjective, VariationalDDPMScheduler
 from ddpm_hf.fast.dropout import FastDropout
 from ddpm_hf.fast.winograd import WinogradConv2d
 from ddpm_hf.training.config import ConfigError, TrainConfig
-from ddpm_hf.training.devices import channels_last, compile_network, compiled, open_accelerator, run
+from ddpm_hf.training.devices import channels_last, compile_network, is_compiled, open_accelerator
 from ddpm_hf.training.interrupts import Stopped, ignore_interrupts
+from ddpm_hf.training.launch import run
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="of a machine without a GPU")
 
@@ -86,11 +87,11 @@ def test_the_config_decides_the_precision(monkeypatch, capsys):
 
 def test_who_compiles(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "")
-    assert not compiled(TrainConfig())
+    assert not is_compiled(TrainConfig())
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
-    assert not compiled(TrainConfig()) and compiled(TrainConfig(compile=True))
+    assert not is_compiled(TrainConfig()) and is_compiled(TrainConfig(compile=True))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    assert compiled(TrainConfig())
+    assert is_compiled(TrainConfig())
 
 
 def test_the_layout(monkeypatch):
@@ -122,7 +123,7 @@ def test_readers_end_with_the_run(error):
 
     reader = multiprocessing.get_context("fork").Process(target=read, daemon=True)
     with pytest.raises(SystemExit):
-        run("train.py", train, TrainConfig())
+        run(train, TrainConfig())
     reader.join(5)
     assert reader.exitcode == -signal.SIGKILL
 

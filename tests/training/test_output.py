@@ -1,6 +1,7 @@
 """One run for each output folder, and what it tells in it."""
 
 import copy
+import dataclasses
 import json
 import os
 import resource
@@ -14,9 +15,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddpm_hf.training.config import ConfigError, TrainConfig, checkpoint_to_resume
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig
 from ddpm_hf.training.log import Curves, Log
 from ddpm_hf.training.output import OutputFolder
+from ddpm_hf.training.resume import checkpoint_to_resume
 
 HOLDER = """
 import fcntl, json, os, sys, time
@@ -50,7 +52,7 @@ def hold(path):
 def test_another_run_is_told_and_a_killed_one_taken_over(tmp_path, config, accelerator):
     process = hold(tmp_path / "run/.lock")
     try:
-        with pytest.raises(ConfigError) as caught, OutputFolder(config, accelerator, "pipeline"):
+        with pytest.raises(ConfigError) as caught, OutputFolder(config, accelerator):
             pass
         message = str(caught.value)
         assert message.startswith(
@@ -60,7 +62,7 @@ def test_another_run_is_told_and_a_killed_one_taken_over(tmp_path, config, accel
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with OutputFolder(config, accelerator, "pipeline"):
+    with OutputFolder(config, accelerator):
         assert json.loads((tmp_path / "run/.lock").read_text())["process"] == os.getpid()
         with pytest.raises(subprocess.CalledProcessError):
             subprocess.run([sys.executable, "-c", HOLDER, tmp_path / "run/.lock"], check=True, capture_output=True)
@@ -69,7 +71,7 @@ def test_another_run_is_told_and_a_killed_one_taken_over(tmp_path, config, accel
 
 def test_forked_processes_do_not_keep_the_lock(tmp_path, config, accelerator):
     """As those that read images, which outlive a killed run for a while."""
-    with OutputFolder(config, accelerator, "pipeline") as folder:
+    with OutputFolder(config, accelerator) as folder:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -98,7 +100,7 @@ def test_without_locks_of_the_system_the_name_decides(tmp_path, config, accelera
         (running | {"host": "elsewhere"}, f"on elsewhere, which began at .*; if that has ended, remove {path}"),
     ):
         path.write_text(json.dumps(owner))
-        with pytest.raises(ConfigError, match=message), OutputFolder(config, accelerator, "pipeline"):
+        with pytest.raises(ConfigError, match=message), OutputFolder(config, accelerator):
             pass
     for stale in (
         json.dumps(running | {"started": 1e9}),
@@ -108,19 +110,19 @@ def test_without_locks_of_the_system_the_name_decides(tmp_path, config, accelera
         '{"host": "\\u001b"}',
     ):
         path.write_text(stale)
-        with OutputFolder(config, accelerator, "pipeline"):
+        with OutputFolder(config, accelerator):
             assert json.loads(path.read_text())["process"] == os.getpid()
 
 
 def test_nothing_is_left_where_nothing_was_written(tmp_path, config, accelerator):
-    with OutputFolder(config, accelerator, "pipeline"):
+    with OutputFolder(config, accelerator):
         assert (tmp_path / "run").is_dir()
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / "run/.lock").symlink_to(victim)
-    with pytest.raises(ConfigError, match="lock"), OutputFolder(config, accelerator, "pipeline"):
+    with pytest.raises(ConfigError, match="lock"), OutputFolder(config, accelerator):
         pass
     assert victim.read_text() == "mine"
 
@@ -135,7 +137,7 @@ def test_what_a_killed_run_left_behind_is_removed(tmp_path, config, accelerator)
         "samples/0000010.png",
     ):
         (run / name).touch()
-    with OutputFolder(config, accelerator, "pipeline") as folder:
+    with OutputFolder(config, accelerator) as folder:
         folder.begin()
     found = {str(path.relative_to(run)) for path in run.rglob("*")}
     assert found == {
@@ -144,10 +146,11 @@ def test_what_a_killed_run_left_behind_is_removed(tmp_path, config, accelerator)
     }  # fmt: skip
 
 
-def test_both_folders_of_a_classifiers_run_are_brought_back(tmp_path, config, accelerator):
+def test_both_folders_of_a_classifiers_run_are_brought_back(tmp_path, accelerator):
+    config = ClassifierConfig(output_dir=str(tmp_path / "run"))
     for name in (".classifier.old", ".pipeline.old"):
         (tmp_path / "run" / name).mkdir(parents=True)
-    with OutputFolder(config, accelerator, "classifier") as folder:
+    with OutputFolder(config, accelerator) as folder:
         folder.begin()
     assert (tmp_path / "run/classifier").is_dir() and (tmp_path / "run/pipeline").is_dir()
 
@@ -158,7 +161,7 @@ def rows(path):
 
 def test_a_folder_that_is_removed_while_the_run_goes_on(tmp_path, config, accelerator, capsys):
     run = tmp_path / "run"
-    with OutputFolder(config, accelerator, "pipeline") as folder:
+    with OutputFolder(config, accelerator) as folder:
         folder.begin()
         log = Log(config, folder, accelerator, 1000)
         log.begin(0)
@@ -167,7 +170,10 @@ def test_a_folder_that_is_removed_while_the_run_goes_on(tmp_path, config, accele
         run.rename(tmp_path / "moved")
         log.note(3, loss=3)
         log.note(4, loss=4)
-        assert capsys.readouterr().err.count(f"{run} was removed or moved; it is made anew, and the run goes on") == 1
+        assert (
+            capsys.readouterr().err.count(f"{run} was removed or moved; it is created again, and the run continues")
+            == 1
+        )
         assert rows(run / "metrics.jsonl") == [{"step": step, "loss": step} for step in (1, 2, 3, 4)]
         assert checkpoint_to_resume(config) is None  # the same command is not refused
         run.rename(tmp_path / "again")
@@ -184,7 +190,7 @@ def test_a_full_disk_leaves_no_gap_in_the_metrics(tmp_path, config, accelerator,
     """What it has torn is cut off, and what could not be written is written later."""
     expected = [{"step": step, "loss": float(step)} for step in range(1, 13)]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with OutputFolder(config, accelerator, "pipeline") as folder:
+    with OutputFolder(config, accelerator) as folder:
         log, path = Log(config, folder, accelerator, 1000), folder.path / "metrics.jsonl"
         log.begin(0)
         try:
@@ -212,7 +218,7 @@ def test_a_full_disk_leaves_no_gap_in_the_metrics(tmp_path, config, accelerator,
 
 
 def test_a_resumed_run_forgets_what_came_after_the_checkpoint(tmp_path, config, accelerator, capsys):
-    with OutputFolder(config, accelerator, "pipeline") as folder:
+    with OutputFolder(config, accelerator) as folder:
         log, path = Log(config, folder, accelerator, 1000), folder.path / "metrics.jsonl"
         log.begin(0)
         for step in range(1, 5):
@@ -250,8 +256,8 @@ def test_curves_are_bounded_and_are_means():
 
 
 def test_lines_where_there_is_no_terminal(config, accelerator, capsys):
-    config.log_every, config.batch_size = 2, 4
-    with OutputFolder(config, accelerator, "pipeline") as folder:
+    config = dataclasses.replace(config, log_every=2, batch_size=4)
+    with OutputFolder(config, accelerator) as folder:
         log = Log(config, folder, accelerator, 1000)
         log.begin(4)
         for step in (5, 6):

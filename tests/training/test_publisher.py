@@ -66,7 +66,7 @@ def test_a_hub_that_fails_is_told_once(hub, publisher, capsys):
         if publisher.thread:
             publisher.thread.join()
     told = capsys.readouterr().err
-    assert told.count("the Hub answered 500") == 1 and "the run goes on, the next checkpoint is pushed" in told
+    assert told.count("the Hub answered 500") == 1 and "the run continues, the next checkpoint is pushed" in told
     with pytest.raises(
         HubError, match="the Hub answered 500.*to try again: python training/push.py .*pipeline --repo_id"
     ):
@@ -74,9 +74,9 @@ def test_a_hub_that_fails_is_told_once(hub, publisher, capsys):
     hub.faults[:] = []
     publisher.push(3)
     publisher.thread and publisher.thread.join()
-    assert publisher.told is None and hub.files(publisher.config.push_to_hub)
+    assert publisher.reported is None and hub.files(publisher.config.push_to_hub)
     for number in (1, 2):
-        publisher._tell(HubError(f"the Hub answered 429 (Request ID: Root={number}) and no more"))
+        publisher._warn(HubError(f"the Hub answered 429 (Request ID: Root={number}) and no more"))
     told = capsys.readouterr().err
     assert told.count("the Hub answered 429") == 1
 
@@ -112,7 +112,7 @@ def test_a_run_pushes_at_its_checkpoints(hub, tmp_path):
     result = script("train.py", *RUN.split(), "--push_to_hub", "user/while-it-runs", "--output_dir", tmp_path)
     hub.faults[:] = []
     assert "published" in result.stdout and len(commits(hub, "user/while-it-runs")) >= 2
-    assert "the run goes on" in result.stderr or result.stderr == ""
+    assert "the run continues" in result.stderr or result.stderr == ""
     assert b'"steps": 6' in hub.files("user/while-it-runs")["training.json"]
     assert not list(tmp_path.glob(".*"))
 

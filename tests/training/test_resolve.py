@@ -13,18 +13,19 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, as_yaml, checkpoint_to_resume, load_config
-from ddpm_hf.training.devices import open_trackers
-from ddpm_hf.training.diffusion import build
-from ddpm_hf.training.inputs import open_images, open_some
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, as_yaml
+from ddpm_hf.training.diffusion import DiffusionTask
+from ddpm_hf.training.inputs import held_out_images, open_images
 from ddpm_hf.training.resolve import check_class_names, resolve
+from ddpm_hf.training.resume import checkpoint_to_resume
+from ddpm_hf.training.trackers import open_trackers
 from support.scripts import script
 
 
 def resolved(*argv, kind=None):
     config, _ = load_config([str(each) for each in argv], *([kind] if kind else []))
-    resolve(config)
-    return config
+    return resolve(config)
 
 
 def pictures(folder, count, size, color=(200, 30, 30), mode="RGB"):
@@ -61,7 +62,7 @@ def test_a_folder_of_classes(tmp_path, monkeypatch, capsys):
     assert as_yaml(resolved("--config", "written.yaml")) == as_yaml(config)  # all is said: the data is not looked at
     assert not capsys.readouterr().err
     with torch.device("meta"):
-        assert build(config)[0].config.sample_size == (28, 28)
+        assert DiffusionTask(config).network.config.sample_size == (28, 28)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_networks_fit_the_size(tmp_path, side, parameters):
     pictures(tmp_path / "data", 1, (8, 8))
     config = resolved("--data", tmp_path / "data", "--image_size", side, "--output_dir", tmp_path / "run")
     with torch.device("meta"):
-        assert build(config)[0].num_parameters() == pytest.approx(parameters, rel=0.005)
+        assert DiffusionTask(config).network.num_parameters() == pytest.approx(parameters, rel=0.005)
 
 
 def test_the_images_held_out_are_not_trained_on(tmp_path):
@@ -128,8 +129,8 @@ def test_the_images_held_out_are_not_trained_on(tmp_path):
     for i in range(40):
         Image.new("L", (8, 8), i).save(tmp_path / f"data/{i}.png")
     config = resolved("--data", tmp_path / "data", "--output_dir", tmp_path / "run", "--held_out", "0.2")
-    trained = {image.getpixel((0, 0)) for image in open_images(config)[0]["image"]}
-    x_start, labels = open_some(config, None)
+    trained = {image.getpixel((0, 0)) for image in open_images(config).images["image"]}
+    x_start, labels = held_out_images(config, None)
     held_out = {round((value + 1) * 127.5) for value in x_start[:, 0, 0, 0].tolist()}
     assert labels is None and len(held_out) == 8 and len(trained) == 32 and not trained & held_out
     assert trained | held_out == set(range(40)) and not held_out <= set(range(32, 40))
@@ -189,13 +190,16 @@ def test_the_process_is_the_pipelines(tmp_path, saved):
     arguments += ["--sample_steps", "50"]
     config = resolved(*arguments, "--unet.dropout", 0.3, "--scheduler.variance_type", "fixed_large")
     assert (config.image_size, config.channels, config.unet["dropout"]) == (16, 3, 0.3)
-    unet, scheduler, *_ = build(config)
+    task = DiffusionTask(config)
+    unet, scheduler = task.network, task.scheduler
     torch.testing.assert_close(scheduler.betas, process.betas, rtol=0, atol=0)
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.variance_type == "fixed_large"
     assert scheduler.levels == 17  # the data's
     assert unet.config.block_out_channels == [8, 16]
     same = ["--scheduler.beta_schedule", "cosine", "--scheduler.num_train_timesteps", 200, "--unet.norm_num_groups", 4]
-    torch.testing.assert_close(build(resolved(*arguments, *same))[1].betas, process.betas, rtol=0, atol=0)
+    torch.testing.assert_close(
+        DiffusionTask(resolved(*arguments, *same)).scheduler.betas, process.betas, rtol=0, atol=0
+    )
     for extra, message in (
         (["--scheduler.beta_schedule", "linear"], "scheduler.beta_schedule='linear', but .* with 'cosine'"),
         (["--scheduler.num_train_timesteps", 100], "scheduler.num_train_timesteps=100, but .* with 200"),
@@ -219,7 +223,7 @@ def test_a_stock_pipeline(tmp_path):
     for scheduler in (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), DDIMScheduler(beta_end=0.03)):
         DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "stock")
         config = resolved("--init_from", tmp_path / "stock", "--output_dir", tmp_path / "run")
-        torch.testing.assert_close(build(config)[1].betas.float(), scheduler.betas, rtol=1e-3, atol=0)
+        torch.testing.assert_close(DiffusionTask(config).scheduler.betas.float(), scheduler.betas, rtol=1e-3, atol=0)
 
 
 def test_a_pipeline_of_continuous_time(tmp_path, saved):

@@ -13,7 +13,7 @@ from ddpm_hf import DiffusionObjective, VariationalDDPMScheduler
 from ddpm_hf.data.dataset import PixelTensors
 from ddpm_hf.evaluation.sheets import as_images, as_sheet, channel_statistics
 from ddpm_hf.training.config import TrainConfig
-from ddpm_hf.training.interrupts import Signals
+from ddpm_hf.training.interrupts import Interrupts
 from ddpm_hf.training.log import Log
 from ddpm_hf.training.measurements import held_out_loss
 from ddpm_hf.training.output import OutputFolder
@@ -28,29 +28,30 @@ def accelerator():
 
 @pytest.fixture
 def folder(accelerator, tmp_path):
-    with OutputFolder(TrainConfig(output_dir=str(tmp_path)), accelerator, "pipeline") as folder:
+    with OutputFolder(TrainConfig(output_dir=str(tmp_path)), accelerator) as folder:
         yield folder
 
 
 def sheets(accelerator, tmp_path, pixels, **config):
     config = TrainConfig(output_dir=str(tmp_path), **config)
     scheduler = VariationalDDPMScheduler(levels=256)
-    return Sheets(config, accelerator, None, scheduler, PixelTensors(pixels), None, None, None, None)
+    options = dict(accelerator=accelerator, log=None, interrupts=None, average=None)
+    return Sheets(config, None, scheduler, PixelTensors(pixels), **options)
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_copies_are_found(accelerator, tmp_path, flip, monkeypatch):
     """Among more images than are compared at once, also turned left to right where the training did that."""
-    monkeypatch.setattr("ddpm_hf.training.sheets.AT_ONCE", 4096 * 24)
+    monkeypatch.setattr("ddpm_hf.training.nearest.VALUES_AT_ONCE", 4096 * 24)
     pixels = torch.randint(0, 256, (5000, 1, 4, 6), dtype=torch.uint8)
-    search = sheets(accelerator, tmp_path, pixels, random_flip=flip)._search
+    search = sheets(accelerator, tmp_path, pixels, random_flip=flip).nearest.search
     chosen = torch.tensor([4999, 0, 4096, 4095])
     x_start = pixels[chosen].float() / 127.5 - 1
     shift = torch.tensor([0.0, 0.01, -0.02, 0.0]).view(4, 1, 1, 1)
     distances, indices = search((x_start + shift).flip(-1) if flip else x_start + shift)
     assert torch.equal(indices, chosen)
     torch.testing.assert_close(distances, shift.abs().flatten(), rtol=1e-3, atol=1e-3)
-    distances, indices = search(x_start, but=chosen)
+    distances, indices = search(x_start, exclude=chosen)
     others = (pixels.float() / 127.5 - 1).flatten(1)
     for place, distance, index in zip(chosen.tolist(), distances, indices):
         expected = ((others - others[place]) ** 2).mean(1)
@@ -63,13 +64,13 @@ def test_copies_are_found(accelerator, tmp_path, flip, monkeypatch):
 
 def test_pairs_begin_with_the_most_alike(accelerator, tmp_path):
     pixels = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8)
-    drawn = sheets(accelerator, tmp_path, pixels, channels=3)
+    nearest = sheets(accelerator, tmp_path, pixels, channels=3).nearest
     x_start = torch.rand(40, 3, 4, 4) * 2 - 1
     x_start[7] = pixels[9].float() / 127.5 - 1
-    pairs, median = drawn._nearest(x_start)
+    pairs, median = nearest.compare(x_start)
     assert pairs.shape == (32, 3, 4, 8) and torch.allclose(*pairs[0].split(4, dim=-1), atol=1e-6)
     gaps = [(a - b).square().mean().item() for a, b in (pair.split(4, dim=-1) for pair in pairs)]
-    assert gaps == sorted(gaps) and gaps[1] > 0.05 and 0 < median < 2 and 0 < drawn.distance_of_data < 2
+    assert gaps == sorted(gaps) and gaps[1] > 0.05 and 0 < median < 2 and 0 < nearest.distance_of_data(40) < 2
 
 
 def test_means_and_spreads_of_channels():
@@ -129,7 +130,7 @@ def test_images_learned_by_heart_are_told(accelerator):
         return (torch.where(known.view(-1, 1, 1, 1), noise, 0.0),)
 
     config = TrainConfig(batch_size=2, seed=3)
-    signals = Signals(accelerator)
+    signals = Interrupts(accelerator)
     told = held_out_loss(config, signals, LikeThis(unet), DiffusionObjective(scheduler), (held_out, None), (seen, None))
     assert told["loss_train"] < 1e-6 and told["loss_held_out"] == pytest.approx(1, abs=0.2)
     assert 0 < told["loss_gap_standard_error"] < 0.2
@@ -145,14 +146,14 @@ def test_shares_of_processes_make_the_whole(accelerator, monkeypatch):
     config, objective = TrainConfig(batch_size=2), DiffusionObjective(VariationalDDPMScheduler())
     images = (torch.rand(5, 1, 4, 4), None), (torch.rand(5, 1, 4, 4), None)
     unet = LikeThis(lambda x, t, **_: (x,))
-    whole = held_out_loss(config, Signals(accelerator), unet, objective, *images)
+    whole = held_out_loss(config, Interrupts(accelerator), unet, objective, *images)
     parts = []
     for rank in range(2):
         monkeypatch.setattr("ddpm_hf.training.interrupts.gather_object", lambda found: parts.extend(found) or found)
         share = types.SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
-        held_out_loss(config, Signals(share), unet, objective, *images)
+        held_out_loss(config, Interrupts(share), unet, objective, *images)
     monkeypatch.setattr("ddpm_hf.training.interrupts.gather_object", lambda found: parts)
-    again = held_out_loss(config, Signals(accelerator), unet, objective, *images)
+    again = held_out_loss(config, Interrupts(accelerator), unet, objective, *images)
     for key in ("loss_train", "loss_held_out", "loss_gap_standard_error"):
         assert again[key] == pytest.approx(whole[key], rel=1e-5)
 
@@ -168,5 +169,5 @@ def test_plots_without_matplotlib(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = script(name, "--config", "digits", "--dry_run", check=False)
     assert refused.returncode == 1 and refused.stdout == ""
-    told = 'plots need matplotlib; pip install "ddpm-hf[train]", or pip install -e ".[train]" in a checkout\n'
+    told = 'training runs need matplotlib; pip install "ddpm-hf[train]", or pip install -e ".[train]" in a checkout\n'
     assert refused.stderr == f"{name}: {told}"

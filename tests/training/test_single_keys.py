@@ -1,6 +1,5 @@
 """Every argument of our classes, every key of a run, with every kind of value: it works, or one line says what is allowed."""
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -23,9 +22,11 @@ from ddpm_hf import (
     VESDEScheduler,
     VPSDEScheduler,
 )
-from ddpm_hf.training import classifier as train_classifier
-from ddpm_hf.training import diffusion as train
-from ddpm_hf.training.config import ClassifierConfig, TrainConfig, load_config
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ClassifierConfig, TrainConfig, keys_of
+from ddpm_hf.training.diffusion import DiffusionTask
+from ddpm_hf.training.loop import TASKS
+from ddpm_hf.training.resolve import resolve
 
 DEEP = []
 for _ in range(5000):
@@ -183,23 +184,22 @@ scheduler: {{num_train_timesteps: 10, levels: 17}}
 
 
 @pytest.mark.parametrize(
-    ("kind", "build", "network", "process", "more"),
+    ("kind", "network", "process", "more"),
     [
         (
             TrainConfig,
-            train.build,
             DDPMUNet,
             VariationalDDPMScheduler,
             "up_block_types: [UpBlock2D], attention_head_dim: 4",
         ),
-        (ClassifierConfig, train_classifier.build, NoisyClassifier, None, "num_classes: 10, attention_head_dim: 4"),
+        (ClassifierConfig, NoisyClassifier, None, "num_classes: 10, attention_head_dim: 4"),
     ],
 )
-def test_every_key_of_a_run(kind, build, network, process, more, tmp_path, hub):
+def test_every_key_of_a_run(kind, network, process, more, tmp_path, hub):
     """Before anything slow, as --dry_run does."""
     base = tmp_path / "base.yaml"
     base.write_text(RUN.format(part=kind.NETWORK, more=more))
-    keys = [field.name for field in dataclasses.fields(kind) if field.init]
+    keys = [field.name for field in keys_of(kind)]
     for part, cls in ((kind.NETWORK, network), ("scheduler", process)):
         keys += [f"{part}.{name}" for name in list(inspect.signature(cls.__init__).parameters)[1:]] if cls else []
     faults = []
@@ -208,7 +208,7 @@ def test_every_key_of_a_run(kind, build, network, process, more, tmp_path, hub):
             argv = ["--config", str(base), "--output_dir", str(tmp_path / "run"), f"--{key}", text]
             try:
                 with torch.device("meta"):
-                    build(load_config(argv, kind)[0])
+                    TASKS[kind](resolve(load_config(argv, kind)[0]))
             except ValueError as error:
                 message = str(error)
                 if key.rpartition(".")[2] not in message or "\n" in message or len(message) > 400:
@@ -225,4 +225,4 @@ def test_keys_of_a_network_that_is_to_fit_the_data(text, tmp_path):
     for key in ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block"):
         argv = ["--data", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "run"), f"--unet.{key}", text]
         with pytest.raises(ValueError, match=f"^unet.{key}=.* must be"), torch.device("meta"):
-            train.build(load_config(argv)[0])
+            DiffusionTask(resolve(load_config(argv)[0]))

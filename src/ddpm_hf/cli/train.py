@@ -3,24 +3,20 @@
 import sys
 
 from ddpm_hf.extras import MissingExtra, require_extra
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, load_config
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig
 
 
 def main(command: str, argv: list[str], program: str) -> None:
     kind = TrainConfig if command == "train" else ClassifierConfig
     try:
-        config, dry_run = load_config(with_data_option(argv, kind), kind)
-    except ConfigError as error:
-        sys.exit(f"{program}: {error}")
-    try:
+        config, dry_run = load_config(with_data_option(argv, kind), kind, program)
         for module in ("datasets", "matplotlib", "psutil"):
             require_extra(module, "train", "training runs")
-    except MissingExtra as error:
+    except (ConfigError, MissingExtra) as error:
         sys.exit(f"{program}: {error}")
-    if kind is ClassifierConfig:
-        from ddpm_hf.training.classifier import main as train
-    else:
-        from ddpm_hf.training.diffusion import main as train
+    from ddpm_hf.training.launch import main as train
+
     train(config, dry_run)
 
 

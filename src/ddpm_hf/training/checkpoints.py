@@ -1,4 +1,4 @@
-"""Checkpoints of a run: each is whole or not there, and a run that resumes from one ends as if it had not been stopped."""
+"""Checkpoints: each is complete or absent, and a run resumes from one bit-identically to an uninterrupted run."""
 
 import contextlib
 import math
@@ -9,22 +9,24 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, load
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from ddpm_hf.arguments import shown
 from ddpm_hf.files.atomic import remove_folder, replacing_folder
 from ddpm_hf.files.digests import DIGESTS, check_digests, write_digests
-from ddpm_hf.training.config import ConfigError, RunConfig, as_yaml, checkpoints_before, checkpoints_in
-from ddpm_hf.training.interrupts import going_on, tell
+from ddpm_hf.training.accelerate_internals import check_random_states
+from ddpm_hf.training.config import ConfigError, RunConfig, as_yaml
+from ddpm_hf.training.messages import print_above_progress_bar, warn_on_write_error
+from ddpm_hf.training.resume import checkpoints_before, checkpoints_in
 
 
 class _NotWritten(RuntimeError):
-    """A checkpoint that a process could not write its part of."""
+    """A process could not write its part of a checkpoint."""
 
 
 class AppleRandom:
-    """The state of the random numbers of Apple's GPU, which accelerate does not save."""
+    """The state of the random generator of Apple's GPU, which accelerate does not save."""
 
     def state_dict(self):
         return {"state": torch.mps.get_rng_state()}
@@ -36,12 +38,12 @@ class AppleRandom:
 class Checkpoints:
     """Saves and loads the state of a run in `<output_dir>/checkpoints/<step>/`.
 
-    accelerate keeps the network (as safetensors), the optimizer, the gradient scaler and each process's random states. All else
-    are objects with `state_dict` and `load_state_dict`: `parts`, the same in every process, and `own`, which differ. `facts`
-    are values that must be the same when a run resumes, class names for example: numbers, texts, None, or lists of these.
+    accelerate saves the network (as safetensors), the optimizer, the gradient scaler and the random states of each process. All
+    else are objects with `state_dict` and `load_state_dict`: `parts`, the same in every process, and `own`, which differ.
+    `facts` are values that must be the same when a run resumes, as class names: numbers, text, None, or lists of these.
 
-    A checkpoint is written under a temporary name and renamed when it is whole. The digests of its files are checked before
-    anything is loaded. No pickle in it can run code: torch opens them with weights_only.
+    A checkpoint is written under a temporary name and renamed when it is complete. The digests of its files are checked before
+    anything is loaded. Its pickles cannot run code: torch opens them with weights_only.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, own: dict, facts: dict | None = None, **parts):
@@ -50,18 +52,19 @@ class Checkpoints:
         self.facts = facts or {}
         self.folder = Path(config.output_dir) / "checkpoints"
         self.best = {"step": 0, "bits_per_dim": math.inf}
-        self.measured = True  # False where a signal has ended the sheet or evaluation that was due after the step
+        self.measured = True  # False where a signal ended the sheet or measurement that was due after the step
 
     def is_best(self, step: int, measured: float) -> bool:
-        """Whether no checkpoint before measured as little; then the one of this step, once saved, stays."""
-        if measured < self.best["bits_per_dim"]:  # of a classifier its loss
+        """Whether no earlier checkpoint measured as little; if so, the one of this step is kept."""
+        if measured < self.best["bits_per_dim"]:  # for a classifier it is the loss
             self.best = {"step": step, "bits_per_dim": measured}
         return self.best["step"] == step
 
     def save(self, step: int) -> bool:
-        """Writes a checkpoint, then removes all but the newest `keep_checkpoints` and the best.
+        """Write a checkpoint, then remove all but the newest `keep_checkpoints` and the best.
 
-        Returns whether it was written. If not, the reason is printed, and the older ones stay as they were.
+        Returns:
+            Whether it was written. If not, the reason is printed, and the older ones stay as they were.
         """
         main, whole = self.accelerator.is_main_process, self.folder / f"{step:07d}"
         own = gather_object([{name: part.state_dict() for name, part in self.own.items()}])
@@ -80,7 +83,7 @@ class Checkpoints:
 
         def end():
             write_digests(temporary)
-            folders.close()  # which gives the folder its name
+            folders.close()  # gives the folder its name
 
         try:
             with contextlib.ExitStack() as folders:
@@ -90,20 +93,20 @@ class Checkpoints:
         except _NotWritten as error:
             if main:
                 left = checkpoints_in(self.config.output_dir)
-                tell(
-                    f"a checkpoint could not be written ({error}); the run goes on, "
-                    f"the last whole one is {left[-1] if left else 'none'}"
+                print_above_progress_bar(
+                    f"a checkpoint could not be written ({error}); the run continues, "
+                    f"the last complete one is {left[-1] if left else 'none'}"
                 )
             return False
         if main:
             for old in checkpoints_in(self.config.output_dir)[: -self.config.keep_checkpoints]:
                 if int(old.name) != self.best["step"]:
-                    with going_on(f"{old} could not be removed"):
+                    with warn_on_write_error(f"{old} could not be removed"):
                         remove_folder(old)
         return True
 
     def _everywhere(self, write: Callable | None):
-        """Calls `write` and waits for the other processes; returns what the main process's returned.
+        """Call `write` and wait for the other processes; return the result of the main process.
 
         Raises:
             _NotWritten: it failed in one of them. In all of them.
@@ -120,9 +123,9 @@ class Checkpoints:
         return outcomes[0][0]
 
     def load(self, path: Path) -> Path:
-        """Resumes from the checkpoint `path`, or where it is damaged from the newest older one beside it; returns which.
+        """Resume from the checkpoint `path`, or where it is damaged from the newest older one beside it; return which.
 
-        The damaged ones are named, and those in the run's own folder renamed to `<step>.unreadable`.
+        Damaged ones are reported, and those in the run's own folder renamed to `<step>.unreadable`.
 
         Raises:
             ConfigError: none can be read, or another number of processes or other `facts` wrote it.
@@ -138,12 +141,12 @@ class Checkpoints:
                 damaged.append((candidate, problem))
                 continue
             if main:
-                for broken, why in damaged:
-                    tell(f"{broken} cannot be read ({why}); the run resumes from {candidate}")
-                    if broken.parent.resolve() == self.folder.resolve():  # another run's folder is not ours to change
+                for broken, problem in damaged:
+                    print_above_progress_bar(f"{broken} cannot be read ({problem}); the run resumes from {candidate}")
+                    if broken.parent.resolve() == self.folder.resolve():  # not in the folder of another run
                         aside = broken.with_name(f"{broken.name}.unreadable")
-                        shutil.rmtree(aside, ignore_errors=True)  # of the same step before
-                        with going_on(f"{broken} could not be renamed"):
+                        shutil.rmtree(aside, ignore_errors=True)  # from an earlier failure at the same step
+                        with warn_on_write_error(f"{broken} could not be renamed"):
                             os.replace(broken, aside)
             return candidate
         older = len(damaged) - 1
@@ -152,21 +155,21 @@ class Checkpoints:
         )
         pipeline, known = path.absolute().parents[1] / "pipeline", hasattr(self.config, "init_from")
         raise ConfigError(
-            f"{path} cannot be read ({damaged[0][1]}){others}; begin anew in another output_dir"
+            f"{path} cannot be read ({damaged[0][1]}){others}; start again in another output_dir"
             + (f", --init_from {pipeline} takes the weights from there" if known and pipeline.is_dir() else "")
         )
 
     def _problem(self, read: Callable[[], object]) -> str | None:
-        """What kept one of the processes from it, in all of them. A ConfigError is raised in all of them."""
+        """The problem of one of the processes, or None, the same in all; a ConfigError is raised in all of them."""
         problem, fatal = None, False
         try:
             read()
-        except Exception as error:  # of damaged files, in many classes
+        except Exception as error:  # damaged files raise many classes
             problem, fatal = " ".join(str(error).split()), isinstance(error, ConfigError)
             if not isinstance(error, (ConfigError, ValueError)):
                 problem = type(error).__name__
         outcomes = gather_object([(problem, fatal)])
-        problem, fatal = next((each for each in outcomes if each[0]), (None, False))
+        problem, fatal = next((outcome for outcome in outcomes if outcome[0]), (None, False))
         if fatal:
             raise ConfigError(problem)
         return problem
@@ -186,7 +189,7 @@ class Checkpoints:
                     "trained on, or another output_dir"
                     + ("; unreadable images may stay in it, see max_broken" if name == "size_of_the_split" else "")
                 )
-        load(candidate / f"random_states_{index}.pkl")  # accelerate goes on without it and says nothing
+        check_random_states(candidate, index)
         self.accelerator.load_state(candidate)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -196,7 +199,7 @@ class Checkpoints:
 
 
 def _difference(before, now):
-    """In words, what differs; empty for the same."""
+    """A description of what differs; empty where nothing does."""
     if before == now:
         return ""
     if not (isinstance(before, list) and isinstance(now, list)):

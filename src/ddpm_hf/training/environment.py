@@ -10,11 +10,8 @@ import datasets
 import diffusers
 import psutil
 import torch
-from accelerate.tracking import get_available_trackers
 
 import ddpm_hf
-from ddpm_hf.arguments import shown
-from ddpm_hf.training.config import ConfigError, nearest
 
 try:
     import resource
@@ -23,17 +20,6 @@ except ImportError:
 
 
 MODULES = (ddpm_hf, torch, diffusers, accelerate, datasets)
-
-
-def check_trackers(names: list[str]) -> None:
-    """Raises ConfigError for a tracker that accelerate does not know, or that is not installed."""
-    known = [str(kind) for kind in accelerate.tracking.LOGGER_TYPE_TO_CLASS]
-    there = [str(kind) for kind in get_available_trackers()]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"trackers={shown(names)}: {shown(name)} is not known{nearest(name, known)}")
-        if name not in there:
-            raise ConfigError(f"trackers={shown(names)}: {shown(name)} is not installed; pip install {name}")
 
 
 def environment(accelerator) -> dict:

@@ -1,4 +1,4 @@
-"""A run's log and curves, and its measurements of held-out images: bits/dim and loss."""
+"""The log of a run: progress, metrics.jsonl, and the points of its curves."""
 
 import contextlib
 import itertools
@@ -8,21 +8,22 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ddpm_hf.evaluation.sheets import CHANNELS, channel_statistics, save_figure
+from ddpm_hf.evaluation.sheets import CHANNELS, channel_statistics
 from ddpm_hf.files.atomic import write_bytes
 from ddpm_hf.training.environment import memory_gb
-from ddpm_hf.training.interrupts import going_on, tell
+from ddpm_hf.training.messages import print_above_progress_bar, warn_on_write_error
+from ddpm_hf.training.plots import plot_curves
+from ddpm_hf.training.trackers import log_picture
 
 
 class Curves:
-    """Rows of metrics.jsonl for a plot, of each kind (with the same keys) fewer than 2 * `POINTS`, however long the run.
+    """Rows of metrics.jsonl thinned out for a plot: fewer than 2 * `POINTS` of each kind, that is with the same keys.
 
-    A point is the mean of `every` rows, at the step of the last. When there are too many, two become one.
+    A point is the mean of `every` rows, at the step of the last one. Where there are too many points, pairs are merged.
     """
 
     POINTS = 500
@@ -31,7 +32,7 @@ class Curves:
         self.kinds = []  # {"every": ..., "points": [row, ...], "rest": [row, ...]}
 
     def add(self, row: dict) -> None:
-        kind = next((each for each in self.kinds if (each["rest"] or each["points"])[0].keys() == row.keys()), None)
+        kind = next((kind for kind in self.kinds if (kind["rest"] or kind["points"])[0].keys() == row.keys()), None)
         if kind is None:
             kind = {"every": 1, "points": [], "rest": []}
             self.kinds.append(kind)
@@ -44,13 +45,13 @@ class Curves:
             kind["every"] *= 2
 
     def rows(self) -> list[dict]:
-        """All points, by step."""
+        """All points in the order of their steps."""
         points = [[*kind["points"], *([_mean_row(kind["rest"])] if kind["rest"] else [])] for kind in self.kinds]
         return sorted(itertools.chain(*points), key=lambda row: row["step"])
 
 
 def _mean_row(rows):
-    """The means of what is not None; the last step."""
+    """The means of the values that are not None, at the last step."""
     if len(rows) == 1:
         return rows[0]
     values = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
@@ -59,28 +60,33 @@ def _mean_row(rows):
 
 
 class Log:
-    """Progress, metrics.jsonl, curves.png, and the trackers; the device is waited for every `log_every` steps only.
+    """Progress, metrics.jsonl, curves.png and the trackers; it waits for the device only every `log_every` steps.
 
-    Progress is a bar in a terminal, lines elsewhere. A checkpoint holds the curves' points, but of metrics.jsonl only how many
-    rows it had; what could not be written to it is kept until it can be. `output` is the run's `OutputFolder`.
+    Progress is a bar in a terminal, lines elsewhere. A checkpoint holds the points of the curves, but of metrics.jsonl only the
+    number of its rows; rows that could not be written are kept until they can be.
+
+    Args:
+        output: the run's folder.
+        t_end: all t are below it; losses are logged by quarters of it too.
+        columns: names of what is logged of each image beside its loss.
     """
 
-    SUMS = ("sums", "counts", "colours")
+    SUMS = {"sums": "sums", "counts": "counts", "colors": "colours"}  # attribute -> its key in a checkpoint
 
-    def __init__(self, config, output, accelerator, end: int, also: tuple[str, ...] = ()):
+    def __init__(self, config, output, accelerator, t_end: float, columns: tuple[str, ...] = ()):
         self.config, self.output, self.accelerator = config, output, accelerator
         self.path = output.path / "metrics.jsonl"
-        self.main, self.end = accelerator.is_main_process, end  # T, or 1 of continuous time
+        self.main, self.t_end = accelerator.is_main_process, t_end
         self.images = config.batch_size * accelerator.num_processes
         self.bar = tqdm(total=config.steps, desc="train", disable=None if self.main else True, dynamic_ncols=True)
-        self.curves, self.logged, self.said = Curves(), 0, set()
-        self.length, self.unwritten = 0, []  # bytes of metrics.jsonl that are whole, lines that are not in it yet
-        # sums of the loss, and of what else is told of each image, in all and by quarter of t, and of how many; of the images,
-        # their channels and the squares of these
-        self.names = ("loss", *also)
+        self.curves, self.logged, self.reported = Curves(), 0, set()
+        self.length, self.unwritten = 0, []  # bytes of whole lines in metrics.jsonl, lines not written yet
+        # sums of each column over all images and by quarter of t, and the numbers of these images; the number of batches, and
+        # sums over them of each channel's mean and mean square
+        self.names = ("loss", *columns)
         self.sums = torch.zeros(len(self.names), 5, device=accelerator.device)
         self.counts = torch.zeros(5, device=accelerator.device)
-        self.colours = torch.zeros(3, config.channels, device=accelerator.device)
+        self.colors = torch.zeros(3, config.channels, device=accelerator.device)
         self.seen = 0
         self.start = self.began = time.perf_counter()
         self.first = 0  # step of this process
@@ -90,18 +96,19 @@ class Log:
             self._write()
             with contextlib.suppress(OSError), open(self.path, "rb") as file:
                 os.fsync(file.fileno())
-        sums = {key: getattr(self, key).cpu() for key in self.SUMS}
+        sums = {key: getattr(self, name).cpu() for name, key in self.SUMS.items()}
         return {**sums, "curves": self.curves.kinds, "logged": self.logged, "unwritten": self.unwritten}
 
     def load_state_dict(self, state):
-        for key in self.SUMS:
-            getattr(self, key).copy_(state[key])
+        for name, key in self.SUMS.items():
+            getattr(self, name).copy_(state[key])
         self.curves.kinds, self.logged, self.unwritten = state["curves"], state["logged"], state["unwritten"]
 
     def begin(self, step: int, resumed: Path | None = None) -> None:
-        """To be called before the first step: metrics.jsonl then holds what was logged up to `step`, and no more.
+        """Call before the first step: metrics.jsonl then holds the rows up to `step`, and no more.
 
-        resumed: the checkpoint from which the run resumes, if any.
+        Args:
+            resumed: the checkpoint from which the run resumes, if any.
         """
         if not self.main:
             return
@@ -111,29 +118,29 @@ class Log:
         lines = _rows_until(step, before) if resumed else []
         lines += [line for line in self.unwritten if line not in lines]
         if len(lines) < self.logged:
-            tell(
-                f"{before} holds {len(lines)} of the {self.logged} rows that were logged up to step {step}; it is written anew "
-                f"from the checkpoint, which has means of rows where there were {2 * Curves.POINTS:,} or more of a kind"
+            print_above_progress_bar(
+                f"{before} holds {len(lines)} of the {self.logged} rows that were logged up to step {step}; it is written "
+                f"again from the checkpoint, which has means of rows where there were {2 * Curves.POINTS:,} or more of a kind"
             )
             lines = [_line(row) for row in self.curves.rows()]
         self.logged = len(lines)
         self._replace(lines)
         if resumed:
-            tell(f"resumed from step {step:,} ({resumed})")
+            print_above_progress_bar(f"resumed from step {step:,} ({resumed})")
 
     def _replace(self, lines):
-        """metrics.jsonl as these lines."""
+        """Write metrics.jsonl with these lines."""
         content = "".join(lines).encode()
         self.unwritten, self.length = list(lines), 0
-        with going_on("metrics.jsonl could not be written"):
+        with warn_on_write_error("metrics.jsonl could not be written"):
             write_bytes(self.path, content)
             self.unwritten, self.length = [], len(content)
 
     def _write(self):
-        """Appends to metrics.jsonl what is not in it yet, after what is whole: a full disk may have torn a line."""
+        """Append new lines to metrics.jsonl, after the last whole one: a full disk may have cut off a line."""
         if not self.unwritten:
             return
-        with going_on("metrics.jsonl could not be written", self.said):
+        with warn_on_write_error("metrics.jsonl could not be written", self.reported):
             with open(self.path, "ab") as file:
                 self.length = min(self.length, file.tell())
                 file.truncate(self.length)
@@ -142,47 +149,54 @@ class Log:
             self.unwritten = []
 
     def keep_folder(self) -> None:
-        """To be called before files are written to the run's folder: makes it anew where somebody has removed it."""
+        """Call before files are written to the run's folder: create it again where somebody has removed it."""
         if not self.main:
             return
-        with going_on(f"{self.output.path} was removed or moved, and cannot be made anew", self.said):
+        with warn_on_write_error(
+            f"{self.output.path} was removed or moved, and cannot be created again", self.reported
+        ):
             if not self.output.keep():
                 self._replace([_line(row) for row in self.curves.rows()])
 
     def say(self, message: str) -> None:
-        """Prints a line where there is no bar."""
+        """Print a line where there is no bar."""
         if self.main and self.bar.disable:
-            tell(message)
+            print_above_progress_bar(message)
 
     @torch.no_grad()
     def add(
-        self, x_start: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor, *also: torch.Tensor
+        self,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        losses: torch.Tensor,
+        weights: torch.Tensor,
+        *columns: torch.Tensor,
     ) -> None:
-        """A batch: images (B, C, H, W); timesteps, losses, weights of these, and what else is told, (B,).
+        """Add a batch: images (B, C, H, W); timesteps, losses, their weights and the other columns, each (B,).
 
-        Losses that are not finite are left out.
+        Images whose loss is not finite are left out.
         """
-        good = losses.isfinite()
-        quarter = torch.where(good, 1 + (t * 4 // self.end).long().clamp(max=3), 0)
-        finite = torch.where(good, torch.stack([value.float() for value in (losses, *also)]), 0)
+        is_finite = losses.isfinite()
+        quarter = torch.where(is_finite, 1 + (t * 4 // self.t_end).long().clamp(max=3), 0)
+        finite = torch.where(is_finite, torch.stack([value.float() for value in (losses, *columns)]), 0)
         self.sums.index_add_(1, quarter, finite)
         self.sums[:, 0] += (finite * weights).sum(1)
-        self.counts.index_add_(0, quarter, good.float())
-        self.counts[0] += good.sum()
-        self.colours += torch.stack(
+        self.counts.index_add_(0, quarter, is_finite.float())
+        self.counts[0] += is_finite.sum()
+        self.colors += torch.stack(
             (torch.ones_like(x_start[0, :, 0, 0]), x_start.mean((0, 2, 3)), (x_start**2).mean((0, 2, 3)))
         )
         self.seen += self.images
 
     def step(self, step: int, norm: torch.Tensor, **values: float | torch.Tensor) -> bool:
-        """After each optimizer step; whether it was one of those that are logged."""
+        """Count an optimizer step; return whether a row was logged."""
         self.bar.update()
         if step % self.config.log_every and step != self.config.steps:
             return False
-        every = torch.cat([getattr(self, key).flatten() for key in self.SUMS])
-        parts = [self.sums.numel(), 5, self.colours.numel()]
-        sums, counts, colours = self.accelerator.reduce(every).split(parts)  # of all processes
-        batches, mean, square = colours.view(3, -1)
+        sums_and_counts = torch.cat([getattr(self, name).flatten() for name in self.SUMS])
+        sizes = [self.sums.numel(), 5, self.colors.numel()]
+        sums, counts, colors = self.accelerator.reduce(sums_and_counts).split(sizes)  # over all processes
+        batches, mean, square = colors.view(3, -1)
         if self.main:
             row = {}
             for name, (value, *quarters) in zip(self.names, (sums.view(-1, 5) / counts).tolist()):
@@ -195,13 +209,13 @@ class Log:
             if skipped := int(values["steps_skipped"]):
                 shown["skipped"] = skipped
             self._show(step, shown, f"{row['images_per_second']:.0f}")
-        for key in self.SUMS:
-            getattr(self, key).zero_()
+        for name in self.SUMS:
+            getattr(self, name).zero_()
         self.seen, self.start = 0, time.perf_counter()
         return True
 
     def _show(self, step, shown, images_per_second):
-        """In the bar, or as a line with the time that is left at the mean speed so far."""
+        """Show values in the bar, or in a line with the time that is left at the mean speed so far."""
         self.bar.set_postfix(shown | {"images_per_s": images_per_second})
         left = (time.perf_counter() - self.began) / (step - self.first) * (self.config.steps - step)
         values = ", ".join(f"{name} {value}" for name, value in shown.items())
@@ -209,7 +223,7 @@ class Log:
         self.say(f"step {step:,}/{self.config.steps:,}: {values}, {images_per_second} images/s, {left} left")
 
     def note(self, step: int, **values: float | torch.Tensor) -> None:
-        """A row of metrics.jsonl and of the trackers; what is not finite is null."""
+        """Add a row to metrics.jsonl and the trackers; values that are not finite are null."""
         if not self.main:
             return
         values = {key: float(value) for key, value in values.items()}
@@ -222,12 +236,9 @@ class Log:
         if self.accelerator.trackers:
             self.accelerator.log({key: value for key, value in row.items() if value is not None}, step=step)
 
-    def show(self, step: int, name: str, sheet: Image.Image) -> None:
-        """A picture for the trackers that take any."""
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                how = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: np.asarray(sheet.convert("RGB"))[None]}, step=step, **how)
+    def show(self, step: int, name: str, picture: Image.Image) -> None:
+        """Log a picture to the trackers that take pictures."""
+        log_picture(self.accelerator, step, name, picture)
 
     def __enter__(self):
         return self
@@ -239,88 +250,19 @@ class Log:
             tracker.finish()
 
     def plot(self) -> None:
-        """curves.png: loss, loss by quarter of t, and what was measured of bits/dim, held-out images, and samples."""
-        if not self.main or not self.curves.kinds:
-            return
-        all_rows = self.curves.rows()
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        first, quarters = "training loss", "loss by quarter of t, not weighted"
-        accuracy, accuracies = "accuracy", "accuracy by quarter of t"
-        bits, held_out = "bits/dim of held-out images", "loss of averaged weights"
-        nearest, colours = "distance to the nearest image", "mean (line) and spread (dotted) of channels"
-        channels = CHANNELS[self.config.channels]
-        wanted = {
-            accuracy: "accuracy",
-            accuracies: "accuracy_t_quarter_1",
-            bits: "bits_per_dim",
-            held_out: "loss_held_out",
-            nearest: "nearest_rms_samples",
-        }
-        wanted[colours] = f"samples_mean_{channels[0]}"
-        names = [first, quarters, *(name for name, key in wanted.items() if any(key in row for row in all_rows))]
-        columns = 2 if len(names) == 4 else min(3, len(names))
-        lines = math.ceil(len(names) / columns)
-        figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), squeeze=False)
-        figure.subplots_adjust(
-            left=0.21 / columns, bottom=0.12 / lines, right=0.99, top=0.98, wspace=0.25
-        )  # constrained layout takes twice as long
-        panels = dict(zip(names, axes.flat))
-        for unused in axes.flat[len(names) :]:
-            unused.remove()
-
-        def curve(name, key, error=None, **how):
-            rows = [row for row in all_rows if key in row]
-
-            def column(key):
-                return [math.nan if row.get(key) is None else row[key] for row in rows]
-
-            panels[name].errorbar(column("step"), column(key), column(error) if error else None, **how)
-
-        curve(first, "loss")
-        for i in range(1, 5):
-            curve(quarters, f"loss_t_quarter_{i}", label=f"t in quarter {i}")
-            if accuracies in panels:
-                curve(accuracies, f"accuracy_t_quarter_{i}", label=f"t in quarter {i}")
-        if accuracy in panels:
-            curve(accuracy, "accuracy", label="training images, cut at random")
-            curve(accuracy, "accuracy_held_out", label="held-out images", marker="o")
-        if bits in panels:
-            curve(bits, "bits_per_dim", "bits_per_dim_sampling_error", capsize=2)
-        if held_out in panels:
-            curve(held_out, "loss_train", label="training images", marker="o")
-            curve(held_out, "loss_held_out", "loss_gap_standard_error", label="held-out images", marker="o", capsize=2)
-        if nearest in panels:
-            curve(nearest, "nearest_rms_samples", label="of samples", marker="o")
-            curve(nearest, "nearest_rms_data", label="of images, to others", marker="o")
-        if colours in panels:
-            for channel in channels:
-                drawn = "black" if channel in ("grey", "alpha") else channel
-                for what, style in (("mean", "-"), ("std", ":")):
-                    curve(colours, f"samples_{what}_{channel}", color=drawn, linestyle=style, marker="o")
-                    curve(colours, f"data_{what}_{channel}", color=drawn, linestyle=style, alpha=0.3)
-            panels[colours].plot([], [], color="black", marker="o", label="samples")
-            panels[colours].plot([], [], color="black", alpha=0.3, label="data")
-        for name, panel in panels.items():
-            panel.set(xlabel="optimizer step", ylabel=name, yscale="log" if name in (first, quarters) else "linear")
-            panel.grid(alpha=0.3)
-            if panel.get_legend_handles_labels()[0]:
-                panel.legend(fontsize="small", loc="upper right")  # to look for the best place takes seconds
-        with going_on("curves.png could not be written"):
-            save_figure(figure, self.output.path / "curves.png")
-        plt.close(figure)
+        """Write curves.png; a file that cannot be written is only reported."""
+        if self.main and self.curves.kinds:
+            with warn_on_write_error("curves.png could not be written"):
+                plot_curves(self.curves.rows(), CHANNELS[self.config.channels], self.output.path / "curves.png")
 
 
 def _line(row):
-    """Of metrics.jsonl."""
+    """A row as a line of metrics.jsonl."""
     return json.dumps(row) + "\n"
 
 
 def _rows_until(step, path):
-    """The lines of a metrics.jsonl up to this step; up to one that is no row, torn for example."""
+    """The lines of a metrics.jsonl up to this step, or to the first one that is no row, cut off for example."""
     lines = []
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(path, encoding="ascii") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""What is measured of held-out images during a run: bits/dim and the loss."""
+"""Measurements of held-out images during a run: bits/dim, and the loss."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from ddpm_hf.likelihood.bound import bits_per_dim, standard_error
 from ddpm_hf.likelihood.estimate import estimate_bits_per_dim
 from ddpm_hf.likelihood.ode import OdeStopped, ode_bits_per_dim
-from ddpm_hf.training.interrupts import tell
+from ddpm_hf.training.messages import print_above_progress_bar
 
 ROUNDS = 8  # timesteps for each image of `held_out_loss`
 
@@ -15,92 +15,95 @@ ROUNDS = 8  # timesteps for each image of `held_out_loss`
 ODE_TOLERANCE = 1e-3  # of held-out bits/dim in continuous time
 
 
-def held_out_bits_per_dim(config, signals, unet, scheduler, x_start, labels) -> dict[str, float]:
-    """bits/dim of held-out images (the mean over them), with its errors: of the estimate, and over images.
+def held_out_bits_per_dim(config, interrupts, unet, scheduler, x_start, labels) -> dict[str, float]:
+    """The mean bits/dim of held-out images, with two standard errors: of the estimate, and over images.
 
-    From `eval_evaluations` network calls an image, each process's share of the images computed there; all terms of a chain
-    that is no longer. In continuous time by the ODE. Not a number where it cannot be computed.
+    It takes `eval_evaluations` network calls per image, or all terms of a chain that has no more; in continuous time it is the
+    ODE's. Each process computes a share of the images. NaN where it cannot be computed.
 
     Raises:
         Interrupted: a signal came meanwhile. In all processes.
     """
-    accelerator = signals.accelerator
+    accelerator = interrupts.accelerator
     process, rank = type(scheduler).from_config(scheduler.config), accelerator.process_index
-    mine = slice(rank, None, accelerator.num_processes)
-    part = x_start[mine].to(accelerator.device)
+    share = slice(rank, None, accelerator.num_processes)
+    part = x_start[share].to(accelerator.device)
 
     def compute():
         if not len(part):
             return None
-        how = dict(
-            class_labels=None if labels is None else labels[mine].to(accelerator.device),
+        options = dict(
+            class_labels=None if labels is None else labels[share].to(accelerator.device),
             generator=torch.Generator(accelerator.device).manual_seed(config.seed + rank),
             batch_size=config.batch_size,
         )
         if process.is_continuous:
-            result, error = _by_ode(unet, process, part, how), math.nan  # of one probe nobody knows
+            result, error = _by_ode(config, unet, process, part, options), math.nan  # one probe has no error
         elif config.eval_evaluations < len(process.chain):
-            estimate = estimate_bits_per_dim(unet, process, part, num_evaluations=config.eval_evaluations, **how)
+            estimate = estimate_bits_per_dim(unet, process, part, num_evaluations=config.eval_evaluations, **options)
             result, error = estimate.total, estimate.sampling_error
         else:
-            result, error = bits_per_dim(unet, process, part, **how).total, 0.0
+            result, error = bits_per_dim(unet, process, part, **options).total, 0.0
         return result.cpu().double(), error * len(part)
 
-    shares = signals.measure(unet, compute)
-    found = [(torch.tensor([math.nan]), math.nan)] if shares is None else [share for share in shares if share]
-    total = torch.cat([values for values, _ in found])
+    shares = interrupts.run(unet, compute)
+    results = [(torch.tensor([math.nan]), math.nan)] if shares is None else [result for result in shares if result]
+    total = torch.cat([values for values, _ in results])
     return {
         "bits_per_dim": total.mean().item(),
-        "bits_per_dim_sampling_error": math.hypot(*(error for _, error in found)) / len(total),
+        "bits_per_dim_sampling_error": math.hypot(*(error for _, error in results)) / len(total),
         "bits_per_dim_standard_error": standard_error(total),
     }
 
 
-def _by_ode(unet, process, x_start, how):
+def _by_ode(config, unet, process, x_start, options):
     """(B,) bits/dim."""
     try:
-        return ode_bits_per_dim(unet, process, x_start, rtol=ODE_TOLERANCE, atol=ODE_TOLERANCE, **how).total
+        return ode_bits_per_dim(unet, process, x_start, rtol=ODE_TOLERANCE, atol=ODE_TOLERANCE, **options).total
     except OdeStopped as error:
-        tell(f"train.py: held-out bits/dim is left out: {error}")
+        print_above_progress_bar(f"{config.program}: held-out bits/dim is left out: {error}")
         return torch.full((len(x_start),), math.nan)
 
 
-def held_out_loss(config, signals, unet, objective, held_out, seen) -> dict[str, float]:
-    """The training's loss of held-out images and of as many that were trained on, each with the same timesteps and noise.
+def held_out_loss(config, interrupts, unet, objective, held_out, trained_on) -> dict[str, float]:
+    """The training loss on held-out images and on as many that were trained on, with the same timesteps and noise.
 
-    Where the first stays and the second falls, the network learns its images by heart. `held_out`, `seen`: x_start (N, C, H, W)
-    and labels (N,) or None. Each image stands at `ROUNDS` timesteps; those of all are spread evenly over the chain.
-    Not a number where the losses cannot be computed.
+    Where the first stays and the second falls, the network overfits. Each image is taken at `ROUNDS` timesteps, all together
+    evenly over the chain. NaN where the losses cannot be computed.
+
+    Args:
+        held_out, trained_on: x_start (N, C, H, W), and labels (N,) or None.
 
     Raises:
         Interrupted: a signal came meanwhile. In all processes.
     """
-    accelerator = signals.accelerator
-    count, chain, device = min(len(held_out[0]), len(seen[0])), objective.times, accelerator.device
-    mine = torch.arange(accelerator.process_index, count, accelerator.num_processes)
+    accelerator = interrupts.accelerator
+    count, chain, device = min(len(held_out[0]), len(trained_on[0])), objective.times, accelerator.device
+    own = torch.arange(accelerator.process_index, count, accelerator.num_processes)
 
     def compute():
-        losses = torch.zeros(2, len(mine), device=device)
-        for i, part in enumerate(mine.split(config.batch_size) if len(mine) else ()):
+        losses = torch.zeros(2, len(own), device=device)
+        for i, part in enumerate(own.split(config.batch_size) if len(own) else ()):
             rows = slice(i * config.batch_size, i * config.batch_size + len(part))
-            for each in range(ROUNDS):
-                places = each * count + part  # of count * ROUNDS; noise of its own for each, whichever process has it
+            for i_round in range(ROUNDS):
+                # of count * ROUNDS places each has its own noise, whichever process computes it
+                places = i_round * count + part
                 seeds = (config.seed * count * ROUNDS + place for place in places.tolist())
                 noise = [
                     torch.randn(held_out[0].shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
                 ]
                 t = chain[places * len(chain) // (count * ROUNDS)]
-                given = dict(t=t, noise=torch.stack(noise).to(device))
-                for row, (x_start, labels) in enumerate((held_out, seen)):
+                fixed = dict(t=t, noise=torch.stack(noise).to(device))
+                for row, (x_start, labels) in enumerate((held_out, trained_on)):
                     labels = None if labels is None else labels[part].to(device)
                     with torch.no_grad():
-                        losses[row, rows] += objective(unet, x_start[part].to(device), labels, **given)
+                        losses[row, rows] += objective(unet, x_start[part].to(device), labels, **fixed)
         return losses.cpu().double() / ROUNDS
 
-    shares = signals.measure(unet, compute)
-    of_held_out, of_seen = torch.full((2, 1), math.nan) if shares is None else torch.cat(shares, dim=1)
+    shares = interrupts.run(unet, compute)
+    of_held_out, of_trained_on = torch.full((2, 1), math.nan) if shares is None else torch.cat(shares, dim=1)
     return {
         "loss_held_out": of_held_out.mean().item(),
-        "loss_train": of_seen.mean().item(),
-        "loss_gap_standard_error": standard_error(of_held_out - of_seen),
+        "loss_train": of_trained_on.mean().item(),
+        "loss_gap_standard_error": standard_error(of_held_out - of_trained_on),
     }

@@ -1,4 +1,4 @@
-"""The folder of a run: one run writes in it at a time."""
+"""The folder of a run, in which one run writes at a time."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from ddpm_hf.files.atomic import remove_leftovers, restore_folder, write_text
 from ddpm_hf.training.config import ConfigError, RunConfig, as_yaml
 from ddpm_hf.training.environment import environment
-from ddpm_hf.training.interrupts import tell
+from ddpm_hf.training.messages import print_above_progress_bar
 
 try:
     import fcntl
@@ -24,18 +24,17 @@ except ImportError:  # Windows
 
 
 class OutputFolder:
-    """Within this context no other run writes in `config.output_dir`, which is made if need be.
+    """Within this context no other run writes in `config.output_dir`, which is created if necessary.
 
     The main process locks the file `.lock` in it, which names the process. The system releases the lock with the process,
-    however that ends; processes that it forks do not keep it. On a system without such locks the name in the file decides.
+    however that ends, and forked processes do not keep it. On a system without such locks the name in the file decides.
 
     Raises:
         ConfigError: another run is there. In all processes.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, saved: str):
-        """saved: the name of the folder in it that the run ends with."""
-        self.config, self.accelerator, self.saved = config, accelerator, saved
+    def __init__(self, config: RunConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
         self.path = Path(config.output_dir)
         self.lock, self.file, self.made = self.path / ".lock", None, False
         if hasattr(os, "register_at_fork"):  # readers of images live on for a while when a run is killed
@@ -48,7 +47,7 @@ class OutputFolder:
                 self._acquire()
             except (ConfigError, OSError) as error:
                 problem = str(error)
-        problems = [each for each in gather_object([problem]) if each]
+        problems = [text for text in gather_object([problem]) if text]
         if problems:
             raise ConfigError(problems[0])
         return self
@@ -64,35 +63,36 @@ class OutputFolder:
         self._close()
 
     def begin(self) -> None:
-        """Tidies up after a run that was killed, and writes what the run is made by and on. Of the main process."""
-        for name in {self.saved, "pipeline"}:  # train_classifier.py saves both
+        """Remove what a killed run left, and write config.yaml and environment.json. In the main process."""
+        for name in {self.config.RESULT, "pipeline"}:  # a run of a classifier saves both
             restore_folder(self.path / name)
         for folder in (self.path, self.path / "samples", self.path / "checkpoints"):
             remove_leftovers(folder)
         self._describe()
 
     def keep(self) -> bool:
-        """Whether the folder is there as it was; where somebody has removed or moved it, it is made anew. Of the main process.
+        """Create the folder again where it was removed or moved; return whether it was there. In the main process.
 
         Raises:
             ConfigError: another run has begun there meanwhile.
-            OSError: it cannot be made.
+            OSError: it cannot be created.
         """
         if self._is_there():
             return True
         self._acquire()
         self._describe()
-        tell(
-            f"{self.path} was removed or moved; it is made anew, and the run goes on, without the checkpoints that it held"
+        print_above_progress_bar(
+            f"{self.path} was removed or moved; it is created again, and the run continues "
+            "without the checkpoints that it held"
         )
         return False
 
     def _describe(self):
         write_text(self.path / "environment.json", json.dumps(environment(self.accelerator), indent=2) + "\n")
-        write_text(self.path / "config.yaml", as_yaml(self.config))  # the last: with both a run has begun
+        write_text(self.path / "config.yaml", as_yaml(self.config))  # written last: with both files a run has begun
 
     def _is_there(self):
-        """Whether the name of the lock's file still stands for the file that is locked."""
+        """Whether the lock's file still has its name."""
         try:
             return self.file is not None and os.path.samestat(os.stat(self.lock), os.fstat(self.file))
         except OSError:
@@ -111,7 +111,7 @@ class OutputFolder:
                 self._close()
                 self.file = os.open(self.lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
                 self._lock()
-                if self._is_there():  # a run that ends removes it
+                if self._is_there():  # a run removes it at its end
                     break
         except BaseException:
             self._close()
@@ -136,7 +136,7 @@ class OutputFolder:
                 raise ConfigError(f"{problem}; end it or wait, or take another output_dir") from None
 
     def _owner(self):
-        """What the lock's file says of its process; None where it says nothing."""
+        """The process that the lock's file names, or None."""
         try:
             owner = json.loads(os.read(self.file, 1000))
             began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
@@ -148,7 +148,7 @@ class OutputFolder:
 
 
 def _is_running(owner):
-    """Whether a process of this machine is there, and is not another one with its number."""
+    """Whether a process of this machine still runs; its number may have been given to another one."""
     try:
         began = psutil.Process(owner["process"]).create_time()
     except (psutil.Error, ValueError):

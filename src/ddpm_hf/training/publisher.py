@@ -1,4 +1,4 @@
-"""A run's pipeline to the Hub while it goes on: training never waits for it, and never ends for it."""
+"""Publishes the pipeline on the Hub while a run trains, which never waits for it and never ends because of it."""
 
 import os
 import re
@@ -13,45 +13,46 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from ddpm_hf.hub.errors import HubError
 from ddpm_hf.hub.upload import check_repository, push_folder
 from ddpm_hf.training.config import ConfigError, TrainConfig
-from ddpm_hf.training.interrupts import tell
+from ddpm_hf.training.messages import print_above_progress_bar
 
 
 class Publisher:
-    """Pushes what is saved at checkpoints in a thread of its own: one at a time, and of those that wait the newest.
+    """Pushes the pipelines that are saved at checkpoints, one at a time, in a thread of its own; only the newest one waits.
 
-    What could not be pushed is told once for each reason; the next checkpoint's takes its place.
+    A failure is printed once for each reason; the pipeline of the next checkpoint is pushed instead.
 
     Raises:
-        ConfigError: there is no token, or the Hub says that it may not write there. A Hub that is not reached is told.
+        ConfigError: there is no token, or the Hub does not let it write there. That the Hub is not reached is only printed.
     """
 
     def __init__(self, config: TrainConfig):
-        self.config, self.where = config, f"push_to_hub={config.push_to_hub!r}"
+        self.config, self.key = config, f"push_to_hub={config.push_to_hub!r}"
         self.folder, self.copies = Path(config.output_dir, "pipeline"), Path(config.output_dir, ".to-push")
-        self.lock, self.thread, self.waiting, self.told = threading.Lock(), None, None, None
+        self.lock = threading.Lock()
+        self.thread = self.waiting = self.reported = None
         shutil.rmtree(self.copies, ignore_errors=True)  # of a run that was killed
         if not get_token():
-            raise ConfigError(f"{self.where}: there is no token; run `hf auth login` or set HF_TOKEN")
+            raise ConfigError(f"{self.key}: there is no token; run `hf auth login` or set HF_TOKEN")
         try:
             check_repository(config.push_to_hub, private=config.hub_private or None)
         except HubError as error:
             if error.refused:
-                raise ConfigError(f"{self.where}: {error}") from error
-            self._tell(error)
+                raise ConfigError(f"{self.key}: {error}") from error
+            self._warn(error)
 
     def push(self, step: int) -> None:
-        """Begins to push the saved pipeline, or has it wait; returns at once. The folder may be replaced meanwhile."""
+        """Start to push the saved pipeline, or let it wait; return at once. The folder may be replaced meanwhile."""
         copy = self.copies / f"{step:07d}"
         shutil.rmtree(copy, ignore_errors=True)
         try:
             shutil.copytree(self.folder, copy, copy_function=_link)
         except OSError as error:
-            return self._tell(error)
+            return self._warn(error)
         with self.lock:
             if self.waiting:
                 shutil.rmtree(self.waiting, ignore_errors=True)
             self.waiting = copy
-            if self.thread is None:  # ends with the process: what is on its way leaves the repository as it was
+            if self.thread is None:  # a daemon: a push that is cut off leaves the repository as it was
                 self.thread = threading.Thread(target=self._work, daemon=True)
                 self.thread.start()
 
@@ -63,12 +64,12 @@ class Publisher:
                     return
                 copy, self.waiting = self.waiting, None
             quiet = are_progress_bars_disabled()
-            disable_progress_bars()  # the bar of the training is there
+            disable_progress_bars()  # the training has its own
             try:
                 self._push(copy)
-                self.told = None
-            except Exception as error:  # nothing that happens there ends the run
-                self._tell(error)
+                self.reported = None
+            except Exception as error:  # none of them ends the run
+                self._warn(error)
             finally:
                 if not quiet:
                     enable_progress_bars()
@@ -78,15 +79,17 @@ class Publisher:
         config = self.config
         return push_folder(folder, config.push_to_hub, license=config.license, private=config.hub_private or None)
 
-    def _tell(self, error):
+    def _warn(self, error):
         message = " ".join(str(error).split()) or type(error).__name__
-        reason = re.sub(r"\(Request ID: .*?\)", "", message)  # another one each time
-        if reason != self.told:
-            tell(f"{self.where}: {message}; the run goes on, the next checkpoint is pushed in its place")
-        self.told = reason
+        reason = re.sub(r"\(Request ID: .*?\)", "", message)  # differs each time
+        if reason != self.reported:
+            print_above_progress_bar(
+                f"{self.key}: {message}; the run continues, the next checkpoint is pushed in its place"
+            )
+        self.reported = reason
 
     def finish(self) -> str:
-        """Pushes the last pipeline, after what is on its way; returns the commit's address.
+        """Push the last pipeline, after what is on its way; return the address of the commit.
 
         Raises:
             HubError, ValueError: it could not be pushed; the message has the command that tries again.
@@ -101,8 +104,8 @@ class Publisher:
         except (HubError, ValueError) as error:
             raise HubError(f"{error}; to try again: {self._command()}") from error
 
-    def left(self) -> str:
-        """What a run that stops says of the Hub: it does not wait for what is on its way."""
+    def how_to_publish(self) -> str:
+        """The end of the message of an interrupted run, which does not wait for what is on its way."""
         return f"; to publish what is saved by then: {self._command()}"
 
     def _command(self):
@@ -113,7 +116,7 @@ class Publisher:
 
 
 def _link(source, target):
-    """The same file under another name, where the disk knows that; a copy elsewhere."""
+    """Link to the file, or copy it where the disk has no links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,0 +1,36 @@
+"""The exponential moving average of the weights, and evaluation with it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from diffusers.training_utils import EMAModel
+
+from ddpm_hf.models.evaluation_mode import evaluation_mode
+
+
+class Average(EMAModel):
+    """diffusers' moving average; its weights stay on their device when a checkpoint is loaded."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        device = self.shadow_params[0].device
+        super().load_state_dict(state_dict)
+        self.to(device)
+
+
+@contextlib.contextmanager
+def evaluating(network: torch.nn.Module, average: Average | None = None) -> Iterator[None]:
+    """Within the block the network is in evaluation mode, with the averaged weights where there is an `average`.
+
+    It is not compiled there: sheets and evaluations have shapes that are seldom seen twice.
+    """
+    parameters = list(network.parameters())
+    if average:
+        average.store(parameters)
+        average.copy_to(parameters)
+    try:
+        with evaluation_mode(network), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        if average:
+            average.restore(parameters)

@@ -1,0 +1,65 @@
+"""Training as a command: the config is checked before anything is computed, and errors are one line."""
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+
+from ddpm_hf.extras import MissingExtra
+from ddpm_hf.hub.errors import HubError
+from ddpm_hf.training.config import ConfigError, RunConfig, TrainConfig, as_yaml
+from ddpm_hf.training.devices import leave
+from ddpm_hf.training.interrupts import Stopped, find_dead_workers_when_reading
+from ddpm_hf.training.loop import TASKS, train
+from ddpm_hf.training.resolve import resolve
+
+
+def main(config: RunConfig, dry_run: bool) -> None:
+    """Check a config with the network that it describes; print it in a dry run, else train and end the process."""
+    try:
+        config = resolve(config)
+        with torch.device("meta"):  # no weights yet, but every check
+            task = TASKS[type(config)](config)
+    except (ValueError, TypeError, MissingExtra) as error:
+        sys.exit(f"{config.program}: {' '.join(str(error).split())}")
+    if dry_run:
+        print(as_yaml(config), end="")
+        print(_size_of_run(config, task))
+    else:
+        run(train, config)
+
+
+def _size_of_run(config, task):
+    parameters, images = task.network.num_parameters(), config.batch_size * config.gradient_accumulation_steps
+    lines = [f"# {parameters:,} parameters, {config.steps:,} steps of {images:,} images a process"]
+    if isinstance(config, TrainConfig):  # float32: weights, gradient, two moments of Adam, average
+        gigabytes = 5 * 4 * parameters / 2**30
+        lines.append(f"# {gigabytes:.2f} GiB for weights, gradient, optimizer and average; activations on top")
+    return "\n".join(lines)
+
+
+def run(train: Callable[[RunConfig], object], config: RunConfig) -> None:
+    """Train and end the process, and those that read images for it; an error is printed in one line."""
+    status, program = 0, config.program
+    try:
+        train(config)
+    except Stopped as error:  # in all processes
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            print(f"{program}: {error}", file=sys.stderr)
+        status = error.status
+    except (ConfigError, OSError, SafetensorError, HubError) as error:  # safetensors has its own for a full disk
+        sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:  # before the first step, or the second one
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        find_dead_workers_when_reading()
+        for reader in multiprocessing.active_children():  # one may wait for a network, and ignore signals
+            reader.kill()
+    leave()
+    sys.exit(status)

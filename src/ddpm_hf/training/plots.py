@@ -1,0 +1,86 @@
+"""curves.png: what metrics.jsonl holds, as curves over the optimizer steps."""
+
+import math
+from pathlib import Path
+
+from ddpm_hf.evaluation.sheets import save_figure
+
+LOSS, LOSS_BY_T = "training loss", "loss by quarter of t, not weighted"
+ACCURACY, ACCURACY_BY_T = "accuracy", "accuracy by quarter of t"
+BITS, HELD_OUT = "bits/dim of held-out images", "loss of averaged weights"
+NEAREST, COLORS = "distance to the nearest image", "mean (line) and spread (dotted) of channels"
+
+
+def plot_curves(rows: list[dict], channels: list[str], path: Path) -> None:
+    """Write a picture with a panel for each kind of value that some of the rows have.
+
+    Args:
+        rows: of metrics.jsonl, in the order of their steps.
+        channels: names of the images' channels.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    optional = {
+        ACCURACY: "accuracy",
+        ACCURACY_BY_T: "accuracy_t_quarter_1",
+        BITS: "bits_per_dim",
+        HELD_OUT: "loss_held_out",
+        NEAREST: "nearest_rms_samples",
+        COLORS: f"samples_mean_{channels[0]}",
+    }
+    names = [LOSS, LOSS_BY_T, *(name for name, key in optional.items() if any(key in row for row in rows))]
+    columns = 2 if len(names) == 4 else min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), squeeze=False)
+    # constrained layout would take twice as long
+    figure.subplots_adjust(left=0.21 / columns, bottom=0.12 / lines, right=0.99, top=0.98, wspace=0.25)
+    panels = dict(zip(names, axes.flat))
+    for unused in axes.flat[len(names) :]:
+        unused.remove()
+    for name, key, error, style in _curves(channels):
+        if name in panels:
+            points = [row for row in rows if key in row]
+            steps, values = _column(points, "step"), _column(points, key)
+            panels[name].errorbar(steps, values, _column(points, error) if error else None, **style)
+    if COLORS in panels:
+        panels[COLORS].plot([], [], color="black", marker="o", label="samples")
+        panels[COLORS].plot([], [], color="black", alpha=0.3, label="data")
+    for name, panel in panels.items():
+        panel.set(xlabel="optimizer step", ylabel=name, yscale="log" if name in (LOSS, LOSS_BY_T) else "linear")
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small", loc="upper right")  # to look for the best place takes seconds
+    try:
+        save_figure(figure, path)
+    finally:
+        plt.close(figure)
+
+
+def _column(rows, key):
+    return [math.nan if row.get(key) is None else row[key] for row in rows]
+
+
+def _curves(channels):
+    """(panel, key of the rows, key of their error or None, style) of every curve."""
+    yield LOSS, "loss", None, {}
+    for i in range(1, 5):
+        yield LOSS_BY_T, f"loss_t_quarter_{i}", None, dict(label=f"t in quarter {i}")
+        yield ACCURACY_BY_T, f"accuracy_t_quarter_{i}", None, dict(label=f"t in quarter {i}")
+    yield ACCURACY, "accuracy", None, dict(label="training images, randomly cropped")
+    yield ACCURACY, "accuracy_held_out", None, dict(label="held-out images", marker="o")
+    yield BITS, "bits_per_dim", "bits_per_dim_sampling_error", dict(capsize=2)
+    yield HELD_OUT, "loss_train", None, dict(label="training images", marker="o")
+    yield HELD_OUT, "loss_held_out", "loss_gap_standard_error", dict(label="held-out images", marker="o", capsize=2)
+    yield NEAREST, "nearest_rms_samples", None, dict(label="of samples", marker="o")
+    yield NEAREST, "nearest_rms_data", None, dict(label="of images, to others", marker="o")
+    for channel in channels:
+        color = "black" if channel in ("grey", "alpha") else channel
+        for statistic, line in (("mean", "-"), ("std", ":")):
+            yield COLORS, f"samples_{statistic}_{channel}", None, dict(color=color, linestyle=line, marker="o")
+            yield COLORS, f"data_{statistic}_{channel}", None, dict(color=color, linestyle=line, alpha=0.3)

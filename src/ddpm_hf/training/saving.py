@@ -1,0 +1,63 @@
+"""The pipeline that a run saves: weights, the record of their training, pictures and a model card."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from ddpm_hf.data.sources import BUILT_IN, public_name
+from ddpm_hf.files.atomic import replacing_folder, write_text
+from ddpm_hf.hub.card import write_model_card
+from ddpm_hf.hub.records import weights_digest
+from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
+from ddpm_hf.training.config import TrainConfig, values_of
+from ddpm_hf.training.environment import MODULES
+from ddpm_hf.training.messages import print_above_progress_bar
+
+# keys that mean nothing to others
+PRIVATE = {"output_dir", "resume", "push_to_hub", "hub_private", "license"}
+
+
+def save_pipeline(
+    pipeline: DDPMImagePipeline,
+    folder: Path,
+    *,
+    config: TrainConfig,
+    step: int,
+    class_names: list[str] | None = None,
+    split_size: int | None = None,
+) -> None:
+    """Save a pipeline after `step` steps of training; the folder is replaced as a whole, or stays as it was.
+
+    Args:
+        config: of the run.
+        class_names: of the labels 0, 1, ... in the data.
+        split_size: images of the split that was trained on, with those set aside by held_out.
+    """
+    with replacing_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary)
+        record = _record(config, step, temporary) | {"images": split_size, "label_names": class_names}
+        write_text(temporary / "training.json", json.dumps(record, indent=2) + "\n")
+        pictures = {"training.png": "curves.png", "samples.png": f"samples/{step:07d}.png"}  # of these weights
+        for name, source in pictures.items():
+            if (folder.parent / source).is_file():
+                shutil.copy(folder.parent / source, temporary / name)
+        try:
+            write_model_card(temporary)
+        except ValueError as error:  # a pipeline without a card is better than none
+            print_above_progress_bar(f"the pipeline has no model card: {' '.join(str(error).split())}")
+
+
+def _record(config, step, folder):
+    """What is written of a training beside its weights."""
+    record = {key: value for key, value in values_of(config).items() if key not in PRIVATE}
+    record["preset"] = config.preset
+    for key in ("data", "eval_data", "init_from"):
+        if record[key]:
+            record[key] = public_name(record[key])
+    is_local = os.path.exists(config.data) or config.data in BUILT_IN
+    record["hub_dataset"] = None if is_local else config.data
+    record["weights"] = weights_digest(folder)
+    record["versions"] = {module.__name__: module.__version__ for module in MODULES}
+    record["steps"] = step
+    return record
