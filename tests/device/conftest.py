@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ddpm_hf import DDPMUNet
+from support.networks import small_unet
 
 
 def pytest_collection_modifyitems(items):
@@ -34,26 +34,8 @@ def generator():
 
 @pytest.fixture
 def unet():
-    """A network of 8x8 images that is not the zero function."""
-
-    def make(**config):
-        network = DDPMUNet(
-            **dict(
-                sample_size=8,
-                in_channels=1,
-                out_channels=1,
-                block_out_channels=(8, 16),
-                layers_per_block=1,
-                norm_num_groups=4,
-                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            )
-            | config
-        )
-        network.reset_parameters("torch")
-        return network.eval()
-
-    return make
+    """A function that makes a network of 8x8 images that is not the zero function."""
+    return small_unet
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 
-from ddpm_hf import InferenceUNet, NoisyClassifier
+from ddpm_hf import InferenceUNet
 from support.compare import assert_close
+from support.networks import small_classifier
 
 RGB = dict(in_channels=3, out_channels=3, sample_size=16)
 NETWORKS = {
@@ -97,17 +98,8 @@ def test_dropout_draws_on_the_device(device, unet):
 
 @pytest.mark.parametrize("pool", ["attention", "average"])
 def test_classifier_and_its_gradient(device, pool):
-    classifier = NoisyClassifier(
-        8,
-        num_classes=4,
-        in_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        pool=pool,
-    ).eval()
+    blocks = ("ResnetDownsampleBlock2D", "AttnDownBlock2D")
+    classifier = small_classifier(down_block_types=blocks, attention_head_dim=4, pool=pool)
     there = copy.deepcopy(classifier).to(device)
     x, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 3, 1])
     for t in (7, torch.tensor(7), torch.tensor([7, 9, 0])):

@@ -8,13 +8,13 @@ from ddpm_hf import (
     CascadePipeline,
     DDPMImagePipeline,
     DDPMSuperResolutionPipeline,
-    NoisyClassifier,
     SubVPSDEScheduler,
     VariationalDDPMScheduler,
     VESDEScheduler,
     VPSDEScheduler,
 )
 from support.compare import assert_close
+from support.networks import small_classifier
 
 T = 20
 
@@ -93,17 +93,7 @@ def test_labels_and_classifier_free_guidance(device, unet, pipelines, generator)
 @pytest.mark.parametrize("eta", [None, 0.0])
 def test_guidance_by_a_classifier(device, unet, pipelines, generator, scheduler, eta):
     ours = process()
-    classifier = NoisyClassifier(
-        8,
-        num_classes=4,
-        in_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        scheduler=dict(ours.config),
-    )
+    classifier = small_classifier(attention_head_dim=4, scheduler=dict(ours.config))
     other = scheduler and getattr(diffusers, scheduler).from_config(ours.config)
     if eta is not None and scheduler == "DPMSolverMultistepScheduler":
         pytest.skip("it has no eta")

@@ -10,10 +10,11 @@ from collections import Counter
 import pytest
 import torch
 
-from ddpm_hf import DDPMImagePipeline, NoisyClassifier, VariationalDDPMScheduler, VPSDEScheduler, bits_per_dim
+from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler, bits_per_dim
 from ddpm_hf.schedulers.sde import VPSDE, ChainSDE
 from ddpm_hf.training.losses import ScoreObjective
 from ddpm_hf.training.timesteps import ContinuousTimes, LossSecondMomentTimesteps
+from support.networks import small_classifier
 from support.scripts import script
 
 pytestmark = pytest.mark.skipif(
@@ -76,9 +77,7 @@ def test_a_sampling_step_waits_for_nothing(device, unet, kind):
         config = dict(num_class_embeds=5, _ddpm_hf={"null_class": 4})
         call = dict(class_labels=1, guidance_scale=2.0)
     elif kind == "classifier":
-        sizes = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4)
-        blocks = ("DownBlock2D", "AttnDownBlock2D")
-        classifier = NoisyClassifier(8, 4, 1, down_block_types=blocks, scheduler=dict(scheduler.config), **sizes)
+        classifier = small_classifier(attention_head_dim=4, scheduler=dict(scheduler.config))
         call = dict(class_labels=1, classifier_scale=2.0)
     elif kind == "ddim":
         call = dict(eta=0.0)

@@ -22,6 +22,7 @@ from ddpm_hf.files.guarded import read_json
 from ddpm_hf.hub.card import card_text, code, evaluation_command, write_model_card
 from ddpm_hf.hub.contents import published_files
 from ddpm_hf.hub.records import weights_digest
+from support.networks import small_classifier
 
 TRAINING = {
     "data": "digits", "split": "train", "steps": 7, "batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 0.1,
@@ -41,8 +42,7 @@ def saved(make_pipeline, tmp_path):
     """A pipeline with everything that it can have, and its weights in several files."""
     pipeline = make_pipeline(num_class_embeds=3)
     pipeline.unet.class_names = ["a", "b", "c"]
-    blocks = dict(block_out_channels=(8, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"), layers_per_block=1)
-    classifier = NoisyClassifier(8, 3, 1, norm_num_groups=4, attention_head_dim=8, **blocks)
+    classifier = small_classifier(num_classes=3)
     DDPMImagePipeline(pipeline.unet, pipeline.scheduler, classifier).save_pretrained(
         tmp_path / "saved", max_shard_size="40KB"
     )

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_hf import DDPMUNet, InferenceUNet, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler, bits_per_dim
+from ddpm_hf import InferenceUNet, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler, bits_per_dim
 from ddpm_hf.likelihood.encoding import decode, encode, interpolate_latents
 from ddpm_hf.likelihood.ode import OdeStopped, ode_bits_per_dim, ode_log_likelihood
 from ddpm_hf.likelihood.solver import process_of
 from ddpm_hf.schedulers.sde import VESDE, VPSDE, SubVPSDE
 from support.analytic import Mixture
 from support.golden_data import PROBED, golden_cases
+from support.networks import small_unet
 
 BITS = math.log(2)
 
@@ -300,20 +301,7 @@ def test_interpolated_latents_stay_on_the_sphere():
 @pytest.fixture
 def unet():
     torch.manual_seed(0)
-    net = DDPMUNet(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        num_class_embeds=3,
-        dropout=0.3,
-    )
-    net.reset_parameters("torch")
-    return net.train()
+    return small_unet(num_class_embeds=3, dropout=0.3).train()
 
 
 def test_a_network_with_classes(unet):

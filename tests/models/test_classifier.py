@@ -8,16 +8,13 @@ from diffusers import UNet2DModel
 
 from ddpm_hf import NoisyClassifier, VariationalDDPMScheduler
 from ddpm_hf.models.classifier import AttentionPool
+from support.networks import SIZES
 
-BASE = dict(
-    sample_size=8,
+BASE = SIZES | dict(
     num_classes=5,
-    in_channels=1,
-    block_out_channels=(8, 16),
     down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
     layers_per_block=2,
     attention_head_dim=8,
-    norm_num_groups=4,
 )
 
 

@@ -14,13 +14,13 @@ from ddpm_hf import (
     DDPMImagePipeline,
     DDPMSuperResolutionPipeline,
     DDPMUNet,
-    NoisyClassifier,
     VariationalDDPMScheduler,
 )
 from ddpm_hf.files.label_names import check_label_names
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ConfigError, TrainConfig
 from ddpm_hf.training.inputs import held_out_images, open_images, record_data
+from support.networks import small_classifier
 
 NAMES = ["ant", "bee", "cat"]
 HOW = {"background": "black", "crop": "none", "label_column": "kind"}
@@ -35,11 +35,9 @@ def named(make_pipeline):
 
 
 def make_classifier(names=NAMES, **changes):
-    how = dict(sample_size=8, num_classes=3, in_channels=1, block_out_channels=(8, 16), layers_per_block=1)
-    how |= dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), norm_num_groups=4, attention_head_dim=8)
-    classifier = NoisyClassifier(**how | dict(scheduler=dict(VariationalDDPMScheduler().config)) | changes)
+    classifier = small_classifier(num_classes=3, scheduler=dict(VariationalDDPMScheduler().config), **changes)
     classifier.class_names = names
-    return classifier.eval()
+    return classifier
 
 
 def run(pipeline, *arguments, **kwargs):

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf import DDPMUNet, InferenceUNet, NoisyClassifier, VariationalDDPMScheduler, bits_per_dim
-from support.unet_configs import BASE
+from support.networks import small_classifier, small_unet
 
 
 class MyUNet(DDPMUNet):
@@ -18,15 +18,9 @@ class MyClassifier(NoisyClassifier):
     pass
 
 
-SMALL = BASE | dict(sample_size=8, in_channels=1, out_channels=1)
-
-
 @pytest.fixture
 def unet():
-    torch.manual_seed(0)
-    unet = MyUNet(**SMALL)
-    unet.reset_parameters("torch")
-    return unet.eval()
+    return small_unet(MyUNet)
 
 
 @pytest.fixture
@@ -52,7 +46,7 @@ def test_saved_under_the_name_of_the_stock_class(unet, inputs, tmp_path):
 
 def test_errors_name_the_subclass():
     with pytest.raises(ValueError, match="'KDownBlock2D', not supported by MyUNet"):
-        MyUNet(**SMALL | dict(down_block_types=("DownBlock2D", "KDownBlock2D")))
+        small_unet(MyUNet, down_block_types=("DownBlock2D", "KDownBlock2D"))
 
 
 def test_optimized(unet, inputs):
@@ -62,7 +56,7 @@ def test_optimized(unet, inputs):
 
 
 def test_likelihood(unet):
-    plain, x_start = DDPMUNet(**SMALL), torch.randint(256, (2, 1, 8, 8)) / 127.5 - 1
+    plain, x_start = small_unet(), torch.randint(256, (2, 1, 8, 8)) / 127.5 - 1
     plain.load_state_dict(unet.state_dict())
     scheduler = VariationalDDPMScheduler(num_train_timesteps=5)
     totals = [
@@ -73,10 +67,8 @@ def test_likelihood(unet):
 
 
 def test_classifier(inputs, tmp_path):
-    config = dict(sample_size=8, num_classes=3, in_channels=1, block_out_channels=(16, 32), layers_per_block=1)
-    config |= dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), norm_num_groups=4, attention_head_dim=8)
     scheduler = VariationalDDPMScheduler()
-    classifier = MyClassifier(**config, scheduler=dict(scheduler.config)).eval()
+    classifier = small_classifier(MyClassifier, scheduler=dict(scheduler.config))
     classifier.save_pretrained(tmp_path / "alone")
     for cls in (MyClassifier, NoisyClassifier):
         opened = cls.from_pretrained(tmp_path / "alone")

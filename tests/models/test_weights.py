@@ -9,6 +9,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, NoisyClassifier
+from support.networks import small_classifier
 
 FILE = "diffusion_pytorch_model.safetensors"
 LORA = {".to_q.": ".to_q.base_layer."}
@@ -93,8 +94,7 @@ def test_shards_that_lack_a_tensor(make_pipeline, tmp_path):
 
 
 def test_a_classifiers_weights(tmp_path):
-    blocks = dict(block_out_channels=(8, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"), layers_per_block=1)
-    NoisyClassifier(8, 3, 1, norm_num_groups=4, attention_head_dim=8, **blocks).save_pretrained(tmp_path)
+    small_classifier().save_pretrained(tmp_path)
     weights = load_file(tmp_path / FILE)
     save_file(renamed(weights, prefix="module."), tmp_path / FILE)
     assert torch.equal(NoisyClassifier.from_pretrained(tmp_path).conv_in.weight, weights["conv_in.weight"])

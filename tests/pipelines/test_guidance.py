@@ -20,6 +20,7 @@ from support.golden_data import (
     network,
     randn,
 )
+from support.networks import small_classifier
 
 GOLDEN = golden_cases("classifier_guidance")
 
@@ -158,14 +159,10 @@ def make_guided(make_pipeline):
             sample_size=sample_size,
             num_classes=classes,
             in_channels=pipeline.unet.config.in_channels,
-            block_out_channels=(8, 16),
             down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=8,
-            norm_num_groups=4,
             scheduler=json.loads(pipeline.scheduler.to_json_string()),
         )
-        net = NoisyClassifier(**config | dict(classifier)).eval()
+        net = small_classifier(**config | dict(classifier))
         torch.nn.init.normal_(net.head.to_out.weight, std=3.0)
         pipeline = DDPMImagePipeline(pipeline.unet, pipeline.scheduler, net)
         pipeline.set_progress_bar_config(disable=True)

@@ -10,10 +10,10 @@ from ddpm_hf import (
     CascadePipeline,
     DDPMImagePipeline,
     DDPMSuperResolutionPipeline,
-    DDPMUNet,
     VariationalDDPMScheduler,
 )
 from ddpm_hf.models.conditioning import Conditioned, condition_planes, downsample
+from support.networks import small_unet
 
 
 def seeded(seed=0):
@@ -23,21 +23,11 @@ def seeded(seed=0):
 @pytest.fixture
 def make_upsampler():
     def make(channels=1, noise=0.0, learned=False, size=16, low=8, **unet):
-        net = DDPMUNet(
-            sample_size=size,
-            in_channels=2 * channels + (noise > 0),
-            out_channels=channels * (2 if learned else 1),
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            **unet,
-        )
-        net.reset_parameters("torch")
+        in_channels, out_channels = 2 * channels + (noise > 0), channels * (2 if learned else 1)
+        net = small_unet(sample_size=size, in_channels=in_channels, out_channels=out_channels, **unet)
         scheduler = VariationalDDPMScheduler(variance_type="learned_range" if learned else "fixed_small")
         how = dict(low_resolution=low, conditioning_noise=noise)
-        pipeline = DDPMSuperResolutionPipeline(net.eval(), scheduler, **how)
+        pipeline = DDPMSuperResolutionPipeline(net, scheduler, **how)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -11,6 +11,8 @@ from ddpm_hf.schedulers.sde_samplers import SubVPSDEScheduler, VESDEScheduler, V
 from support.analytic import Mixture
 from support.elsewhere import ROUNDING, open_elsewhere
 from support.golden_data import assert_fingerprint, golden_cases, randn
+from support.networks import small_unet
+from support.unet_configs import PLAIN
 
 GOLDEN = golden_cases("sde", "sde")
 PROCESSES = {"VP": VPSDE, "subVP": SubVPSDE, "VE": VESDE}
@@ -419,18 +421,7 @@ def test_bad_calls():
 @pytest.fixture
 def unet():
     torch.manual_seed(0)
-    net = DDPMUNet(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    net.reset_parameters("torch")
-    return net.eval()
+    return small_unet(block_out_channels=(8, 8), **PLAIN)
 
 
 def seeded(pipe, **kwargs):
