@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 
-from ddpm_hf import DDPMUNet, InferenceUNet, NoisyClassifier, VariationalDDPMScheduler, bits_per_dim
+from ddpm_hf import DDPMImagePipeline, DDPMUNet, InferenceUNet, NoisyClassifier, VariationalDDPMScheduler, bits_per_dim
 from support.networks import small_classifier, small_unet
 
 
@@ -55,6 +55,28 @@ def test_optimized(unet, inputs):
     assert fast.is_current(unet)
 
 
+def test_in_a_pipeline(unet, tmp_path):
+    pipeline = DDPMImagePipeline(unet, VariationalDDPMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(2, generator=generator, num_inference_steps=3, output_type="latent").images
+
+    plain = small_unet()
+    plain.load_state_dict(unet.state_dict())
+    expected = draw(DDPMImagePipeline(plain, VariationalDDPMScheduler()))
+    assert pipeline.unet is unet and torch.equal(draw(pipeline), expected)
+    pipeline.save_pretrained(tmp_path)
+    assert type(DDPMPipeline.from_pretrained(tmp_path).unet) is UNet2DModel
+    opened = DDPMImagePipeline.from_pretrained(tmp_path)
+    assert type(opened.unet) is DDPMUNet
+    torch.testing.assert_close(draw(opened), expected, rtol=0, atol=1e-4)
+    assert DDPMPipeline.from_pipe(pipeline).unet is unet
+    pipeline.optimize(compile=False)
+    torch.testing.assert_close(draw(pipeline), expected, rtol=0, atol=1e-4)
+
+
 def test_likelihood(unet):
     plain, x_start = small_unet(), torch.randint(256, (2, 1, 8, 8)) / 127.5 - 1
     plain.load_state_dict(unet.state_dict())
@@ -66,7 +88,7 @@ def test_likelihood(unet):
     assert torch.equal(*totals)
 
 
-def test_classifier(inputs, tmp_path):
+def test_classifier(unet, inputs, tmp_path):
     scheduler = VariationalDDPMScheduler()
     classifier = small_classifier(MyClassifier, scheduler=dict(scheduler.config))
     classifier.save_pretrained(tmp_path / "alone")
@@ -74,3 +96,15 @@ def test_classifier(inputs, tmp_path):
         opened = cls.from_pretrained(tmp_path / "alone")
         assert type(opened) is cls
         torch.testing.assert_close(opened(*inputs), classifier(*inputs), rtol=0, atol=0)
+    pipeline = DDPMImagePipeline(unet, scheduler, classifier)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(pipeline):
+        kwargs = dict(class_labels=1, classifier_scale=2.0, num_inference_steps=3, output_type="latent")
+        return pipeline(2, generator=torch.Generator().manual_seed(0), **kwargs).images
+
+    expected = draw(pipeline)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    opened = DDPMImagePipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(opened.classifier) is NoisyClassifier
+    torch.testing.assert_close(draw(opened), expected, rtol=0, atol=1e-4)
