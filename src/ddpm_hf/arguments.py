@@ -52,7 +52,7 @@ def listed(names) -> str:
 
 def sides(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of an image size that a config may give as one number."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
 
 
 def check_argument(name: str, value, annotation, allowed: str | tuple | None = None):
@@ -83,7 +83,7 @@ def check_argument(name: str, value, annotation, allowed: str | tuple | None = N
     return result
 
 
-def checked_arguments(**allowed: str | tuple) -> Callable:
+def checked_arguments(**allowed: str | tuple | None) -> Callable:
     """Decorator of a constructor: `check_argument` for every argument whose annotation it can read.
 
     `allowed` may name more arguments than the constructor has. Arguments with other annotations, and those that begin with an

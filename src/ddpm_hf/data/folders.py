@@ -70,11 +70,11 @@ def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | 
     """
     root = os.path.abspath(source)
     files, folders = _walk(root)
-    endings, kinds = picture_endings(), collections.defaultdict(list)
+    endings, all_kinds = picture_endings(), collections.defaultdict(list)
     for path in files:
-        kinds["images" if _ending(path) in endings else TABLES.get(_ending(path), "others")].append(path)
-    metadata = {path for path in files if "images" in kinds and os.path.basename(path) in METADATA}
-    kinds = {kind: [path for path in paths if path not in metadata] for kind, paths in kinds.items()}
+        all_kinds["images" if _ending(path) in endings else TABLES.get(_ending(path), "others")].append(path)
+    metadata = {path for path in files if "images" in all_kinds and os.path.basename(path) in METADATA}
+    kinds = {kind: [path for path in paths if path not in metadata] for kind, paths in all_kinds.items()}
     kinds = {kind: paths for kind, paths in kinds.items() if paths}
     others = kinds.pop("others", [])
     if not kinds:

@@ -77,8 +77,8 @@ def label_ids(
         )
     if type_names or all(isinstance(value, int) and 0 <= value < (num_classes or len(values)) for value in values):
         return None
-    are_texts = all(isinstance(value, str) for value in values)
-    return {value: i for i, value in enumerate(in_order(values) if are_texts else sorted(values))}
+    texts = [value for value in values if isinstance(value, str)]
+    return {value: i for i, value in enumerate(in_order(texts) if len(texts) == len(values) else sorted(values))}
 
 
 def label_names(

@@ -168,9 +168,11 @@ def tensor_to_pixels(images: torch.Tensor, levels: int = 256) -> torch.Tensor:
 
 def open_image(bytes: bytes | None, path: str | None) -> Image.Image:
     """Opens the image of an undecoded `datasets.Image`; Pillow reads its pixels when they are needed."""
-    if bytes is None and not os.path.isfile(path):  # on the Hub, or missing
+    if bytes is not None:
+        return Image.open(io.BytesIO(bytes))
+    if path is None or not os.path.isfile(path):  # on the Hub, or missing
         return datasets.Image().decode_example({"bytes": None, "path": path})
-    return Image.open(path if bytes is None else io.BytesIO(bytes))
+    return Image.open(path)
 
 
 def decode_image(bytes: bytes | None, path: str | None) -> Image.Image:
@@ -186,7 +188,7 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
         yield
         return
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = pixels / 2  # Pillow warns above this number, and refuses above twice it
+    Image.MAX_IMAGE_PIXELS = pixels / 2  # type: ignore[assignment]  # Pillow warns above this number, and refuses above twice it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

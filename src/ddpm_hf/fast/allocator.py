@@ -15,5 +15,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library can do so: it is glibc, on Linux.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None)
     return hasattr(libc, "mallopt") and bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))

@@ -5,6 +5,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ class InferenceUNet(nn.Module):
         unet = without_compiler(unet)
         _check_plain(unet)
         self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
-        self.settings = {"dtype": dtype, "compile": compile}
+        self.settings: dict[str, Any] = {"dtype": dtype, "compile": compile}
         # in a tuple the network is no submodule, which would be moved and saved with this module
         self.source, self.fingerprint = (unet,), _fingerprint(unet)
         self.compute_dtype = dtype or unet.dtype
@@ -100,9 +101,12 @@ class InferenceUNet(nn.Module):
         self.net = net
         done += ["freed memory kept"] if on_cpu and keep_freed_memory() else []
 
-        self.compiled, self.paths, self.packs = None, {}, pack and compile and on_cpu and half
+        self.compiled: Callable | None = None
+        self.paths: dict[tuple, Callable] = {}  # shapes -> the function that takes samples of this shape
+        self.packs = pack and compile and on_cpu and half
         if compile:
-            options, isolation = {"cpp_wrapper": on_cpu}, {}
+            options: dict[str, Any] = {"cpp_wrapper": on_cpu}
+            isolation: dict[str, Any] = {}
             if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13 and later
                 # self.net never changes, so its modules need no guards; isolated, because without guards the graph of
                 # another network would be taken for this one's
@@ -123,7 +127,7 @@ class InferenceUNet(nn.Module):
         _check_plain(unet)
         return unet is self.source[0] and _fingerprint(unet) == self.fingerprint
 
-    def updated(self, unet: nn.Module) -> "InferenceUNet":
+    def updated(self, unet: DDPMUNet) -> "InferenceUNet":
         """A network for inference with the present weights of `unet`.
 
         That is this one if only the weights have changed: they are copied in place. It is a new one if `unet` has another

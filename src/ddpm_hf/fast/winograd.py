@@ -120,7 +120,6 @@ def use_winograd(network: nn.Module, min_channels: int, frozen: bool = False) ->
 
 def use_direct_convolution(network: nn.Module) -> None:
     """Undoes `use_winograd`."""
-    for module in network.modules():
-        if isinstance(module, WinogradConv2d):
-            module.__class__ = nn.Conv2d
-            del module.at_points
+    for conv in [module for module in network.modules() if isinstance(module, WinogradConv2d)]:
+        del conv.at_points
+        conv.__class__ = nn.Conv2d  # type: ignore[assignment]

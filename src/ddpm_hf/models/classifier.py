@@ -126,7 +126,7 @@ class NoisyClassifier(Encoder):
                     f"sample_size={shown(sample_size)} gives the pool {positions:,} positions of {channels} channels; take "
                     "pool='average', more levels or smaller images"
                 )
-            self.head = AttentionPool(positions, channels, head_dim, num_classes)
+            self.head: nn.Module = AttentionPool(positions, channels, head_dim, num_classes)
         else:
             self.head = AveragePool(channels, num_classes)
         self.reset_parameters("torch")

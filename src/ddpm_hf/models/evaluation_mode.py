@@ -10,7 +10,8 @@ from torch import nn
 _LOCK = threading.Lock()
 
 
-_CALLS = weakref.WeakKeyDictionary()  # module -> [number of calls in progress, submodules that were in training mode]
+# module -> [number of calls in progress, submodules that were in training mode]
+_CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -20,9 +21,9 @@ def evaluation_mode(*modules: nn.Module | None) -> Iterator[None]:
     Calls may overlap, also in several threads: the last one to end restores the modes. Callables that are no modules are
     ignored.
     """
-    modules = [module for module in modules if isinstance(module, nn.Module)]
+    networks = [module for module in modules if isinstance(module, nn.Module)]
     with _LOCK:
-        for module in modules:
+        for module in networks:
             call = _CALLS.setdefault(module, [0, []])
             in_training = [submodule for submodule in module.modules() if submodule.training]
             for submodule in in_training:
@@ -33,7 +34,7 @@ def evaluation_mode(*modules: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         with _LOCK:
-            for module in modules:
+            for module in networks:
                 call = _CALLS[module]
                 call[0] -= 1
                 if call[0] == 0:

@@ -1,5 +1,7 @@
 """What a network's config says beside its architecture: the names of its classes and how its images were prepared."""
 
+from typing import Any
+
 from ddpm_hf.arguments import shown
 from ddpm_hf.files.label_names import check_label_names
 
@@ -8,6 +10,8 @@ PREPROCESSING = ("background", "crop", "image_column", "label_column")
 
 class NetworkMetadata:
     """Class names and preprocessing under the key "_ddpm_hf" of the config; diffusers ignores keys with an underscore."""
+
+    config: Any  # of diffusers' `ConfigMixin`
 
     @property
     def class_names(self) -> list[str] | None:

@@ -33,7 +33,7 @@ UP_BLOCKS = {
 }
 
 
-CHOICES = {
+CHOICES: dict[str, tuple] = {
     "time_embedding_type": ("positional", "fourier", "learned"),
     "mid_block_type": ("UNetMidBlock2D", None),
     "downsample_type": ("conv", "resnet"),
@@ -48,7 +48,7 @@ CHOICES = {
 CHANNELS = "[1, 65536]"
 
 
-NETWORK_RANGES = CHOICES | {
+NETWORK_RANGES: dict[str, str | tuple | None] = CHOICES | {
     "act_fn": None,  # in upper or lower case, as in diffusers: see _check_activation
     "sample_size": "[1, 65536]",
     "in_channels": CHANNELS,

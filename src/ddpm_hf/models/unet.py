@@ -80,14 +80,14 @@ class Encoder(NetworkMetadata, SavedConfig, CheckedModel):
                 if hasattr(module, "reset_parameters") and module is not self:
                     module.reset_parameters()
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # all have one
                 nn.init.zeros_(module.weight) if module in zero else nn.init.xavier_uniform_(module.weight)
 
     def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """The activated time and class embedding: (B, embedding width), or (1, ...) for one t (1,) without labels."""
         emb = self.time_embedding(self.time_proj(t))
         if self.class_embedding is not None:
-            labels = class_labels.to(t.device)
+            labels = class_labels.to(t.device)  # type: ignore[union-attr]  # checked by `check_inputs`
             if self.config.class_embed_type == "timestep":
                 labels = self.time_proj(labels)
             emb = emb + self.class_embedding(labels).to(emb.dtype)
@@ -126,7 +126,7 @@ class Encoder(NetworkMetadata, SavedConfig, CheckedModel):
             _check_range("timestep", t, config.num_train_timesteps)
 
 
-class _StandsForUNet2DModel(type(ModelMixin)):
+class _StandsForUNet2DModel(type(ModelMixin)):  # type: ignore[misc]
     """The type of a class that compares equal to diffusers' `UNet2DModel`: `from_pipe` compares the classes of components."""
 
     def __eq__(cls, other):
@@ -291,9 +291,9 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
             return
         if class_labels is None:
             raise ValueError("class_labels are missing; this network is class-conditional and needs one for each image")
-        shape, kind = (sample.shape[0],), config.class_embed_type
-        if kind == "identity":
-            shape = (sample.shape[0], self.time_embedding.linear_2.out_features)
+        kind = config.class_embed_type
+        width = (self.time_embedding.linear_2.out_features,) if kind == "identity" else ()
+        shape = (sample.shape[0], *width)
         if tuple(class_labels.shape) != shape:
             raise ValueError(
                 f"class_labels has shape {tuple(class_labels.shape)} for a batch of {sample.shape[0]} images; give {shape}"
