@@ -100,7 +100,7 @@ def test_network_scheduler_and_pipeline_and_nothing_else(name):
 
 def test_size():
     """Version 0.1.0 published 277 kB with each of these."""
-    for name, most in (("ddpm", 160_000), ("classifier", 65_000)):
+    for name, most in (("ddpm", 138_000), ("classifier", 60_000)):
         assert len(published_source(FILES[name]).encode()) < most
 
 
@@ -120,6 +120,7 @@ PACKAGE = {
             Callable,
             Iterable as Many,
         )
+        from ddpm_hf.c import checked_arguments, package_only
         from ddpm_hf.b import (
             Base,  # wrapped, with a comment
             decorate,
@@ -128,9 +129,25 @@ PACKAGE = {
         class Saved(Base):
             stock_class = None
 
+            @checked_arguments(
+                shapes=RANGE,
+            )
             @decorate
             def area(self, shapes: Many) -> Callable:
                 return math.pi * SIZES["small"]
+
+            # for experts
+            @package_only
+            def volume(self):
+                return unused()
+
+            @package_only
+            def _private(self):
+                return unused()
+
+            last = 3
+
+        RANGE = "[0, 1]"
 
         # how large
         # things are
@@ -150,15 +167,25 @@ PACKAGE = {
         def decorate(function):
             return helper(function)
     """,
-    "c": "helper = 3\n",
+    "c": "helper = checked_arguments = package_only = 3\n",
 }
+
+
+STAND_INS = """
+def helper(function):
+    return function
+
+
+def brought_by_package(name):
+    return name
+"""
 
 
 def write_package(folder, monkeypatch, **files):
     for name, text in {**PACKAGE, **files}.items():
         lines = text.splitlines()
         (folder / f"{name}.py").write_text("\n".join(line.removeprefix("        ") for line in lines) + "\n")
-    (folder / "stand_ins.py").write_text("def helper(function):\n    return function\n")
+    (folder / "stand_ins.py").write_text(STAND_INS)
     monkeypatch.setattr(source, "PACKAGE", folder)
     monkeypatch.setattr(source, "STAND_INS", "ddpm_hf.stand_ins")
     monkeypatch.setattr(source, "_module", source._Module)
@@ -167,18 +194,21 @@ def write_package(folder, monkeypatch, **files):
 
 def test_what_a_class_uses_goes_with_it(tmp_path, monkeypatch):
     text = write_package(tmp_path, monkeypatch).text()
-    assert definitions(text) == ["helper", "Base", "decorate", "Saved"]  # in the order of use, the stand-in first
+    # in the order of use, the stand-ins first
+    assert definitions(text) == ["helper", "brought_by_package", "Base", "decorate", "Saved"]
     assert "# how large\n# things are\nSIZES = " in text and "# at the end" in text and "unused" not in text
     assert "import math\nfrom collections.abc import Callable, Iterable as Many\n" in text
     scope = {}
     exec(compile(text, "pipeline.py", "exec"), scope)
+    assert not {"RANGE", "checked_arguments", "package_only", "experts", "_private"} & {*text.split()}
+    assert scope["Saved"].volume == "volume" and scope["Saved"].last == 3
     assert scope["Saved"]().area(()) == np.pi and scope["SIZES"] == {"small": 1, "large": 2, "huge": 3}
 
 
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("c", "import os\nhelper = os\n", None),
+        ("c", "import os\nhelper = checked_arguments = package_only = os\n", None),
         (
             "b",
             PACKAGE["b"] + "\n        SIZES = decorate\n        Base.sizes = SIZES\n",

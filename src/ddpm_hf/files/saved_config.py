@@ -8,6 +8,11 @@ def sorted_json(value: dict) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
+def package_only(method):
+    """Marks a method that is left out of a published pipeline.py, where calling it says that the package brings it."""
+    return method
+
+
 def saved_class(cls: type) -> type:
     """The class that instances are saved as: the nearest one, itself included, whose own body says how it is saved.
 

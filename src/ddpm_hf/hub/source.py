@@ -26,6 +26,14 @@ STAND_INS = "ddpm_hf.hub.stand_ins"
 REGISTRY = ("ddpm_hf.schedulers", "SCHEDULERS")
 
 
+# decorators that check arguments, left out of a published file, and one for methods that are
+DROPPED_DECORATOR, PACKAGE_ONLY = "checked_arguments", "package_only"
+
+
+# what stands in the place of such a method
+BROUGHT_BY_PACKAGE = "brought_by_package"
+
+
 # stand-ins that are for files without this class alone
 STAND_INS_WITHOUT = {"classifier_gradient": "NoisyClassifier"}
 
@@ -101,16 +109,55 @@ class _Module:
 
     def mentions(self, name):
         """All names that the definition of `name` mentions."""
-        nodes = (node for index in self.statements[name] for node in ast.walk(self.body[index]))
-        return {node.id for node in nodes if isinstance(node, ast.Name)}
+        names, left = set(), [self.body[index] for index in self.statements[name]]
+        while left:
+            node = left.pop()
+            if isinstance(node, ast.Name):
+                names.add(node.id)
+            names |= {BROUGHT_BY_PACKAGE} if _is_package_only(node) else set()
+            left += [child for child in ast.iter_child_nodes(node) if not _is_left_out(child)]
+        return names
 
     def text(self, index):
-        """A statement as it is written, with its decorators and the comment lines above it."""
+        """A statement as it is written, with its decorators and the comment lines above it; see `_is_left_out`."""
         node = self.body[index]
-        start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))]) - 1
-        while start > 0 and self.lines[start - 1].startswith("#"):
-            start -= 1
-        return "\n".join(self.lines[start : node.end_lineno])
+        lines = dict(enumerate(self.lines[: node.end_lineno]))
+        for inner in ast.walk(node):
+            if _is_package_only(inner):
+                first = self._first_line(inner)
+                for line in range(first + 1, inner.end_lineno):
+                    del lines[line]
+                lines[first] = f'    {inner.name} = {BROUGHT_BY_PACKAGE}("{inner.name}")'
+                if inner.name[0] == "_":  # and the empty line behind it
+                    del lines[first]
+                    lines.pop(inner.end_lineno, None)
+            elif _is_left_out(inner):
+                for line in range(inner.lineno - 1, inner.end_lineno):
+                    lines.pop(line, None)
+        return "\n".join(lines[line] for line in sorted(lines) if line >= self._first_line(node))
+
+    def _first_line(self, node):
+        """Where a definition begins with its decorators and comments, counted from 0."""
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))]) - 1
+        while first > 0 and self.lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        return first
+
+
+def _decorators(node):
+    """The names of a definition's decorators."""
+    calls = (getattr(each, "func", each) for each in getattr(node, "decorator_list", ()))
+    return {each.id for each in calls if isinstance(each, ast.Name)}
+
+
+def _is_package_only(node):
+    return PACKAGE_ONLY in _decorators(node)
+
+
+def _is_left_out(node):
+    """Whether a published file is without it: a method for the package alone, a decorator that checks arguments."""
+    is_dropped = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == DROPPED_DECORATOR
+    return _is_package_only(node) or is_dropped
 
 
 @functools.cache
@@ -149,6 +196,8 @@ class _File:
                 yield Definition(definition.module, name)
             elif name in module.ours:
                 yield self.resolved(module.ours[name])
+            elif name in self.stand_ins:
+                yield Definition(STAND_INS, name)
 
     def check_names(self):
         """Raises ValueError unless each name has one meaning; statements that are the same word by word may be there twice."""

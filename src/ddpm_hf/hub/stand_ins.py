@@ -5,18 +5,34 @@ from pathlib import Path
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-MISSING = "{} is brought by the package ddpm-hf: pip install ddpm-hf, then ddpm_hf.{}.from_pretrained(...) opens this pipeline"
 
+def brought_by_package(name):
+    """A method that only the package has. Raises ImportError when it is called."""
 
-def checked_arguments(**allowed):
-    """Decorates a constructor. With the package, its arguments are checked; here they are used as they are."""
-    return lambda init: init
+    def method(self, *args, **kwargs):
+        pipeline = type(self).__name__ if isinstance(self, DiffusionPipeline) else "DDPMImagePipeline"
+        raise ImportError(
+            f"{name} is brought by the package ddpm-hf: pip install ddpm-hf, then ddpm_hf.{pipeline}.from_pretrained(...) "
+            "opens this pipeline"
+        )
+
+    return method
 
 
 def check_argument(name, value, annotation, allowed=None):
     """Returns a value. With the package, it is checked."""
     return value
+
+
+def check_config(config, network):
+    """Nothing. With the package, the config of a network is checked."""
+
+
+def check_label_names(names):
+    """Returns names of labels. With the package, they are checked."""
+    return names
 
 
 def classifier_gradient(pipeline, class_labels, classifier_scale, batch_size):
@@ -60,17 +76,13 @@ class PackagedPipeline:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(part.published_source)
 
-    def push_to_hub(self, *args, **kwargs):
-        """Is brought by the package ddpm-hf. Raises ImportError."""
-        raise ImportError(MISSING.format("push_to_hub", type(self).__name__))
+    push_to_hub = brought_by_package("push_to_hub")
 
 
 class PackagedImagePipeline(PackagedPipeline):
     """A pipeline of this file. With the package, it can also be published and made faster."""
 
-    def optimize(self, *args, **kwargs):
-        """Is brought by the package ddpm-hf. Raises ImportError."""
-        raise ImportError(MISSING.format("optimize", type(self).__name__))
+    optimize = brought_by_package("optimize")
 
     def _network(self, timesteps):
         return self.unet

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.arguments import check_argument, checked_arguments, shown
 from ddpm_hf.files.pipeline_folder import GuardedConfig
-from ddpm_hf.files.saved_config import SavedConfig
+from ddpm_hf.files.saved_config import SavedConfig, package_only
 from ddpm_hf.schedulers.betas import BETA_SCHEDULES, MOST_TIMESTEPS, OWN_SCHEDULES, check_betas, space_timesteps
 from ddpm_hf.schedulers.gaussian import Gaussian, discretized_gaussian_log_likelihood, gaussian_kl, nats_to_bits_per_dim
 from ddpm_hf.schedulers.precision import in_working_precision
@@ -305,6 +305,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
     # q
 
+    @package_only
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor | int, noise: torch.Tensor) -> torch.Tensor:
         """Draw x_t from q(x_t | x_0) with the given noise: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, eq. 4.
 
@@ -335,6 +336,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         dtype, a, b = a.dtype, in_working_precision(a), in_working_precision(b)
         return weighted_sum(chain.at("x_t", position, a), a, b).to(dtype)
 
+    @package_only
     def epsilon_from_x_start(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
         """The noise between x_0 and x_t, (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t), eq. 9; images (B, C, H, W)."""
         x_start, x_t, position = in_working_precision(x_start), in_working_precision(x_t), self._position(t, x_t)
@@ -342,6 +344,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         unscaled = x_t * self._chain.at("reciprocal_sqrt_alphas_cumprod", position, x_t)
         return (unscaled - x_start) * self._chain.at("sqrt_snr", position, x_t)
 
+    @package_only
     def prediction_target(
         self, x_start: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor | int
     ) -> torch.Tensor:
@@ -353,6 +356,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         images = dict(x_start=x_start, x_t=x_t, noise=noise)
         return prediction_target(self.prediction_type, **images, scale=scale, std=std, posterior=posterior)
 
+    @package_only
     def draw_timesteps(
         self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
@@ -364,6 +368,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         drawn = torch.randint(len(chain.timesteps), (batch_size,), generator=generator, device=source)
         return chain.on("timesteps", drawn.device)[drawn].to(device)
 
+    @package_only
     def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
         """q(x_t | x_0), eq. 4. x_start (B, C, H, W) in [-1, 1]; t 0-based, of the chain."""
         x_start, position = in_working_precision(x_start), self._position(t, x_start)
@@ -371,6 +376,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         variance = self._full("one_minus_alphas_cumprod", position, x_start)
         return Gaussian(mean, variance, self._full("log_one_minus_alphas_cumprod", position, x_start))
 
+    @package_only
     def q_posterior(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
         """q(x_{t-1} | x_t, x_0), eq. 6-7. Images (B, C, H, W); t: 0-based, of the chain.
 
@@ -383,6 +389,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             self._full("posterior_log_variance_clipped", position, x_t),
         )
 
+    @package_only
     def _full(self, name, position, like):
         """The entry of a table, expanded to the shape of `like`."""
         if isinstance(position, int):
@@ -391,6 +398,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
     # p
 
+    @package_only
     def p_mean_variance(
         self,
         model_output: torch.Tensor,
@@ -476,6 +484,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
     # the bound
 
+    @package_only
     def vlb_term(
         self,
         model_output: torch.Tensor,
@@ -504,6 +513,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         kl = self.kl_bits_per_dim(p, x_start, x_t, t)
         return kl if first is False else torch.where(first, self.decoder_bits_per_dim(p, x_start), kl)
 
+    @package_only
     def kl_bits_per_dim(
         self, p: Gaussian, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int
     ) -> torch.Tensor:
@@ -514,6 +524,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         q = self.q_posterior(x_start, x_t, t)
         return nats_to_bits_per_dim(gaussian_kl(q.mean, q.log_variance, p.mean, p.log_variance))
 
+    @package_only
     def decoder_bits_per_dim(self, p: Gaussian, x_start: torch.Tensor, levels: int | None = None) -> torch.Tensor:
         """L_0 of eq. 13, (B,) bits per dimension.
 
@@ -527,6 +538,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             -discretized_gaussian_log_likelihood(x_start, p.mean, log_scale, self.levels if levels is None else levels)
         )
 
+    @package_only
     def prior_bits_per_dim(self, x_start: torch.Tensor) -> torch.Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, 1)) of eq. 5 at the chain's last step, (B,) bits/dim. x_start: (B, C, H, W)."""
         q = self.q_mean_variance(x_start, self._chain.timesteps[-1])
@@ -599,6 +611,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         check_ddim_eta(eta)
         return ddim_tables(self._chain, float(eta))
 
+    @package_only
     def reverse_step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> DDPMSchedulerOutput:
