@@ -114,8 +114,11 @@ class _Module:
             node = left.pop()
             if isinstance(node, ast.Name):
                 names.add(node.id)
-            names |= {BROUGHT_BY_PACKAGE} if _is_package_only(node) else set()
-            left += [child for child in ast.iter_child_nodes(node) if not _is_left_out(child)]
+            for child in ast.iter_child_nodes(node):
+                if _is_package_only(child):
+                    names.add(BROUGHT_BY_PACKAGE)
+                elif not _is_left_out(child):
+                    left.append(child)
         return names
 
     def text(self, index):
