@@ -228,7 +228,8 @@ class BoundEvaluator:
         self.class_labels = None if class_labels is None else torch.as_tensor(class_labels, device=x_start.device)
         self.clip_sample, self.levels = clip_sample, scheduler.levels if levels is None else levels
         self.dtype = getattr(unet, "dtype", x_start.dtype)
-        self.first, self.pending = scheduler.chain[0], []
+        self.first = scheduler.chain[0]
+        self.pending: list[tuple] = []  # terms that have not been checked
         if not isinstance(self.levels, Integral) or self.levels < 2:
             raise ValueError(f"levels={self.levels!r} must be 2 or more: the number of grey levels of the data")
         check_images(x_start, self.levels)
@@ -250,7 +251,7 @@ class BoundEvaluator:
         if error is None:
             self.check_terms()
 
-    def noise(self, shape: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
         """Standard normal noise, of the dtype and on the device of the images."""
         return randn_tensor(shape, generator=generator, device=self.x_start.device, dtype=self.x_start.dtype)
 
@@ -283,8 +284,9 @@ class BoundEvaluator:
         else:
             term = scheduler.kl_bits_per_dim(p, x_start, x_t, t)
         term = term.masked_fill(~output.isfinite().flatten(1).all(1), torch.nan)  # clipping would hide infinite outputs
-        epsilon = scheduler.epsilon_from_x_start(p.pred_original_sample, x_t, t)
-        errors = (p.pred_original_sample - x_start, epsilon - noise)
+        predicted = p.pred_original_sample
+        assert predicted is not None
+        errors = (predicted - x_start, scheduler.epsilon_from_x_start(predicted, x_t, t) - noise)
         self.pending.append((term, index, t))
         if term.device.type == "cpu" or len(self.pending) == 50:  # the check waits for an accelerator
             self.check_terms()

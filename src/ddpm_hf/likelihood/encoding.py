@@ -10,6 +10,7 @@ import torch
 from ddpm_hf.likelihood.bound import check_scheduler
 from ddpm_hf.likelihood.solver import (
     OdeOptions,
+    Process,
     clipped_score,
     is_centered,
     process_of,
@@ -29,7 +30,7 @@ class Encoding(NamedTuple):
 
 def encode(
     unet: Callable,
-    process,
+    process: Process,
     x_start: torch.Tensor,
     *,
     num_inference_steps: int | None = None,
@@ -66,7 +67,7 @@ def encode(
 
 def decode(
     unet: Callable,
-    process,
+    process: Process,
     latents: torch.Tensor,
     *,
     num_inference_steps: int | None = None,

@@ -7,7 +7,7 @@ They are exact for continuous data. For images of grey levels the bits/dim are a
 import math
 from collections.abc import Callable
 from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from ddpm_hf.likelihood.bound import check_images, standard_error
 from ddpm_hf.likelihood.solver import (
     OdeOptions,
     OdeStopped,
+    Process,
     clipped_score,
     is_centered,
     process_of,
@@ -23,6 +24,7 @@ from ddpm_hf.likelihood.solver import (
     to_process_range,
 )
 from ddpm_hf.models.evaluation_mode import evaluation_mode
+from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.precision import finest_dtype, to_float64
 
 __all__ = ["OdeBitsPerDim", "OdeLikelihood", "OdeStopped", "dequantized", "ode_bits_per_dim", "ode_log_likelihood"]
@@ -66,7 +68,7 @@ class OdeBitsPerDim(NamedTuple):
 
 def ode_log_likelihood(
     unet: Callable,
-    process,
+    process: Process,
     x: torch.Tensor,
     *,
     class_labels: torch.Tensor | None = None,
@@ -171,7 +173,7 @@ def ode_log_likelihood(
 
 def ode_bits_per_dim(
     unet: Callable,
-    process,
+    process: Process,
     x_start: torch.Tensor,
     *,
     levels: int | None = None,
@@ -207,7 +209,7 @@ def ode_bits_per_dim(
         ValueError: as `ode_log_likelihood`; images off the grid; clip_sample=True with "uniform".
         OdeStopped: as `ode_log_likelihood`.
     """
-    chain = process if hasattr(process, "decoder_bits_per_dim") else None
+    chain = cast(VariationalDDPMScheduler, process) if hasattr(process, "decoder_bits_per_dim") else None
     levels = getattr(process, "levels", 256) if levels is None else levels
     dequantization = dequantization or ("uniform" if chain is None else "decoder")
     if dequantization not in DEQUANTIZATIONS:
@@ -228,6 +230,7 @@ def ode_bits_per_dim(
         width = 2 / (levels - 1) if is_centered(process) else 1 / (levels - 1)
         nats = -result.log_likelihood - dimensions * math.log(width)
     else:
+        assert chain is not None
         first = chain.chain[0]
         noise = torch.randn(x_start.shape, generator=generator, device=device, dtype=x_start.dtype).to(x_start.device)
         x = chain.q_sample(x_start, first, noise)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
+from typing import cast
 
 import torch
 from tqdm.auto import tqdm
@@ -18,10 +19,11 @@ from tqdm.auto import tqdm
 from ddpm_hf.extras import require_extra
 from ddpm_hf.likelihood.bound import check_scheduler
 from ddpm_hf.models.evaluation_mode import evaluation_mode
+from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.precision import finest_dtype
 from ddpm_hf.schedulers.prediction import SDE_PREDICTIONS
 from ddpm_hf.schedulers.sde import SDE, ChainSDE
-from ddpm_hf.schedulers.sde_samplers import clip_limits
+from ddpm_hf.schedulers.sde_samplers import SDEScheduler, clip_limits
 
 
 class OdeStopped(RuntimeError):
@@ -57,7 +59,7 @@ class OdeOptions:
             raise ValueError(f"eps={eps} must be above 0 and below 1{of_chain}: the time at which x is taken for data")
         return eps
 
-    def clip_limits(self, process) -> tuple[float, float] | None:
+    def clip_limits(self, process: "Process") -> tuple[float, float] | None:
         """The range to which the predicted x_0 is clipped, or None."""
         config = getattr(process, "config", {})
         clip_sample = config.get("clip_sample", False) if self.clip_sample is None else self.clip_sample
@@ -66,8 +68,10 @@ class OdeOptions:
 
 # processes
 
+Process = SDE | SDEScheduler | VariationalDDPMScheduler
 
-def process_of(process) -> SDE:
+
+def process_of(process: Process) -> SDE:
     """The SDE of an `SDE`, of one of its schedulers, or of a `VariationalDDPMScheduler`: `ChainSDE` through all T timesteps.
 
     Raises:
@@ -81,7 +85,7 @@ def process_of(process) -> SDE:
                 "ODE takes 'epsilon', 'sample' and 'v_prediction'"
             )
         return ChainSDE(process.alphas_cumprod, process.prediction_type)
-    sde = process.sde if getattr(process, "is_continuous", False) else process
+    sde = cast(SDEScheduler, process).sde if getattr(process, "is_continuous", False) else process
     if not hasattr(sde, "score_weights"):
         raise ValueError(
             f"process is of {type(process)}; give VPSDE, SubVPSDE, VESDE, one of their schedulers, or a "
@@ -90,12 +94,12 @@ def process_of(process) -> SDE:
     return sde
 
 
-def is_centered(process) -> bool:
+def is_centered(process: Process) -> bool:
     """Whether the images of a process are in [-1, 1], and not in [0, 1] as in NCSN."""
     return getattr(process, "config", {}).get("centered", True)
 
 
-def to_process_range(process, x: torch.Tensor) -> torch.Tensor:
+def to_process_range(process: Process, x: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1], rescaled to the range of a process."""
     return x if is_centered(process) else x / 2 + 0.5
 
@@ -194,7 +198,7 @@ def solve_ode(
     begin: float,
     end: float,
     options: OdeOptions,
-    bar,
+    bar: tqdm,
     dimensions: int | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Integrate d state / dt = slope(t, state) from t = begin to end.

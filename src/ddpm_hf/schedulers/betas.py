@@ -158,10 +158,9 @@ def space_timesteps(num_train_timesteps: int, sections: int | str | list[int]) -
         size = T // len(counts) + (i < T % len(counts))
         if count > size:
             raise ValueError(f"sections={sections!r}: cannot keep {count} timesteps of a section of {size}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1
-        offset = 0.0
+        step, offset = (size - 1) / (count - 1) if count > 1 else 1, 0.0
         for _ in range(count):
             kept.add(start + round(offset))
-            offset += stride
+            offset += step
         start += size
     return sorted(kept)

@@ -170,7 +170,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         self.init_noise_sigma = 1.0
 
         self.custom_timesteps = False
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self._all_steps = self._chain = self._make_chain(range(num_train_timesteps))
 
@@ -334,7 +334,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     @staticmethod
     def _noised(chain, a, position, b):
         dtype, a, b = a.dtype, in_working_precision(a), in_working_precision(b)
-        return weighted_sum(chain.at("x_t", position, a), a, b).to(dtype)
+        return weighted_sum(chain.columns_at("x_t", position, a), a, b).to(dtype)
 
     @package_only
     def epsilon_from_x_start(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
@@ -351,8 +351,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         """The output that the network is trained to give at (x_t, t). Images (B, C, H, W); t 0-based, of the chain."""
         x_start, x_t, noise = (in_working_precision(images) for images in (x_start, x_t, noise))
         position = self._position(t, x_t)
-        scale, std = self._chain.at("x_t", position, x_t)
-        posterior = self._chain.at("posterior_mean", position, x_t)
+        scale, std = self._chain.columns_at("x_t", position, x_t)
+        posterior = self._chain.columns_at("posterior_mean", position, x_t)
         images = dict(x_start=x_start, x_t=x_t, noise=noise)
         return prediction_target(self.prediction_type, **images, scale=scale, std=std, posterior=posterior)
 
@@ -384,7 +384,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         """
         x_start, x_t, position = in_working_precision(x_start), in_working_precision(x_t), self._position(t, x_t)
         return Gaussian(
-            weighted_sum(self._chain.at("posterior_mean", position, x_t), x_start, x_t),
+            weighted_sum(self._chain.columns_at("posterior_mean", position, x_t), x_start, x_t),
             self._full("posterior_variance", position, x_t),
             self._full("posterior_log_variance_clipped", position, x_t),
         )
@@ -425,7 +425,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         if is_posterior_mean(self.prediction_type):
             mean = output
         else:
-            mean = weighted_sum(self._chain.at("posterior_mean", position, x_t), x_start, x_t)
+            mean = weighted_sum(self._chain.columns_at("posterior_mean", position, x_t), x_start, x_t)
         if values is None:
             variance = self._full("model_variance", position, x_t)
             return Gaussian(mean, variance, self._full("model_log_variance", position, x_t), x_start)
@@ -458,7 +458,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         if is_x_start(self.prediction_type):
             x_start = output
         else:
-            x_start = weighted_sum(self._chain.at("x_start", position, x_t), x_t, output)
+            x_start = weighted_sum(self._chain.columns_at("x_start", position, x_t), x_t, output)
         config = self.config
         if clip_sample is None:
             clip_sample = config.clip_sample or config.thresholding
@@ -588,7 +588,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         if gradient is not None and eta is not None:
             x_start = x_start + self._chain.at("x_start_of_gradient", position, x_t) * gradient.to(x_t.dtype)
         tables, name = (self._chain, "ancestral") if eta is None else (self._ddim(eta), "ddim")
-        of_x_start, of_x_t, std = tables.at(name, position, x_t)
+        of_x_start, of_x_t, std = tables.columns_at(name, position, x_t)
         last = isinstance(position, int) and position == 0
         if eta is None and values is not None and not last:
             std = torch.exp(0.5 * self._learned_log_variance(values, position)) * (std > 0)  # no noise at the last step
@@ -630,7 +630,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         position = self._position(timestep, x_t)
         output, _ = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, None)
-        result = weighted_sum(self._chain.at("reverse", position, x_t), x_start, x_t)
+        result = weighted_sum(self._chain.columns_at("reverse", position, x_t), x_start, x_t)
         return DDPMSchedulerOutput(prev_sample=result.to(sample.dtype), pred_original_sample=x_start.to(sample.dtype))
 
 

@@ -53,6 +53,7 @@ def x_start_weights(
         case "score":
             return _inverse(scale), std**2 * _inverse(scale)
         case "previous":
+            assert posterior is not None
             of_x_start, of_x_t = posterior
             return -of_x_t / of_x_start, 1 / of_x_start
     raise _unknown(prediction_type)
@@ -104,6 +105,7 @@ def prediction_target(
         case "score":
             return -noise / std
         case "previous":
+            assert posterior is not None
             of_x_start, of_x_t = posterior
             return of_x_start * x_start + of_x_t * x_t
     raise _unknown(prediction_type)

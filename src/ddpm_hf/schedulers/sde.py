@@ -169,21 +169,21 @@ class VPSDE(SDE):
             raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: their sum must be 300 at most")
         self.beta_min, self.beta_max = beta_min, beta_max
 
-    def beta(self, t):
+    def beta(self, t: torch.Tensor | float) -> torch.Tensor:
         """beta(t), the rate per unit of t at which the variance is replaced by noise."""
         return self.beta_min + _to_float64(t) * (self.beta_max - self.beta_min)
 
-    def log_scale(self, t):
-        t = _to_float64(t)
-        return -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
+    def log_scale(self, t: torch.Tensor | float) -> torch.Tensor:
+        u = _to_float64(t)
+        return -(u**2) * (self.beta_max - self.beta_min) / 4 - u * self.beta_min / 2
 
-    def std(self, t):
+    def std(self, t: torch.Tensor | float) -> torch.Tensor:
         return torch.sqrt(-torch.expm1(2 * self.log_scale(t)))
 
-    def drift_coefficient(self, t):
+    def drift_coefficient(self, t: torch.Tensor | float) -> torch.Tensor:
         return -0.5 * self.beta(t)
 
-    def diffusion(self, t):
+    def diffusion(self, t: torch.Tensor | float) -> torch.Tensor:
         return torch.sqrt(self.beta(t))
 
     def step_beta(self, t: torch.Tensor | float) -> torch.Tensor:
@@ -191,14 +191,14 @@ class VPSDE(SDE):
         share = _to_float64(self.index(t)) / max(self.N - 1, 1)
         return (self.beta_min + share * (self.beta_max - self.beta_min)) / self.N
 
-    def discrete(self, t):
+    def discrete(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
         beta = self.step_beta(t)
         return torch.expm1(0.5 * torch.log1p(-beta)), torch.sqrt(beta)
 
-    def conditioning_times(self, t):
+    def conditioning_times(self, t: torch.Tensor | float) -> torch.Tensor:
         return _to_float64(t) * (self.N - 1)
 
-    def times(self, conditioning_times):
+    def times(self, conditioning_times: torch.Tensor | float) -> torch.Tensor:
         return _to_float64(conditioning_times) / max(self.N - 1, 1)
 
 
@@ -240,35 +240,35 @@ class ChainSDE(VPSDE):
                 self.cubics_on[at.device] = self.cubics.to(at.device, at.dtype)
         return at - k, *self.cubics_on[at.device][k].unbind(-1)
 
-    def log_scale(self, t):
+    def log_scale(self, t: torch.Tensor | float) -> torch.Tensor:
         u, a, b, c, d = self._piece(t)
         return a + u * (b + u * (c + u * d))
 
-    def beta(self, t):
+    def beta(self, t: torch.Tensor | float) -> torch.Tensor:
         u, _, b, c, d = self._piece(t)
         return -2 * (b + u * (2 * c + u * 3 * d)) * self.N
 
-    def step_beta(self, t):
+    def step_beta(self, t: torch.Tensor | float) -> torch.Tensor:
         before = (_to_float64(t) - 1 / self.N).clamp(min=0.0)
         return -torch.expm1(2 * (self.log_scale(t) - self.log_scale(before)))
 
-    def conditioning_times(self, t):
+    def conditioning_times(self, t: torch.Tensor | float) -> torch.Tensor:
         return _to_float64(t) * self.N - 1
 
-    def times(self, conditioning_times):
+    def times(self, conditioning_times: torch.Tensor | float) -> torch.Tensor:
         return (_to_float64(conditioning_times) + 1) / self.N
 
 
 class SubVPSDE(VPSDE):
     """Sub-VP SDE: the drift of `VPSDE` with at most its variance (eq. 12, 34)."""
 
-    def std(self, t):
+    def std(self, t: torch.Tensor | float) -> torch.Tensor:
         return -torch.expm1(2 * self.log_scale(t))
 
-    def diffusion(self, t):
+    def diffusion(self, t: torch.Tensor | float) -> torch.Tensor:
         return torch.sqrt(-self.beta(t) * torch.expm1(4 * self.log_scale(t)))
 
-    def discrete(self, t):
+    def discrete(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
         return SDE.discrete(self, t)
 
 
@@ -291,29 +291,29 @@ class VESDE(SDE):
         self.sigma_min, self.sigma_max, self.prior_std = sigma_min, sigma_max, sigma_max
         self.log_ratio = math.log(sigma_max / sigma_min)
 
-    def log_scale(self, t):
+    def log_scale(self, t: torch.Tensor | float) -> torch.Tensor:
         return torch.zeros_like(_to_float64(t))
 
-    def std(self, t):
+    def std(self, t: torch.Tensor | float) -> torch.Tensor:
         return self.sigma_min * torch.exp(_to_float64(t) * self.log_ratio)
 
-    def drift_coefficient(self, t):
+    def drift_coefficient(self, t: torch.Tensor | float) -> torch.Tensor:
         return torch.zeros_like(_to_float64(t))
 
-    def diffusion(self, t):
+    def diffusion(self, t: torch.Tensor | float) -> torch.Tensor:
         return self.std(t) * math.sqrt(2 * self.log_ratio)
 
-    def discrete(self, t):
+    def discrete(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
         k = _to_float64(self.index(t))
         ratio = math.exp(2 * self.log_ratio / max(self.N - 1, 1))  # of the variances of two consecutive steps
         variance = self.std(k / max(self.N - 1, 1)) ** 2
         G = torch.sqrt(torch.where(k > 0, variance * (1 - 1 / ratio), variance))
         return torch.zeros_like(G), G
 
-    def conditioning_times(self, t):
+    def conditioning_times(self, t: torch.Tensor | float) -> torch.Tensor:
         return self.std(t)
 
-    def times(self, conditioning_times):
+    def times(self, conditioning_times: torch.Tensor | float) -> torch.Tensor:
         return torch.log(_to_float64(conditioning_times) / self.sigma_min) / self.log_ratio
 
 

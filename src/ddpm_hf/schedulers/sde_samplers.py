@@ -261,7 +261,7 @@ class VPSDEScheduler(SDEScheduler):
     """Samplers of `VPSDE`, or with `trained_betas`, the betas of a discrete chain, of `ChainSDE`; see `SDEScheduler`."""
 
     process_class = VPSDE
-    stands_for = ("ScoreSdeVpScheduler",)
+    stands_for: tuple[str, ...] = ("ScoreSdeVpScheduler",)
 
     @checked_arguments(**SDE_RANGES)
     @register_to_config

@@ -18,24 +18,27 @@ class _Tables:
     def __deepcopy__(self, memo):
         return self  # the values never change, so copies of a scheduler share them
 
-    def at(self, name, position, like):
-        """The entry of a table by which images `like` are multiplied; of a table of several columns, a tuple of entries.
+    def at(self, name: str, position: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The entry of a table of one column, by which images `like` are multiplied; as one of `columns_at`."""
+        return self.columns_at(name, position, like)[0]
 
-        For an int position the entry is 0-d and on the CPU, for a tensor of positions (B, 1, ...) and beside `like`.
+    def columns_at(self, name: str, position: int | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The entries of a table's columns, by which images `like` are multiplied.
+
+        For an int position they are 0-d and on the CPU; for a tensor of positions (B,) they are (B, 1, ...) and beside `like`.
         """
         if isinstance(position, int):
             key = (name, like.dtype)
             if key not in self.entries:
                 with torch.inference_mode(False):  # later calls may need gradients
                     table = torch.as_tensor(self.tables[name]).to(like.dtype)
-                    columns = [column.unbind() for column in table.unbind(1)] if table.dim() > 1 else None
-                    self.entries[key] = list(zip(*columns)) if columns else table.unbind()
+                    columns = table.view(len(table), -1).unbind(1)
+                    self.entries[key] = list(zip(*(column.unbind() for column in columns)))
             return self.entries[key][position]
-        entry = self.on(name, like.device)[position].to(like.dtype)
-        columns = [column.view(-1, *[1] * (like.dim() - 1)) for column in entry.view(len(position), -1).unbind(1)]
-        return columns if entry.dim() > 1 else columns[0]
+        entries = self.on(name, like.device)[position].to(like.dtype).view(len(position), -1)
+        return tuple(column.view(-1, *[1] * (like.dim() - 1)) for column in entries.unbind(1))
 
-    def on(self, name, device):
+    def on(self, name: str, device: torch.device) -> torch.Tensor:
         """A table as a tensor on `device`, with one NaN appended for timesteps outside the chain."""
         key = (name, device)
         if key not in self.tensors:
@@ -115,7 +118,7 @@ class ChainTables(_Tables):
         # DDIM's ODE, one step up in t; after the last timestep alpha_bar is 0
         tables["reverse"] = self._ddim(np.append(alpha_bar[1:], 0.0), np.zeros_like(beta))[:, :2]
 
-    def ddim(self, eta):
+    def ddim(self, eta: float) -> "_Tables":
         """Tables with the entry "ddim": DDIM eq. 12, with eta times the posterior's standard deviation as sigma (eq. 16)."""
         sigma = eta * np.sqrt(self.tables["posterior_variance"])
         alpha_bar_prev = np.append(1.0, self.tables["sqrt_alphas_cumprod"][:-1] ** 2)
@@ -147,12 +150,12 @@ def _columns(*arrays):
 
 
 def weighted_sum(
-    weights: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, y: torch.Tensor, onto: torch.Tensor | None = None
+    weights: tuple[torch.Tensor, ...], x: torch.Tensor, y: torch.Tensor, onto: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return a * x + b * y for weights (a, b) of `ChainTables.at`, added in place to `onto` if that is given."""
+    """Return a * x + b * y for weights (a, b) of `columns_at`, added in place to `onto` if that is given."""
     a, b = weights
     if a.dim() == 0:
-        total = x * a if onto is None else onto.add_(x, alpha=a)
-        return total.add_(y, alpha=b)
+        total = x * a if onto is None else onto.add_(x, alpha=a)  # type: ignore[arg-type]
+        return total.add_(y, alpha=b)  # type: ignore[arg-type]
     total = x * a if onto is None else onto.addcmul_(x, a)
     return total.addcmul_(y, b)

@@ -154,7 +154,7 @@ class ContinuousTimes:
         density = (sde.diffusion(middle) / sde.std(middle)) ** 2
         density /= (density * width).sum()
         self.cells = edges[:-1], width, density
-        self.cells_on = {}  # by device
+        self.cells_on: dict[torch.device, list[torch.Tensor]] = {}
 
     def sample(
         self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
