@@ -20,8 +20,9 @@ from ddpm_hf.hub.upload import push_folder
 from ddpm_hf.training.classifier import random_crop
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, ConfigError
+from ddpm_hf.training.from_pipeline import guided_class_names
 from ddpm_hf.training.inputs import open_data, open_images
-from ddpm_hf.training.resolve import guided_class_names, resolve
+from ddpm_hf.training.resolve import resolve
 from support.elsewhere import ROUNDING, run_elsewhere
 from support.scripts import script
 

@@ -16,8 +16,9 @@ from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, as_yaml
 from ddpm_hf.training.diffusion import DiffusionTask
+from ddpm_hf.training.from_pipeline import check_class_names
 from ddpm_hf.training.inputs import held_out_images, open_images
-from ddpm_hf.training.resolve import check_class_names, resolve
+from ddpm_hf.training.resolve import resolve
 from ddpm_hf.training.resume import checkpoint_to_resume
 from ddpm_hf.training.trackers import open_trackers
 from support.scripts import script

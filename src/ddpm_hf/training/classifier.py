@@ -17,11 +17,11 @@ from ddpm_hf.models.evaluation_mode import evaluation_mode
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
 from ddpm_hf.training.config import ClassifierConfig, image_size
 from ddpm_hf.training.errors import PIPELINE_ERRORS, as_config_error
+from ddpm_hf.training.from_pipeline import guided_class_names
 from ddpm_hf.training.inputs import check_pixels, held_out_images
 from ddpm_hf.training.measurements import ROUNDS
 from ddpm_hf.training.optimizer import check_schedule
 from ddpm_hf.training.processes import make_scheduler
-from ddpm_hf.training.resolve import guided_class_names
 from ddpm_hf.training.task import BatchLoss, Task
 from ddpm_hf.training.timesteps import UniformTimesteps
 from ddpm_hf.training.trackers import check_trackers

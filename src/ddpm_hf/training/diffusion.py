@@ -13,6 +13,7 @@ from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.training.averages import Average, evaluating
 from ddpm_hf.training.config import ConfigError, TrainConfig, image_size, nearest
 from ddpm_hf.training.errors import PIPELINE_ERRORS, as_config_error
+from ddpm_hf.training.from_pipeline import check_class_names
 from ddpm_hf.training.inputs import check_pixels, held_out_images, some_training_images
 from ddpm_hf.training.losses import DiffusionObjective, ScoreObjective, drop_labels
 from ddpm_hf.training.low_resolution import conditioned, in_channels, make_pipeline, pipeline_class
@@ -21,7 +22,6 @@ from ddpm_hf.training.messages import warn_on_write_error
 from ddpm_hf.training.optimizer import check_schedule
 from ddpm_hf.training.processes import make_scheduler
 from ddpm_hf.training.publisher import Publisher
-from ddpm_hf.training.resolve import check_class_names
 from ddpm_hf.training.saving import save_pipeline
 from ddpm_hf.training.sheets import Sheets
 from ddpm_hf.training.task import BatchLoss, Task
