@@ -10,6 +10,7 @@ pipeline's own call takes them.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from PIL import Image
@@ -77,15 +78,15 @@ def draw_cascade(
     labels, columns, captions = _labels(
         pipeline, network if network.num_classes else pipeline.upsampler.unet, class_label, count
     )
-    images = pipeline(
+    output: Any = pipeline(
         count,
         class_labels=labels,
         noise_level=noise_level,
         upsampler_steps=sampling.get("num_inference_steps"),
         upsampler_kwargs={"eta": sampling.get("eta")},
         **sampling,
-    ).images
-    return SampleSheet(images, columns, captions)
+    )
+    return SampleSheet(output.images, columns, captions)
 
 
 def draw_denoising(pipeline, count: int, columns: int, class_label: int | None = None, **sampling) -> SampleSheet:
@@ -132,9 +133,9 @@ def draw_upsampled(
         noise_level: of the noise on the small images, 0 to 1.
     """
     small = downsample(x_start.to(pipeline.device), tuple(pipeline.config.low_resolution))
-    upsampled = pipeline(small, output_type="latent", class_labels=labels, noise_level=noise_level, **sampling).images
+    output: Any = pipeline(small, output_type="latent", class_labels=labels, noise_level=noise_level, **sampling)
     enlarged = torch.nn.functional.interpolate(small.cpu(), x_start.shape[2:], mode="nearest")
-    images = as_images(torch.cat((enlarged, upsampled.cpu().clamp(-1, 1), x_start), dim=-1))
+    images = as_images(torch.cat((enlarged, output.images.cpu().clamp(-1, 1), x_start), dim=-1))
     return SampleSheet(images, 4, captions_of(pipeline, labels))
 
 

@@ -158,7 +158,7 @@ def _flush(path):
             os.close(descriptor)
 
 
-def is_writable(folder: str | os.PathLike) -> bool:
+def is_writable(folder: str | Path) -> bool:
     """Whether a file can be made in a folder. It is tried, as permissions alone do not decide it."""
     try:
         with tempfile.TemporaryFile(dir=folder):

@@ -45,11 +45,12 @@ def pipeline_class(index: dict, path) -> str:
     """The class that a model_index.json names: of [module, class], as in our own folders, the class. Raises ValueError."""
     name = index.get("_class_name")
     names = name if isinstance(name, (list, tuple)) and len(name) == 2 else [name]
-    if not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
+    last = names[-1]
+    if not isinstance(last, str) or not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
         raise ValueError(
             f"{path}: its _class_name {reprlib.repr(name)} is not the name of a class; save the pipeline again"
         )
-    return names[-1]
+    return last
 
 
 def component_classes(index: dict, path, known: tuple[str, ...] = PARTS) -> dict[str, str]:
@@ -91,10 +92,11 @@ def variant_of(name: str) -> str | None:
 
 def variants_in(folder: Path) -> dict[str, list[Path]]:
     """Safetensors files in the folder of a network, and their indices, by `variant_of`: the usual weights, "….fp16", ..."""
-    variants = {}
+    variants: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if variant_of(path.name) and path.suffix != ".bin":
-            variants.setdefault(variant_of(path.name), []).append(path)
+        variant = variant_of(path.name)
+        if variant and path.suffix != ".bin":
+            variants.setdefault(variant, []).append(path)
     return variants
 
 
@@ -124,10 +126,11 @@ def read_shards(path: Path, folder: Path) -> dict[str, str]:
     """
     index = read_json(path, folder)
     shards = index.get("weight_map")
-    plain = isinstance(shards, dict) and all(
-        isinstance(name, str) and SHARD.fullmatch(name) for name in shards.values()
-    )
-    if not plain or not isinstance(index.get("metadata"), dict):
+    if not (
+        isinstance(shards, dict)
+        and all(isinstance(name, str) and SHARD.fullmatch(name) for name in shards.values())
+        and isinstance(index.get("metadata"), dict)
+    ):
         raise ValueError(
             f"{path} has no metadata and weight_map from tensors to the files beside it; save the pipeline again"
         )
@@ -160,4 +163,4 @@ class GuardedConfig:
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """As diffusers' method, of which `save_pretrained` is made. Raises ValueError where it would write through a link."""
         check_target(Path(save_directory))
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc] # of ConfigMixin
