@@ -10,6 +10,8 @@ import types
 from pathlib import Path
 from unittest import mock
 
+from ddpm_hf.cli import main
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,20 +26,26 @@ def script(name, *argv, check=True, launcher=None, **environment):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
         result = subprocess.run([*launcher, *argv], capture_output=True, text=True, cwd=ROOT, env=environment)
     else:
-        out, err = io.StringIO(), io.StringIO()
-        status = 0
-        with (
-            mock.patch.object(sys, "argv", argv),
-            mock.patch.dict(os.environ, environment),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            try:
-                runpy.run_path(argv[0], run_name="__main__")
-            except SystemExit as end:  # as the interpreter takes it
-                status = end.code or 0
-                if not isinstance(status, int):
-                    status = print(status, file=sys.stderr) or 1
-        result = types.SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+        with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, environment):
+            result = _captured(lambda: runpy.run_path(argv[0], run_name="__main__"))
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+def command(*argv, check=True):
+    """The exit status and the output of `ddpm-hf` with these arguments, run in this process; an error fails if `check`."""
+    result = _captured(lambda: main([*map(str, argv)]))
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def _captured(function):
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            function()
+        except SystemExit as end:  # as the interpreter takes it
+            status = end.code or 0
+            if not isinstance(status, int):
+                status = print(status, file=sys.stderr) or 1
+    return types.SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())

@@ -56,9 +56,10 @@ def test_a_folder_of_classes(tmp_path, monkeypatch, capsys):
         "DownBlock2D",
     ]  # attention at 14 pixels
     assert config.unet["up_block_types"] == ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("train.py: data='my pets': 40 images; image_size=28") and "with 2 classes" in told
-    assert "held_out=0.05, 2 images" in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("train.py: data='my pets': 40 images\n  image_size=28 (") and "with 2 classes" in printed
+    assert "\n  held_out=0.05 (2 images" in printed
+    assert "\n  unet.block_out_channels=128,256,256\n  steps=1000, batch_size=38, learning_rate=0.0002\n" in printed
     (tmp_path / "written.yaml").write_text(as_yaml(config))
     assert as_yaml(resolved("--config", "written.yaml")) == as_yaml(config)  # all is said: the data is not looked at
     assert not capsys.readouterr().err

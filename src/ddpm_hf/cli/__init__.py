@@ -6,7 +6,8 @@ A command's words are read and checked before anything slow is imported, so a mi
 import sys
 import tarfile
 
-from ddpm_hf.cli.parser import did_you_mean, format_examples
+from ddpm_hf.cli.parser import did_you_mean
+from ddpm_hf.command_help import format_examples
 
 COMMANDS = {
     "train": "train a diffusion model on a folder of pictures or another data set",

@@ -8,6 +8,8 @@ import shutil
 import sys
 from collections.abc import Callable
 
+from ddpm_hf.command_help import command_words, format_examples
+
 WIDEST = 120  # columns of --help
 
 
@@ -49,18 +51,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
-
-
-def command_words(program: str) -> list[str]:
-    """The words with which a shell calls a program: a script of training/ is run by python."""
-    return ["python", f"training/{program}"] if program.endswith(".py") else program.split()
-
-
-def format_examples(command: str, examples: list[tuple[str, str]]) -> str:
-    """Lines of commands with their comments in one column."""
-    lines = [(f"  {command} {arguments}", comment) for arguments, comment in examples]
-    width = max(len(line) for line, _ in lines) + 2
-    return "\n".join(f"{line:{width}}# {comment}" if comment else line for line, comment in lines)
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

@@ -1,25 +1,85 @@
 """`ddpm-hf train` and `ddpm-hf train-classifier`: data -> a trained model."""
 
+import json
+import os
+import re
+import shlex
 import sys
+from pathlib import Path
 
 from ddpm_hf.extras import MissingExtra, require_extra
 from ddpm_hf.training.command_line import load_config
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, keys_of
 
 
 def main(command: str, argv: list[str], program: str) -> None:
     kind = TrainConfig if command == "train" else ClassifierConfig
+    is_script = program.endswith(".py")
     try:
-        config, dry_run = load_config(with_data_option(argv, kind), kind, program)
+        config, dry_run = load_config(argv if is_script else with_data_option(argv, kind), kind, program)
         for module in ("datasets", "matplotlib", "psutil"):
             require_extra(module, "train", "training runs")
     except (ConfigError, MissingExtra) as error:
         sys.exit(f"{program}: {error}")
-    from ddpm_hf.training.launch import main as train
 
-    train(config, dry_run)
+    from ddpm_hf.training.launch import main as launch
+    from ddpm_hf.training.loop import train
+
+    def train_and_summarize(config):
+        folder = train(config)
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(summary_lines(folder)))
+
+    launch(config, dry_run, train if is_script or kind is ClassifierConfig else train_and_summarize)
 
 
-def with_data_option(argv: list[str], kind: type[TrainConfig] | type[ClassifierConfig]) -> list[str]:
-    """The arguments with --data before a first word that is the data: `my_folder --steps 10`."""
-    return ["--data", *argv] if argv and not argv[0].startswith("-") else argv
+def with_data_option(argv: list[str], kind: type[RunConfig]) -> list[str]:
+    """The arguments with --data before the word that is the data: `my_folder --steps 10`, `--steps 10 my_folder`."""
+    switches = {f"--{field.name}" for field in keys_of(kind) if field.type is bool} | {"--dry_run"}
+    takes_value = False
+    for place, word in enumerate(argv):
+        if word.startswith("--"):
+            takes_value = "=" not in word and word.replace("-", "_").replace("__", "--", 1) not in switches
+        elif takes_value or word.startswith("-") or _is_switch_value(argv, place, word):
+            takes_value = False
+        else:
+            return [*argv[:place], "--data", *argv[place:]]
+    return argv
+
+
+def _is_switch_value(argv, place, word):
+    """Whether a word says true or false after a switch."""
+    return (
+        place > 0 and argv[place - 1].startswith("--") and word.lower() in ("true", "false", "yes", "no", "on", "off")
+    )
+
+
+def summary_lines(folder: Path) -> list[str]:
+    """What a finished run has made, and the commands that go on with it.
+
+    Args:
+        folder: the saved pipeline, <output_dir>/pipeline.
+    """
+    run = folder.parent
+    lines = [measured_text(run)] if measured_text(run) else []
+    sheets = sorted(path for path in run.glob("samples/*.png") if re.fullmatch(r"\d+", path.stem))
+    if sheets:
+        lines.append(f"samples      {sheets[-1]}")
+    quoted = shlex.quote(str(folder))
+    lines.append(f"more         ddpm-hf sample {quoted}")
+    if not lines[0].startswith("bits/dim"):
+        lines.append(f"bits/dim     ddpm-hf evaluate {quoted}")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.absolute().name).strip("-.") or "model"
+    return [*lines, f"publish      ddpm-hf push {quoted} --repo_id USER/{name}"]
+
+
+def measured_text(run: Path) -> str | None:
+    """The last held-out bits/dim of a run's metrics.jsonl in words; None if there is none."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    measured = [row for row in rows if row.get("bits_per_dim") is not None]
+    if not measured:
+        return None
+    row = measured[-1]
+    error = row.get("bits_per_dim_standard_error")
+    spread = f" +- {error:.3f}" if error is not None else ""
+    return f"bits/dim     {row['bits_per_dim']:.3f}{spread} of held-out images, after step {row['step']:,}"

@@ -38,6 +38,7 @@ RANGES = {
     **dict.fromkeys(("image_size", "low_resolution"), "[1, 65536]"),
     **dict.fromkeys(("sample_count", "sample_steps"), "[1, 100000]"),
     "memory_gb": "[0, 1000000]",
+    "minutes": "(0, 1000000]",
     "crop": ("center", "none"),
     "channels": "[1, 4]",
     "learning_rate": "(0, 1e38]",
@@ -129,6 +130,8 @@ def _check_run(config):
     for name in config.DERIVED:
         if name in getattr(config, config.NETWORK):
             raise ConfigError(f"{config.NETWORK}.{name} follows from the other keys of the run; leave it out")
+    if config.minutes is not None and "steps" in config.explicit:
+        raise ConfigError(f"steps={config.steps} and minutes={config.minutes:g} contradict each other; leave one out")
     size = image_size(config)
     if len(size) != 2:
         raise ConfigError(f"image_size={shown(config.image_size)} must be one number or [height, width]")

@@ -12,7 +12,7 @@ from ddpm_hf.arguments import shown
 from ddpm_hf.files.strict_yaml import parse_yaml, read_yaml
 from ddpm_hf.training.checks import check, typed, types_of
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, keys_of, nearest, sections_of
-from ddpm_hf.training.resume import check_same_run, find_checkpoint, with_values_of_run
+from ddpm_hf.training.resume import check_same_run, find_checkpoint, with_plan_of_run, with_values_of_run
 from ddpm_hf.training.sections import section_keys
 from ddpm_hf.training.usage import usage
 
@@ -77,6 +77,7 @@ def _make_config(kind, values, explicit, preset, program=""):
     config = kind(**values, preset=preset, explicit=frozenset(explicit), program=program)
     config = dataclasses.replace(config, resolved=preset is not None and not config.base_pipeline)
     check(config)
+    config = with_plan_of_run(config)
     if checkpoint := find_checkpoint(config):
         config = with_values_of_run(config, checkpoint)
         check(config)

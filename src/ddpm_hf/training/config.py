@@ -80,6 +80,7 @@ class RunConfig:
     random_flip: bool = _data(False, "mirror each image left to right with probability 1/2")
     scheduler: dict = _network({}, "keys of the process: see --scheduler.KEY below", from_data=True)
     steps: int = _training(1000, "optimizer steps")
+    minutes: float | None = _training(None, "train for about this long: plan the steps by the network's measured speed")
     batch_size: int = _training(128, "images per process and forward pass", from_data=True)
     gradient_accumulation_steps: int = _training(1, "batches per optimizer step")
     learning_rate: float = _training(2e-4, "learning rate of AdamW", from_data=True)
@@ -123,11 +124,15 @@ class RunConfig:
     """Keys ("steps", "unet.dropout") from the command line or a file of the user's; those of a preset are defaults."""
     resolved: bool = dataclasses.field(default=True, kw_only=True)
     """Whether no value is left to be found in the data or in a pipeline; see `resolve`."""
+    planned: bool = dataclasses.field(default=False, kw_only=True)
+    """Whether the steps and what follows from them are those that fit into `minutes`; see `plan`."""
     program: str = dataclasses.field(default="", kw_only=True)
     """The command that runs it, as messages name it; empty: `PROGRAM`."""
 
     PROGRAM: ClassVar[str]
-    DESCRIPTION: ClassVar[str]
+    SUMMARY: ClassVar[str]
+    EXAMPLES: ClassVar[tuple[tuple[str, str], ...]]
+    """Arguments and a comment each, for --help; a first word without -- is the data."""
     PRESETS: ClassVar[Path]
     RESULT: ClassVar[str]
     """The folder in output_dir in which the trained network is saved."""
@@ -165,15 +170,14 @@ class TrainConfig(RunConfig):
     """The keys of a run that trains a diffusion model."""
 
     PROGRAM = "train.py"
-    DESCRIPTION = """Trains a DDPM (Ho, Jain, Abbeel 2020, Algorithm 1) and saves it as a pipeline that diffusers opens.
-
-    accelerate launch training/train.py --data path/to/pictures        # the settings follow the pictures
-    accelerate launch training/train.py --config digits                # a preset, or a YAML file
-    accelerate launch training/train.py --config cifar10 --data path/to/images --image_size 64 --output_dir runs/mine
-    python training/train.py --config mnist --steps 100 --dry_run      # shows what it would do
-
---help lists the keys: each is one of a YAML file too.
-"""
+    SUMMARY = "Train a diffusion model (Ho, Jain, Abbeel 2020) and save it as a pipeline that diffusers opens."
+    EXAMPLES = (
+        ("my_folder/", "settings follow the pictures"),
+        ("my_folder/ --minutes 30", "as many steps as fit into half an hour"),
+        ("--config digits", "a preset, or a YAML file"),
+        ("--config cifar10 --data my_folder/ --image_size 64", "a preset with other data"),
+        ("--config mnist --steps 100 --dry_run", "print all settings and stop"),
+    )
     PRESETS = PRESETS
     RESULT = "pipeline"
     NETWORK = "unet"
@@ -222,14 +226,12 @@ class ClassifierConfig(RunConfig):
     """The keys of a run that trains a classifier of noisy images."""
 
     PROGRAM = "train_classifier.py"
-    DESCRIPTION = """Trains a classifier of noisy images for classifier guidance (ADM, section 4) and saves it.
-
-    accelerate launch training/train_classifier.py --config digits --pipeline runs/digits-classes/pipeline
-    python training/train_classifier.py --config mnist --steps 100 --dry_run
-
-With --pipeline it is trained on that pipeline's process, and saved with it as <output_dir>/pipeline too. --help lists the keys:
-each is one of a YAML file too.
-"""
+    SUMMARY = "Train a classifier of noisy images for classifier guidance (Dhariwal & Nichol 2021, section 4)."
+    EXAMPLES = (
+        ("--config digits --pipeline runs/digits-classes/pipeline", "to guide this pipeline"),
+        ("my_folder/", "by itself"),
+        ("--config mnist --steps 100 --dry_run", "print all settings and stop"),
+    )
     PRESETS = PRESETS / "classifier"
     RESULT = "classifier"
     NETWORK = "classifier"

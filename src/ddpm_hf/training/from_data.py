@@ -73,11 +73,23 @@ def follow_data(config: RunConfig, classes: int | None) -> RunConfig:
     if isinstance(config, TrainConfig) and "sample_steps" not in explicit:
         T = config.scheduler.get("num_train_timesteps", 1000)
         values["sample_steps"] = min(100, T) if isinstance(T, int) and T > 0 else 100
+    config = dataclasses.replace(config, **values)
     if os.environ.get("RANK", "0") == "0":
         print_above_progress_bar(
-            f"{config.program}: data={config.data!r}: {'; '.join(facts)}; --dry_run shows all of it"
+            "\n  ".join([f"{config.program}: data={config.data!r}: {facts[0]}", *facts[1:], *_facts(config)])
+            + "\nEach can be given as --key value; --dry_run shows all keys and stops."
         )
-    return dataclasses.replace(config, **values)
+    return config
+
+
+def _facts(config):
+    """The network and the steps in words."""
+    channels = config.network.get("block_out_channels")
+    steps = f"steps={config.steps}" if config.minutes is None else f"minutes={config.minutes:g}"
+    return [
+        f"{config.NETWORK}.block_out_channels={','.join(map(str, channels or []))}",
+        f"{steps}, batch_size={config.batch_size}, learning_rate={config.learning_rate:g}",
+    ]
 
 
 def _with_size_and_channels(config, images, open_keys, facts):
@@ -141,7 +153,7 @@ def _with_labels(config, images, classes, facts):
         if (number is None or number < 2) and not is_explicit:  # a single class is no condition
             return dataclasses.replace(config, label_column=None)
         config = dataclasses.replace(config, **{section: config.network | {config.CLASSES: number}})
-    facts.append(f"label_column={column!r} with {config.classes or classes} classes")
+    facts.append(f"label_column={column} (with {config.classes or classes} classes)")
     return config
 
 
@@ -178,7 +190,7 @@ def _with_held_out(config, count, facts):
             return config
         config = dataclasses.replace(config, held_out=HELD_OUT)
         facts.append(
-            f"held_out={HELD_OUT:g}, {round(count * HELD_OUT):,} images, as there is no split {config.eval_split!r}"
+            f"held_out={HELD_OUT:g} ({round(count * HELD_OUT):,} images, as there is no split {config.eval_split!r})"
         )
     if "eval_every" not in config.explicit and config.steps >= 1000:
         config = dataclasses.replace(config, eval_every=1000)

@@ -12,13 +12,14 @@ from safetensors import SafetensorError
 from ddpm_hf.extras import MissingExtra
 from ddpm_hf.hub.errors import HubError
 from ddpm_hf.training.config import ConfigError, RunConfig, TrainConfig, as_yaml
-from ddpm_hf.training.devices import leave
+from ddpm_hf.training.devices import leave, open_accelerator
 from ddpm_hf.training.interrupts import Stopped, find_dead_workers_when_reading
 from ddpm_hf.training.loop import TASKS, train
+from ddpm_hf.training.plan import with_plan
 from ddpm_hf.training.resolve import resolve
 
 
-def main(config: RunConfig, dry_run: bool) -> None:
+def main(config: RunConfig, dry_run: bool, train: Callable[[RunConfig], object] = train) -> None:
     """Check a config with the network that it describes; print it in a dry run, else train and end the process."""
     try:
         config = resolve(config)
@@ -27,6 +28,8 @@ def main(config: RunConfig, dry_run: bool) -> None:
     except (ValueError, TypeError, MissingExtra) as error:
         sys.exit(f"{config.program}: {' '.join(str(error).split())}")
     if dry_run:
+        if config.minutes is not None:
+            config = with_plan(config, open_accelerator(config), TASKS[type(config)])
         print(as_yaml(config), end="")
         print(_size_of_run(config, task))
     else:

@@ -18,6 +18,7 @@ from ddpm_hf.training.interrupts import Interrupted, Interrupts, Stopped
 from ddpm_hf.training.log import Log
 from ddpm_hf.training.optimizer import make_optimizer, set_learning_rate
 from ddpm_hf.training.output import OutputFolder
+from ddpm_hf.training.plan import with_plan
 from ddpm_hf.training.resolve import resolve
 from ddpm_hf.training.resume import checkpoint_to_resume
 from ddpm_hf.training.task import BatchLoss, Task
@@ -49,6 +50,7 @@ def train(config: RunConfig | str | None = None, /, **keys) -> Path:
         raise TypeError(f"give a config or keys, not both: {', '.join(keys)}")
     config = resolve(config)
     accelerator = open_accelerator(config)
+    config = with_plan(config, accelerator, TASKS[type(config)])
     with OutputFolder(config, accelerator) as folder:
         run = Run(config, accelerator, folder)
         run.train()

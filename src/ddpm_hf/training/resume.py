@@ -22,6 +22,10 @@ MAY_CHANGE = {
     *("eval_every", "eval_data", "eval_split", "eval_images", "eval_evaluations"),
 }
 
+# Keys that `plan` sets for a run of so many `minutes`.
+PLANNED = {"steps", "lr_schedule", "lr_warmup_steps", "ema_decay", "sample_every", "eval_every", "checkpoint_every"}
+PLANNED |= {"sample_raw", "sample_count", "eval_images"}
+
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, `<output_dir>/checkpoints/<step>`, the newest last."""
@@ -114,6 +118,21 @@ def with_values_of_run(config: RunConfig, checkpoint: Path) -> RunConfig:
             values[key] = value
     # the pipeline that a classifier guides is opened again: it is saved with the classifier
     return dataclasses.replace(config, **values, resolved=not getattr(config, "pipeline", None))
+
+
+def with_plan_of_run(config: RunConfig) -> RunConfig:
+    """The config with the plan that its run made for the same `minutes`, where it has begun."""
+    if config.minutes is None:
+        return config
+    try:
+        run = _run_of(find_checkpoint(config) or Path(config.output_dir))
+    except ConfigError:
+        return config
+    if run.get("minutes") != config.minutes:
+        return config
+    keys = [field for field in keys_of(config) if field.name in PLANNED & run.keys() - config.explicit]
+    values = {field.name: typed(field.name, run[field.name], field.type) for field in keys}
+    return dataclasses.replace(config, planned=True, **values)
 
 
 def check_same_run(config: RunConfig, path: Path | None) -> None:

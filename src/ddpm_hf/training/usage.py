@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 import functools
-import inspect
 import textwrap
 import types
 import typing
 
+from ddpm_hf.command_help import command_words, format_examples
 from ddpm_hf.training.config import RunConfig, TrainConfig, keys_of, sections_of
 from ddpm_hf.training.sections import CLASSES, as_argument, signature
 
@@ -16,10 +16,17 @@ METAVARS = {bool: "[true|false]", int: "INT", float: "NUMBER", str: "TEXT", dict
 
 def usage(kind: type[RunConfig], program: str = "") -> str:
     """The help of a training command: the keys by group, those of the sections, and the presets."""
+    program = program or kind.PROGRAM
+    command, is_script = " ".join(command_words(program)), program.endswith(".py")
+    # the scripts take the data as --data alone
+    examples = [(f"--data {words}" if is_script and words[0] != "-" else words, text) for words, text in kind.EXAMPLES]
+    launch = f"accelerate launch {command.removeprefix('python ')}" if is_script else f"accelerate launch -m {command}"
     parser = argparse.ArgumentParser(
-        prog=program if program and not program.endswith(".py") else f"python training/{kind.PROGRAM}",
-        usage="%(prog)s [--config PRESET | FILE.yaml] [--KEY VALUE ...] [--dry_run]",
-        description=inspect.cleandoc(kind.DESCRIPTION),
+        prog=command,
+        usage=f"%(prog)s {'' if is_script else '[DATA] '}[--config PRESET | FILE.yaml] [--KEY VALUE ...] [--dry_run]",
+        description=f"{kind.SUMMARY}\n\n{format_examples(command, examples)}\n\n"
+        f"On several GPUs: {launch.replace('-m ddpm-hf', '-m ddpm_hf')} ... Every key is also a key of a YAML file.\n"
+        "In parentheses: the value without a preset and without the key.",
         epilog="\n\n".join([*(_section(kind, name) for name in sections_of(kind)), _presets(kind)]),
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=128),
         add_help=False,
@@ -48,7 +55,7 @@ def _default(field):
     default = as_argument(field.default if field.default is not dataclasses.MISSING else field.default_factory())
     if not field.metadata["from_data"]:
         return default
-    return f"{default}; without a preset: {WITHOUT_PRESET.get(field.name, 'from the data')}"
+    return WITHOUT_PRESET.get(field.name, "from the data")
 
 
 def _metavar(kind):

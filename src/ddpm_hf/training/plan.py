@@ -1,0 +1,164 @@
+"""How many steps fit into `minutes`, from the measured rate of the real network on this machine."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ddpm_hf.training.config import RunConfig, image_size, keys_of
+from ddpm_hf.training.devices import channels_last, compile_network, is_compiled
+from ddpm_hf.training.messages import print_above_progress_bar
+from ddpm_hf.training.optimizer import make_optimizer
+from ddpm_hf.training.resume import with_plan_of_run
+from ddpm_hf.training.task import Task
+
+TIMED_STEPS = 10
+TIMED_SECONDS = 5.0
+MEASURING_SHARE = 0.15  # of the time, for sheets of samples and held-out measurements
+MOST_MEASUREMENTS = 10
+FEW_STEPS = 1000
+SMALLEST_EMA_DECAY, LARGEST_EMA_DECAY = 0.9, 0.9999
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """What a run's work takes on this machine, in seconds."""
+
+    step: float
+    """One optimizer step."""
+    evaluation: float
+    """The network's output for one image."""
+
+
+def with_plan(config: RunConfig, accelerator: Accelerator, make_task: Callable[[RunConfig], Task]) -> RunConfig:
+    """Return the config with the steps that fit into its `minutes`, in all processes; say so in the main process.
+
+    A config without `minutes`, or with the plan of the run that it resumes, is returned as it is.
+    """
+    config = with_plan_of_run(config)
+    if config.minutes is None or config.planned:
+        return config
+    began = time.perf_counter()
+    rate = measure_rate(config, accelerator, make_task)
+    rates = gather_object([rate])
+    rate = Rate(max(rate.step for rate in rates), max(rate.evaluation for rate in rates))
+    (spent,) = gather_object([time.perf_counter() - began])[:1]
+    planned = plan(config, rate, 60 * config.minutes - spent)
+    if accelerator.is_main_process:
+        print_above_progress_bar(f"{config.program}: {describe(planned, rate)}")
+    return planned
+
+
+def plan(config: RunConfig, rate: Rate, seconds: float) -> RunConfig:
+    """Return the config with the steps that fit into the seconds, and with what follows from their number.
+
+    Explicit keys stay. Otherwise the learning rate falls along a cosine after a warm-up of 5 % of the steps, the average of
+    the weights spans the last tenth of them, and sheets, measurements and checkpoints are spread evenly over the run, with
+    one of each at its end. They get `MEASURING_SHARE` of the time; where that is short they have fewer images.
+    """
+    config = _with_explicit(config, sample_raw=0)
+    available = MEASURING_SHARE * seconds
+    share = available / max(_seconds_of_measurement(config, rate), 1e-9)
+    if share < 1:
+        images = {key: getattr(config, key) for key in ("sample_count", "eval_images") if hasattr(config, key)}
+        config = _with_explicit(config, **{key: max(4, int(share * count)) for key, count in images.items()})
+    measurement = _seconds_of_measurement(config, rate)
+    count = min(MOST_MEASUREMENTS, max(1, int(share)))
+    steps = max(1, int((seconds - count * measurement) / rate.step))
+    every = max(1, steps // count)
+    steps -= steps % every
+    return _with_explicit(
+        dataclasses.replace(config, planned=True),
+        steps=steps,
+        lr_schedule="cosine",
+        lr_warmup_steps=min(steps // 20, 1000),
+        ema_decay=min(max(1 - 10 / steps, SMALLEST_EMA_DECAY), LARGEST_EMA_DECAY),
+        checkpoint_every=every,
+        sample_every=every,
+        eval_every=every if config.eval_every else 0,
+    )
+
+
+def _with_explicit(config, **values):
+    """The config with these values, of keys that it has and that are not explicit."""
+    keys = {field.name for field in keys_of(config)} - config.explicit
+    return dataclasses.replace(config, **{key: value for key, value in values.items() if key in keys})
+
+
+def describe(config: RunConfig, rate: Rate) -> str:
+    """The plan in words, for the user."""
+    steps = f"{config.steps:,} step{'s' if config.steps > 1 else ''}"
+    lines = [
+        f"{config.minutes:g} minutes are {steps} of {rate.step:.3g} s; checkpoint, samples and held-out images every "
+        f"{config.checkpoint_every:,}; lr_schedule={config.lr_schedule}, lr_warmup_steps={config.lr_warmup_steps}"
+        + (f", ema_decay={config.ema_decay:.4g}" if hasattr(config, "ema_decay") else "")
+    ]
+    if config.steps < FEW_STEPS:
+        channels = config.network.get("block_out_channels")
+        smaller = f"--{config.NETWORK}.block_out_channels {','.join(str(c // 2) for c in channels)}" if channels else ""
+        lines.append(
+            f"  that is few: more --minutes, a smaller --image_size or network ({smaller}) or --mixed_precision bf16 help"
+        )
+    return "\n".join(lines)
+
+
+def measure_rate(config: RunConfig, accelerator: Accelerator, make_task: Callable[[RunConfig], Task]) -> Rate:
+    """Time a few steps of the run's network, optimizer and loss on random images, and evaluations of the network.
+
+    Nothing of it is kept: the run builds its network anew, from its own seed.
+    """
+    task = make_task(config)
+    if channels_last(config, accelerator.device):
+        task.network.to(memory_format=torch.channels_last)
+    optimizer, _ = make_optimizer(config, task.network.parameters())
+    network, optimizer = accelerator.prepare(task.network, optimizer)
+    if is_compiled(config):
+        compile_network(task.network, config, accelerator.device)
+    batch = _random_batch(config, accelerator.device)
+
+    def step():
+        for _ in range(config.gradient_accumulation_steps):
+            with accelerator.accumulate(network):
+                loss = task.loss(network, batch)
+                accelerator.backward((loss.weights * loss.losses).mean())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        loss.losses.sum().item()  # waits for the device
+
+    steps = [_seconds(step)]  # which warms up
+    while len(steps) < 2 or (len(steps) <= TIMED_STEPS and sum(steps[1:]) < TIMED_SECONDS):
+        steps.append(_seconds(step))
+    seconds = statistics.median(steps[1:])
+    # the backward pass costs two forward passes
+    evaluation = seconds / (3 * config.gradient_accumulation_steps * config.batch_size)
+    accelerator.free_memory(network, optimizer)
+    return Rate(seconds, evaluation)
+
+
+def _random_batch(config, device):
+    shape = (config.batch_size, config.channels, *image_size(config))
+    levels = config.scheduler.get("levels", 256)
+    batch = {"pixels": torch.randint(min(levels, 256), shape, dtype=torch.uint8, device=device)}
+    if config.label_column is not None:
+        batch["class_labels"] = torch.randint(config.classes, (config.batch_size,), device=device)
+    return batch
+
+
+def _seconds(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _seconds_of_measurement(config, rate):
+    """What one sheet and one measurement of held-out images take."""
+    steps = getattr(config, "sample_steps", None) or config.scheduler.get("num_train_timesteps", 1000)
+    sheets = getattr(config, "sample_count", 0) * steps * (1 + bool(getattr(config, "sample_raw", 0)))
+    held_out = config.eval_images * getattr(config, "eval_evaluations", 8) if config.eval_every else 0
+    return (sheets + held_out) * rate.evaluation

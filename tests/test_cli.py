@@ -1,0 +1,149 @@
+"""The command line: help, mistakes, and the names that a command has."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from ddpm_hf import __version__
+from ddpm_hf.cli import COMMANDS, EXAMPLES, evaluate, main, push, sample
+from ddpm_hf.cli.parser import Parser, number
+from support.scripts import ROOT, script
+
+PARSERS = {"sample": sample.make_parser, "evaluate": evaluate.make_parser, "push": push.make_parser}
+
+
+def command(*argv, check=True):
+    """Runs `python -m ddpm_hf` in a process of its own."""
+    words = [sys.executable, "-m", "ddpm_hf", *map(str, argv)]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def test_the_help_names_every_command(capsys):
+    for argv in ([], ["--help"], ["-h"]):
+        main(argv)
+        text = capsys.readouterr().out
+        assert all(f"  {name} " in text for name in COMMANDS)
+        assert all(len(line) <= 120 for line in text.splitlines())
+    main(["--version"])
+    assert capsys.readouterr().out == f"ddpm-hf {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("program", ["ddpm-hf", "script"])
+def test_the_help_of_a_command(capsys, name, program):
+    """Its examples come first, with its own name; no line is wider than 128 columns."""
+    file = f"{name.replace('-', '_')}.py"
+    words = f"ddpm-hf {name}" if program == "ddpm-hf" else f"python training/{file}"
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"], None if program == "ddpm-hf" else file)
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and text.startswith(f"usage: {words} ")
+    assert text.index(f"\n  {words} ") < text.index("\n  --")
+    assert all(len(line) <= 128 for line in text.splitlines())
+
+
+def test_every_example_can_be_given(tmp_path, monkeypatch):
+    """Those of the help of each command: the options exist and take these values."""
+    monkeypatch.chdir(tmp_path)
+    for words, _ in EXAMPLES:
+        name, *argv = words.split()
+        if name in PARSERS:
+            PARSERS[name]().parse_args(argv)
+    for make_parser in PARSERS.values():
+        for words in examples_of(make_parser()):
+            make_parser().parse_args(words)
+
+
+def examples_of(parser):
+    lines = [line.partition("  #")[0].split() for line in parser.description.splitlines() if line.startswith("  ")]
+    assert lines and all(line[:2] == parser.command for line in lines)
+    return [line[2:] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "ddpm-hf: unknown command 'trian'; did you mean 'train'?"),
+        (["--traiin"], "ddpm-hf: unknown command '--traiin'; did you mean 'train'?"),
+        (
+            ["xyz"],
+            "ddpm-hf: unknown command 'xyz'; commands: train, train-classifier, sample, evaluate, push",
+        ),
+        (["train", "--confg", "digits"], "ddpm-hf train: unknown key 'confg'; did you mean 'config'?"),
+        (
+            ["train-classifier", "--stepz", "3"],
+            "ddpm-hf train-classifier: unknown key 'stepz'; did you mean 'steps'?",
+        ),
+        (["sample", "x", "--cuont", "3"], "ddpm-hf sample: unknown option '--cuont'; did you mean '--count'?"),
+        (["evaluate", "--imges=3"], "ddpm-hf evaluate: unknown option '--imges'; did you mean '--images'?"),
+        (["evaluate", "x", "--zzz"], "ddpm-hf evaluate: unknown option '--zzz'; see --help"),
+        (["sample"], "ddpm-hf sample: the following arguments are required: PIPELINE"),
+        (["push", "x"], "ddpm-hf push: the following arguments are required: --repo_id"),
+        (["evaluate", "x", "--dequantization", "no"], "argument --dequantization: invalid choice: 'no'"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_slow_is_imported(argv, message):
+    code = f"""
+        import sys
+        from ddpm_hf.cli import main
+        try:
+            main({argv})
+        except SystemExit as error:
+            print(error.code if isinstance(error.code, str) else "", file=sys.stderr, end="")
+        slow = {{"torch", "numpy", "diffusers", "datasets", "accelerate", "transformers", "PIL"}} & sys.modules.keys()
+        assert not slow, slow
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert message in line
+
+
+def test_options_may_have_hyphens():
+    plain = sample.make_parser().parse_args(["x", "--guidance_scale", "2", "--out", "a-b.png"])
+    assert sample.make_parser().parse_args(["x", "--guidance-scale=2", "--out=a-b.png"]) == plain
+    assert plain.out == "a-b.png"
+
+
+def test_options_may_be_shortened_as_in_argparse():
+    assert sample.make_parser().parse_args(["x", "--guid", "2"]).guidance_scale == 2
+
+
+def test_choices_are_those_of_the_package():
+    from ddpm_hf.likelihood.ode import DEQUANTIZATIONS
+
+    assert evaluate.DEQUANTIZATIONS == DEQUANTIZATIONS
+
+
+def test_scripts_keep_their_names_in_messages(tmp_path):
+    for name, argv, status, message in (
+        ("train.py", ["--stepz", "3"], 1, "train.py: unknown key 'stepz'"),
+        ("train_classifier.py", ["--stepz", "3"], 1, "train_classifier.py: unknown key 'stepz'"),
+        ("sample.py", ["--cuont", "3"], 2, "sample.py: unknown option '--cuont'"),
+        ("evaluate.py", [tmp_path, "--ode"], 1, "evaluate.py: "),
+        ("push.py", [tmp_path, "--repo_id", "user/x"], 1, "push.py: "),
+    ):
+        result = script(name, *argv, check=False)
+        assert result.returncode == status and result.stderr.splitlines()[-1].startswith(message), result.stderr
+
+
+def test_an_error_of_the_users_is_one_line_with_the_name_of_the_command(tmp_path):
+    result = command("evaluate", tmp_path, "--ode", check=False)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("ddpm-hf evaluate: ")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("kind", "text"), [(int, "1.5"), (int, "0"), (float, "nan"), (float, "inf"), (float, "x")])
+def test_numbers_that_are_refused(capsys, kind, text):
+    parser = Parser("ddpm-hf x", "", "", [("a", "b")])
+    parser.group("g")("--n", type=number(kind, 1))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--n", text])
+    assert (
+        f"argument --n: {text} must be {'an integer' if kind is int else 'a number'}, 1 or more"
+        in capsys.readouterr().err
+    )
