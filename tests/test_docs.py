@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -196,6 +197,16 @@ def test_commands_run(name, world, hub, monkeypatch):
     for command, argv in commands(ROOT / name):
         if command in PARSERS and Path(argv[0]).is_dir():
             run_shortened(command, argv)
+
+
+def test_animation_of_the_readme(world, monkeypatch, tmp_path):
+    out = tmp_path / "denoising.webp"
+    argv = ["denoising_animation.py", f"{world}/runs/digits-classes/pipeline", str(out), "--steps", "3", "--rows", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_path(str(ROOT / "examples" / argv[0]), run_name="__main__")
+    with Image.open(out) as picture:
+        assert picture.n_frames == 3 and picture.size == (10 * (8 * 8 + 4), 2 * (8 * 8 + 4 + 16))
 
 
 SHORT = {"--steps": "2", "--batch_size": "4", "--sample_every": "0", "--eval_every": "0", "--output_dir": "runs/short"}
