@@ -1,9 +1,9 @@
-"""Seconds of a new process: to import the package, and to the first image of a saved pipeline, ours against diffusers.
+"""Start-up time of a new process: seconds to import the package, and to the first image of a saved pipeline; ours and stock.
 
     python benchmarks/cold_start.py
 
-The pipeline is the digits network, ten steps. Every call is a process of its own, in turns. The package is byte-compiled first,
-as pip leaves what it installs: stock is measured so.
+The pipeline is the digits network with ten steps. Each call is a process of its own, and the two take turns. The package is
+byte-compiled first, as pip does with packages that it installs, diffusers among them.
 """
 
 import compileall

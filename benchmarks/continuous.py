@@ -1,12 +1,12 @@
-"""One DDPM checkpoint in continuous time: samplers against network calls, the ODE's bits/dim beside the bound, encodings.
+"""A DDPM checkpoint in continuous time: samplers by network calls, the ODE's bits/dim beside the bound, encodings.
 
     python benchmarks/continuous.py digits
     python benchmarks/continuous.py mnist
     python benchmarks/continuous.py digits --only processes      # networks trained in continuous time, VP beside sub-VP
 
-The network is the unconditional one of benchmarks/guidance.py, trained if it is not there, the judge is also of there: a sample
-is recognized if the judge gives some class 0.9 of the probability or more; Fréchet distance is of its last features. Another
-network of the same data and another seed is trained for the comparison of latents. Writes to benchmarks/results:
+The network is the unconditional one of benchmarks/guidance.py, which is trained if it does not exist. So is the judge: a sample
+is recognized if the judge gives a class a probability of at least 0.9, and the Fréchet distance is taken in its last features.
+To compare latents, a second network is trained on the same data with another seed. Writes to benchmarks/results:
 continuous_<data>.json and .md (samplers), continuous_likelihood.json and .md, continuous_encodings.json and .md,
 continuous_processes.json and .md, the curves continuous_<data>.png, the pictures continuous_<data>_encodings.png,
 continuous_<data>_trajectories.png, continuous_<data>_ways.png.

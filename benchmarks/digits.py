@@ -1,10 +1,10 @@
-"""How good the digits are: ours, and the same training through diffusers' own classes in a plain loop.
+"""The quality of the digits: our training, and the same training with diffusers' classes in a plain loop.
 
     python benchmarks/digits.py train-diffusers runs/digits-diffusers    # UNet2DModel and DDPMScheduler, the digits preset
     python benchmarks/digits.py judge runs/demo/pipeline                 # 500 samples to an SVM; bits/dim of the test split
 
-The judge: scikit-learn's SVC (gamma 0.001, probabilities) fitted on the training split of the real digits. A sample passes
-when its top probability is above the 5 % quantile of the real test digits'.
+The judge is scikit-learn's SVC (gamma 0.001, probabilities), fitted to the training split of the real digits. A sample passes
+if its highest probability is above the 5 % quantile of that of the real test digits.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Few steps by diffusers' samplers, put into a saved pipeline as its users do: are the images still those of the network?
+"""diffusers' samplers with few steps in a saved pipeline: do they still draw the images of the network?
 
     python benchmarks/fast_samplers.py runs/demo/pipeline [--images 64]
 
-For each scheduler class and 10, 20 and 50 steps: the share of pixels beyond [-1, 1], which become black or white, and mean and
-standard deviation of the images. By the scheduler's config as saved; with "linspace", as chains begin at the last timestep, to
-compare.
+For each scheduler class and 10, 20 and 50 steps: the share of pixels outside [-1, 1], which become black or white, and the mean
+and standard deviation of the images. With the scheduler's config as saved, and with "linspace", which begins at the last
+timestep, for comparison.
 """
 
 import argparse

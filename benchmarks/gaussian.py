@@ -1,9 +1,9 @@
-"""The bound where the likelihood is known: Gaussian pixels and their optimal denoiser, against the entropy, at several T.
+"""The bound where the likelihood is known: for Gaussian pixels and their optimal denoiser, compared with the entropy.
 
     python benchmarks/gaussian.py
 
-Writes benchmarks/results/gaussian.json and .md. "learned" is the exact variance of p(x_{t-1} | x_t): with it the reverse
-process is exact and the bound the entropy at any T. The fixed variances are those of the paper section 3.2.
+Writes benchmarks/results/gaussian.json and .md, for several T. "learned" is the exact variance of p(x_{t-1} | x_t): the reverse
+process is then exact, and the bound equals the entropy for every T. The fixed variances are those of the paper, section 3.2.
 """
 
 import json

@@ -1,12 +1,13 @@
-"""How noisy the gradients of the objectives are: IDDPM figure 4, and what importance sampling of timesteps takes off.
+"""The noise of the objectives' gradients (IDDPM, figure 4), and how much importance sampling of timesteps reduces it.
 
     python benchmarks/objectives.py digits --only hybrid-linear
     python benchmarks/gradient_noise.py runs/objectives/digits/hybrid-linear/pipeline --data digits
 
-At one network, whose variance is learned, the gradients of `batches` batches of each loss. With S the trace of the covariance
-of one image's gradient and G the mean gradient, the noise scale is S / |G|^2 (McCandlish et al. 2018): the batch, in images, at
-which noise and signal are of one size. Uniform and importance-sampled vlb have the same G: the ratio of their S is how many
-times the batch uniform sampling needs. Errors by the jackknife over batches. Appends to benchmarks/results/gradient_noise.json.
+For one network with learned variance, computes the gradients of `batches` batches for each loss. With S the trace of the
+covariance of one image's gradient and G the mean gradient, the noise scale is S / |G|^2 (McCandlish et al. 2018): the batch
+size, in images, at which noise and signal are equally large. Uniform and importance-sampled vlb have the same G, so the ratio
+of their S says how many times larger a batch uniform sampling needs. Errors are by the jackknife over batches. Appends to
+benchmarks/results/gradient_noise.json.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How seconds and memory grow: with resolution, batch, T of a likelihood, processes, and the size of the data set.
+"""How time and memory grow with resolution, batch size, T of a likelihood, processes, and the size of the data set.
 
     python benchmarks/growth.py [--only resolution batch steps processes images]
 
-Every point is a process of its own; its memory is the peak of the resident set, less what it was after the imports. Seconds are
-the median of five calls. Writes benchmarks/results/growth.json, .md, and growth.png: points, and the power law through them.
+Each point is a process of its own. Memory is the peak of its resident set minus its resident set after the imports; seconds are
+the median of five calls. Writes benchmarks/results/growth.json, .md, and growth.png, with a power law fitted to the points.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""What guidance buys and costs on real data: fidelity against diversity by scale (ADM's figure 4), conditional networks beside
-unconditional ones (its table 4), classifier-free guidance beside both.
+"""The benefit and cost of guidance on real data: fidelity against diversity by scale (ADM, figure 4), conditional and
+unconditional networks (ADM, table 4), and classifier-free guidance.
 
     python benchmarks/guidance.py digits
     python benchmarks/guidance.py mnist
 
 Trains a conditional network with label dropout, an unconditional one and a classifier of noisy images of the same process
-(RUNS below) into runs/guidance/<data>, and a judge: a small network of another kind, on clean images of the training split.
-Accuracy is the share of samples in which the judge sees the class that was asked for; precision, recall (Kynkäänniemi et al.
-2019, k = 3) and Fréchet distance are of its last features, against as many training images. Writes to benchmarks/results:
+(RUNS below) into runs/guidance/<data>, and a judge: a small network of another kind, trained on clean images of the training
+split. Accuracy is the share of samples that the judge assigns to the requested class. Precision, recall (Kynkäänniemi et al.
+2019, k = 3) and Fréchet distance compare its last features with those of as many training images. Writes to benchmarks/results:
 guidance_<data>.json and .md, curves guidance_<data>.png, samples guidance_<data>_<network>.png with a row for each class, and
 guidance_cost.json and .md.
 """

@@ -1,4 +1,4 @@
-"""What bits/dim costs: the estimate against all terms and against uniform timesteps, and steps batched against one a call.
+"""The cost of bits/dim: the estimate, all terms, and uniform timesteps; timesteps in batches, and one per call.
 
     python benchmarks/likelihood.py runs/demo/pipeline --data digits
     python benchmarks/likelihood.py runs/mnist/pipeline --data mnist --images 200

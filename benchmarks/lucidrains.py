@@ -1,13 +1,13 @@
-"""Against lucidrains' denoising-diffusion-pytorch, at equal parameters: a training step and sampling, float32.
+"""Comparison with lucidrains' denoising-diffusion-pytorch with as many parameters: a training step and sampling, float32.
 
     python -m venv lucid
     lucid/bin/pip install torch==2.14.1 torchvision==0.29.1 denoising-diffusion-pytorch ".[train]"
     lucid/bin/python benchmarks/lucidrains.py
 
-That package needs torchvision, which constraints.txt leaves out: hence an environment of its own, in which ours runs beside it.
-Its network is the `Unet` of its README (dim_mults 1, 2, 4, 8) of the width nearest to ours in parameters; its training
-step is that of its `Trainer`. They are different networks of one size: attention at other resolutions, other blocks, and of
-other work; FLOP of a forward pass of one image stand beside.
+That package needs torchvision, which constraints.txt does not have, so both run in an environment of their own. Its network is
+the `Unet` of its README (dim_mults 1, 2, 4, 8) with the width whose number of parameters is nearest to ours; its training step
+is that of its `Trainer`. The two networks have the same size, but other blocks and attention at other resolutions, so the FLOP
+of a forward pass of one image are given, too.
 """
 
 import argparse

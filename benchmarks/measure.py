@@ -1,4 +1,4 @@
-"""What the benchmarks share: calls timed in turns, the machine's own rates, and results as table and JSON."""
+"""Timing of calls in turns, measured rates of the machine, and results as table and JSON, for all benchmarks."""
 
 import json
 import multiprocessing
@@ -25,9 +25,9 @@ ROUNDS = 9
 def in_turns(
     calls: dict[str, Callable], rounds: int = ROUNDS, warmup: int = 2, repeat: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round; within a round every call has its turn, `repeat` times running.
+    """Seconds of each call in each round. In a round the calls take turns, each `repeat` times in a row.
 
-    Each round begins with the next call, so that none has always the same one before it.
+    Each round begins with another call, so that no call always follows the same one.
     """
     for call in calls.values():
         for _ in range(warmup):

@@ -2,10 +2,10 @@
 
     python benchmarks/network.py [--networks digits quarter cifar10] [--precisions float32]
 
-Stock is the model as diffusers' documentation runs it, in bfloat16 under autocast; ours is `InferenceUNet` of the same weights,
-as `pipe.optimize()` makes it. All of a row take turns, each in a process of its own, for what one has the allocator do helps or
-hurts all of a process. FLOP/s count the plain network's convolutions and matrix
-products, also where fewer are done, and are given as shares of the machine's best measured rate.
+Stock is the model as in diffusers' documentation, in bfloat16 under autocast; ours is `InferenceUNet` with the same weights, as
+`pipe.optimize()` makes it. The variants in a row take turns, each in a process of its own, because settings of the allocator
+affect a whole process. FLOP/s count the convolutions and matrix products of the plain network, even where fewer are computed,
+and are given as shares of the machine's best measured rate.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The networks that the benchmarks run: those of the presets, and the cifar10 one at a quarter of its width."""
+"""The networks of the benchmarks: those of two presets, and the cifar10 network at a quarter of its width."""
 
 import torch
 from diffusers import UNet2DModel
@@ -21,7 +21,7 @@ def config_of(name: str) -> dict:
 
 
 def network(name: str, cls: type) -> torch.nn.Module:
-    """A network of this list as an instance of `cls`, with torch's first weights, which make no zero function; seed 0."""
+    """A network of this list as an instance of `cls`, with torch's initial weights from seed 0, so that it is not zero."""
     torch.manual_seed(0)
     unet = cls(**config_of(name))
     if hasattr(unet, "reset_parameters"):

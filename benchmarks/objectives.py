@@ -1,11 +1,12 @@
-"""What each objective buys: the same network, data and steps under each, its held-out bits/dim and its samples.
+"""Comparison of objectives: held-out bits/dim and samples of the same network, trained on the same data for as many steps.
 
     python benchmarks/objectives.py digits
     python benchmarks/objectives.py mnist --only simple-fixed_large-cosine hybrid-cosine
 
-Ten trainings each, of the preset made small enough for one CPU core (SMALL below), saved to runs/objectives/<data>/<name>.
-Writes benchmarks/results/objectives_<data>.json and .md after every one, and leaves out what stands there already for the same
-settings. Beside bits/dim stand a per-pixel histogram of the training split, and PNG and lossless WebP of the test images.
+Ten trainings for each data set, of its preset made small enough for one CPU core (SMALL below), saved to
+runs/objectives/<data>/<name>. Writes benchmarks/results/objectives_<data>.json and .md after each training, and skips trainings
+whose results for the same settings are there. For comparison with bits/dim: a per-pixel histogram of the training split, and
+PNG and lossless WebP of the test images.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Where the time goes, operator by operator, in a forward pass and a training step: stock, ours and ours compiled.
+"""Time by operator in a forward pass and a training step: stock, ours and ours compiled.
 
     python benchmarks/profiles.py
 
-Forward, ours is `InferenceUNet`; in training `DDPMUNet`. Writes benchmarks/results/profile_*.txt, torch's profiler's tables by
-time within each operator. What the compiler made is one row, "Call CompiledFxGraph": group norms, activations, sums and
-copies, fused.
+Ours is `InferenceUNet` in the forward pass and `DDPMUNet` in training. Writes benchmarks/results/profile_*.txt: tables of
+torch's profiler, sorted by the time within each operator. Compiled code is one row, "Call CompiledFxGraph": fused group norms,
+activations, sums and copies.
 """
 
 import torch

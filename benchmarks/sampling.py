@@ -1,11 +1,11 @@
-"""Sampling and bits/dim, all steps of the process: ours against diffusers' `DDPMPipeline` and the plain loop.
+"""Sampling and bits/dim with all steps of the process: ours, diffusers' `DDPMPipeline`, and a plain loop.
 
     python benchmarks/sampling.py [--steps 1000] [--rounds 7]
 
-Ours is `DDPMImagePipeline` after `pipe.optimize()`, and as it is; stock is `DDPMPipeline` as diffusers' documentation
-runs it, and with its network compiled. "network alone" is what ours spends in the network: the limit for everything
-around it. Likelihoods: 64 images, stock's network at one timestep a call with our terms, against `bits_per_dim` of an
-`InferenceUNet`. All take turns, each in a process of its own.
+Ours is `DDPMImagePipeline` with and without `pipe.optimize()`; stock is `DDPMPipeline` as in diffusers' documentation, and with
+its network compiled. "network alone" is the time of our network, the lower limit for the whole. Likelihoods are of 64 images:
+the stock network with one timestep per call and our terms, and `bits_per_dim` of an `InferenceUNet`. All take turns, each in a
+process of its own.
 """
 
 import argparse

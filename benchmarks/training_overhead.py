@@ -1,9 +1,9 @@
-"""What a training step costs besides the step: EMA, log, checkpoints, loader, as shares of it.
+"""The cost of EMA, log, checkpoints and data loader, as shares of the time of a training step.
 
     python benchmarks/training_overhead.py --config cifar10 --batch_size 16
 
-Takes the arguments of training/train.py. Each part is timed alone, after one call that is not timed, the device
-waited for.
+Takes the arguments of training/train.py. Each part is timed alone, after one call that is not timed; the clock stops when the
+device has finished.
 """
 
 import contextlib

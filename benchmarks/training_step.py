@@ -2,10 +2,10 @@
 
     python benchmarks/training_step.py [--networks quarter] [--precisions float32]
 
-Stock's step is that of the script's loop with its default optimizer and EMA; ours that of training/train.py, as it is and with
-`--compile true` (and `--channels_last auto`), without its log and its check of finite steps (benchmarks/training_overhead.py
-has them). All take turns, each in a process of its own, for what one has the allocator do helps or hurts all of a process.
-Peak memory: the resident set in the steps after the first, less that before the network was made.
+Stock is the step of that script's loop with its default optimizer and EMA. Ours is the step of training/train.py, eager and
+with `--compile true` (and `--channels_last auto`), without its log and its check of finite steps (for these see
+benchmarks/training_overhead.py). All take turns, each in a process of its own, because settings of the allocator affect a whole
+process. Peak memory is the largest resident set in the steps after the first, minus that before the network was made.
 """
 
 import argparse

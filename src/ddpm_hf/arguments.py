@@ -1,6 +1,6 @@
-"""Types and ranges of a constructor's arguments, checked before anything is built. Needs nothing but Python itself.
+"""Checks the types and ranges of a constructor's arguments before anything is built. Imports only Python's standard library.
 
-The type of an argument is its annotation; what else is allowed stands above the constructor:
+The type of an argument is its annotation; further limits are arguments of a decorator:
 
     @checked_arguments(dropout="[0, 1)", pool=("attention", "average"))
     def __init__(self, dropout: float = 0.0, pool: str = "attention"):
@@ -39,12 +39,12 @@ def shown(value) -> str:
     try:
         text = " ".join(SHORT.repr(value).split())
     except ValueError:
-        return "an integer of thousands of digits"  # which Python refuses to print
+        return "an integer of thousands of digits"  # Python refuses to print it
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def listed(names) -> str:
-    """Names as error messages list them: the first 16 on one line, with what does not print as its escape."""
+    """Names as error messages list them: the first 16 on one line, with unprintable characters escaped."""
     names = list(map(str, names))
     texts = [name if name.isprintable() and len(name) <= 60 else shown(name) for name in names[:16]]
     return ", ".join(texts) + (", ..." if len(names) > 16 else "")
@@ -56,19 +56,19 @@ def sides(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_argument(name: str, value, annotation, allowed: str | tuple | None = None):
-    """The value in the type of its annotation; numpy's numbers and arrays become Python's.
+    """Returns the value in the type of its annotation; numpy's numbers and arrays become Python's.
 
-    An integer is a number, a float without a fraction is an integer, a truth value is neither. Lists, as JSON has them, stand
-    for tuples.
+    An integer is a number, a float without a fraction is an integer, and a truth value is neither. A list, as in JSON, is
+    allowed for a tuple.
 
     Args:
         name: of the argument, for the message.
         annotation: made of int, float, bool, str, dict, None, list[...], tuple[...] and unions of them.
-        allowed: the interval that numbers must be in, such as "(0, 1]", also those within a list; numbers are finite where
-            there is none. For strings the choices.
+        allowed: for numbers, also those in a list, the interval that they must lie in, such as "(0, 1]"; without one they
+            must be finite. For strings the choices.
 
     Raises:
-        ValueError: a value of another type, or not allowed; one line with name, value and what is allowed.
+        ValueError: a value of another type, or one that is not allowed; one line with name, value and what is allowed.
     """
     try:
         result = _reader(annotation)(value)
@@ -84,11 +84,11 @@ def check_argument(name: str, value, annotation, allowed: str | tuple | None = N
 
 
 def checked_arguments(**allowed: str | tuple | None) -> Callable:
-    """Decorator of a constructor: `check_argument` for every argument whose annotation it can read.
+    """Decorates a constructor: checks every argument whose annotation it can read by `check_argument`.
 
     `allowed` may name more arguments than the constructor has. Arguments with other annotations, and those that begin with an
-    underscore, pass. The constructor gets an attribute `check`: check(arguments, prefix="") returns a dictionary of arguments
-    with their values checked; the prefix stands before the names in messages.
+    underscore, are not checked. The constructor gets an attribute `check`: check(arguments, prefix="") returns a dictionary
+    of arguments with checked values; the prefix precedes the names in messages.
 
     Raises:
         ValueError: as `check_argument`; an argument without a default is missing.
@@ -121,7 +121,7 @@ def checked_arguments(**allowed: str | tuple | None) -> Callable:
 
 
 def _options(annotation):
-    """The types that an annotation allows; arrays are left out, for they are read as lists."""
+    """The types that an annotation allows, without array types: arrays are read as lists."""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     return tuple(option for option in options if not hasattr(option, "tolist"))
 
@@ -136,7 +136,7 @@ def _readable(annotation):
 
 @functools.cache
 def _reader(annotation):
-    """A function that takes a value to the annotation's type, or raises TypeError."""
+    """A function that converts a value to the annotation's type, or raises TypeError."""
     options = _options(annotation)
     if len(options) > 1:
         readers = [_reader(option) for option in options]
@@ -201,7 +201,7 @@ def _all_of(values, kind):
 
 
 def _of_python(value):
-    """numpy's scalars and arrays, and tensors, as numbers and lists of Python."""
+    """Scalars and arrays of numpy, and tensors, as numbers and lists of Python."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -214,7 +214,7 @@ def _bounds(interval):
 
 def _within(value, low, high, with_low, with_high):
     if isinstance(value, (list, tuple)):
-        if _all_of(value, float):  # thousands of betas perhaps: the ends will do, where there is no NaN
+        if _all_of(value, float):  # perhaps thousands of betas: without NaN it is enough to check the ends
             value = (math.nan,) if math.isnan(sum(value)) else (min(value), max(value))
         return all(_within(entry, low, high, with_low, with_high) for entry in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
