@@ -1,5 +1,6 @@
 """What `pip install ddpm-hf` brings: the wheel in an empty environment, the sdist, and the extras that are not installed."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 
 import pytest
 
+import ddpm_hf
 from support.scripts import ROOT
 
 BASE = ("torch", "diffusers", "accelerate", "huggingface_hub", "safetensors", "numpy", "PIL", "tqdm", "jinja2")
@@ -87,6 +89,16 @@ def test_what_the_wheel_and_the_sdist_hold(built):
     if tracked.returncode:
         pytest.skip("no git checkout")
     assert set(tracked.stdout.split()) - names <= {".gitattributes"}
+
+
+def test_type_checkers_see_the_public_names():
+    """The imports in __init__.py that only they read are those of `MODULES`."""
+    tree = ast.parse((ROOT / "src/ddpm_hf/__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "typing"]
+    found = {node.module.removeprefix("ddpm_hf."): [alias.asname for alias in node.names] for node in imports}
+    assert {module: sorted(names) for module, names in found.items()} == {
+        module: sorted(names) for module, names in ddpm_hf.MODULES.items()
+    }
 
 
 def test_sampling_needs_no_extra(tmp_path):

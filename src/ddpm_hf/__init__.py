@@ -1,6 +1,92 @@
 """Denoising diffusion probabilistic models for Hugging Face diffusers."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from ddpm_hf.fast.inference import InferenceUNet as InferenceUNet
+    from ddpm_hf.likelihood.bound import (
+        BitsPerDim as BitsPerDim,
+    )
+    from ddpm_hf.likelihood.bound import (
+        bits_per_dim as bits_per_dim,
+    )
+    from ddpm_hf.likelihood.bound import (
+        progressive_coding as progressive_coding,
+    )
+    from ddpm_hf.likelihood.bound import (
+        rate_distortion as rate_distortion,
+    )
+    from ddpm_hf.likelihood.encoding import (
+        Encoding as Encoding,
+    )
+    from ddpm_hf.likelihood.encoding import (
+        decode as decode,
+    )
+    from ddpm_hf.likelihood.encoding import (
+        encode as encode,
+    )
+    from ddpm_hf.likelihood.encoding import (
+        interpolate_latents as interpolate_latents,
+    )
+    from ddpm_hf.likelihood.estimate import (
+        BitsPerDimEstimate as BitsPerDimEstimate,
+    )
+    from ddpm_hf.likelihood.estimate import (
+        estimate_bits_per_dim as estimate_bits_per_dim,
+    )
+    from ddpm_hf.likelihood.ode import (
+        OdeBitsPerDim as OdeBitsPerDim,
+    )
+    from ddpm_hf.likelihood.ode import (
+        OdeLikelihood as OdeLikelihood,
+    )
+    from ddpm_hf.likelihood.ode import (
+        OdeStopped as OdeStopped,
+    )
+    from ddpm_hf.likelihood.ode import (
+        ode_bits_per_dim as ode_bits_per_dim,
+    )
+    from ddpm_hf.likelihood.ode import (
+        ode_log_likelihood as ode_log_likelihood,
+    )
+    from ddpm_hf.models.classifier import NoisyClassifier as NoisyClassifier
+    from ddpm_hf.models.unet import DDPMUNet as DDPMUNet
+    from ddpm_hf.pipelines.cascade import CascadePipeline as CascadePipeline
+    from ddpm_hf.pipelines.ddpm import DDPMImagePipeline as DDPMImagePipeline
+    from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline as DDPMSuperResolutionPipeline
+    from ddpm_hf.schedulers.betas import space_timesteps as space_timesteps
+    from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler as VariationalDDPMScheduler
+    from ddpm_hf.schedulers.gaussian import (
+        Gaussian as Gaussian,
+    )
+    from ddpm_hf.schedulers.gaussian import (
+        discretized_gaussian_log_likelihood as discretized_gaussian_log_likelihood,
+    )
+    from ddpm_hf.schedulers.sde import VESDE as VESDE
+    from ddpm_hf.schedulers.sde import VPSDE as VPSDE
+    from ddpm_hf.schedulers.sde import ChainSDE as ChainSDE
+    from ddpm_hf.schedulers.sde import SubVPSDE as SubVPSDE
+    from ddpm_hf.schedulers.sde_samplers import (
+        SubVPSDEScheduler as SubVPSDEScheduler,
+    )
+    from ddpm_hf.schedulers.sde_samplers import (
+        VESDEScheduler as VESDEScheduler,
+    )
+    from ddpm_hf.schedulers.sde_samplers import (
+        VPSDEScheduler as VPSDEScheduler,
+    )
+    from ddpm_hf.training.losses import DiffusionObjective as DiffusionObjective
+    from ddpm_hf.training.losses import ScoreObjective as ScoreObjective
+    from ddpm_hf.training.timesteps import (
+        ContinuousTimes as ContinuousTimes,
+    )
+    from ddpm_hf.training.timesteps import (
+        LossSecondMomentTimesteps as LossSecondMomentTimesteps,
+    )
+    from ddpm_hf.training.timesteps import (
+        UniformTimesteps as UniformTimesteps,
+    )
 
 __version__ = "0.1.0"
 # module -> its public names; each is imported when it is first used, so that a mistyped option need not wait for torch
@@ -27,7 +113,7 @@ ROOMS = {module.partition(".")[0] for module in MODULES} | {"data", "evaluation"
 __all__ = sorted(name for names in MODULES.values() for name in names)
 
 
-def __getattr__(name):
+def __getattr__(name: str):
     if name in ROOMS:
         return importlib.import_module(f".{name}", __name__)
     for module, names in MODULES.items():
@@ -36,5 +122,5 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return [*globals(), *__all__]

@@ -3,6 +3,7 @@
 A command's words are read and checked before anything slow is imported, so a mistake is answered at once.
 """
 
+import os
 import sys
 import tarfile
 
@@ -33,6 +34,13 @@ def main(argv: list[str] | None = None, program: str | None = None) -> None:
         argv: the command and its arguments; None takes those of the process.
         program: what the command calls itself in messages, if not "ddpm-hf COMMAND".
     """
+    try:
+        _dispatch(argv, program)
+    except BrokenPipeError:  # of `ddpm-hf --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _dispatch(argv, program):
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(help_text())

@@ -61,13 +61,14 @@ def summary_lines(folder: Path) -> list[str]:
         folder: the saved pipeline, <output_dir>/pipeline.
     """
     run = folder.parent
-    lines = [measured_text(run)] if measured_text(run) else []
+    measured = measured_text(run)
+    lines = [measured] if measured else []
     sheets = sorted(path for path in run.glob("samples/*.png") if re.fullmatch(r"\d+", path.stem))
     if sheets:
         lines.append(f"samples      {sheets[-1]}")
     quoted = shlex.quote(str(folder))
     lines.append(f"more         ddpm-hf sample {quoted}")
-    if not lines[0].startswith("bits/dim"):
+    if not measured:
         lines.append(f"bits/dim     ddpm-hf evaluate {quoted}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.absolute().name).strip("-.") or "model"
     return [*lines, f"publish      ddpm-hf push {quoted} --repo_id USER/{name}"]

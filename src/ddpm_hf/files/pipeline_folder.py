@@ -163,4 +163,4 @@ class GuardedConfig:
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """As diffusers' method, of which `save_pretrained` is made. Raises ValueError where it would write through a link."""
         check_target(Path(save_directory))
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc] # of ConfigMixin
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

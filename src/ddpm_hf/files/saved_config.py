@@ -37,6 +37,6 @@ class SavedConfig:
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of `stock_class`, or where there is none, of the class that it is saved as."""
-        config = json.loads(super().to_json_string())  # type: ignore[misc] # of ConfigMixin
+        config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
         return sorted_json(config | {"_class_name": self.stock_class or saved_class(type(self)).__name__})

@@ -15,7 +15,7 @@ _CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def evaluation_mode(*modules: nn.Module | None) -> Iterator[None]:
+def evaluation_mode(*modules: object) -> Iterator[None]:
     """Puts modules into evaluation mode, without dropout, and afterwards gives each submodule its own mode back.
 
     Calls may overlap, also in several threads: the last one to end restores the modes. Callables that are no modules are

@@ -87,7 +87,7 @@ class Encoder(NetworkMetadata, SavedConfig, CheckedModel):
         """The activated time and class embedding: (B, embedding width), or (1, ...) for one t (1,) without labels."""
         emb = self.time_embedding(self.time_proj(t))
         if self.class_embedding is not None:
-            labels = class_labels.to(t.device)  # type: ignore[union-attr]  # checked by `check_inputs`
+            labels = class_labels.to(t.device)
             if self.config.class_embed_type == "timestep":
                 labels = self.time_proj(labels)
             emb = emb + self.class_embedding(labels).to(emb.dtype)
@@ -126,7 +126,7 @@ class Encoder(NetworkMetadata, SavedConfig, CheckedModel):
             _check_range("timestep", t, config.num_train_timesteps)
 
 
-class _StandsForUNet2DModel(type(ModelMixin)):  # type: ignore[misc]
+class _StandsForUNet2DModel(type(ModelMixin)):
     """The type of a class that compares equal to diffusers' `UNet2DModel`: `from_pipe` compares the classes of components."""
 
     def __eq__(cls, other):

@@ -26,7 +26,7 @@ UNWRITABLE = re.compile("[\x00\ud800-\udc7f\udd00-\udfff]")  # characters that n
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # "name" or "user/name"
 PATHS = ("data", "eval_data", "init_from", "pipeline", "output_dir", "resume")
 COUNT, MORE_OR_NONE = "[1, 1000000000000]", "[0, 1000000000000]"
-RANGES = {
+RANGES: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(
         ("steps", "batch_size", "gradient_accumulation_steps", "shuffle_buffer", "max_steps_skipped"), COUNT
     ),

@@ -45,7 +45,7 @@ class ClassifierTask(Task):
             scheduler=json.loads(self.scheduler.to_json_string()),
             **config.classifier,
         )
-        self.network.class_names = guided_class_names(config) if config.pipeline else None
+        self.network.class_names = guided_class_names(config) if config.pipeline else None  # type: ignore[assignment]
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self.timesteps = UniformTimesteps(self.scheduler)

@@ -183,8 +183,10 @@ class TrainConfig(RunConfig):
     NETWORK = "unet"
     DERIVED = ("sample_size", "in_channels", "out_channels", "_ddpm_hf")
     CLASSES = "num_class_embeds"
-    FROM_PIPELINE = ("unet", "scheduler", "process", "image_size", "channels", "low_resolution", "conditioning_noise")
-    FROM_PIPELINE += ("label_column", "label_dropout", "loss")
+    FROM_PIPELINE = (
+        *("unet", "scheduler", "process", "image_size", "channels", "low_resolution", "conditioning_noise"),
+        *("label_column", "label_dropout", "loss"),
+    )
 
     unet: dict = _network({}, "keys of the network: see --unet.KEY below", from_data=True)
     init_from: str | None = _network(None, "pipeline to start from: a folder or Hub id, also one of plain diffusers")
@@ -273,7 +275,7 @@ def as_yaml(config: RunConfig) -> str:
     return dump_yaml(values_of(config))
 
 
-def image_size(config: RunConfig) -> tuple[int, ...]:
+def image_size(config: RunConfig) -> tuple[int, int]:
     """(height, width) in pixels."""
     return sides(config.image_size)
 

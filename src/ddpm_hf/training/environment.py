@@ -16,7 +16,7 @@ import ddpm_hf
 try:
     import resource
 except ImportError:
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 
 MODULES = (ddpm_hf, torch, diffusers, accelerate, datasets)
@@ -25,7 +25,7 @@ MODULES = (ddpm_hf, torch, diffusers, accelerate, datasets)
 def environment(accelerator) -> dict:
     """Where and with what a run is computed."""
     try:
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # there is no git
         commit = None

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import statistics
+from typing import Any
 
 import datasets
 import numpy as np
@@ -62,7 +63,7 @@ def follow_data(config: RunConfig, classes: int | None) -> RunConfig:
             keys = {"time_embedding_type": "fourier", **keys}
         config = dataclasses.replace(config, **{section: keys})
     config = _with_held_out(config, count, facts)
-    values = {}
+    values: dict[str, Any] = {}
     if "batch_size" not in explicit:
         trained = batch_size if count is None else count
         if config.held_out and count is not None:

@@ -86,7 +86,7 @@ def follow_base_pipeline(config: TrainConfig) -> tuple[TrainConfig, int | None]:
     """The config with the process and the network of `init_from`, and the number of its classes."""
     subject = f"init_from={config.init_from!r}"
     with as_config_error(subject, PIPELINE_ERRORS), torch.device("cpu"):
-        index = DDPMImagePipeline.load_config(config.init_from)
+        index = DDPMImagePipeline.load_config(config.init_from)  # type: ignore[arg-type]
         process, scheduler, keys = _process_of(config.init_from)
         unet = _network_of(config.init_from)
     if not keys.get("centered", True):

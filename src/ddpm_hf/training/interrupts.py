@@ -37,7 +37,8 @@ class Interrupts:
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.received, self.handlers_before = accelerator, None, {}
+        self.accelerator, self.received = accelerator, None
+        self.handlers_before: dict = {}
         self.last_step_asked, self.next_step_to_ask, self.start = 0, 0, time.perf_counter()
 
     def __enter__(self):
@@ -93,7 +94,7 @@ class Interrupts:
 
         hook = network.register_forward_pre_hook(raise_if_interrupted)
         try:
-            own = (compute(), None, None)
+            own: tuple[object, int | None, str | None] = (compute(), None, None)
         except Interrupted:
             own = (None, self.received, None)
         except (ValueError, RuntimeError) as error:  # the other processes would wait for this one forever

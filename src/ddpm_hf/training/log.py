@@ -79,8 +79,10 @@ class Log:
         self.main, self.t_end = accelerator.is_main_process, t_end
         self.images = config.batch_size * accelerator.num_processes
         self.bar = tqdm(total=config.steps, desc="train", disable=None if self.main else True, dynamic_ncols=True)
-        self.curves, self.logged, self.reported = Curves(), 0, set()
-        self.length, self.unwritten = 0, []  # bytes of whole lines in metrics.jsonl, lines not written yet
+        self.curves, self.logged = Curves(), 0
+        self.reported: set[str] = set()
+        self.unwritten: list[str] = []
+        self.length = 0  # bytes of whole lines in metrics.jsonl, lines not written yet
         # sums of each column over all images and by quarter of t, and the numbers of these images; the number of batches, and
         # sums over them of each channel's mean and mean square
         self.names = ("loss", *columns)
@@ -198,7 +200,7 @@ class Log:
         sums, counts, colors = self.accelerator.reduce(sums_and_counts).split(sizes)  # over all processes
         batches, mean, square = colors.view(3, -1)
         if self.main:
-            row = {}
+            row: dict = {}
             for name, (value, *quarters) in zip(self.names, (sums.view(-1, 5) / counts).tolist()):
                 row |= {name: value, **{f"{name}_t_quarter_{i + 1}": quarter for i, quarter in enumerate(quarters)}}
             row |= {"gradient_norm": norm, **values, **channel_statistics("data", mean / batches, square / batches)}
@@ -207,7 +209,7 @@ class Log:
             self.note(step, **row)
             shown = {name: f"{row[name]:.4f}" for name in self.names}
             if skipped := int(values["steps_skipped"]):
-                shown["skipped"] = skipped
+                shown["skipped"] = str(skipped)
             self._show(step, shown, f"{row['images_per_second']:.0f}")
         for name in self.SUMS:
             getattr(self, name).zero_()

@@ -72,7 +72,7 @@ class Run:
         self.loader = open_loader(dataset, config, accelerator)
         optimizer, self.lr_schedule = make_optimizer(config, task.network.parameters())
         if channels_last(config, device):
-            task.network.to(memory_format=torch.channels_last)
+            task.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network, self.optimizer = accelerator.prepare(task.network, optimizer)
 
         self.log = Log(config, folder, accelerator, task.t_end, task.LOG_COLUMNS)

@@ -27,7 +27,8 @@ def conditioned(config: TrainConfig, unet, x_start: torch.Tensor):
     if config.conditioning_noise:
         level = torch.rand(len(x_start), device=x_start.device) * config.conditioning_noise
     return Conditioned(
-        unet, condition_planes(downsample(x_start, sides(config.low_resolution)), x_start.shape[2:], level)
+        unet,
+        condition_planes(downsample(x_start, sides(config.low_resolution)), x_start.shape[2:], level),  # type: ignore[arg-type]
     )
 
 

@@ -20,7 +20,7 @@ class NearestImages:
 
     def __init__(self, pixels: torch.Tensor, levels: int, device: torch.device, flips: bool):
         self.pixels, self.levels, self.device, self.flips = pixels, levels, device, flips
-        self._distance_of_data = None
+        self._distance_of_data: float | None = None
 
     def search(self, x_start: torch.Tensor, exclude: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances (B,) to the nearest images, and their indices (B,); `exclude` is an index for each that is left out."""

@@ -20,7 +20,7 @@ from ddpm_hf.training.messages import print_above_progress_bar
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 class OutputFolder:

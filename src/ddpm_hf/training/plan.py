@@ -113,7 +113,7 @@ def measure_rate(config: RunConfig, accelerator: Accelerator, make_task: Callabl
     """
     task = make_task(config)
     if channels_last(config, accelerator.device):
-        task.network.to(memory_format=torch.channels_last)
+        task.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer, _ = make_optimizer(config, task.network.parameters())
     network, optimizer = accelerator.prepare(task.network, optimizer)
     if is_compiled(config):

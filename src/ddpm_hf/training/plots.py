@@ -1,6 +1,7 @@
 """curves.png: what metrics.jsonl holds, as curves over the optimizer steps."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_hf.evaluation.sheets import save_figure
@@ -11,7 +12,7 @@ BITS, HELD_OUT = "bits/dim of held-out images", "loss of averaged weights"
 NEAREST, COLORS = "distance to the nearest image", "mean (line) and spread (dotted) of channels"
 
 
-def plot_curves(rows: list[dict], channels: list[str], path: Path) -> None:
+def plot_curves(rows: list[dict], channels: Sequence[str], path: Path) -> None:
     """Write a picture with a panel for each kind of value that some of the rows have.
 
     Args:

@@ -26,10 +26,13 @@ class Publisher:
     """
 
     def __init__(self, config: TrainConfig):
+        assert config.push_to_hub is not None  # what it is made for
         self.config, self.key = config, f"push_to_hub={config.push_to_hub!r}"
         self.folder, self.copies = Path(config.output_dir, "pipeline"), Path(config.output_dir, ".to-push")
         self.lock = threading.Lock()
-        self.thread = self.waiting = self.reported = None
+        self.thread: threading.Thread | None = None
+        self.waiting: Path | None = None
+        self.reported: str | None = None
         shutil.rmtree(self.copies, ignore_errors=True)  # of a run that was killed
         if not get_token():
             raise ConfigError(f"{self.key}: there is no token; run `hf auth login` or set HF_TOKEN")

@@ -73,10 +73,10 @@ class Sheets:
             unknown = torch.full((self.config.channels,), math.nan)
             return channel_statistics("samples", unknown, unknown)
         labels, width = self._labels(), strip.shape[1]
-        columns = dict.fromkeys(
+        columns: dict[str, int | None] = dict.fromkeys(
             ("samples", "raw"), class_columns(self.unet, len(x_start)) if self.originals is None else None
         )
-        captions = dict.fromkeys(("samples", "raw"), captions_of(self.unet, labels))
+        captions: dict[str, list[str] | None] = dict.fromkeys(("samples", "raw"), captions_of(self.unet, labels))
         columns["denoising"] = width
         captions["denoising"] = row_captions(captions["samples"], len(strip), width)
         numbers = channel_statistics("samples", x_start.mean((0, 2, 3)), (x_start**2).mean((0, 2, 3)))
