@@ -13,7 +13,7 @@ import yaml
 from ddpm_hf import DDPMUNet, NoisyClassifier, VariationalDDPMScheduler
 from ddpm_hf.training.checks import check
 from ddpm_hf.training.command_line import load_config
-from ddpm_hf.training.config import PRESETS, ClassifierConfig, ConfigError, TrainConfig, as_yaml, keys_of
+from ddpm_hf.training.config import PRESETS, ClassifierConfig, ConfigError, TrainConfig, as_yaml, keys_of, values_of
 from ddpm_hf.training.diffusion import DiffusionTask
 from ddpm_hf.training.resume import checkpoint_to_resume
 from support.scripts import ROOT, script
@@ -27,10 +27,10 @@ def load(*argv):
 
 def assert_holds_what_the_file_says(config, path, but):
     """All values of a preset are those of its file, and the others are defaults."""
-    defaults, file = dataclasses.asdict(type(config)()), yaml.safe_load(path.read_text())
+    defaults, file = values_of(type(config)()), yaml.safe_load(path.read_text())
     assert file["output_dir"].startswith("runs/") and file["steps"] >= 1000
-    for key, value in dataclasses.asdict(config).items():
-        if key not in {"preset", "output_dir", *but}:
+    for key, value in values_of(config).items():
+        if key not in {"output_dir", *but}:
             assert value == file.get(key, defaults[key]), key
 
 
@@ -272,7 +272,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 
 def test_a_config_that_could_not_be_read_again(monkeypatch):
     """As one with the betas of a pipeline, whose file may be larger than a config's."""
-    monkeypatch.setattr("ddpm_hf.files.strict_yaml.MOST_VALUES", 1200)
+    monkeypatch.setattr("ddpm_hf.files.strict_yaml.MAX_VALUES", 1200)
     scheduler = {"trained_betas": [0.01] * 1001}
     check(TrainConfig(scheduler=scheduler, unet={"block_out_channels": [8, 16]}))
     message = "^scheduler.trained_betas has 1,190 values, with which config.yaml could not be read again: more than 1200 values"

@@ -58,7 +58,7 @@ def test_what_accelerate_launches_here(monkeypatch, capsys):
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP, which divides the network .* MULTI_GPU"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DEEPSPEED"),
-        ({"CUDA_VISIBLE_DEVICES": "0"}, r"asks for GPUs \(0\), torch finds none; run `accelerate config` anew"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, r"asks for GPUs \(0\), torch finds none; run `accelerate config` again"),
         ({"WORLD_SIZE": "2"}, r"asks for GPUs \(all\), torch finds none"),
     ],
 )

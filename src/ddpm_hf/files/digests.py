@@ -1,4 +1,4 @@
-"""Digests of the files of a checkpoint, so that a bit that has changed on the disk is found before anything is loaded."""
+"""SHA-256 digests of the files of a checkpoint, which reveal damage before anything is loaded."""
 
 import hashlib
 import json
@@ -8,37 +8,37 @@ DIGESTS = "digests.json"  # file name -> SHA-256 in hexadecimal
 
 
 def write_digests(folder: Path) -> None:
-    """Writes the digests of all files of a folder into it. To be called last, before the folder gets its name."""
+    """Write the digests of all files of a folder into it; to be called last, before the folder gets its name."""
     digests = {name: file_sha256(path) for name, path in _files(folder).items()}
     (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
 def check_digests(folder: Path, name: str | None = None) -> None:
-    """Compares the files of a folder, or only the one of this name, with the digests that were written with them.
+    """Compare the files of a folder, or only the one called `name`, with the digests that were written with them.
 
-    Files whose names begin with a dot are passed over: file managers and network file systems put them there.
+    Files whose names start with a dot are ignored: file managers and network file systems create them.
 
     Raises:
-        ValueError: a file has changed, is missing, or was not there; or the digests cannot be read. It names the file.
+        ValueError: a file has changed, is missing or was added, or the digests cannot be read. It names the file.
     """
     try:
-        expected, found = json.loads((folder / DIGESTS).read_text(encoding="utf-8")), _files(folder)
-        names = {name} if name else {*expected, *found}
+        expected, files = json.loads((folder / DIGESTS).read_text(encoding="utf-8")), _files(folder)
+        names = {name} if name else {*expected, *files}
     except (OSError, ValueError, TypeError, RecursionError):
         names = None
     if names is None or not isinstance(expected, dict):
         raise ValueError(f"{DIGESTS} cannot be read")
-    for each in sorted(names):
-        if each not in found:
-            raise ValueError(f"{each} is missing")
-        if each not in expected:
-            raise ValueError(f"{each} is not a part of it")
-        if file_sha256(found[each]) != expected[each]:
-            raise ValueError(f"{each} is damaged")
+    for name in sorted(names):
+        if name not in files:
+            raise ValueError(f"{name} is missing")
+        if name not in expected:
+            raise ValueError(f"{name} is not a part of it")
+        if file_sha256(files[name]) != expected[name]:
+            raise ValueError(f"{name} is damaged")
 
 
 def _files(folder):
-    """name -> path"""
+    """Name -> path."""
     paths = (path for path in folder.iterdir() if path.name != DIGESTS and path.name[0] != "." and path.is_file())
     return {path.name: path for path in paths}
 

@@ -1,6 +1,8 @@
-"""YAML for configs: what a config has no use for is refused, so that no file can mean something else than it seems, or take
-minutes and gigabytes: anchors and aliases (481 bytes of which can stand for 2 GB), tags, keys twice, keys that are no text,
-deep nesting, large files. Dates are text, and so is every number that JSON would not read as one, but inf and nan.
+"""YAML for configs, without the features that a config does not need.
+
+Anchors and aliases (481 bytes of them can stand for 2 GB), tags, duplicate keys, keys that are not text, deep nesting and large
+files are errors, so that no file means something else than it seems to, or takes minutes and gigabytes. Dates are text, and so
+is every number that JSON would not read as one, except inf and nan.
 """
 
 import os
@@ -8,41 +10,41 @@ import re
 
 import yaml
 
-MOST_CHARACTERS = 2**18
+MAX_CHARACTERS = 2**18
 
 
-MOST_VALUES = 12_000  # the betas of 10,000 timesteps, in a second
+MAX_VALUES = 12_000  # enough for the betas of 10,000 timesteps; read in a second
 
 
-MOST_LEVELS = 16
+MAX_DEPTH = 16
 
 
-TOO_DEEP = f"nested deeper than {MOST_LEVELS} levels"
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 
 
-# 2e-4 as well, which YAML 1.1 takes for text; 010 is ten
+# also 2e-4, which is text in YAML 1.1; 010 is ten
 NUMBER = re.compile(r"([-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN))$")
 
 
 def read_yaml(path: str | os.PathLike):
-    """The value of a YAML file.
+    """Return the value of a YAML file.
 
     Raises:
-        ValueError: it is not UTF-8, not YAML, or has one of the above; in one line.
+        ValueError: it is not UTF-8, not YAML, or uses one of the above; in one line.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        text = file.read(MOST_CHARACTERS + 1)
+        text = file.read(MAX_CHARACTERS + 1)
     return parse_yaml(text.decode("utf-8"))
 
 
 def parse_yaml(text: str):
-    """The value of YAML; ValueError as `read_yaml`."""
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"it is larger than {MOST_CHARACTERS // 1024} KiB")
+    """Return the value of YAML text; raise ValueError as `read_yaml`."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it is larger than {MAX_CHARACTERS // 1024} KiB")
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -50,12 +52,12 @@ def parse_yaml(text: str):
 
 
 def dump_yaml(value) -> str:
-    """YAML that `parse_yaml` reads as the same value; keys keep their order."""
+    """Return YAML that `parse_yaml` reads as the same value; keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    # without the numbers and dates of YAML 1.1
+    # YAML 1.1 without its numbers and dates
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "bool")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -63,7 +65,7 @@ class _Loader(yaml.SafeLoader):
     level = values = 0
 
     def fetch_flow_collection_start(self, token):
-        if self.flow_level == MOST_LEVELS:
+        if self.flow_level == MAX_DEPTH:
             raise yaml.YAMLError(TOO_DEEP)
         super().fetch_flow_collection_start(token)
 
@@ -73,10 +75,10 @@ class _Loader(yaml.SafeLoader):
             self._refuse("anchors and aliases are not supported", event)
         if getattr(event, "tag", None) is not None:
             self._refuse("tags are not supported", event)
-        if self.level == MOST_LEVELS:
+        if self.level == MAX_DEPTH:
             self._refuse(TOO_DEEP, event)
-        if self.values == MOST_VALUES:
-            self._refuse(f"more than {MOST_VALUES} values", event)
+        if self.values == MAX_VALUES:
+            self._refuse(f"more than {MAX_VALUES} values", event)
         self.level, self.values = self.level + 1, self.values + 1
         node = super().compose_node(parent, index)
         self.level -= 1
@@ -92,8 +94,8 @@ class _Loader(yaml.SafeLoader):
             keys.add(key.value)
         return super().construct_mapping(node, deep)
 
-    def _refuse(self, what, place):
-        raise yaml.YAMLError(f"{what}, line {place.start_mark.line + 1}")
+    def _refuse(self, problem, node):
+        raise yaml.YAMLError(f"{problem}, line {node.start_mark.line + 1}")
 
 
 class _Dumper(yaml.SafeDumper):

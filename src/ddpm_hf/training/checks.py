@@ -76,6 +76,26 @@ def check(config: RunConfig) -> None:
 
 
 def _check_run(config):
+    _check_values(config)
+    _check_lists(config)
+    _check_data(config)
+    _check_output_dir(config)
+    if config.num_workers > MAX_WORKERS_PER_CORE * os.cpu_count():
+        raise ConfigError(
+            f"num_workers={config.num_workers} is more than {MAX_WORKERS_PER_CORE} for each of {os.cpu_count()} cores, which "
+            "would make the machine unresponsive; take as many as there are cores, or fewer"
+        )
+    if len(config.adam_betas) != 2:
+        raise ConfigError(f"adam_betas={shown(config.adam_betas)} must be two numbers, as [0.9, 0.999]")
+    for name in config.DERIVED:
+        if name in config.network:
+            raise ConfigError(f"{config.NETWORK}.{name} follows from the other keys of the run; leave it out")
+    if config.minutes is not None and "steps" in config.explicit:
+        raise ConfigError(f"steps={config.steps} and minutes={config.minutes:g} contradict each other; leave one out")
+
+
+def _check_values(config):
+    """Types, ranges, and text that can be written."""
     for field in keys_of(config):
         value = getattr(config, field.name)
         try:
@@ -92,6 +112,34 @@ def _check_run(config):
             raise ConfigError(
                 f"{key}={shown(getattr(config, key))}: file names have at most 255 bytes; take a shorter one"
             )
+
+
+def _check_lists(config):
+    """A pipeline's config may hold longer lists than config.yaml can."""
+    lists = {
+        f"{section}.{key}": value
+        for section in sections_of(config)
+        for key, value in getattr(config, section).items()
+        if isinstance(value, (list, tuple)) and len(value) > 1000
+    }
+    if not lists:
+        return
+    try:
+        parse_yaml(as_yaml(config))
+    except ValueError as error:
+        key = max(lists, key=lambda key: len(lists[key]))
+        raise ConfigError(
+            f"{key} has {len(lists[key]):,} values, with which config.yaml could not be read again: {error}; give fewer"
+        ) from None
+
+
+def _check_data(config):
+    if not config.data:
+        raise ConfigError("data is empty; name a data set")
+    # what is no Hub id must be a path
+    is_path = not HUB_ID.fullmatch(config.data) or config.data.endswith(".parquet")
+    if (is_path or config.data.startswith(".")) and not os.path.exists(config.data):
+        raise ConfigError(f"data={shown(config.data)} does not exist")
     if config.held_out and config.streaming:
         raise ConfigError(
             f"held_out={config.held_out} is not for streams; name held-out images by eval_split or eval_data"
@@ -100,45 +148,15 @@ def _check_run(config):
         raise ConfigError(
             f"held_out={config.held_out} and eval_data={shown(config.eval_data)} name held-out images twice; give one"
         )
-    if config.num_workers > MAX_WORKERS_PER_CORE * os.cpu_count():
-        raise ConfigError(
-            f"num_workers={config.num_workers} is more than {MAX_WORKERS_PER_CORE} for each of {os.cpu_count()} cores, which "
-            "would make the machine unresponsive; take as many as there are cores, or fewer"
-        )
-    lists = {
-        f"{part}.{key}": value
-        for part in sections_of(config)
-        for key, value in getattr(config, part).items()
-        if isinstance(value, (list, tuple)) and len(value) > 1000
-    }
-    if lists:  # perhaps from a pipeline, whose file may be larger
-        try:
-            parse_yaml(as_yaml(config))
-        except ValueError as error:
-            key = max(lists, key=lambda key: len(lists[key]))
-            raise ConfigError(
-                f"{key} has {len(lists[key]):,} values, with which config.yaml could not be read again: {error}; give fewer"
-            ) from None
-    if not config.data:
-        raise ConfigError("data is empty; name a data set")
-    if not config.output_dir:
-        raise ConfigError("output_dir is empty; name a folder")
-    if len(config.adam_betas) != 2:
-        raise ConfigError(f"adam_betas={shown(config.adam_betas)} must be two numbers, as [0.9, 0.999]")
     if config.channels not in (1, 3, 4):
         raise ConfigError(f"channels={config.channels} must be 1 (grey), 3 (RGB) or 4 (RGBA)")
-    for name in config.DERIVED:
-        if name in getattr(config, config.NETWORK):
-            raise ConfigError(f"{config.NETWORK}.{name} follows from the other keys of the run; leave it out")
-    if config.minutes is not None and "steps" in config.explicit:
-        raise ConfigError(f"steps={config.steps} and minutes={config.minutes:g} contradict each other; leave one out")
-    size = image_size(config)
-    if len(size) != 2:
+    if len(image_size(config)) != 2:
         raise ConfigError(f"image_size={shown(config.image_size)} must be one number or [height, width]")
-    # what is no Hub id must be a path
-    is_path = not HUB_ID.fullmatch(config.data) or config.data.endswith(".parquet")
-    if (is_path or config.data.startswith(".")) and not os.path.exists(config.data):
-        raise ConfigError(f"data={shown(config.data)} does not exist")
+
+
+def _check_output_dir(config):
+    if not config.output_dir:
+        raise ConfigError("output_dir is empty; name a folder")
     output = Path(config.output_dir).absolute()
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir={shown(config.output_dir)} is a file")

@@ -22,38 +22,13 @@ def open_accelerator(config: RunConfig) -> Accelerator:
     """The accelerator of a run, as its launcher and its config ask for it.
 
     Raises:
-        ConfigError: a launcher's settings that this machine or this loop cannot follow.
+        ConfigError: a setting of the launcher that this machine or this loop cannot follow.
     """
-    requested = {name: os.environ.get(f"ACCELERATE_{name}", "").lower() for name in ("USE_CPU", "MIXED_PRECISION")}
-    started = int(os.environ.get("WORLD_SIZE") or 1)
-    has_accelerator = torch.accelerator.is_available()
-    for kind in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise ConfigError(
-                f"accelerate's config asks for {kind}, which divides the network among processes; this loop's average "
-                "and samples need it whole: take distributed_type MULTI_GPU, and where memory is short --gradient_checkpointing"
-            )
-    launched_by_accelerate = bool(requested["MIXED_PRECISION"])
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if started == 1 else "all"
-    devices = "" if devices.startswith("-") or devices == "NoDevFiles" else devices  # ways to ask for the CPU
-    if launched_by_accelerate and requested["USE_CPU"] != "true" and not has_accelerator and (devices or started > 1):
-        raise ConfigError(
-            f"accelerate's config asks for GPUs ({devices}), torch finds none; run `accelerate config` anew, or on the CPU "
-            "python training/train.py, or torchrun --nproc_per_node 2 training/train.py"
-        )
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # so accelerate launch --cpu --num_processes 2
-        print_above_progress_bar(
-            f"{config.program}: several processes were asked for, one was started; on the CPU it is "
-            "torchrun --nproc_per_node 2 training/train.py"
-        )
-    if requested["MIXED_PRECISION"] not in ("", "no", config.mixed_precision):
-        print_above_progress_bar(
-            f"{config.program}: mixed_precision={config.mixed_precision} decides, not accelerate's "
-            f"{requested['MIXED_PRECISION']}; --mixed_precision {requested['MIXED_PRECISION']} to have that"
-        )
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    _check_launcher(config, processes)
     try:
         accelerator = Accelerator(
-            cpu=not has_accelerator,  # without it several processes on the CPU do not find each other
+            cpu=not torch.accelerator.is_available(),  # without it several processes on the CPU do not find each other
             # a step is of so many batches, also where an epoch ends between them
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 config.gradient_accumulation_steps, sync_with_dataloader=False
@@ -73,15 +48,48 @@ def open_accelerator(config: RunConfig) -> Accelerator:
         raise ConfigError(f"mixed_precision={config.mixed_precision!r}: {' '.join(str(error).split())}") from error
     if config.mixed_precision == "fp16" and not has_mixed_precision(accelerator):
         raise ConfigError(f"mixed_precision='fp16' is not for the {accelerator.device.type}; take bf16 or no")
-    if started != accelerator.num_processes:
+    if processes != accelerator.num_processes:
         raise ConfigError(
-            f"{started} processes were started, accelerate found {accelerator.num_processes}; see the README"
+            f"{processes} processes were started, accelerate found {accelerator.num_processes}; see the README"
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    if launched_by_accelerate or started > 1:
+    if processes > 1 or _is_launched_by_accelerate():
         _use_all_cores(accelerator)
     return accelerator
+
+
+def _is_launched_by_accelerate():
+    return bool(os.environ.get("ACCELERATE_MIXED_PRECISION"))
+
+
+def _check_launcher(config, processes):
+    """Raise ConfigError for settings of a launcher that cannot be followed, and print those that are overruled."""
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate's config asks for {kind}, which divides the network among processes; this loop's average "
+                "and samples need it whole: take distributed_type MULTI_GPU, and where memory is short --gradient_checkpointing"
+            )
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if processes == 1 else "all"
+    devices = "" if devices.startswith("-") or devices == "NoDevFiles" else devices  # ways to ask for the CPU
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if _is_launched_by_accelerate() and devices and not wants_cpu and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"accelerate's config asks for GPUs ({devices}), torch finds none; run `accelerate config` again, or on the CPU "
+            "python training/train.py, or torchrun --nproc_per_node 2 training/train.py"
+        )
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # so accelerate launch --cpu --num_processes 2
+        print_above_progress_bar(
+            f"{config.program}: several processes were asked for, one was started; on the CPU it is "
+            "torchrun --nproc_per_node 2 training/train.py"
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    if precision not in ("", "no", config.mixed_precision):
+        print_above_progress_bar(
+            f"{config.program}: mixed_precision={config.mixed_precision} decides, not accelerate's {precision}; "
+            f"--mixed_precision {precision} to have that"
+        )
 
 
 def is_compiled(config: RunConfig) -> bool:
