@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import torch
 
-from ddpm_hf.arguments import listed
+from ddpm_hf.arguments import listed, sides
 from ddpm_hf.data.dataset import PixelTensors, training_set
 from ddpm_hf.data.pixels import ImageDoesNotFit, image_to_pixels, pixels_to_tensor
 from ddpm_hf.data.sources import check_levels, load_images
@@ -57,7 +57,7 @@ def read_tensor(
     size = unet.config.sample_size
     if size is None:
         raise ValueError("the network's config has no sample_size (the side of its images in pixels); set it")
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = sides(size)
     trained = unet.preprocessing
     rules = {key: trained[key] for key in ("background", "crop") if key in trained}
     to_pixels, resized = image_to_pixels(size, channels or unet.config.in_channels, levels, **rules), set()
