@@ -7,47 +7,25 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from ddpm_hf.fast.inference import InferenceUNet as InferenceUNet
     from ddpm_hf.likelihood.bound import (
         BitsPerDim as BitsPerDim,
-    )
-    from ddpm_hf.likelihood.bound import (
         bits_per_dim as bits_per_dim,
-    )
-    from ddpm_hf.likelihood.bound import (
         progressive_coding as progressive_coding,
-    )
-    from ddpm_hf.likelihood.bound import (
         rate_distortion as rate_distortion,
     )
     from ddpm_hf.likelihood.encoding import (
         Encoding as Encoding,
-    )
-    from ddpm_hf.likelihood.encoding import (
         decode as decode,
-    )
-    from ddpm_hf.likelihood.encoding import (
         encode as encode,
-    )
-    from ddpm_hf.likelihood.encoding import (
         interpolate_latents as interpolate_latents,
     )
     from ddpm_hf.likelihood.estimate import (
         BitsPerDimEstimate as BitsPerDimEstimate,
-    )
-    from ddpm_hf.likelihood.estimate import (
         estimate_bits_per_dim as estimate_bits_per_dim,
     )
     from ddpm_hf.likelihood.ode import (
         OdeBitsPerDim as OdeBitsPerDim,
-    )
-    from ddpm_hf.likelihood.ode import (
         OdeLikelihood as OdeLikelihood,
-    )
-    from ddpm_hf.likelihood.ode import (
         OdeStopped as OdeStopped,
-    )
-    from ddpm_hf.likelihood.ode import (
         ode_bits_per_dim as ode_bits_per_dim,
-    )
-    from ddpm_hf.likelihood.ode import (
         ode_log_likelihood as ode_log_likelihood,
     )
     from ddpm_hf.models.classifier import NoisyClassifier as NoisyClassifier
@@ -59,32 +37,18 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler as VariationalDDPMScheduler
     from ddpm_hf.schedulers.gaussian import (
         Gaussian as Gaussian,
-    )
-    from ddpm_hf.schedulers.gaussian import (
         discretized_gaussian_log_likelihood as discretized_gaussian_log_likelihood,
     )
-    from ddpm_hf.schedulers.sde import VESDE as VESDE
-    from ddpm_hf.schedulers.sde import VPSDE as VPSDE
-    from ddpm_hf.schedulers.sde import ChainSDE as ChainSDE
-    from ddpm_hf.schedulers.sde import SubVPSDE as SubVPSDE
+    from ddpm_hf.schedulers.sde import VESDE as VESDE, VPSDE as VPSDE, ChainSDE as ChainSDE, SubVPSDE as SubVPSDE
     from ddpm_hf.schedulers.sde_samplers import (
         SubVPSDEScheduler as SubVPSDEScheduler,
-    )
-    from ddpm_hf.schedulers.sde_samplers import (
         VESDEScheduler as VESDEScheduler,
-    )
-    from ddpm_hf.schedulers.sde_samplers import (
         VPSDEScheduler as VPSDEScheduler,
     )
-    from ddpm_hf.training.losses import DiffusionObjective as DiffusionObjective
-    from ddpm_hf.training.losses import ScoreObjective as ScoreObjective
+    from ddpm_hf.training.losses import DiffusionObjective as DiffusionObjective, ScoreObjective as ScoreObjective
     from ddpm_hf.training.timesteps import (
         ContinuousTimes as ContinuousTimes,
-    )
-    from ddpm_hf.training.timesteps import (
         LossSecondMomentTimesteps as LossSecondMomentTimesteps,
-    )
-    from ddpm_hf.training.timesteps import (
         UniformTimesteps as UniformTimesteps,
     )
 

@@ -8,8 +8,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_hf.schedulers.betas import BETA_SCHEDULES
