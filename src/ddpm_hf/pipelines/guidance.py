@@ -10,6 +10,7 @@ import torch
 from ddpm_hf.arguments import sides
 from ddpm_hf.pipelines.labels import check_names
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.precision import in_working_precision
 from ddpm_hf.schedulers.prediction import PREDICTION_TYPES, score_weights
 
 
@@ -44,22 +45,24 @@ def classifier_free(
     return mean if conditional.shape[1] == channels else torch.cat((mean, conditional[:, channels:]), dim=1)
 
 
-def shifted_output(model_output: torch.Tensor, gradient: torch.Tensor, scheduler, t: torch.Tensor | float):
-    """ADM, Algorithm 2, for schedulers that know nothing of guidance: epsilon - sqrt(1 - abar) * gradient.
+def shifted_output(
+    model_output: torch.Tensor, gradient: torch.Tensor, scheduler, t: torch.Tensor | float
+) -> torch.Tensor:
+    """Guide a scheduler without guidance of its own: epsilon - sqrt(1 - abar) * gradient (ADM, Algorithm 2).
 
     Args:
-        model_output: (B, C, H, W), of the scheduler's `prediction_type`: for "sample" and "v_prediction" the same shift.
-        gradient: of scale * log p(y | x_t) by x_t, (B, C, H, W), where x_t has variance abar + (1 - abar).
-        t: timestep, which may lie between two of the process.
+        model_output: (B, C, H, W), of the scheduler's `prediction_type`; other outputs than epsilon are shifted accordingly.
+        gradient: gradient of scale * log p(y | x_t) with respect to x_t, (B, C, H, W), for a variance preserving process.
+        t: timestep, which may lie between two timesteps of the process.
     """
     sigma = sigma_at(scheduler, t)
     abar = 1 / (1 + sigma**2)
     if not 1e-12 <= abar < 1:  # nothing of x_0 is left (zero terminal SNR), and no class; or no noise is left to shift
         return model_output
-    # the score gains the gradient, the output what makes it gain as much
+    # the gradient is added to the score, so 1 / of_output times the gradient to the output
     _, of_output = score_weights(scheduler.config.prediction_type, math.sqrt(abar), math.sqrt(1 - abar))
-    exact = torch.promote_types(model_output.dtype, torch.float32)
-    return model_output.to(exact).add(gradient.to(exact), alpha=1 / of_output).to(model_output.dtype)
+    output = in_working_precision(model_output)
+    return output.add(gradient.to(output.dtype), alpha=1 / of_output).to(model_output.dtype)
 
 
 def sigma_at(scheduler, t) -> float:

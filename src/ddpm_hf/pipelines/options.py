@@ -3,11 +3,12 @@
 import inspect
 import operator
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 
 from ddpm_hf.arguments import shown
+from ddpm_hf.schedulers.ddpm import check_ddim_eta
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
 
@@ -97,10 +98,11 @@ def check_batch(options: SamplingOptions, batch_size: int, channels: int) -> int
 
 
 def check_eta(eta: float | None, scheduler) -> None:
-    """Raises ValueError for an eta outside [0, 1], or for a scheduler whose steps take none."""
-    if eta is not None and not (isinstance(eta, Real) and 0 <= eta <= 1):
-        raise ValueError(f"eta={eta!r} must be in [0, 1]: 0 is deterministic DDIM, 1 has the posterior's variance")
-    if eta is not None and "eta" not in inspect.signature(scheduler.step).parameters:
+    """Raise ValueError for an eta outside [0, 1], or for a scheduler whose steps have no eta."""
+    if eta is None:
+        return
+    check_ddim_eta(eta)
+    if "eta" not in inspect.signature(scheduler.step).parameters:
         raise ValueError(f"eta={eta}: {type(scheduler).__name__} has none; leave it out or use another scheduler")
 
 
