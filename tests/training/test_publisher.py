@@ -1,5 +1,6 @@
 """Pushing while a run goes on: it waits for no Hub and ends for none."""
 
+import dataclasses
 import sys
 import time
 
@@ -127,3 +128,13 @@ def test_an_unreachable_hub_ends_no_run(tmp_path):
     last = result.stderr.splitlines()[-1]
     assert "http://127.0.0.1:9 was not reached" in last and "to try again: python training/push.py" in last
     assert (tmp_path / "pipeline/model_index.json").is_file()
+
+
+def test_the_command_that_publishes_is_of_the_program_that_trained(publisher):
+    config, folder = dataclasses.replace(publisher.config, license="mit"), publisher.folder
+    for program, command in (("train.py", "python training/push.py"), ("ddpm-hf train", "ddpm-hf push")):
+        publisher.config = dataclasses.replace(config, program=program)
+        expected = (
+            f"; to publish what is saved by then: {command} {folder} --repo_id {config.push_to_hub} --license mit"
+        )
+        assert publisher.how_to_publish() == expected

@@ -113,7 +113,8 @@ class Publisher:
 
     def _command(self):
         config = self.config
-        words = ["python", "training/push.py", str(self.folder), "--repo_id", config.push_to_hub]
+        program = ["python", "training/push.py"] if config.program.endswith(".py") else ["ddpm-hf", "push"]
+        words = [*program, str(self.folder), "--repo_id", config.push_to_hub]
         words += ["--private"] * config.hub_private + (["--license", config.license] if config.license else [])
         return shlex.join(words)
 
