@@ -128,7 +128,7 @@ def test_other_commands_exist():
 # a small network with a chain of 100 timesteps, trained for two steps
 SMALL = (
     "--scheduler.num_train_timesteps 100 --unet.norm_num_groups 4 --unet.attention_head_dim 8 --unet.layers_per_block 1 "
-    "--steps 2 --batch_size 4 --sample_every 0"
+    "--init paper --steps 2 --batch_size 4 --sample_every 0"
 )
 RUNS = {
     "digits": f"train --config digits {SMALL} --unet.block_out_channels [8,16]",
@@ -210,6 +210,7 @@ def test_animation_of_the_readme(world, monkeypatch, tmp_path):
 
 
 SHORT = {"--steps": "2", "--batch_size": "4", "--sample_every": "0", "--eval_every": "0", "--output_dir": "runs/short"}
+IN_OTHER_TESTS = {"--mixed_precision", "--compile", "--minutes"}  # a process has one precision; the others take minutes
 
 
 @pytest.mark.slow
@@ -222,7 +223,7 @@ def test_all_commands_run(name, world, hub, monkeypatch, tmp_path):
         if command in PARSERS and "--help" not in argv and Path(argv[0]).is_dir():
             run_shortened(command, argv)
         elif command in KINDS and not {"--help", "--resume", "--dry_run"} & {*argv}:
-            for option in SHORT:
+            for option in SHORT.keys() | IN_OTHER_TESTS:
                 if option in argv:
                     del argv[argv.index(option) : argv.index(option) + 2]
             argv += [
