@@ -19,8 +19,9 @@ from ddpm_hf import (
     VPSDEScheduler,
 )
 from ddpm_hf.files.guarded import read_json
-from ddpm_hf.hub.card import card_text, code, evaluation_command, write_model_card
+from ddpm_hf.hub.card import card_text, evaluation_command, write_model_card
 from ddpm_hf.hub.contents import published_files
+from ddpm_hf.hub.markdown import code
 from ddpm_hf.hub.records import weights_digest
 from support.networks import small_classifier
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ddpm_hf.arguments import listed
+from ddpm_hf.files.diffusers_internals import ConfigReader
 from ddpm_hf.files.guarded import check_file, read_json
 
 CONFIGS = ("config.json", "scheduler_config.json", "model_index.json")
@@ -152,13 +153,13 @@ def check_target(folder: Path, parts: Iterable[str] = ()) -> None:
             )
 
 
-class GuardedConfig:
+class GuardedConfig(ConfigReader):
     """How a component reads and writes its config; before diffusers' `ConfigMixin` among its bases."""
 
     @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """diffusers' hook for reading a config. Raises as `read_config`."""
-        return read_config(Path(json_file), folder_of_part(Path(json_file).parent))
+    def read_json_file(cls, path: Path) -> dict:
+        """The config of a part, by `read_config`, whose errors it raises."""
+        return read_config(path, folder_of_part(path.parent))
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """As diffusers' method, of which `save_pretrained` is made. Raises ValueError where it would write through a link."""

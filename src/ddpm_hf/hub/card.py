@@ -13,8 +13,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ddpm_hf.arguments import sides
 from ddpm_hf.files.atomic import final_name, write_text
 from ddpm_hf.files.guarded import COUNT, NULL, NUMBER, WORD, Kind, check_values, naming, read_json, read_text
-from ddpm_hf.files.pipeline_folder import PARTS, STAGES, component_classes, read_config
+from ddpm_hf.files.pipeline_folder import component_classes, pipeline_class, read_config
+from ddpm_hf.hub.markdown import code, fenced_json, listed_names, printable, title
 from ddpm_hf.hub.records import records_of
+from ddpm_hf.hub.saved import CASCADE, class_of_part, kind_of_class
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.schedulers.ddpm import LEARNED_VARIANCES
@@ -23,37 +25,10 @@ from ddpm_hf.schedulers.ddpm import LEARNED_VARIANCES
 TEMPLATES = (Path(__file__).parents[1] / "model_card.md", Path(__file__).parents[3] / "model_card.md")
 
 
+# the key of an entry -> the entry
 CITATIONS = {
-    "ddpm": """@inproceedings{ho2020denoising,
-  title = {Denoising Diffusion Probabilistic Models},
-  author = {Jonathan Ho and Ajay Jain and Pieter Abbeel},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2020}
-}""",
-    "iddpm": """@inproceedings{nichol2021improved,
-  title = {Improved Denoising Diffusion Probabilistic Models},
-  author = {Alexander Quinn Nichol and Prafulla Dhariwal},
-  booktitle = {International Conference on Machine Learning},
-  year = {2021}
-}""",
-    "adm": """@inproceedings{dhariwal2021diffusion,
-  title = {Diffusion Models Beat {GANs} on Image Synthesis},
-  author = {Prafulla Dhariwal and Alexander Quinn Nichol},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2021}
-}""",
-    "score-sde": """@inproceedings{song2021scorebased,
-  title = {Score-Based Generative Modeling through Stochastic Differential Equations},
-  author = {Yang Song and Jascha Sohl-Dickstein and Diederik P. Kingma and Abhishek Kumar and Stefano Ermon and Ben Poole},
-  booktitle = {International Conference on Learning Representations},
-  year = {2021}
-}""",
-    "cfg": """@inproceedings{ho2021classifier,
-  title = {Classifier-Free Diffusion Guidance},
-  author = {Jonathan Ho and Tim Salimans},
-  booktitle = {NeurIPS Workshop on Deep Generative Models and Downstream Applications},
-  year = {2021}
-}""",
+    entry.partition("{")[2].partition(",")[0]: entry.strip()
+    for entry in Path(__file__).with_name("citations.bib").read_text(encoding="utf-8").split("\n\n")
 }
 
 
@@ -123,12 +98,43 @@ def model_card(
     """
     folder = Path(folder)
     index = read_json(folder / "model_index.json", folder)
-    cascade = index.keys() >= {*STAGES}
-    classes = component_classes(index, folder, STAGES if cascade else PARTS)
+    kind = kind_of_class(pipeline_class(index, folder))
+    classes = component_classes(index, folder, kind.parts)
     name = final_name(folder.absolute())
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
-    if cascade:
-        return _card_of_two_stages(folder, repo_id, license)
+    low = check_values(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]
+    values, data = _values_of_cascade(folder) if kind is CASCADE else _values_of_pipeline(folder, classes, low)
+    card_data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="image-to-image" if low else "unconditional-image-generation",
+        tags=["ddpm", "ddpm-hf", "diffusion"],
+        model_name=printable(repo_id.split("/")[-1]),
+        **data,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(next(path for path in TEMPLATES if path.is_file())),
+        **values,
+        cascade=kind is CASCADE,
+        title=title(repo_id),
+        repo_id=json.dumps(repo_id),
+        pipeline_class=kind.name,
+        remote_code=remote_code,
+        citations="\n\n".join(CITATIONS[key] for key in values["cited"]),
+    )
+
+
+def _values_of_cascade(folder):
+    """What the template shows of a cascade, whose stages have cards of their own; and nothing for its header."""
+    path = folder / "upsampler/model_index.json"
+    low = check_values(read_json(path, folder), {"low_resolution": SIDES}, path)["low_resolution"]
+    size = _network(folder / "upsampler/unet", DDPMUNet, folder).config.sample_size
+    return {"low": _size(low), "size": _size(size), "cited": ["ho2020denoising", "dhariwal2021diffusion"]}, {}
+
+
+def _values_of_pipeline(folder, classes, low):
+    """What the template shows of a pipeline of one network, and the header of the card."""
     network, scheduler = _network(folder / "unet", DDPMUNet, folder), _scheduler(folder)
     stock_prediction, process = scheduler["prediction_type"] or "epsilon", _continuous_process(scheduler)
     own_settings = scheduler.get("_ddpm_hf") or {}
@@ -136,69 +142,58 @@ def model_card(
     scheduler |= own_settings
     records = records_of(folder)
     training, evaluation = records.get("training"), records.get("evaluation")
-    data_id = (training or {}).get("hub_dataset") or ""
-    low = check_values(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]
-    low = low and "x".join(map(str, low))
-    size = network.config.sample_size
-    images = "images of any size" if size is None else "x".join(map(str, sides(size))) + " images"
-    variance = scheduler["variance_type"] or ""
-    reason = None
-    if low:
-        reason = "a network that makes images larger"
-    elif process:
-        reason = "a network of continuous time"
-    elif stock_prediction == "previous":
-        reason = "a network that predicts the previous image"
-    elif variance in LEARNED_VARIANCES:
-        reason = "with learned variances"
-    elif network.class_embedding is not None:
-        reason = "a class-conditional network"
-    elif size is None:
-        reason = "a network of no fixed size"
-    cited = ["ddpm"] + (["score-sde"] if process else [])
-    if reason == "with learned variances" or scheduler["beta_schedule"] == "cosine":
-        cited.append("iddpm")
+    size, variance = network.config.sample_size, scheduler["variance_type"] or ""
+    reasons = {
+        "a network that makes images larger": low,
+        "a network of continuous time": process,
+        "a network that predicts the previous image": stock_prediction == "previous",
+        "with learned variances": variance in LEARNED_VARIANCES,
+        "a class-conditional network": network.class_embedding is not None,
+        "a network of no fixed size": size is None,
+    }
+    reason = next((reason for reason, applies in reasons.items() if applies), None)
     classifier = _network(folder / "classifier", NoisyClassifier, folder) if "classifier" in classes else None
-    cited += ["adm"] if classifier else []
-    cited += ["cfg"] if network.null_class is not None else []
-    return ModelCard.from_template(
-        ModelCardData(
-            license=license,
-            library_name="diffusers",
-            pipeline_tag="image-to-image" if low else "unconditional-image-generation",
-            tags=["ddpm", "ddpm-hf", "diffusion"],
-            datasets=[data_id] if REPOSITORY.fullmatch(data_id) else None,
-            model_name=printable(repo_id.split("/")[-1]),
-            eval_results=[_result(evaluation)] if evaluation else None,
-        ),
-        template_path=str(next(path for path in TEMPLATES if path.is_file())),
-        title=title(repo_id),
-        repo_id=json.dumps(repo_id),
-        images=images,
-        parameters=f"{network.num_parameters():,}",
-        process=process,
-        steps=scheduler["num_train_timesteps"],
-        beta_schedule=scheduler["beta_schedule"],
-        prediction_type=scheduler["prediction_type"] or "epsilon",
-        variance_type=variance,
-        levels=scheduler["levels"],
-        classes=network.num_classes,
-        class_names=_listed_names(network.class_names),
-        label_dropout=network.null_class is not None,
-        classifier=classifier,
-        pipeline_class="DDPMSuperResolutionPipeline" if low else "DDPMImagePipeline",
-        low=low,
-        stock=reason is None,
-        stock_reason=reason,
-        remote_code=remote_code,
-        pictures=[path.name for path in folder.glob("*.png")],
-        training=training,
-        configuration=training and fenced_json(training),
-        evaluation=evaluation,
-        command=evaluation and evaluation_command(evaluation["command"]),
-        code=code,
-        citations="\n\n".join(CITATIONS[name] for name in cited),
-    )
+    cited = {
+        "ho2020denoising": True,
+        "song2021scorebased": process,
+        "nichol2021improved": reason == "with learned variances" or scheduler["beta_schedule"] == "cosine",
+        "dhariwal2021diffusion": classifier is not None,
+        "ho2021classifier": network.null_class is not None,
+    }
+    data_id = (training or {}).get("hub_dataset") or ""
+    data = {
+        "datasets": [data_id] if REPOSITORY.fullmatch(data_id) else None,
+        "eval_results": [_result(evaluation)] if evaluation else None,
+    }
+    return {
+        "images": "images of any size" if size is None else f"{_size(size)} images",
+        "parameters": f"{network.num_parameters():,}",
+        "process": process,
+        "steps": scheduler["num_train_timesteps"],
+        "beta_schedule": scheduler["beta_schedule"],
+        "prediction_type": scheduler["prediction_type"] or "epsilon",
+        "variance_type": variance,
+        "levels": scheduler["levels"],
+        "classes": network.num_classes,
+        "class_names": listed_names(network.class_names),
+        "label_dropout": network.null_class is not None,
+        "classifier": classifier,
+        "low": low and _size(low),
+        "stock": reason is None,
+        "stock_reason": reason,
+        "pictures": [path.name for path in folder.glob("*.png")],
+        "training": training,
+        "configuration": training and fenced_json(training),
+        "evaluation": evaluation,
+        "command": evaluation and evaluation_command(evaluation["command"]),
+        "code": code,
+        "cited": [key for key, is_cited in cited.items() if is_cited],
+    }, data
+
+
+def _size(size):
+    """A side or (height, width) in words: 32x32."""
+    return "x".join(map(str, sides(size)))
 
 
 REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
@@ -236,38 +231,14 @@ def _network(part, cls, folder):
 
 def _continuous_process(scheduler):
     """What the card says of a scheduler's config in continuous time; None of another."""
-    kind = {"VPSDEScheduler": "VP", "SubVPSDEScheduler": "sub-VP", "VESDEScheduler": "VE"}.get(scheduler["_class_name"])
-    if kind is None or scheduler.get("trained_betas"):
-        return kind and f"{kind} SDE through the betas of a chain"
-    name = "sigma" if kind == "VE" else "beta"
-    return f"{kind} SDE, {name} {scheduler[f'{name}_min']} to {scheduler[f'{name}_max']}"
-
-
-# text of others in a card: what follows is all that puts it there
-
-
-def printable(text: str) -> str:
-    """Text in one line: what does not print, such as line ends and changes of direction, as its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def code(text: str) -> str:
-    """Text as a code span of Markdown."""
-    text = printable(text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if text.strip("`") != text or text.strip() != text else ""
-    return f"{fence}{space}{text}{space}{fence}"
-
-
-def title(text: str) -> str:
-    """Text as that of a heading: plain names as they are, of others each sign of Markdown and HTML escaped."""
-    text = printable(text)
-    return text if re.fullmatch(r"[\w./ -]+", text) else re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
-
-
-def fenced_json(values: dict) -> str:
-    """JSON for a fenced block, whose end nothing in it can be taken for."""
-    return json.dumps(values, indent=2).replace("`", "\\u0060").replace("<", "\\u003c").replace(">", "\\u003e")
+    cls = class_of_part("scheduler", scheduler["_class_name"] or "")
+    if cls is None or not cls.is_continuous:
+        return None
+    process = cls.process_class.short_name
+    if scheduler.get("trained_betas"):
+        return f"{process} SDE through the betas of a chain"
+    name = "beta" if scheduler["sigma_min"] is None else "sigma"
+    return f"{process} SDE, {name} {scheduler[f'{name}_min']} to {scheduler[f'{name}_max']}"
 
 
 EVALUATION_PROGRAMS = (["ddpm-hf", "evaluate"], ["python", "training/evaluate.py"])
@@ -282,56 +253,6 @@ def evaluation_command(text: str | None) -> str | None:
     options = [word for word in words[3:] if word.startswith("--")]
     whole = words[:2] in EVALUATION_PROGRAMS and len(words) > 2 and text.isprintable()
     return shlex.join(words) if whole and all(re.fullmatch(r"--\w+(=.*)?", word) for word in options) else None
-
-
-def _listed_names(names):
-    """The first 20 class names as code spans of a table's cell; "" where they are not known."""
-    listed = ", ".join(code(name[:100]) for name in (names or [])[:20] if name)
-    return listed.replace("|", "\\|") + (", ..." if len(names or []) > 20 else "")
-
-
-def _card_of_two_stages(folder, repo_id, license):
-    """Of a cascade: how it is opened; its stages have cards of their own."""
-    path = folder / "upsampler/model_index.json"
-    low = check_values(read_json(path, folder), {"low_resolution": SIDES}, path)["low_resolution"]
-    side = "x".join(map(str, sides(_network(folder / "upsampler/unet", DDPMUNet, folder).config.sample_size)))
-    data = ModelCardData(
-        license=license,
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["ddpm", "ddpm-hf", "diffusion"],
-        model_name=printable(repo_id.split("/")[-1]),
-    )
-    return ModelCard(f"""---
-{data.to_yaml()}
----
-
-# {title(repo_id)}
-
-Two denoising diffusion models in a row (Dhariwal & Nichol 2021, section 5): one draws images of {low[0]}x{low[1]}, the other
-makes them {side}. Each is a whole pipeline in its folder, `base` and `upsampler`.
-
-## How to open it
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({json.dumps(repo_id)}, trust_remote_code=True)  # from the code in this repository
-
-from ddpm_hf import CascadePipeline  # with the package
-
-pipe = CascadePipeline.from_pretrained({json.dumps(repo_id)})
-images = pipe(batch_size=4, num_inference_steps=250, upsampler_steps=250).images
-```
-
-## Citation
-
-```bibtex
-{CITATIONS["ddpm"]}
-
-{CITATIONS["adm"]}
-```
-""")
 
 
 def card_text(folder: str | os.PathLike, repo_id: str | None = None, **kwargs) -> str:

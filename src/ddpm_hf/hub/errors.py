@@ -3,8 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
+import httpx  # huggingface_hub's own client
 from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 
 class HubError(RuntimeError):
@@ -41,7 +42,7 @@ def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
             message = f"repo_id={repo_id!r} is no name of a repository; give user/name"
         elif isinstance(error, OfflineModeIsEnabled):
             message = f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish"
-        elif status == 401 or any(type(e).__name__ in ("LocalTokenNotFoundError", "LocalProtocolError") for e in chain):
+        elif status == 401 or any(isinstance(e, (LocalTokenNotFoundError, httpx.LocalProtocolError)) for e in chain):
             refused = True
             message = f"{repo_id}: no valid token; run `hf auth login`, set HF_TOKEN, or give token="
         elif status == 403:
@@ -56,7 +57,7 @@ def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
             message = f"{repo_id}: the Hub refused it ({status}): {' '.join(str(error).split())}"
         elif status is not None:
             message = f"{repo_id}: the Hub answered {status}; {again}"
-        elif any(type(e).__module__.startswith("httpx") or isinstance(e, ConnectionError) for e in chain):
+        elif any(isinstance(e, (httpx.HTTPError, httpx.StreamError, ConnectionError)) for e in chain):
             message = (
                 f"{repo_id}: {constants.ENDPOINT} was not reached or broke off ({type(chain[-1]).__name__}); {again}"
             )

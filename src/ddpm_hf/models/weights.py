@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin, load_state_dict
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 
+from ddpm_hf.files.diffusers_internals import read_weights, rename_old_keys
 from ddpm_hf.files.pipeline_folder import GuardedConfig, check_part, folder_of_part
 
 logger = logging.get_logger(__name__)
@@ -61,16 +62,14 @@ class CheckedModel(GuardedConfig, ModelMixin, ConfigMixin):
     def _load_pretrained_model(cls, model, state_dict, resolved_model_file, path, loaded_keys, **kwargs):
         """diffusers' hook for loading: joins all shards, removes prefixes, and checks the weights before they are used."""
         if state_dict is None:
-            state_dict = {
-                name: weight for file in resolved_model_file for name, weight in load_state_dict(file).items()
-            }
+            state_dict = read_weights(resolved_model_file)
         plain = {_WRAPPERS.sub("", name): weight for name, weight in state_dict.items()}
         if len(plain) < len(state_dict):
             twice = [name for name in state_dict if name != _WRAPPERS.sub("", name) in state_dict]
             raise ValueError(
                 f"{path}: its weights hold tensors with and without prefixes, {_counted(twice)}; save it again"
             )
-        model._fix_state_dict_keys_on_load(plain)
+        rename_old_keys(model, plain)
         expected = model.state_dict()
         _check_names(path, expected.keys() - plain.keys(), plain.keys() - expected.keys())
         for name, weight in plain.items():

@@ -15,6 +15,7 @@ from diffusers.utils import logging
 from huggingface_hub import snapshot_download
 
 from ddpm_hf.fast.inference import InferenceUNet
+from ddpm_hf.files.diffusers_internals import ConfigReader, constructor_arguments
 from ddpm_hf.files.guarded import is_inside, naming, read_json
 from ddpm_hf.files.pipeline_folder import (
     check_part,
@@ -53,7 +54,7 @@ PUSH_KWARGS = ("license", "commit_message", "private", "token", "revision", "cre
 _UPDATING = threading.Lock()  # of an optimized network's weights
 
 
-class PackagedPipeline:
+class PackagedPipeline(ConfigReader):
     """A pipeline that is opened and saved with checks, and published; listed before diffusers' `DiffusionPipeline`."""
 
     @property
@@ -65,9 +66,9 @@ class PackagedPipeline:
         return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
     @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """diffusers' hook for reading `model_index.json`."""
-        return read_json(Path(json_file))
+    def read_json_file(cls, path: Path) -> dict:
+        """The index of a pipeline, by `read_json`, whose errors it raises."""
+        return read_json(path)
 
     def save_pretrained(
         self,
@@ -223,7 +224,7 @@ class PackagedImagePipeline(PackagedPipeline):
         classes = cls._check_index(index, path)
         kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
         folder = local_folder(cls, path, all_files=_is_ours(index, classes), **kwargs)
-        part_names, setting_names = cls._get_signature_keys(cls)
+        part_names, setting_names = constructor_arguments(cls)
         parts = {name: kwargs.pop(name) for name in part_names if name in kwargs}
         settings = {name: kwargs.pop(name, index.get(name)) for name in setting_names if name in kwargs.keys() | index}
         # the files of the oldest pipelines lie in the folder itself

@@ -160,6 +160,8 @@ class VPSDE(SDE):
         ValueError: not 0 < beta_min <= beta_max, or their sum is above 300.
     """
 
+    short_name = "VP"
+
     @checked_arguments(**SDE_RANGES)
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, N: int = 1000, prediction_type: str = "epsilon"):
         super().__init__(N, prediction_type)
@@ -262,6 +264,8 @@ class ChainSDE(VPSDE):
 class SubVPSDE(VPSDE):
     """Sub-VP SDE: the drift of `VPSDE` with at most its variance (eq. 12, 34)."""
 
+    short_name = "sub-VP"
+
     def std(self, t: torch.Tensor | float) -> torch.Tensor:
         return -torch.expm1(2 * self.log_scale(t))
 
@@ -280,6 +284,8 @@ class VESDE(SDE):
     Raises:
         ValueError: not 0 < sigma_min < sigma_max.
     """
+
+    short_name = "VE"
 
     time_embedding_type = "fourier"
 

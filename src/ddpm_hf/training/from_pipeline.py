@@ -9,6 +9,7 @@ import torch
 from ddpm_hf.arguments import listed, shown, sides
 from ddpm_hf.data.sources import LEVELS
 from ddpm_hf.files.guarded import naming
+from ddpm_hf.hub.saved import class_of_part
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
 from ddpm_hf.schedulers.ddpm import FIXED_VARIANCES, VariationalDDPMScheduler
@@ -24,16 +25,9 @@ SAMPLING = {
     *("predictor", "corrector", "correct_steps", "snr", "sampling_eps"),
 }
 BETAS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
+
+
 # names of schedulers in continuous time, diffusers' among them, as a saved pipeline has them
-SDES = {
-    "VPSDEScheduler": "vp",
-    "ScoreSdeVpScheduler": "vp",
-    "SubVPSDEScheduler": "subvp",
-    "VESDEScheduler": "ve",
-    "ScoreSdeVeScheduler": "ve",
-}
-
-
 def _process_of(path):
     """The name of a saved pipeline's process, its scheduler, and its keys."""
     with naming(Path(path, "scheduler/scheduler_config.json")):
@@ -42,11 +36,13 @@ def _process_of(path):
 
 def _process(saved):
     name = str(saved.get("_class_name"))
-    known = (*VariationalDDPMScheduler._compatibles, "VariationalDDPMScheduler", *SDES)
-    if name not in known or name.startswith("EDM"):
+    cls = class_of_part("scheduler", name)
+    if cls is None and name in VariationalDDPMScheduler._compatibles and not name.startswith("EDM"):
+        cls = VariationalDDPMScheduler
+    process = next((process for process, its_class in PROCESSES.items() if its_class is cls), None)
+    if process is None:
         raise ValueError(f"its {shown(name)} is not the scheduler of a process that can be trained")
-    process = SDES.get(name, "ddpm")
-    scheduler = PROCESSES[process].from_config(saved)
+    scheduler = cls.from_config(saved)
     values = {**scheduler.config, **scheduler.config.get("_ddpm_hf", {})}
     known = inspect.signature(type(scheduler)).parameters
     return process, scheduler, {key: value for key, value in values.items() if key in known and value is not None}

@@ -1,0 +1,62 @@
+"""All that this package uses of diffusers beyond its documented interface, checked on diffusers 0.42.1.
+
+tests/files/test_diffusers_internals.py fails, and names it, if a new version of diffusers changes one of these.
+"""
+
+from pathlib import Path
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin, load_state_dict
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+# What classes of this package read, call or override in their parents. A published pipeline.py does so too, and cannot import
+# this module, so the names stand where they are used.
+PRIVATE_NAMES = {
+    ConfigMixin: ("_dict_from_json_file",),
+    ModelMixin: (
+        "_fix_state_dict_keys_on_load",
+        "_load_pretrained_model",
+        "_no_split_modules",
+        "_repeated_blocks",
+        "_skip_layerwise_casting_patterns",
+        "_supports_gradient_checkpointing",
+    ),
+    DiffusionPipeline: (
+        "_callback_tensor_inputs",
+        "_exclude_from_cpu_offload",
+        "_execution_device",
+        "_get_signature_keys",
+        "_optional_components",
+    ),
+    DDPMScheduler: ("_compatibles", "_get_variance", "_threshold_sample"),
+}
+
+
+class ConfigReader:
+    """A class whose configs are read by `read_json_file`; a base class, listed before diffusers' `ConfigMixin`."""
+
+    @classmethod
+    def read_json_file(cls, path: Path) -> dict:
+        """The content of a config or an index."""
+        raise NotImplementedError
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        return cls.read_json_file(Path(json_file))
+
+
+def constructor_arguments(pipeline_class: type[DiffusionPipeline]) -> tuple[set[str], set[str]]:
+    """The names of a pipeline's parts and of its settings, as the arguments of its constructor have them."""
+    parts, settings = pipeline_class._get_signature_keys(pipeline_class)
+    return set(parts), set(settings)
+
+
+def read_weights(files: list[str]) -> dict:
+    """Tensor name -> tensor, of all shards of a checkpoint."""
+    return {name: weight for file in files for name, weight in load_state_dict(file).items()}
+
+
+def rename_old_keys(network: ModelMixin, state_dict: dict) -> None:
+    """Gives the tensors of checkpoints from older versions of diffusers their present names, in place."""
+    network._fix_state_dict_keys_on_load(state_dict)
