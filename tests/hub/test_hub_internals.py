@@ -4,6 +4,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors, hf_api
 
+from ddpm_hf.hub.hub_internals import HTTP_CLIENT, is_about_connection, is_about_token
+
 
 @pytest.mark.parametrize(
     "owner, name",
@@ -11,6 +13,7 @@ from huggingface_hub import constants, errors, hf_api
         (constants, "DEFAULT_REVISION"),
         (constants, "ENDPOINT"),
         (errors, "HFValidationError"),
+        (errors, "HfHubHTTPError"),
         (errors, "LocalTokenNotFoundError"),
         (errors, "OfflineModeIsEnabled"),
         (hf_api, "RepoFile"),
@@ -22,6 +25,17 @@ def test_names_exist(owner, name):
         f"huggingface_hub {huggingface_hub.__version__} has no {owner.__name__}.{name} any more; mend ddpm_hf/hub/"
     )
     assert hasattr(owner, name), message
+
+
+def test_errors_of_the_http_client():
+    """Its name and its errors: see HTTP_CLIENT in hub/hub_internals.py."""
+    message = (
+        f"huggingface_hub {huggingface_hub.__version__} has another HTTP client; mend ddpm_hf/hub/hub_internals.py"
+    )
+    assert HTTP_CLIENT.__name__ in ("httpx", "httpx2"), message
+    assert all(hasattr(HTTP_CLIENT, name) for name in ("HTTPError", "LocalProtocolError", "StreamError")), message
+    assert is_about_connection(HTTP_CLIENT.ConnectError("x")) and not is_about_connection(ValueError()), message
+    assert is_about_token(HTTP_CLIENT.LocalProtocolError("x")), message
 
 
 def test_files_have_a_size_a_blob_and_a_digest():

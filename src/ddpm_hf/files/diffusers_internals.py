@@ -23,7 +23,6 @@ PRIVATE_NAMES = {
         "_supports_gradient_checkpointing",
     ),
     DiffusionPipeline: (
-        "_callback_tensor_inputs",
         "_exclude_from_cpu_offload",
         "_execution_device",
         "_get_signature_keys",

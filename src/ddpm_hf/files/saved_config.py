@@ -9,7 +9,10 @@ def sorted_json(value: dict) -> str:
 
 
 def package_only(method):
-    """Marks a method that is left out of a published pipeline.py, where calling it says that the package brings it."""
+    """Marks a method that is left out of a published pipeline.py, where calling it says that the package brings it.
+
+    Private methods, and properties (as the decorator below `property`), leave no trace there.
+    """
     return method
 
 

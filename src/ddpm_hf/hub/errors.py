@@ -3,9 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 
-import httpx  # huggingface_hub's own client
 from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+from ddpm_hf.hub.hub_internals import is_about_connection, is_about_token
 
 
 class HubError(RuntimeError):
@@ -42,7 +43,7 @@ def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
             message = f"repo_id={repo_id!r} is no name of a repository; give user/name"
         elif isinstance(error, OfflineModeIsEnabled):
             message = f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish"
-        elif status == 401 or any(isinstance(e, (LocalTokenNotFoundError, httpx.LocalProtocolError)) for e in chain):
+        elif status == 401 or any(map(is_about_token, chain)):
             refused = True
             message = f"{repo_id}: no valid token; run `hf auth login`, set HF_TOKEN, or give token="
         elif status == 403:
@@ -57,7 +58,7 @@ def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
             message = f"{repo_id}: the Hub refused it ({status}): {' '.join(str(error).split())}"
         elif status is not None:
             message = f"{repo_id}: the Hub answered {status}; {again}"
-        elif any(isinstance(e, (httpx.HTTPError, httpx.StreamError, ConnectionError)) for e in chain):
+        elif any(map(is_about_connection, chain)):
             message = (
                 f"{repo_id}: {constants.ENDPOINT} was not reached or broke off ({type(chain[-1]).__name__}); {again}"
             )

@@ -131,9 +131,9 @@ class _Module:
                 for line in range(first + 1, inner.end_lineno):
                     del lines[line]
                 lines[first] = f'    {inner.name} = {BROUGHT_BY_PACKAGE}("{inner.name}")'
-                if inner.name[0] == "_":  # and the empty line behind it
+                if inner.name[0] == "_" or len(inner.decorator_list) > 1:  # nobody calls it
                     del lines[first]
-                    lines.pop(inner.end_lineno, None)
+                    lines.pop(inner.end_lineno, None)  # the empty line
             elif _is_left_out(inner):
                 for line in range(inner.lineno - 1, inner.end_lineno):
                     lines.pop(line, None)

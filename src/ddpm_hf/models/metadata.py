@@ -4,6 +4,7 @@ from typing import Any
 
 from ddpm_hf.arguments import shown
 from ddpm_hf.files.label_names import check_label_names
+from ddpm_hf.files.saved_config import package_only
 
 PREPROCESSING = ("background", "crop", "image_column", "label_column")
 
@@ -30,6 +31,7 @@ class NetworkMetadata:
         self._set(class_names=None if names is None else check_label_names(self._check_class_names(names)))
 
     @property
+    @package_only
     def preprocessing(self) -> dict[str, str]:
         """How the training images were prepared, as far as it is known. Setting it changes the config.
 
@@ -42,6 +44,7 @@ class NetworkMetadata:
         return _check_preprocessing(self.own_settings().get("preprocessing") or {})
 
     @preprocessing.setter
+    @package_only
     def preprocessing(self, values: dict[str, str] | None) -> None:
         self._set(preprocessing=_check_preprocessing(values or {}) or None)
 

@@ -27,7 +27,6 @@ SAMPLING = {
 BETAS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
 
 
-# names of schedulers in continuous time, diffusers' among them, as a saved pipeline has them
 def _process_of(path):
     """The name of a saved pipeline's process, its scheduler, and its keys."""
     with naming(Path(path, "scheduler/scheduler_config.json")):
