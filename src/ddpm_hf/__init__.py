@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from ddpm_hf.version import __version__ as __version__
+
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from ddpm_hf.fast.inference import InferenceUNet as InferenceUNet
     from ddpm_hf.likelihood.bound import (
@@ -52,7 +54,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
         UniformTimesteps as UniformTimesteps,
     )
 
-__version__ = "0.1.0"
 # module -> its public names; each is imported when it is first used, so that a mistyped option need not wait for torch
 MODULES = {
     "fast.inference": ["InferenceUNet"],

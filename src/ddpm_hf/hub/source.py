@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ddpm_hf import __version__
 from ddpm_hf.files.atomic import write_text
 from ddpm_hf.files.saved_config import saved_class
+from ddpm_hf.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
 STAND_INS = "ddpm_hf.hub.stand_ins"
