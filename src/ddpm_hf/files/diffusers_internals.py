@@ -41,7 +41,7 @@ class ConfigReader:
         raise NotImplementedError
 
     @classmethod
-    def _dict_from_json_file(cls, json_file):
+    def _dict_from_json_file(cls, json_file, dduf_entries=None):  # which older versions of diffusers name
         return cls.read_json_file(Path(json_file))
 
 
