@@ -321,3 +321,17 @@ def test_what_is_saved_now_works_without_the_package(published_0_1, tmp_path, na
     opened = cls.from_pretrained(again)
     images = opened(2, torch.Generator().manual_seed(1), 4, "np", **CALLS[name]).images
     np.testing.assert_allclose(images, np.load(tmp_path / "out.npy"), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["sde", "guided"])
+def test_stages_whose_parts_no_stock_class_opens(published_0_1, tmp_path, name):
+    """diffusers opens a stage by its class, without its consent to run the code of the stage's parts once more."""
+    base = DDPMImagePipeline.from_pretrained(published_0_1 / name)
+    pipe = CascadePipeline(base, CascadePipeline.from_pretrained(published_0_1 / "cascade").upsampler)
+    kwargs = {**CALLS[name], "upsampler_steps": 4}
+    images = pipe(2, torch.Generator().manual_seed(1), 4, "np", **kwargs).images
+    pipe.save_pretrained(tmp_path / "saved")
+    assert len({path.read_bytes() for path in (tmp_path / "saved").rglob("pipeline.py")}) == 1
+    argv = tmp_path / "home", tmp_path / "saved", tmp_path / "out.npy", json.dumps(kwargs)
+    run_elsewhere(OPEN, *argv, package=False, offline=True)
+    np.testing.assert_allclose(images, np.load(tmp_path / "out.npy"), atol=ROUNDING)

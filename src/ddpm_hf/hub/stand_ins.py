@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import diffusers
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -83,6 +84,24 @@ class PackagedImagePipeline(PackagedPipeline):
     """A pipeline of this file. With the package, it can also be published and made faster."""
 
     optimize = brought_by_package("optimize")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As diffusers' method; all parts by the classes of this file if no stock class opens one of them.
+
+        So a cascade opens its stages: diffusers would ask for `trust_remote_code` once more.
+        """
+        path, index = pretrained_model_name_or_path, cls.load_config(pretrained_model_name_or_path)
+        names = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and type(entry[1]) is str}
+        classes = {part: globals().get(name) or getattr(diffusers, name) for part, name in names.items()}
+        if not any(getattr(part_class, "source_name", None) for part_class in classes.values()):
+            return super().from_pretrained(path, **kwargs)
+        options = {name: kwargs[name] for name in ("torch_dtype", "variant") if name in kwargs}
+        parts = {
+            part: part_class.from_pretrained(path, subfolder=part, **options if part != "scheduler" else {})
+            for part, part_class in classes.items()
+        }
+        return cls(**parts, **{name: index[name] for name in cls._get_signature_keys(cls)[1] if name in index})
 
     def _network(self, timesteps):
         return self.unet

@@ -153,6 +153,15 @@ class PackagedCascade(PackagedPipeline):
 
     stage_classes: dict[str, type]
 
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As `PackagedPipeline.save_config`; the same `pipeline.py` stands in the folder of each stage.
+
+        diffusers gives the modules of all these files one name, so each must mean the same by a name.
+        """
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for stage in self.components:
+            write_source(os.path.join(save_directory, stage), self.source_name, saved_classes(self))
+
     @property
     def folder(self) -> Path | None:
         """The local folder, or the snapshot of the Hub, that all stages were opened from; None if from neither."""
