@@ -102,8 +102,10 @@ OPEN = """
         np.save(out, images)
     if how == "remote":
         pipe.save_pretrained(out + "_again")
-        print(pipe.optimize(compile=False))
-        pipe(2, num_inference_steps=2, **guided)
+        try:
+            pipe.optimize(compile=False)
+        except ImportError as error:
+            print(error)
 """
 PARTS = "DDPMImagePipeline DDPMUNet NoisyClassifier VariationalDDPMScheduler"
 
@@ -119,7 +121,9 @@ def test_opened_in_a_new_process(trained, tmp_path):
     expected = images_of(DDPMImagePipeline.from_pretrained(folder))
     for how in "package", "remote":
         told = run_elsewhere(OPEN, tmp_path, how, folder, tmp_path / how, package=how == "package", offline=True)
-        assert PARTS in told
+        assert PARTS in told and ("optimize is brought by the package ddpm-hf: pip install" in told) == (
+            how == "remote"
+        )
         np.testing.assert_allclose(np.load(tmp_path / f"{how}.npy"), expected, rtol=0, atol=ROUNDING)
     names = "model_index.json", "classifier/config.json", "classifier/diffusion_pytorch_model.safetensors"
     assert all((tmp_path / "remote_again" / name).read_bytes() == (folder / name).read_bytes() for name in names)
