@@ -312,6 +312,9 @@ def _described_rows(source, root, paths, metadata, split):
         raise ValueError(f"{source}: {_listed(metadata)} cannot be read: {error.__cause__ or error!r}") from error
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     columns = [pc.struct_field(rows.data[name], "path").to_pylist() for name in images]
+    outside = [path for column in columns for path in column if path and not _is_below(path, root)]
+    if outside:  # which datasets before 5.2 opens
+        raise ValueError(f"{source}: {_listed(metadata)} names {outside[0]}, which is not in the folder; remove that row")
     if columns and split is not None:
         splits = [SPLITS.get(_top(os.path.relpath(path or root, root)).lower(), split) for path in columns[0]]
         rows = rows.select([i for i, row_split in enumerate(splits) if row_split == split])
@@ -322,6 +325,11 @@ def _described_rows(source, root, paths, metadata, split):
             f"{_listed(left_out)}"
         )
     return rows
+
+
+def _is_below(path, root):
+    """Whether a path without links leads to something in the folder `root`."""
+    return os.path.normpath(path).startswith(os.path.join(root, ""))
 
 
 def _select(splits, split, source):
