@@ -314,7 +314,9 @@ def _described_rows(source, root, paths, metadata, split):
     columns = [pc.struct_field(rows.data[name], "path").to_pylist() for name in images]
     outside = [path for column in columns for path in column if path and not _is_below(path, root)]
     if outside:  # which datasets before 5.2 opens
-        raise ValueError(f"{source}: {_listed(metadata)} names {outside[0]}, which is not in the folder; remove that row")
+        raise ValueError(
+            f"{source}: {_listed(metadata)} cannot be read: {outside[0]} is not in the folder; remove that row"
+        )
     if columns and split is not None:
         splits = [SPLITS.get(_top(os.path.relpath(path or root, root)).lower(), split) for path in columns[0]]
         rows = rows.select([i for i, row_split in enumerate(splits) if row_split == split])
