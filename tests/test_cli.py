@@ -9,6 +9,10 @@ import pytest
 from ddpm_hf import __version__
 from ddpm_hf.cli import COMMANDS, EXAMPLES, evaluate, main, push, sample
 from ddpm_hf.cli.parser import Parser, number
+from ddpm_hf.extras import MissingExtra
+from ddpm_hf.hub.errors import HubError
+from ddpm_hf.likelihood.ode import OdeStopped
+from ddpm_hf.training.config import ConfigError
 from support.scripts import ROOT, script
 
 PARSERS = {"sample": sample.make_parser, "evaluate": evaluate.make_parser, "push": push.make_parser}
@@ -101,6 +105,21 @@ def test_a_mistake_is_one_line_before_anything_slow_is_imported(argv, message):
     assert result.returncode == 0, result.stderr
     (line,) = result.stderr.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("cls", [ConfigError, HubError, MissingExtra, OdeStopped])
+def test_errors_of_the_package_are_one_line(monkeypatch, cls):
+    monkeypatch.setattr(push, "main", lambda argv, program: fail_with(cls("no such\nvalue")))
+    with pytest.raises(SystemExit) as end:
+        main(["push"])
+    assert end.value.code == "ddpm-hf push: no such value"
+    with pytest.raises(RecursionError):  # a mistake of the package keeps its traceback
+        monkeypatch.setattr(push, "main", lambda argv, program: fail_with(RecursionError()))
+        main(["push"])
+
+
+def fail_with(error):
+    raise error
 
 
 def test_options_may_have_hyphens():

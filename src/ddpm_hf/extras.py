@@ -3,8 +3,10 @@
 import importlib.util
 import sys
 
+from ddpm_hf.errors import UserError
 
-class MissingExtra(ImportError):
+
+class MissingExtra(UserError, ImportError):
     """A package of an extra is not installed."""
 
 

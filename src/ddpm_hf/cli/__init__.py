@@ -1,6 +1,6 @@
 """The command line: ddpm-hf train | train-classifier | sample | evaluate | push.
 
-A command's words are read and checked before anything slow is imported, so a mistake is answered at once.
+Arguments are parsed and checked before anything slow is imported, so that mistakes are reported at once.
 """
 
 import os
@@ -9,6 +9,7 @@ import tarfile
 
 from ddpm_hf.cli.parser import did_you_mean
 from ddpm_hf.command_help import format_examples
+from ddpm_hf.errors import UserError
 
 COMMANDS = {
     "train": "train a diffusion model on a folder of pictures or another data set",
@@ -31,12 +32,12 @@ def main(argv: list[str] | None = None, program: str | None = None) -> None:
     """Run a command.
 
     Args:
-        argv: the command and its arguments; None takes those of the process.
-        program: what the command calls itself in messages, if not "ddpm-hf COMMAND".
+        argv: the command and its arguments; None for `sys.argv`.
+        program: the program's name in messages; None for "ddpm-hf COMMAND".
     """
     try:
         _dispatch(argv, program)
-    except BrokenPipeError:  # of `ddpm-hf --help | head`
+    except BrokenPipeError:  # as in `ddpm-hf --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -57,7 +58,7 @@ def _dispatch(argv, program):
 
 
 def run(command: str, argv: list[str], program: str) -> None:
-    """Run one of the `COMMANDS`; an error of its user's ends the process with one line."""
+    """Run one of the `COMMANDS`; an error that the user can mend ends the process with one line."""
     if command in ("train", "train-classifier"):
         from ddpm_hf.cli.train import main as run_training
 
@@ -70,26 +71,12 @@ def run(command: str, argv: list[str], program: str) -> None:
         from ddpm_hf.cli.push import main as run_command
     try:
         run_command(argv, program)
-    except Exception as error:
-        if not is_users(error):
-            raise
+    except (UserError, ValueError, OSError, ImportError, tarfile.TarError) as error:
         sys.exit(f"{program}: {' '.join(str(error).split())}")
 
 
-def is_users(error: Exception) -> bool:
-    """Whether an error is about what the user gave, so that its message says all there is to say."""
-    if isinstance(error, (ValueError, OSError, ImportError, tarfile.TarError)):
-        return True
-    # of modules that only a command which got that far has imported
-    kinds = {"ddpm_hf.hub.upload": "HubError", "ddpm_hf.likelihood.ode": "OdeStopped"}
-    return any(
-        module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
-        for module, name in kinds.items()
-    )
-
-
 def help_text() -> str:
-    """What ddpm-hf --help prints."""
+    """The text of `ddpm-hf --help`."""
     width = max(map(len, COMMANDS)) + 2
     return "\n".join(
         [

@@ -7,9 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from ddpm_hf.extras import MissingExtra, require_extra
+from ddpm_hf.errors import UserError
+from ddpm_hf.extras import require_extra
 from ddpm_hf.training.command_line import load_config
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, keys_of
+from ddpm_hf.training.config import ClassifierConfig, RunConfig, TrainConfig, keys_of
 
 
 def main(command: str, argv: list[str], program: str) -> None:
@@ -19,7 +20,7 @@ def main(command: str, argv: list[str], program: str) -> None:
         config, dry_run = load_config(argv if is_script else with_data_option(argv, kind), kind, program)
         for module in ("datasets", "matplotlib", "psutil"):
             require_extra(module, "train", "training runs")
-    except (ConfigError, MissingExtra) as error:
+    except UserError as error:
         sys.exit(f"{program}: {error}")
 
     from ddpm_hf.training.launch import main as launch

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
+from ddpm_hf.errors import UserError
 from ddpm_hf.hub.hub_internals import is_about_connection, is_about_token
 
 
-class HubError(RuntimeError):
+class HubError(UserError, RuntimeError):
     """What kept a folder from being published, and what to do, in one line.
 
     Attributes:

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from tqdm.auto import tqdm
 
+from ddpm_hf.errors import UserError
 from ddpm_hf.extras import require_extra
 from ddpm_hf.likelihood.bound import check_scheduler
 from ddpm_hf.models.evaluation_mode import evaluation_mode
@@ -26,7 +27,7 @@ from ddpm_hf.schedulers.sde import SDE, ChainSDE
 from ddpm_hf.schedulers.sde_samplers import SDEScheduler, clip_limits
 
 
-class OdeStopped(RuntimeError):
+class OdeStopped(UserError, RuntimeError):
     """The solver stopped before the end: too many evaluations, or a state that is not finite."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ddpm_hf.arguments import sides
+from ddpm_hf.errors import UserError
 from ddpm_hf.files.strict_yaml import dump_yaml
 
 # beside the package where it is installed; in training/ of a checkout
@@ -32,7 +33,7 @@ ALIASES = {
 }  # fmt: skip
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A mistake in a run's configuration; its message is one line."""
 
 

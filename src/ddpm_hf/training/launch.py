@@ -9,9 +9,8 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from ddpm_hf.extras import MissingExtra
-from ddpm_hf.hub.errors import HubError
-from ddpm_hf.training.config import ConfigError, RunConfig, TrainConfig, as_yaml
+from ddpm_hf.errors import UserError
+from ddpm_hf.training.config import RunConfig, TrainConfig, as_yaml
 from ddpm_hf.training.devices import leave, open_accelerator
 from ddpm_hf.training.interrupts import Stopped, find_dead_workers_when_reading
 from ddpm_hf.training.loop import TASKS, train
@@ -25,7 +24,7 @@ def main(config: RunConfig, dry_run: bool, train: Callable[[RunConfig], object] 
         config = resolve(config)
         with torch.device("meta"):  # no weights yet, but every check
             task = TASKS[type(config)](config)
-    except (ValueError, TypeError, MissingExtra) as error:
+    except (UserError, ValueError, TypeError) as error:
         sys.exit(f"{config.program}: {' '.join(str(error).split())}")
     if dry_run:
         if config.minutes is not None:
@@ -55,7 +54,7 @@ def run(train: Callable[[RunConfig], object], config: RunConfig) -> None:
         if PartialState().is_main_process:
             print(f"{program}: {error}", file=sys.stderr)
         status = error.status
-    except (ConfigError, OSError, SafetensorError, HubError) as error:  # safetensors has its own for a full disk
+    except (UserError, OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         sys.exit(f"{program}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:  # before the first step, or the second one
         print(f"{program}: interrupted", file=sys.stderr)
