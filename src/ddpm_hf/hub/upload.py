@@ -94,7 +94,11 @@ def push_folder(
             path = api.hf_hub_download(repo_id, "README.md", revision=revision)
             old = Path(path).read_text(encoding="utf-8", errors="replace")
     gone, changed = _left_behind(files, there)
-    files |= _card(folder, files, old, repo_id, license, changed, to_main)
+    text = _card_text(
+        folder, repo_id, license, local=files.get("README.md"), online=old, changed=changed, to_main=to_main
+    )
+    if text is not None:
+        files["README.md"] = text.encode()
     with explained(repo_id, revision):
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         operations += [CommitOperationDelete(name) for name in sorted(gone)]
@@ -114,18 +118,20 @@ def push_folder(
     return info
 
 
-def _card(folder, files, old, repo_id, license, changed, to_main):
-    """README.md to be sent, if it differs from the folder's and from the repository's, whose text is `old`."""
-    mine = files.get("README.md")
-    text = read_text(mine) if mine else old
-    if not text or (is_our_card(text) and (mine or changed)):
-        license = license or license_of(old)
-        text = card_text(folder, repo_id, license=license, remote_code=to_main)
-    elif license and license != license_of(text):
-        text = licensed(text, license)
-    else:
-        return {}
-    return {"README.md": text.encode()}
+def _card_text(folder, repo_id, license, *, local, online, changed, to_main):
+    """The card to be sent; None if it stays as it is in the folder, or `online`.
+
+    Args:
+        local: the folder's README.md, if it has one.
+        online: the text of the repository's, "" if it has none.
+        changed: whether the weights of the repository change.
+    """
+    text = read_text(local) if local else online
+    if not text or (is_our_card(text) and (local or changed)):
+        return card_text(folder, repo_id, license=license or license_of(online), remote_code=to_main)
+    if license and license != license_of(text):
+        return licensed(text, license)
+    return None
 
 
 def _tree(api, repo_id, revision):
