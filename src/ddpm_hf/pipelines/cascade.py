@@ -1,4 +1,4 @@
-"""Two pipelines in a row: small images, then larger ones (ADM, section 5)."""
+"""A cascade of two pipelines: one draws small images, the other enlarges them (ADM, section 5)."""
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -12,16 +12,16 @@ from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
 
 
 class CascadePipeline(NamedClasses, SavedPipeline, PackagedCascade, DiffusionPipeline):
-    """Two stages: a `DDPMImagePipeline` draws small images, a `DDPMSuperResolutionPipeline` makes them larger (ADM, section 5).
+    """A `DDPMImagePipeline` that draws small images and a `DDPMSuperResolutionPipeline` that enlarges them (ADM, section 5).
 
-    It is saved to one folder, a sub-folder for each stage, which is a whole pipeline itself.
+    A saved folder has a sub-folder for each stage, which is itself a saved pipeline.
 
     Args:
-        base: draws images of the size that the upsampler takes.
-        upsampler: makes them larger.
+        base: draws images of the upsampler's input size.
+        upsampler: enlarges them.
 
     Raises:
-        ValueError: images of the base that the upsampler does not take, or other classes.
+        ValueError: the stages differ in image size, channels or classes.
     """
 
     stock_class = None
@@ -41,7 +41,7 @@ class CascadePipeline(NamedClasses, SavedPipeline, PackagedCascade, DiffusionPip
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the labels 0, 1, ... of the stages; None if not known."""
+        """Class names of labels 0, 1, ...; None if unknown."""
         return self.upsampler.class_names if self.base.class_names is None else self.base.class_names
 
     @torch.no_grad()
@@ -62,15 +62,15 @@ class CascadePipeline(NamedClasses, SavedPipeline, PackagedCascade, DiffusionPip
         """Draws small images with the base and enlarges them with the upsampler.
 
         Args:
-            batch_size, generator, output_type, return_dict: as in `DDPMImagePipeline.__call__`, of both stages.
-            num_inference_steps: network calls of the base; upsampler_steps: of the upsampler. None for all.
-            class_labels: of both, where both are class-conditional.
-            noise_level: of the upsampler's conditioning augmentation.
-            upsampler_kwargs: other arguments of the upsampler.
-            Others: of the base.
+            batch_size, generator, output_type, return_dict: as in `DDPMImagePipeline.__call__`.
+            num_inference_steps, upsampler_steps: steps of the base and of the upsampler; None for all.
+            class_labels: for each stage that is class-conditional.
+            noise_level: level of noise added to the small images.
+            upsampler_kwargs: other arguments for the upsampler.
+            Others: for the base.
 
         Returns:
-            `ImagePipelineOutput` with `.images` of the upsampler.
+            `ImagePipelineOutput` with `.images`.
         """
         base_kwargs, upsampler_kwargs = dict(kwargs), dict(upsampler_kwargs or {})
         with_classes = [
@@ -102,6 +102,6 @@ class CascadePipeline(NamedClasses, SavedPipeline, PackagedCascade, DiffusionPip
         return self.base.dtype
 
     def set_progress_bar_config(self, **kwargs) -> None:
-        """Of both stages, as diffusers' method."""
+        """Configures the progress bars of both stages, as diffusers' method."""
         for stage in (self.base, self.upsampler):
             stage.set_progress_bar_config(**kwargs)

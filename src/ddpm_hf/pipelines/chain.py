@@ -1,4 +1,4 @@
-"""The scheduler of one sampling call: its timesteps, what its steps can do, and what its samples should look like."""
+"""The scheduler of one sampling call: its timesteps, and checks of its steps and samples."""
 
 import copy
 import functools
@@ -15,37 +15,37 @@ from ddpm_hf.schedulers.ddpm import LEARNED_VARIANCES
 logger = logging.get_logger(__name__)
 
 
-# What solvers of the ODE or SDE take by default: twice the steps that their papers need. In as many as the process has they
-# visit timesteps twice or begin at pure noise, and either gives garbage.
+# Default steps of ODE and SDE solvers: twice what their papers need. With all steps of the process they would visit timesteps
+# twice or begin at pure noise, and either gives garbage.
 SOLVER_STEPS = 50
 
 
 def prepared_scheduler(scheduler, options: SamplingOptions):
-    """A copy of a scheduler for one call, its timesteps set by `num_inference_steps`, `timesteps` or `sigmas`.
+    """Copies a scheduler and sets its timesteps by `num_inference_steps`, `timesteps` or `sigmas`.
 
-    The pipeline's own stays as it is, for example with the chain of a likelihood.
+    The pipeline's own scheduler keeps its timesteps, for example those of a likelihood.
 
     Raises:
-        ValueError: more than one of the three; one that this scheduler does not take or cannot sample with.
+        ValueError: more than one of the three is given, or one that this scheduler does not support.
     """
     # deep: multistep solvers keep lists of the outputs of their last steps
     scheduler = copy.deepcopy(scheduler)
-    given = {name: getattr(options, name) for name in ("num_inference_steps", "timesteps", "sigmas")}
-    given = {name: value for name, value in given.items() if value is not None}
-    name, cls = next(iter(given), "num_inference_steps"), type(scheduler).__name__
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} were given; give one of them")
+    choices = {name: getattr(options, name) for name in ("num_inference_steps", "timesteps", "sigmas")}
+    choices = {name: value for name, value in choices.items() if value is not None}
+    name, cls = next(iter(choices), "num_inference_steps"), type(scheduler).__name__
+    if len(choices) > 1:
+        raise ValueError(f"{' and '.join(choices)} were given; give one of them")
     if name not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(f"{name}: {cls} takes none; give num_inference_steps, or use another scheduler")
     if name != "num_inference_steps":
         # this package's scheduler checks its timesteps itself
         bounded = name == "timesteps" and not hasattr(scheduler, "chain")
         most = scheduler.config.num_train_timesteps - 1 if bounded else math.inf
-        scheduler.set_timesteps(**{name: _descending(name, given[name], most)})
+        scheduler.set_timesteps(**{name: _descending(name, choices[name], most)})
     else:
-        n = positive_integer(name, given[name]) if given else default_steps(scheduler)
+        n = positive_integer(name, choices[name]) if choices else default_steps(scheduler)
         scheduler.set_timesteps(n)
-        # where there are sigmas the steps are between those: timesteps are rounded, and may be equal
+        # steps are between sigmas if there are any: timesteps are rounded, and may be equal
         places = scheduler.sigmas[:-1] if hasattr(scheduler, "sigmas") else scheduler.timesteps
         if len(places.unique()) < n:
             raise ValueError(f"{cls} visits timesteps twice in {n} steps, and divides by their distance; give fewer")
@@ -55,19 +55,19 @@ def prepared_scheduler(scheduler, options: SamplingOptions):
 
 
 def default_steps(scheduler) -> int:
-    """Steps of a call that names none: all of the process, 50 of a solver, those that a distilled network was made for."""
+    """The default number of steps: all of the process, 50 for solvers, or those a distilled network was trained for."""
     T = scheduler.config.num_train_timesteps
     n = min(SOLVER_STEPS, max(1, T // 2)) if _is_solver(scheduler) else T
     return min(n, scheduler.config.get("original_inference_steps") or n)  # of LCM and TCD
 
 
 def _is_solver(scheduler):
-    """Whether it solves the process's ODE or SDE, and does not take the process's own steps."""
+    """Whether a scheduler solves the ODE or SDE in place of ancestral steps."""
     return not getattr(scheduler, "is_continuous", False) and not hasattr(scheduler, "_get_variance")
 
 
 def _descending(name, values, most):
-    """Timesteps or sigmas as a list of numbers, if they descend from `most` at most to 0 at least."""
+    """Converts timesteps or sigmas to a list of numbers that descend within [0, most]."""
     try:
         numbers = torch.as_tensor(values)
         valid = numbers.dim() == 1 and len(numbers) > 0 and bool((numbers.diff() < 0).all() & numbers.isfinite().all())
@@ -82,7 +82,7 @@ def _descending(name, values, most):
 
 
 def takes_learned_variance(scheduler) -> bool:
-    """Whether its steps take the doubled channels of a network that learned its variance, if it did."""
+    """Whether the scheduler's steps take the doubled output channels of a learned variance."""
     if hasattr(scheduler, "chain"):  # this package's: it also refuses what it cannot use
         return True
     variance = inspect.signature(getattr(scheduler, "_get_variance", list)).parameters
@@ -90,10 +90,10 @@ def takes_learned_variance(scheduler) -> bool:
 
 
 def first_step(scheduler, timestep) -> int:
-    """The index of the chain's first step at `timestep` or below, for sampling that starts there.
+    """Returns the index of the chain's first step at or below `timestep`.
 
     Raises:
-        ValueError: a timestep below the whole chain; a scheduler whose first steps prepare the others (PNDM).
+        ValueError: `timestep` is below the chain, or the scheduler must begin at its start (PNDM).
     """
     chain, order = scheduler.timesteps, getattr(scheduler, "order", 1)
     if order == 1 and not hasattr(scheduler, "sigmas") and len(chain.unique()) < len(chain):
@@ -107,15 +107,15 @@ def first_step(scheduler, timestep) -> int:
 
 
 def warn_of_late_start(scheduler) -> None:
-    """Warns if sampling starts from noise alone at a timestep whose x_t still holds much of the image.
+    """Warns if sampling starts from pure noise at a timestep whose x_t still holds much of the image.
 
-    Much: more than a tenth of x_0, and twice what is left at the process's last timestep.
+    That is a factor of x_0 above 0.1, and above twice that of the process's last timestep.
     """
     start, alphas_cumprod = float(scheduler.timesteps[0]), getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None:
         return
-    signal, least = (math.sqrt(alphas_cumprod[t]) for t in (min(round(start), len(alphas_cumprod) - 1), -1))
-    if signal > max(0.1, 2 * least):
+    signal, last_signal = (math.sqrt(alphas_cumprod[t]) for t in (min(round(start), len(alphas_cumprod) - 1), -1))
+    if signal > max(0.1, 2 * last_signal):
         warn_once(
             f"the chain starts at timestep {start:g} from noise alone, but x_t there still holds {signal:.2f} of the image: "
             "samples lack contrast and variety; choose timestep_spacing='trailing', other timesteps, or a number of steps that "
@@ -125,12 +125,12 @@ def warn_of_late_start(scheduler) -> None:
 
 @functools.lru_cache(maxsize=64)
 def warn_once(message: str) -> None:
-    """Logs a warning, the same only once in a process."""
+    """Logs a warning once per process."""
     logger.warning(message)
 
 
 def check_samples(sample: torch.Tensor, scheduler) -> None:
-    """Warns of samples far outside of their range; waits for the device once. Raises ValueError for NaN and infinity."""
+    """Warns if samples are far outside [-1, 1]; raises ValueError for NaN and infinity. Waits for the device once."""
     bad = len(sample) - sample.isfinite().flatten(1).all(1).sum()
     bad, size = torch.stack((bad.float(), sample.float().square().mean().sqrt())).tolist()
     timesteps = scheduler.timesteps

@@ -46,15 +46,15 @@ from ddpm_hf.schedulers import SCHEDULERS
 
 @dataclass
 class Sampling:
-    """What one call of a pipeline samples with; nothing of it is shared with another call.
+    """The state of one sampling call; calls share nothing.
 
     Attributes:
         noise: x_T, (B, C, H, W).
-        scheduler: a copy of the pipeline's, its timesteps set.
-        network: network(x_t, t) is the output, with classifier-free guidance if there is any.
+        scheduler: a copy of the pipeline's scheduler with its timesteps set.
+        network: called as network(x_t, t); applies classifier-free guidance if there is any.
         gradient: `ClassifierGradient`; None without classifier guidance.
-        step_kwargs: arguments of the scheduler's steps beside output, timestep and sample.
-        takes: the names of all arguments of the scheduler's steps.
+        step_kwargs: arguments of `scheduler.step` beside output, timestep and sample.
+        step_arguments: the names of all arguments of `scheduler.step`.
     """
 
     noise: torch.Tensor
@@ -62,14 +62,14 @@ class Sampling:
     network: GuidedNetwork
     gradient: Callable | None = None
     step_kwargs: dict = field(default_factory=dict)
-    takes: frozenset[str] = frozenset()
+    step_arguments: frozenset[str] = frozenset()
 
 
 @dataclass
 class DenoisingStep:
-    """One step down the chain: from x_t at `timestep` to `sample`, which may be replaced before the next step.
+    """One denoising step from x_t at `timestep` to `sample`, which may be replaced before the next step.
 
-    `index` counts steps from 0; images are (B, C, H, W); `pred_original_sample` is None of schedulers that predict no x_0.
+    `index` counts steps from 0; images are (B, C, H, W); `pred_original_sample` is None if the scheduler predicts no x_0.
     """
 
     index: int
@@ -83,16 +83,15 @@ class DenoisingStep:
 class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, DiffusionPipeline):
     """Draws images by running a diffusion process backwards (Ho, Jain, Abbeel 2020, Algorithm 2; DDIM with `eta`).
 
-    A saved folder is in stock terms, with this class and its parts in a self-contained `pipeline.py` beside the weights:
-    plain `DiffusionPipeline.from_pretrained(folder)` gives diffusers' `DDPMPipeline`; the same with
-    `custom_pipeline=folder, trust_remote_code=True` gives this class without the package.
+    A saved folder opens without this package: plain `DiffusionPipeline.from_pretrained(folder)` gives diffusers'
+    `DDPMPipeline`; with `custom_pipeline=folder, trust_remote_code=True` it gives this class, from a self-contained
+    `pipeline.py` beside the weights.
 
     Args:
-        unet: `DDPMUNet`, or diffusers' `UNet2DModel`, which becomes one that shares its weights.
-        scheduler: `VariationalDDPMScheduler`, or diffusers' `DDPMScheduler`, which becomes one; `VPSDEScheduler` and its like,
-            or diffusers' ScoreSdeVeScheduler and ScoreSdeVpScheduler, which become ones; any other diffusers scheduler of
-            discrete timesteps is used as it is.
-        classifier: `NoisyClassifier` for classifier guidance, of a conditional or an unconditional network; None for none.
+        unet: `DDPMUNet`, or diffusers' `UNet2DModel`, which is converted to a `DDPMUNet` with the same tensors.
+        scheduler: a scheduler of this package, or any diffusers scheduler of discrete timesteps. diffusers' `DDPMScheduler`,
+            ScoreSdeVeScheduler and ScoreSdeVpScheduler are converted to this package's classes.
+        classifier: `NoisyClassifier` for classifier guidance of a conditional or an unconditional network; None for none.
     """
 
     stock_class = "DDPMPipeline"
@@ -118,7 +117,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the labels 0, 1, ... of the network, or where it takes none, of the classifier; None if not known."""
+        """Class names of labels 0, 1, ...: the network's, or the classifier's if that has none; None if unknown."""
         return getattr(
             self.unet if self.takes_labels or self.classifier is None else self.classifier, "class_names", None
         )
@@ -130,7 +129,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
 
     @property
     def num_timesteps(self) -> int:
-        """Length of the chain of the latest call: more than its steps for schedulers of second order."""
+        """Length of the latest call's chain: more than its steps for second-order schedulers."""
         return self._num_timesteps
 
     @torch.no_grad()
@@ -152,40 +151,39 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample", "latents"),
     ) -> ImagePipelineOutput | tuple:
-        """Draws images. The network and its classifier are in evaluation mode during the call.
+        """Draws images, with the network and the classifier in evaluation mode.
 
         Args:
             batch_size: number of images.
-            generator: one for the batch, or a list with one for each image: image i is then the same alone or in a batch.
+            generator: one for the batch, or a list with one per image, so that an image does not depend on its batch.
             num_inference_steps: steps of the scheduler. None for every timestep the process was trained with, or 50 for
-                diffusers' solvers (DPM-Solver, UniPC, DEIS, SA-Solver, Euler, Heun, ...). The chain is set anew in each call:
-                what was set on `pipe.scheduler` is neither used nor changed.
+                diffusers' solvers (DPM-Solver, UniPC, DEIS, SA-Solver, Euler, Heun, ...). Timesteps that were set on
+                `pipe.scheduler` are neither used nor changed.
             output_type: "pil" (mode L for one channel), "np" or "numpy" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1],
-                or "latent" (B, C, H, W), the samples as they are, [-1, 1] but for stray values.
+                or "latent" (B, C, H, W), the samples unclipped, about [-1, 1].
             return_dict: False for a tuple (images,).
-            eta: None for the scheduler's own steps; a number in [0, 1] for DDIM, 0 deterministic.
+            eta: None for the scheduler's own steps; a number in [0, 1] for DDIM; 0 is deterministic.
             class_labels: for a class-conditional network or a classifier: (B,) labels, a list, or one label for all; numbers,
-                or names of `labels`. None of a network that was trained with label dropout: images of no class.
-            guidance_scale: classifier-free guidance of a network that was trained with label dropout, two network calls a
-                step in one: 0 is without the class, None and 1 the conditional network, more is more of the class. A number,
-                or (B,) with one for each image.
-            classifier_scale: classifier guidance (ADM): a number or (B,), of which the gradient of the classifier's
-                log p(y | x_t) is taken; None and 0 for none. Ancestral steps of this package's scheduler follow Algorithm 1,
-                DDIM and every other scheduler Algorithm 2. A pass of the classifier and back each step, in float32.
-            latents: x_T, (B, C, H, W), standard normal; drawn if None. They set the size of the images.
-            timesteps: the chain itself in place of num_inference_steps, descending, for schedulers whose `set_timesteps` takes
-                them (this package's, DDPM, DPM-Solver, Euler, Heun and others).
-            sigmas: likewise, noise levels, for schedulers whose `set_timesteps` takes these.
-            callback_on_step_end: called as `callback(pipe, step_index, timestep, tensors)` after each step, `tensors` a dict
-                of those named next; what it returns under "sample" or "latents" replaces the sample.
-                `pipe._interrupt = True` stops.
-            callback_on_step_end_tensor_inputs: of "sample", "latents" (the same by diffusers' name) and "model_output".
+                or names of `labels`. After training with label dropout, None draws unconditional images.
+            guidance_scale: classifier-free guidance, for a network trained with label dropout; doubles the batch of each
+                network call. 0 ignores the class, None and 1 are the conditional network, higher values follow the class
+                more closely. A number, or (B,) with one per image.
+            classifier_scale: classifier guidance (ADM): the factor of the gradient of the classifier's log p(y | x_t), a
+                number or (B,); None and 0 for none. Ancestral steps of this package's scheduler follow Algorithm 1, DDIM and
+                every other scheduler Algorithm 2. Each step adds a float32 forward and backward pass of the classifier.
+            latents: x_T, (B, C, H, W), standard normal; drawn if None. Images have their size.
+            timesteps: descending timesteps in place of num_inference_steps, if the scheduler's `set_timesteps` takes them
+                (this package's, DDPM, DPM-Solver, Euler, Heun and others).
+            sigmas: descending noise levels, if the scheduler's `set_timesteps` takes them.
+            callback_on_step_end: called as `callback(pipe, step_index, timestep, tensors)` after each step. `tensors` is a
+                dict; "sample" or "latents" in the dict it returns replaces the sample. `pipe._interrupt = True` stops.
+            callback_on_step_end_tensor_inputs: names in `tensors`: "sample", "latents" (the same) and "model_output".
 
         Returns:
             `ImagePipelineOutput` with `.images`.
 
         Raises:
-            ValueError: an argument that cannot be used, named, before any computing; samples that are not finite.
+            ValueError: an argument is invalid, which is checked before sampling; or samples are not finite.
         """
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
         options = SamplingOptions(
@@ -223,7 +221,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
 
     @torch.no_grad()
     def _denoise(self, sampling: Sampling, sample: torch.Tensor, first: int = 0) -> Iterator[DenoisingStep]:
-        """Goes down the chain, from `sample` at its step `first`: the loop behind all that samples."""
+        """Denoises `sample` along the chain, from step `first` on; all sampling methods use this loop."""
         scheduler, network, kwargs = sampling.scheduler, sampling.network, sampling.step_kwargs
         corrections = scheduler.config.get("correct_steps", 0) if hasattr(scheduler, "step_correct") else 0
 
@@ -234,11 +232,11 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
             x_t = sample
             model_input = scheduler.scale_model_input(x_t, t)
             model_output = network(model_input, t)
-            if sampling.gradient is not None and "gradient" in sampling.takes:  # ADM, Algorithm 1
+            if sampling.gradient is not None and "gradient" in sampling.step_arguments:  # ADM, Algorithm 1
                 kwargs["gradient"] = sampling.gradient(model_input, t)
             elif sampling.gradient is not None:  # ADM, Algorithm 2
                 model_output = sampling.gradient.shifted(model_output, model_input, scheduler, t)
-            if "order" in sampling.takes:  # LMS counts steps from the chain's start, also where sampling began later
+            if "order" in sampling.step_arguments:  # LMS counts from the chain's start, even if sampling began later
                 kwargs["order"] = min(4, i + 1)
             output = scheduler.step(model_output, t, x_t, **kwargs)
 
@@ -249,7 +247,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
             sample = step.sample
 
     def _decode(self, sample, output_type):
-        """x_0 -> images of an `output_type`."""
+        """Converts x_0 to images of an `output_type`."""
         if output_type == "latent":
             return sample
         images = (sample.float() / 2 + 0.5 if self._is_centered else sample.float()).clamp(0, 1)
@@ -260,7 +258,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
 
     @property
     def _is_centered(self):
-        """Whether samples are in [-1, 1], and not in [0, 1] as NCSN's."""
+        """Whether samples are in [-1, 1]; NCSN's are in [0, 1]."""
         return self.scheduler.config.get("centered", True)
 
     def progressive(
@@ -272,29 +270,29 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         every: int = 1,
         **options,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Progressive generation (Ho, Jain, Abbeel 2020, section 4.3, figure 6): what x_0 looks like while t goes down.
+        """Yields the predicted x_0 while sampling: progressive generation (Ho, Jain, Abbeel 2020, section 4.3, figure 6).
 
         Args:
-            every: yield each so many steps, and at the last one.
-            batch_size, generator, num_inference_steps: as in `__call__`; the images are those of the same call.
+            every: yield at every n-th step, and at the last.
+            batch_size, generator, num_inference_steps: as in `__call__`, which gives the same images.
             options: eta, class_labels, guidance_scale, classifier_scale, latents, timesteps and sigmas, as in `__call__`.
 
         Yields:
-            (t, x_t, predicted x_0): t the 0-based timestep, in continuous time the network's time, a float; x_t (B, C, H, W)
-            before the step; the prediction at it (B, C, H, W), [-1, 1] where the scheduler clips. The last prediction is the
-            image, but for the shift of classifier guidance.
+            (t, x_t, predicted x_0): t is the 0-based timestep, in continuous time the network's time, a float; x_t (B, C, H, W)
+            before the step; x_0 (B, C, H, W), in [-1, 1] if the scheduler clips. Without classifier guidance the last
+            prediction is the image.
 
         Raises:
-            ValueError: as `__call__`; every below 1; a scheduler whose steps predict no x_0.
+            ValueError: as `__call__`; `every` is below 1; the scheduler predicts no x_0.
         """
-        every = positive_integer("every", every)  # now, and not when the first step is asked for
+        every = positive_integer("every", every)  # now, not at the first step
         options = SamplingOptions(generator, num_inference_steps, **options)
         return self._progress(self._prepare(batch_size, options), every)
 
     def _progress(self, sampling, every):
         steps, last = self._denoise(sampling, sampling.noise), len(sampling.scheduler.timesteps) - 1
         while True:
-            with evaluation_mode(self.unet, self.classifier):  # between steps the modes are the caller's
+            with evaluation_mode(self.unet, self.classifier):  # not between steps
                 step = next(steps, None)
             if step is None:
                 break
@@ -323,26 +321,26 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         output_type: str = "pil",
         **options,
     ) -> ImagePipelineOutput:
-        """Images between two, mixed at x_t and denoised (Ho, Jain, Abbeel 2020, section 4.4, figures 8 and 9).
+        """Interpolates images: mixes them at x_t and denoises (Ho, Jain, Abbeel 2020, section 4.4, figures 8 and 9).
 
-        Both images of a pair are diffused with the same noise, whatever the weight, so that the mixture has the marginal
-        distribution of x_t; then (1 - weight) x_t of a + weight x_t of b goes down the chain.
+        Both images of a pair get the same noise, so that their mixture (1 - weight) x_t(a) + weight x_t(b) has the noise
+        level of x_t. The mixture is then denoised.
 
         Args:
             images_a, images_b: (B, C, H, W) in [-1, 1].
-            weights: K numbers in [0, 1]: 0 is a (reconstructed), 1 is b.
-            timestep: 0-based t at which they are mixed; high ones vary more. The chain starts at its first step at or below.
-            generator: of all noise.
-            class_labels, guidance_scale, classifier_scale: one, or one for each pair; else as in `__call__`.
+            weights: K numbers in [0, 1]: 0 reconstructs a, 1 reconstructs b.
+            timestep: 0-based t of the mixing; higher means more variety. The chain starts at its first step at or below t.
+            generator: for all noise.
+            class_labels, guidance_scale, classifier_scale: as in `__call__`, one for all or one per pair.
             output_type: as in `__call__`.
-            options: num_inference_steps, timesteps, sigmas and eta, as in `__call__`; the chain is cut at `timestep`.
+            options: num_inference_steps, timesteps, sigmas and eta, as in `__call__`.
 
         Returns:
-            `ImagePipelineOutput` with B * K `.images`: the K of the first pair, those of the second, ...
+            `ImagePipelineOutput` with B * K `.images`, ordered by pair, then weight.
 
         Raises:
-            ValueError: as `__call__`; images of different shapes, weights outside [0, 1], a timestep that is not one of the
-                process, or below the whole chain; a scheduler whose first steps prepare the others (PNDM).
+            ValueError: as `__call__`; images of different shapes, weights outside [0, 1], a timestep outside the process or
+                below the chain; a scheduler that needs its first steps to start (PNDM).
         """
         if not (isinstance(images_a, torch.Tensor) and isinstance(images_b, torch.Tensor)):
             raise ValueError("images_a and images_b must be tensors (B, C, H, W) in [-1, 1]")
@@ -386,8 +384,9 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         a, b = (images.to(noise).repeat_interleave(count, dim=0) for images in (images_a, images_b))
         if not self._is_centered:
             a, b = a / 2 + 0.5, b / 2 + 0.5
-        at = scheduler.timesteps[first].expand(pairs * count)
-        sample = scheduler.add_noise((1 - weight) * a + weight * b, noise, at)  # linear, as the mixture of both
+        t = scheduler.timesteps[first].expand(pairs * count)
+        # add_noise is linear: this equals the mixture of both x_t
+        sample = scheduler.add_noise((1 - weight) * a + weight * b, noise, t)
         with evaluation_mode(self.unet, self.classifier):
             for step in self._denoise(sampling, sample, first):
                 sample = step.sample
@@ -396,7 +395,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         return ImagePipelineOutput(images=self._decode(sample, output_type))
 
     def _prepare(self, batch_size, options: SamplingOptions, planes: torch.Tensor | None = None) -> Sampling:
-        """Checks what the caller asks for, and makes what the loop needs; `planes` are what the network sees beside x_t."""
+        """Checks the options and prepares the loop; `planes` are concatenated to x_t as input of the network."""
         channels, device, dtype = self.channels, self._execution_device, self.unet.dtype
         check_generator(options.generator, device)
         batch_size = check_batch(options, batch_size, channels)
@@ -411,8 +410,8 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         generator = list(options.generator) if isinstance(options.generator, tuple) else options.generator
         noise = self._noise(batch_size, options.latents, generator, planes)
 
-        takes = frozenset(inspect.signature(scheduler.step).parameters)
-        step_kwargs = {"generator": generator} if "generator" in takes else {}
+        step_arguments = frozenset(inspect.signature(scheduler.step).parameters)
+        step_kwargs = {"generator": generator} if "generator" in step_arguments else {}
         if options.eta is not None:
             step_kwargs["eta"] = options.eta
         # the timesteps stay on the CPU: reading them never waits for the device
@@ -420,10 +419,10 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         network = network if planes is None else Conditioned(network, planes)
         network = GuidedNetwork(network, channels, with_variance=takes_learned_variance(scheduler), **guidance)
         noise = noise.to(device, dtype) * scheduler.init_noise_sigma
-        return Sampling(noise, scheduler, network, gradient, step_kwargs, takes)
+        return Sampling(noise, scheduler, network, gradient, step_kwargs, step_arguments)
 
     def _noise(self, batch_size, latents, generator, planes):
-        """x_T of variance 1: the caller's, or drawn."""
+        """The caller's latents, or standard normal noise."""
         sample_size = self.unet.config.sample_size
         if latents is not None:
             if planes is not None and latents.shape[2:] != planes.shape[2:]:
@@ -437,7 +436,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
 
     def _label_tensor(self, labels, batch_size):
-        """`class_labels` as a tensor on the pipeline's device, checked by the classes of the network or the classifier."""
+        """Converts `class_labels` to a tensor on the pipeline's device; checks them."""
         if labels is None:
             return None
         num_classes = getattr(self.unet, "num_classes", None)
@@ -454,10 +453,10 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
 
 
 def our_unet(unet: torch.nn.Module) -> torch.nn.Module:
-    """Of diffusers' `UNet2DModel` a `DDPMUNet` with the same tensors; other networks as they are.
+    """Converts diffusers' `UNet2DModel` to a `DDPMUNet` with the same tensors; returns other networks unchanged.
 
     Raises:
-        ValueError: a network without values for some of its tensors.
+        ValueError: some tensors have no values.
     """
     if type(unet) is not UNet2DModel:
         return unet
@@ -473,6 +472,6 @@ def our_unet(unet: torch.nn.Module) -> torch.nn.Module:
 
 
 def our_scheduler(scheduler):
-    """Of diffusers' schedulers that a class of this package stands for, one of that class; others as they are."""
+    """Converts a diffusers scheduler to the class of this package that stands for it; returns others unchanged."""
     ours = next((cls for cls in SCHEDULERS if type(scheduler).__name__ in cls.stands_for), None)
     return scheduler if ours is None else ours.from_config(scheduler.config)

@@ -1,4 +1,4 @@
-"""Guidance of sampling by class: classifier-free (Ho & Salimans 2021), and by a classifier of noisy images (ADM, section 4)."""
+"""Classifier-free guidance (Ho & Salimans 2021) and classifier guidance (ADM, section 4)."""
 
 import copy
 import math
@@ -15,10 +15,10 @@ from ddpm_hf.schedulers.prediction import PREDICTION_TYPES, score_weights
 
 
 def scales(name: str, value: float | torch.Tensor | list[float], batch_size: int) -> torch.Tensor:
-    """A scale of guidance, one for all images or one for each, as (B, 1, 1, 1) or (1, 1, 1, 1), float32.
+    """Converts a guidance scale, one for all images or one per image, to float32 (1, 1, 1, 1) or (B, 1, 1, 1).
 
     Raises:
-        ValueError: not a number or one for each of batch_size images, negative, or not finite.
+        ValueError: a scale is no number, negative or not finite, or the number of scales is wrong.
     """
     try:
         scale = torch.as_tensor(value, dtype=torch.float32)
@@ -36,10 +36,10 @@ def scales(name: str, value: float | torch.Tensor | list[float], batch_size: int
 def classifier_free(
     conditional: torch.Tensor, unconditional: torch.Tensor, scale: torch.Tensor, channels: int
 ) -> torch.Tensor:
-    """unconditional + scale * (conditional - unconditional): 0 is without the class, 1 the conditional network itself.
+    """Returns unconditional + scale * (conditional - unconditional): 0 ignores the class, 1 is the conditional network.
 
-    Outputs (B, C or more, H, W), scale (B or 1, 1, 1, 1). What follows the first `channels`, learned variances, is the
-    conditional network's. With w of Ho & Salimans 2021, eq. 6, scale is 1 + w.
+    Outputs (B, C or more, H, W), scale (B or 1, 1, 1, 1). Learned variances, behind the first `channels`, are the
+    conditional network's. Ho & Salimans 2021, eq. 6, has scale = 1 + w.
     """
     mean = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale.to(conditional.dtype))
     return mean if conditional.shape[1] == channels else torch.cat((mean, conditional[:, channels:]), dim=1)
@@ -48,7 +48,7 @@ def classifier_free(
 def shifted_output(
     model_output: torch.Tensor, gradient: torch.Tensor, scheduler, t: torch.Tensor | float
 ) -> torch.Tensor:
-    """Guide a scheduler without guidance of its own: epsilon - sqrt(1 - abar) * gradient (ADM, Algorithm 2).
+    """Guides any scheduler by epsilon - sqrt(1 - abar) * gradient (ADM, Algorithm 2).
 
     Args:
         model_output: (B, C, H, W), of the scheduler's `prediction_type`; other outputs than epsilon are shifted accordingly.
@@ -66,7 +66,7 @@ def shifted_output(
 
 
 def sigma_at(scheduler, t) -> float:
-    """sqrt((1 - abar) / abar) at a timestep, between two linear, as diffusers' schedulers of sigmas have it."""
+    """sqrt((1 - abar) / abar) at a timestep, linear between timesteps, as in diffusers."""
     abar, low = scheduler.alphas_cumprod.cpu().double(), math.floor(float(t))
     high = min(low + 1, len(abar) - 1)
     a, b = (((1 - abar[i]) / abar[i].clamp(min=1e-24)).sqrt().item() for i in (low, high))
@@ -75,15 +75,15 @@ def sigma_at(scheduler, t) -> float:
 
 @dataclass
 class GuidedNetwork:
-    """The network of one sampling call, with classifier-free guidance if there is a scale.
+    """A network with classifier-free guidance if there is a scale.
 
     Args:
         network: called as a `DDPMUNet`.
-        channels: of the images. The network's output may have twice as many, with its variance behind the mean.
-        class_labels: (B,); None of an unconditional network.
-        scale: of `classifier_free`, (B or 1, 1, 1, 1); None for one call of the network without guidance.
-        null_class: the label of no class.
-        with_variance: whether the output keeps the channels of the variance.
+        channels: image channels. The network's output may have twice as many, with its variance behind the mean.
+        class_labels: (B,); None for an unconditional network.
+        scale: as in `classifier_free`, (B or 1, 1, 1, 1); None for no guidance.
+        null_class: the label that means "no class".
+        with_variance: whether the output keeps the variance channels.
     """
 
     network: Callable
@@ -99,7 +99,7 @@ class GuidedNetwork:
             self._labels = torch.cat((self.class_labels, torch.full_like(self.class_labels, self.null_class)))
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The output at x_t (B, C, H, W) and the timestep t (): (B, C, H, W), or (B, 2 C, H, W) with the variance."""
+        """Returns the output at x_t (B, C, H, W) and timestep t (): (B, C, H, W), or (B, 2 C, H, W) with the variance."""
         if self.scale is None:
             output = self.network(x_t, t, class_labels=self._labels, return_dict=False)[0]
         else:
@@ -111,11 +111,10 @@ class GuidedNetwork:
 
 
 def classifier_free_arguments(pipeline, class_labels: torch.Tensor | None, guidance_scale, batch_size: int) -> dict:
-    """`class_labels`, `scale` and `null_class` of `GuidedNetwork` for a pipeline's network.
+    """Returns the arguments class_labels, scale and null_class of `GuidedNetwork`.
 
     Raises:
-        ValueError: a scale that is no number, without labels, or of a network that was trained without label dropout; no
-            labels of a network that needs them.
+        ValueError: an invalid scale, a scale without labels or label dropout in training, or missing labels.
     """
     null = getattr(pipeline.unet, "null_class", None)
     scale = None if guidance_scale is None else scales("guidance_scale", guidance_scale, batch_size)
@@ -134,28 +133,28 @@ def classifier_free_arguments(pipeline, class_labels: torch.Tensor | None, guida
 
 @dataclass
 class ClassifierGradient:
-    """Guidance by a classifier, with a scale (B or 1, 1, 1, 1) and class labels y (B,)."""
+    """The gradient of classifier guidance, with a scale (B or 1, 1, 1, 1) and class labels y (B,)."""
 
     classifier: torch.nn.Module
     class_labels: torch.Tensor
     scale: torch.Tensor
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The gradient of scale * log p(y | x_t) by x_t, (B, C, H, W), float32."""
+        """Returns the gradient of scale * log p(y | x_t) with respect to x_t, (B, C, H, W), float32."""
         return self.classifier.gradient(x_t, t, self.class_labels, self.scale)
 
     def shifted(self, model_output: torch.Tensor, x_t: torch.Tensor, scheduler, t: torch.Tensor) -> torch.Tensor:
-        """`shifted_output` by the gradient at x_t."""
+        """Returns `shifted_output` with the gradient at x_t."""
         return shifted_output(model_output, self(x_t, t), scheduler, t)
 
 
 def classifier_gradient(
     pipeline, class_labels: torch.Tensor | None, classifier_scale, batch_size: int
 ) -> ClassifierGradient | None:
-    """What guides a pipeline's steps by its classifier, computed in float32 and evaluation mode; None for no guidance.
+    """Returns the gradient of a pipeline's classifier, in float32 and evaluation mode; None for no guidance.
 
     Raises:
-        ValueError: a scale that is no number, without labels or a classifier; a classifier of other images or another process.
+        ValueError: an invalid scale, no labels or classifier, or a classifier of other images or another process.
     """
     scale = None if classifier_scale is None else scales("classifier_scale", classifier_scale, batch_size)
     if scale is None:
@@ -188,16 +187,15 @@ def check_classifier(
     sample_size: int | tuple[int, int] | None,
     class_names: list[str] | None = None,
 ) -> None:
-    """Compares the configs of a `NoisyClassifier`, and of the network and the scheduler that it is to guide.
+    """Checks that a `NoisyClassifier` fits the network and the scheduler that it guides.
 
     Args:
-        num_classes: of the network; None for one without classes.
-        channels, sample_size: of the network's images; None for any size.
-        class_names: of the network, compared if the classifier's are known too.
+        num_classes: the network's number of classes; None for none.
+        channels, sample_size: the network's; None for any size.
+        class_names: the network's; None if unknown.
 
     Raises:
-        ValueError: other classes, channels or image size than the network's; another process than the scheduler's; a scheduler
-            whose steps cannot be guided.
+        ValueError: classes, channels, image size or process differ, or the scheduler cannot be guided.
     """
     config = classifier.config
     for name, theirs, ours in (

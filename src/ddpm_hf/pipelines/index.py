@@ -1,4 +1,4 @@
-"""How a pipeline's parts are named in the index of its folder, model_index.json."""
+"""The index of a saved pipeline, model_index.json."""
 
 import json
 
@@ -6,26 +6,26 @@ from ddpm_hf.files.saved_config import SavedConfig, saved_class, sorted_json
 
 
 class SavedPipeline(SavedConfig):
-    """A pipeline whose index is in diffusers' own class names where diffusers can open it, and names our classes where not.
+    """Base class of pipelines whose index names diffusers' classes where these can open it, else the package's classes.
 
-    A base class, listed before diffusers' `DiffusionPipeline`.
+    It is listed before diffusers' `DiffusionPipeline`.
     """
 
     source_name = "pipeline"
 
     @property
     def is_stock(self) -> bool:
-        """Whether `stock_class` samples the saved pipeline: it cannot if a part's class is only in this package."""
+        """Whether `stock_class` can sample the saved pipeline: not if its scheduler exists only in this package."""
         scheduler = self.components.get("scheduler")
         return self.stock_class is not None and getattr(scheduler, "source_name", None) is None
 
     def to_json_string(self) -> str:
-        """The pipeline's index as it is saved."""
+        """The content of model_index.json."""
         index = json.loads(super().to_json_string())
         for name, part in self.components.items():
-            part = getattr(part, "_orig_mod", part)  # of torch.compile
+            part = getattr(part, "_orig_mod", part)  # compiled by torch
             if part is None:
-                index.pop(name, None)  # stock classes do not know our optional parts
+                index.pop(name, None)  # diffusers does not know the optional parts
             elif getattr(part, "source_name", None) is not None:
                 index[name] = [part.source_name, saved_class(type(part)).__name__]
             elif getattr(part, "stock_class", None) is not None:

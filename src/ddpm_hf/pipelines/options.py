@@ -1,4 +1,4 @@
-"""What the caller of a pipeline asks for, and the checks of it."""
+"""Options of a sampling call, and their checks."""
 
 import inspect
 import operator
@@ -15,7 +15,7 @@ OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
 
 @dataclass
 class SamplingOptions:
-    """What decides how a pipeline samples: the arguments of `DDPMImagePipeline.__call__` of the same names."""
+    """Sampling options, as the arguments of `DDPMImagePipeline.__call__` of the same names."""
 
     generator: torch.Generator | list[torch.Generator] | None = None
     num_inference_steps: int | None = None
@@ -29,7 +29,7 @@ class SamplingOptions:
 
 
 def positive_integer(name: str, value) -> int:
-    """An argument as an int of 1 or more; it may be one of NumPy or a 0-d tensor. Raises ValueError."""
+    """Converts an integer argument, also of NumPy or a 0-d tensor, to an int. Raises ValueError if it is below 1."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -40,34 +40,34 @@ def positive_integer(name: str, value) -> int:
 
 
 def check_output(output_type: str, channels: int) -> None:
-    """Raises ValueError for an `output_type` that is not known, or cannot show images of so many channels."""
+    """Raises ValueError if `output_type` is unknown or cannot show images with this many channels."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type={output_type!r} is not known; choose one of {', '.join(OUTPUT_TYPES)}")
     if output_type == "pil" and channels not in (1, 3, 4):
         raise ValueError(f"output_type='pil' shows 1, 3 or 4 channels, this network has {channels}; use 'np' or 'pt'")
 
 
-def check_callback_inputs(names: tuple[str, ...], known: list[str]) -> None:
-    """Raises ValueError for `callback_on_step_end_tensor_inputs` that are not `known`."""
+def check_callback_inputs(names: tuple[str, ...], allowed: list[str]) -> None:
+    """Raises ValueError if `callback_on_step_end_tensor_inputs` has names that are not allowed."""
     try:
-        unknown = [name for name in names if name not in known]
+        unknown = [name for name in names if name not in allowed]
     except TypeError:
         raise ValueError(f"callback_on_step_end_tensor_inputs={shown(names)} must be a list of names") from None
     if unknown:
-        raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; known are {', '.join(known)}")
+        raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; known are {', '.join(allowed)}")
 
 
 def check_generator(generator, device: torch.device) -> None:
-    """Raises ValueError for what is no generator, or no list of generators, of one device that `device` can draw with."""
+    """Raises ValueError unless this is None, a generator or a list of them, all on the CPU or all on `device`."""
     generators = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
-    wrong = [each for each in generators if not isinstance(each, torch.Generator)]
+    wrong = [entry for entry in generators if not isinstance(entry, torch.Generator)]
     if wrong:
         seed = wrong[0] if isinstance(wrong[0], Integral) else 0
         raise ValueError(
             f"generator={generator!r} must be a torch.Generator or a list of them; use "
             f"torch.Generator().manual_seed({seed})"
         )
-    devices = {each.device.type for each in generators}
+    devices = {entry.device.type for entry in generators}
     if len(devices) > 1 or devices - {"cpu", device.type}:
         raise ValueError(
             f"generator is on {', '.join(sorted(devices))}, the pipeline on {device.type}; give generators of one device, "
@@ -76,10 +76,10 @@ def check_generator(generator, device: torch.device) -> None:
 
 
 def check_batch(options: SamplingOptions, batch_size: int, channels: int) -> int:
-    """The number of images: `batch_size`, or that of the latents if it is 1.
+    """Returns the number of images: `batch_size`, or if that is 1, the number of latents.
 
     Raises:
-        ValueError: generators or latents of another number, latents that are no images of so many channels.
+        ValueError: wrong number of generators or latents, or latents with other channels.
     """
     batch_size, latents, generator = positive_integer("batch_size", batch_size), options.latents, options.generator
     if latents is not None and not isinstance(latents, torch.Tensor):
@@ -98,7 +98,7 @@ def check_batch(options: SamplingOptions, batch_size: int, channels: int) -> int
 
 
 def check_eta(eta: float | None, scheduler) -> None:
-    """Raise ValueError for an eta outside [0, 1], or for a scheduler whose steps have no eta."""
+    """Raises ValueError if eta is outside [0, 1], or the scheduler has no eta."""
     if eta is None:
         return
     check_ddim_eta(eta)
@@ -107,10 +107,10 @@ def check_eta(eta: float | None, scheduler) -> None:
 
 
 def sample_from_callback(answer, sample: torch.Tensor) -> torch.Tensor:
-    """The sample to go on with after `callback_on_step_end`: what it returned under "sample" or "latents", else the same.
+    """Returns the sample for the next step: `callback_on_step_end` may replace it under "sample" or "latents".
 
     Raises:
-        ValueError: it returned something else than nothing or a dict with a tensor.
+        ValueError: the callback returned something other than None or a dict with a tensor.
     """
     if not isinstance(answer, torch.Tensor) and not answer:
         return sample
@@ -124,7 +124,7 @@ def sample_from_callback(answer, sample: torch.Tensor) -> torch.Tensor:
 
 
 def repeated(values, count: int):
-    """One value for each pair, `count` times each; a single value, or what is no tensor, as it is: it is checked later."""
+    """Repeats each value `count` times; a single or invalid value is returned as it is and checked later."""
     try:
         values = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Images made larger by a diffusion model that sees them, and two stages in a row (IDDPM, appendix; ADM, section 5)."""
+"""Super-resolution by a diffusion model that sees the low-resolution image (IDDPM, appendix; ADM, section 5)."""
 
 import inspect
 from collections.abc import Iterator
@@ -20,23 +20,23 @@ from ddpm_hf.pipelines.options import SamplingOptions, check_generator, positive
 
 
 class DDPMSuperResolutionPipeline(DDPMImagePipeline):
-    """Makes images larger: `DDPMImagePipeline` with a network that sees the low-resolution image, scaled up, beside x_t.
+    """Enlarges images: a `DDPMImagePipeline` whose network also sees the low-resolution image, scaled up.
 
-    Its network takes the channels of x_t, those of the image, and with conditioning_noise a plane for the noise level. Saved
-    folders name this class: without the package they are opened by `DiffusionPipeline.from_pretrained(folder,
-    trust_remote_code=True)`; plain diffusers has no class that samples them.
+    The network's input is x_t, the low-resolution image, and with conditioning_noise a plane with the noise level. Without
+    the package, `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens a saved folder; diffusers itself
+    has no such pipeline.
 
     Args:
-        unet, scheduler, classifier: as in `DDPMImagePipeline`; in_channels of the network as above.
-        low_resolution: (height, width) of the images that it takes.
-        conditioning_noise: highest level of the noise on low-resolution images that it was trained with ("conditioning
-            augmentation", Ho et al. 2021, "Cascaded Diffusion Models"), in [0, 1); 0 for none.
+        unet, scheduler, classifier: as in `DDPMImagePipeline`; the network has the input channels above.
+        low_resolution: (height, width) of the input images.
+        conditioning_noise: highest noise level of low-resolution images in training ("conditioning augmentation",
+            Ho et al. 2021, "Cascaded Diffusion Models"), in [0, 1); 0 for none.
 
     Raises:
-        ValueError: a network whose channels do not fit.
+        ValueError: the network has other channels.
     """
 
-    stock_class = None  # plain diffusers has no class that samples it
+    stock_class = None
 
     @checked_arguments(low_resolution="[1, 65536]", conditioning_noise="[0, 1)")
     def __init__(
@@ -67,7 +67,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
 
     @property
     def channels(self) -> int:
-        """Of the images: half of what the network takes, but for the noise level."""
+        """Channels of the images: half of the network's input channels, without the noise level."""
         return self.unet.config.in_channels // 2
 
     @torch.no_grad()
@@ -93,16 +93,16 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         """Draws a larger image for each of `images`.
 
         Args:
-            images: of the size `low_resolution`: PIL images or one, an array (B, H, W, C) in [0, 1], or a tensor (B, C, H,
-                W) in [-1, 1].
-            noise_level: of the noise on them, 0 to conditioning_noise: more gives the network more freedom from the images.
+            images: PIL images, an array (B, H, W, C) in [0, 1], or a tensor (B, C, H, W) in [-1, 1], of the size
+                `low_resolution`.
+            noise_level: level of noise added to them, 0 to conditioning_noise; more lets the result differ more from them.
             Others: as in `DDPMImagePipeline.__call__`; latents have the size of the result.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
 
         Raises:
-            ValueError: images of another size or number of channels, a noise level that it was not trained with; as
+            ValueError: images of another size or number of channels, a noise level outside the range; as
                 `DDPMImagePipeline.__call__`.
         """
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
@@ -132,13 +132,13 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         noise_level: float = 0.0,
         **options,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """As `DDPMImagePipeline.progressive`, for images as `__call__` takes them."""
+        """`DDPMImagePipeline.progressive` for low-resolution images."""
         every = positive_integer("every", every)
         options = SamplingOptions(generator, num_inference_steps, **options)
         return self._progress(self._prepare_images(images, noise_level, options), every)
 
     def _prepare_images(self, images, noise_level, options):
-        """`_prepare` for as many images as there are small ones, with the planes that the network sees of them."""
+        """`_prepare` with one result per low-resolution image."""
         check_generator(options.generator, self._execution_device)
         generator = options.generator
         options.generator = list(generator) if isinstance(generator, tuple) else generator
@@ -146,7 +146,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         return self._prepare(len(planes), options, planes)
 
     def check(self, batch_size: int, generator=None, num_inference_steps: int | None = None, **kwargs) -> None:
-        """Raises what `__call__` would raise with these arguments, for `batch_size` images that fit; draws nothing."""
+        """Checks the arguments of `__call__` for `batch_size` valid images without sampling. Raises ValueError."""
         try:
             arguments = inspect.signature(type(self).__call__).bind(self, None, **kwargs)
         except TypeError as error:
@@ -156,7 +156,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         self._check_output(values["output_type"], values["callback_on_step_end_tensor_inputs"])
         check_generator(generator, self._execution_device)
         if isinstance(generator, (list, tuple)):
-            generator = [torch.Generator() for _ in generator]  # nothing is drawn from the caller's
+            generator = [torch.Generator() for _ in generator]  # the caller's keep their state
         else:
             generator = torch.Generator()
         images = torch.zeros(positive_integer("batch_size", batch_size), self.channels, *self.config.low_resolution)
@@ -166,11 +166,11 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         self._prepare_images(images, values["noise_level"], options)
 
     def interpolate(self, *args, **kwargs):
-        """Not supported: interpolate the low-resolution images, with the pipeline that draws them. Raises ValueError."""
+        """Raises ValueError: interpolate low-resolution images instead."""
         raise ValueError("a super-resolution pipeline does not interpolate; interpolate its low-resolution images")
 
     def _planes(self, images, noise_level, generator):
-        """What the network sees of low-resolution images beside x_t: (B, P, H, W)."""
+        """The network's input planes beside x_t: (B, P, H, W)."""
         low, conditioning_noise = tuple(self.config.low_resolution), self.config.conditioning_noise
         if not isinstance(images, torch.Tensor):
             listed = [images] if isinstance(images, (Image.Image, np.ndarray)) else images
@@ -178,10 +178,10 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             if (
                 not isinstance(listed, (list, tuple))
                 or not listed
-                or not all(isinstance(each, kinds) for each in listed)
+                or not all(isinstance(image, kinds) for image in listed)
             ):
                 raise ValueError("images must be PIL images, an array (B, H, W, C) in [0, 1] or a tensor (B, C, H, W)")
-            if any(isinstance(each, np.ndarray) and each.dtype.kind != "f" for each in listed):
+            if any(isinstance(image, np.ndarray) and image.dtype.kind != "f" for image in listed):
                 raise ValueError("images is an array of integers; give floating point in [0, 1]")
             grey = {"do_convert_grayscale": True} if self.channels == 1 else {"do_convert_rgb": self.channels == 3}
             images = VaeImageProcessor(do_resize=False, **grey).preprocess(images)
