@@ -15,11 +15,11 @@ from ddpm_hf.likelihood.estimate import BitsPerDimEstimate, estimate_bits_per_di
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodReport:
-    """Bits/dim of N images."""
+    """Bits/dim of N images, with what is printed and saved."""
 
-    result: Any  # BitsPerDim, BitsPerDimEstimate or OdeBitsPerDim: a value for each image, and what it is made of
-    values: dict  # what evaluation.json holds of them: means over the images, standard errors and settings
-    method: str  # one line: how they were measured
+    result: Any  # BitsPerDim, BitsPerDimEstimate or OdeBitsPerDim
+    values: dict  # for evaluation.json: means over the images, standard errors and settings
+    method: str  # one line for people
     lines: list[str]  # a table for people
 
     @property
@@ -44,7 +44,7 @@ def measure_bound(
     Args:
         x_start: images (N, C, H, W) in [-1, 1].
         num_evaluations: network evaluations per image for an estimate; None computes every term.
-        kwargs: of `bits_per_dim`, or of `estimate_bits_per_dim`: class_labels, generator, batch_size, levels, progress_bar.
+        kwargs: class_labels, generator, batch_size, levels and progress_bar, as in `bits_per_dim`.
     """
     result: BitsPerDim | BitsPerDimEstimate
     if num_evaluations is None:
@@ -88,9 +88,9 @@ def measure_ode(
     Args:
         x_start: images (N, C, H, W) in [-1, 1].
         dequantization: "decoder" or "uniform"; None means uniform in continuous time, decoder for a chain.
-        tolerance: of the solver, absolute and relative.
+        tolerance: absolute and relative tolerance of the solver.
         probes: random probes per image for the trace of the Jacobian.
-        kwargs: of `ode_bits_per_dim`: class_labels, generator, batch_size, levels, progress_bar.
+        kwargs: class_labels, generator, batch_size, levels and progress_bar, as in `ode_bits_per_dim`.
     """
     require_extra("torchdiffeq", "ode", "likelihoods by the ODE")
     from ddpm_hf.likelihood.ode import ode_bits_per_dim
@@ -118,10 +118,10 @@ def measure_ode(
 
 
 def set_chain(scheduler, steps: int | None = None, first: int = 0) -> None:
-    """Set the chain to `steps` timesteps, all if None, without those below `first`.
+    """Set the chain to `steps` timesteps (None means all) and remove those below `first`.
 
     Raises:
-        ValueError: no timestep is left.
+        ValueError: no timestep is terms_axes.
     """
     if steps is not None:
         scheduler.set_timesteps(steps)
@@ -135,7 +135,7 @@ def set_chain(scheduler, steps: int | None = None, first: int = 0) -> None:
 def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int) -> torch.Tensor:
     """Bits/dim of a model that draws each pixel independently from its histogram over `train` (add-one smoothed).
 
-    A yardstick: a model that has learned how pixels depend on each other is below it.
+    A model that has learned how pixels depend on each other has fewer bits/dim.
 
     Args:
         train, test: grey levels 0 .. levels - 1, (N, C, H, W) each, integers.
@@ -150,7 +150,7 @@ def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int)
 
 
 def terms_table(result: BitsPerDim, chain: list[int]) -> str:
-    """CSV with a row for each timestep: its term in bits/dim with its standard error, and the errors of x_0 and epsilon."""
+    """Return CSV text with a row per timestep: term in bits/dim, standard error, mean squared errors of x_0 and epsilon."""
     lines = ["t,bits_per_dim,standard_error,x_start_mse,epsilon_mse"]
     for column, t in enumerate(chain):
         term, *errors = (tensor[:, column] for tensor in (result.terms, result.x_start_mse, result.epsilon_mse))
@@ -168,15 +168,17 @@ def plot_terms(result: BitsPerDim, chain: list[int], path: str | os.PathLike) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (terms_axes, rate_axes) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     terms = result.terms.mean(0).cpu()
-    left.loglog([t + 1 for t in chain], terms)
-    left.set_ylim(bottom=max(terms.min().item(), 1e-7 * terms.max().item()))  # a decoder of 1e-18 flattens the rest
-    left.set(xlabel="t + 1 (the paper's t)", ylabel="term of the bound, bits/dim")
+    terms_axes.loglog([t + 1 for t in chain], terms)
+    terms_axes.set_ylim(
+        bottom=max(terms.min().item(), 1e-7 * terms.max().item())
+    )  # a decoder of 1e-18 flattens the rest
+    terms_axes.set(xlabel="t + 1 (the paper's t)", ylabel="term of the bound, bits/dim")
     rate, distortion = rate_distortion(result)
-    right.plot(rate.cpu(), distortion.cpu())
-    right.set(xlabel="rate, bits/dim", ylabel="distortion, RMSE of the predicted x_0 on 0..255", ylim=(0, None))
-    for axes in (left, right):
+    rate_axes.plot(rate.cpu(), distortion.cpu())
+    rate_axes.set(xlabel="rate, bits/dim", ylabel="distortion, RMSE of the predicted x_0 on 0..255", ylim=(0, None))
+    for axes in (terms_axes, rate_axes):
         axes.grid(alpha=0.3)
     save_figure(figure, path)
     plt.close(figure)

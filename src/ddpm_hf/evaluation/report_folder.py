@@ -1,4 +1,4 @@
-"""Where an evaluation finds what a pipeline was trained on, and the folder in which it writes its numbers."""
+"""The training data of a pipeline that is evaluated, and the folder for the results."""
 
 import json
 import os
@@ -16,13 +16,13 @@ REPORT, TERMS = "evaluation.json", ("evaluation.csv", "evaluation.png")
 
 
 def data_of(pipeline: str, folder: Path | None = None) -> str:
-    """Return the built-in or Hub data set that a pipeline was trained on by its training.json; digits without that file.
+    """Return the built-in or Hub data set on which a pipeline was trained, from its training.json; digits without that file.
 
     Args:
-        folder: the snapshot that a pipeline of the Hub was opened from.
+        folder: the snapshot of a pipeline from the Hub.
 
     Raises:
-        ValueError: the data was a local folder or has no Hub id, or the training.json is not one that training writes.
+        ValueError: the data was a local folder or has no Hub id, or training.json is invalid.
     """
     record = _training_record(folder or pipeline) or {"data": "digits"}
     data = record.get("data") if record.get("data") in BUILT_IN else record.get("hub_dataset")
@@ -36,14 +36,14 @@ def data_of(pipeline: str, folder: Path | None = None) -> str:
 
 
 def held_out_of(pipeline: str | Path, data: str, split: str, images: int | None = None) -> float:
-    """Return the share of this split that a pipeline's training set aside; 0 for data it was not trained on.
+    """Return the share of this split that the training held out; 0 for data that the pipeline was not trained on.
 
     Args:
-        images: number of images in the split. If it differs from the training's, other images would be set aside: the
-            result is 0, with a line on stderr.
+        images: number of images in the split. If it has changed since the training, the held-out images are unknown: the
+            result is 0, with a message on stderr.
 
     Raises:
-        ValueError: the training.json is not one that training writes.
+        ValueError: training.json is invalid.
     """
     record = _training_record(pipeline)
     if (record.get("data"), record.get("split")) != (public_name(data), split) or not record["held_out"]:
@@ -67,7 +67,7 @@ def check_out(out: str) -> None:
     """Check, before anything is computed, that an evaluation may be written to this folder.
 
     Raises:
-        ValueError: it is not a folder, is not writable, or holds files of these names that no evaluation has written.
+        ValueError: it is not a folder, is not writable, or has files of the same names from elsewhere.
     """
     folder = Path(out)
     if os.path.lexists(folder) and not folder.is_dir():
@@ -76,15 +76,17 @@ def check_out(out: str) -> None:
         raise ValueError(f"--out {out}: there is no folder {folder.absolute().parent}; make it first")
     if not is_writable(folder if folder.exists() else folder.absolute().parent):
         raise ValueError(f"--out {out} may not be written to; give another folder")
-    others = [name for name in (REPORT, *TERMS) if os.path.lexists(folder / name) and name not in _written(folder)]
-    if others:
+    foreign = [
+        name for name in (REPORT, *TERMS) if os.path.lexists(folder / name) and name not in _report_files(folder)
+    ]
+    if foreign:
         raise ValueError(
-            f"--out {out} holds {others[0]}, which is not of an evaluation; move it, or give another folder"
+            f"--out {out} holds {foreign[0]}, which is not of an evaluation; move it, or give another folder"
         )
 
 
-def _written(folder):
-    """The files that an earlier evaluation has written to a folder."""
+def _report_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that an earlier evaluation has written to a folder."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         ours = evaluation_command(report["command"]) is not None
@@ -95,27 +97,27 @@ def _written(folder):
 
 
 def own_folder(pipeline: str) -> Path | None:
-    """Return the folder of a pipeline that a run of this user has saved; None for any other, which is only read."""
+    """Return the folder of a pipeline if a run of this user saved it, so that it may be written to; else None."""
     folder = Path(pipeline).resolve()
     files = [folder / "model_index.json", folder.parent / "config.yaml", folder.parent / "environment.json"]
-    whole = folder.name == "pipeline" and all(path.is_file() for path in files)
-    own = whole and all(path.stat().st_uid == os.geteuid() for path in files if hasattr(os, "geteuid"))
-    return folder if own and is_writable(folder) else None
+    is_of_run = folder.name == "pipeline" and all(path.is_file() for path in files)
+    is_own = is_of_run and all(path.stat().st_uid == os.geteuid() for path in files if hasattr(os, "geteuid"))
+    return folder if is_own and is_writable(folder) else None
 
 
 def write_report(folder: Path, pipeline: str, values: dict, report: LikelihoodReport, chain: list[int]) -> None:
-    """Write an evaluation in place of an earlier one; in the pipeline's own folder update its model card too.
+    """Write the results of an evaluation, replacing earlier ones; in the pipeline's own folder also update the model card.
 
     Args:
-        pipeline: as the user named it, a folder or a Hub id.
+        pipeline: the folder or Hub id from the command line.
         values: the content of evaluation.json.
     """
-    own = os.path.isdir(pipeline) and folder.resolve() == Path(pipeline).resolve()
-    our_card = own and has_our_card(folder)  # asked before evaluation.json changes, which the card shows
-    if own:
+    is_own = os.path.isdir(pipeline) and folder.resolve() == Path(pipeline).resolve()
+    our_card = is_own and has_our_card(folder)  # before evaluation.json changes, which the card shows
+    if is_own:
         values = {**values, "weights": weights_digest(folder)}
     folder.mkdir(exist_ok=True)
-    for name in TERMS if folder == own_folder(pipeline) else _written(folder)[1:]:  # of other numbers
+    for name in TERMS if folder == own_folder(pipeline) else _report_files(folder)[1:]:  # outdated
         (folder / name).unlink(missing_ok=True)
     write_text(folder / REPORT, json.dumps(values, indent=2) + "\n")
     every_term = hasattr(report.result, "terms")
@@ -124,6 +126,6 @@ def write_report(folder: Path, pipeline: str, values: dict, report: LikelihoodRe
         plot_terms(report.result, chain, folder / TERMS[1])
     if our_card:
         write_model_card(folder)
-    elif own and (folder / "README.md").is_file():
+    elif is_own and (folder / "README.md").is_file():
         print(f"{folder}/README.md is not as this package writes it, and stays as it is")
     print(f"wrote {folder}/evaluation.json" + (", .csv and .png" if every_term else ""))

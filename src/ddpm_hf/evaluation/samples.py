@@ -5,8 +5,7 @@
     pipeline = open_pipeline("runs/digits/pipeline")
     draw_samples(pipeline, 64, num_inference_steps=100).picture().save("samples.png")
 
-`sampling` in each function stands for generator, num_inference_steps, eta, guidance_scale and classifier_scale, as the
-pipeline's own call takes them.
+`**sampling` are arguments of the pipeline's call: generator, num_inference_steps, eta, guidance_scale, classifier_scale.
 """
 
 import dataclasses
@@ -27,10 +26,10 @@ INTERPOLATION_WEIGHTS = [i / 8 for i in range(9)]
 
 @dataclasses.dataclass(frozen=True)
 class SampleSheet:
-    """Images of a sheet, row by row."""
+    """The images of a sheet, row by row, with their captions."""
 
     images: list[Image.Image]
-    columns: int | None = None  # None: as many as make the sheet square
+    columns: int | None = None  # None makes the sheet square
     captions: list[str] | None = None  # one for each image, as `as_sheet` takes them
 
     def picture(self) -> Image.Image:
@@ -42,8 +41,8 @@ def open_pipeline(path: str) -> DDPMImagePipeline | CascadePipeline:
     """Open a folder or Hub id as the class that its index names; a stock pipeline as `DDPMImagePipeline`."""
     name = DDPMImagePipeline.load_config(path)["_class_name"]
     name = name[-1] if isinstance(name, list) else name
-    others = {cls.__name__: cls for cls in (CascadePipeline, DDPMSuperResolutionPipeline)}
-    return others.get(name, DDPMImagePipeline).from_pretrained(path)
+    classes = {cls.__name__: cls for cls in (CascadePipeline, DDPMSuperResolutionPipeline)}
+    return classes.get(name, DDPMImagePipeline).from_pretrained(path)
 
 
 def parse_class_label(pipeline, text: str | None, name: str = "class_label") -> int | None:
@@ -61,7 +60,7 @@ def parse_class_label(pipeline, text: str | None, name: str = "class_label") -> 
 
 
 def draw_samples(pipeline, count: int, class_label: int | None = None, **sampling) -> SampleSheet:
-    """Draw samples of a `DDPMImagePipeline`: of one class, or a column for each class."""
+    """Draw samples of a `DDPMImagePipeline`, all of one class or with a column for each class."""
     labels, columns, captions = _labels(pipeline, _labeled_network(pipeline, sampling), class_label, count)
     return SampleSheet(pipeline(count, class_labels=labels, **sampling).images, columns, captions)
 
@@ -72,7 +71,7 @@ def draw_cascade(
     """Draw samples of both stages of a cascade, as `draw_samples` does; both take the same steps and eta.
 
     Args:
-        noise_level: of the noise on the small images, 0 to 1.
+        noise_level: level of noise added to the small images, 0 to 1.
     """
     network = _labeled_network(pipeline.base, sampling)
     labels, columns, captions = _labels(
@@ -105,8 +104,8 @@ def draw_interpolations(
     """Draw a row for each pair of images: source, mixtures with weights from 0 to 1, source (Ho et al. 2020, figure 8).
 
     Args:
-        x_start: images (2 N, C, H, W) in [-1, 1]; each two of them are a pair.
-        timestep: at which the noisy images are mixed.
+        x_start: images (2 N, C, H, W) in [-1, 1]; images 2 i and 2 i + 1 are a pair.
+        timestep: timestep at which the noisy images are mixed.
     """
     first, second = x_start[::2].to(pipeline.device), x_start[1::2].to(pipeline.device)
     count, columns = len(first), len(INTERPOLATION_WEIGHTS)
@@ -125,12 +124,12 @@ def draw_upsampled(
     noise_level: float = 0.0,
     **sampling,
 ) -> SampleSheet:
-    """Draw three pictures for each image: shrunk, upsampled from that, and the original. Four images a row.
+    """Draw the low-resolution, the upsampled and the original version of each image, four images to a row.
 
     Args:
         x_start: images (N, C, H, W) in [-1, 1].
-        labels: of the images, (N,), for a class-conditional network.
-        noise_level: of the noise on the small images, 0 to 1.
+        labels: labels of the images, (N,), for a class-conditional network.
+        noise_level: level of noise added to the small images, 0 to 1.
     """
     small = downsample(x_start.to(pipeline.device), tuple(pipeline.config.low_resolution))
     output: Any = pipeline(small, output_type="latent", class_labels=labels, noise_level=noise_level, **sampling)
@@ -140,13 +139,13 @@ def draw_upsampled(
 
 
 def _labeled_network(pipeline, sampling):
-    """The network whose classes the samples are of: the classifier's where it guides."""
+    """Return the network that defines the classes: the classifier if it guides, else the U-Net."""
     guided = sampling.get("classifier_scale") is not None and pipeline.classifier
     return pipeline.classifier if guided else pipeline.unet
 
 
 def _labels(pipeline, network, class_label, count):
-    """Labels (N,), one class or all in turn, with columns and captions of their sheet."""
+    """Return labels (N,) of one class or of all in turn, and the columns and captions of their sheet."""
     if class_label is not None:
         return torch.full((count,), class_label), None, None
     labels = cycled_labels(network, count)

@@ -1,4 +1,4 @@
-"""Pictures of what a run's network makes: samples, how they come out of noise, and what in the data is nearest to them."""
+"""Sheets of images with captions, and the picture files that hold them."""
 
 import io
 import math
@@ -11,61 +11,62 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ddpm_hf.files.atomic import replacing_file
 
-FONT_SIZE = 11  # pixels; of the names of classes
+FONT_SIZE = 11  # of captions, in pixels
 
 
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 
 
 def channel_statistics(name: str, mean: torch.Tensor, square: torch.Tensor) -> dict[str, float]:
-    """Mean and standard deviation of each channel, of their means (C,) and those of their squares: tints are seen there."""
+    """Return mean and standard deviation of each channel from E[x] and E[x^2], (C,) each; they reveal a color cast."""
     spread = (square - mean**2).clamp(min=0).sqrt()
     colors = CHANNELS[len(mean)]
     return {
-        f"{name}_{what}_{color}": value
-        for what, values in (("mean", mean.tolist()), ("std", spread.tolist()))
+        f"{name}_{statistic}_{color}": value
+        for statistic, values in (("mean", mean.tolist()), ("std", spread.tolist()))
         for color, value in zip(colors, values)
     }
 
 
 def cycled_labels(network, count: int) -> torch.Tensor | None:
-    """Labels 0, 1, 2, ... in turn for a class-conditional network, or of a classifier; None for another network."""
+    """Return labels 0, 1, 2, ... in turn for a class-conditional network or a classifier; None for an unconditional network."""
     classes = network.num_classes
     return None if classes is None else torch.arange(count) % classes
 
 
 def class_columns(network, count: int) -> int | None:
-    """Columns of a sheet of `count` samples with `cycled_labels`: one for each class; None where there are none, or too few."""
+    """Return one column per class for `count` samples with `cycled_labels`; None without classes or with too few samples."""
     classes = network.num_classes
     return classes if classes and classes <= count else None
 
 
 def captions_of(network, labels: torch.Tensor | None) -> list[str] | None:
-    """The name of each image's class, its number where it has none that can be drawn; None without labels."""
+    """Return the class name of each image, or its number if the font cannot draw the name; None without labels."""
     names, font = getattr(network, "class_names", None) or [], _font(FONT_SIZE)
     unknown = bytes(font.getmask("\U0010ffff"))  # the box for a character that a font does not have
 
     def caption(label):
         name = " ".join(names[label].split())[:200] if label < len(names) else ""
-        return name if name and all(bytes(font.getmask(each)) != unknown for each in name) else str(label)
+        return name if name and all(bytes(font.getmask(character)) != unknown for character in name) else str(label)
 
     return None if labels is None else [caption(label) for label in labels.tolist()]
 
 
 def row_captions(captions: list[str] | None, rows: int, columns: int) -> list[str] | None:
-    """Those of the first images as captions of rows of `columns` pictures each: above the first of a row."""
+    """Return captions for rows of `columns` pictures each: caption i stands above the first picture of row i."""
     return captions and [text for caption in captions[:rows] for text in (caption, *[""] * (columns - 1))]
 
 
 def as_images(x_start: torch.Tensor) -> list[Image.Image]:
-    """Of (B, C, H, W) in [-1, 1], C 1, 3 or 4."""
+    """Convert (B, C, H, W) in [-1, 1], with 1, 3 or 4 channels, to PIL images."""
     return VaeImageProcessor().postprocess(x_start.float(), "pil")
 
 
 def as_sheet(images: list[Image.Image], columns: int | None = None, captions: list[str] | None = None) -> Image.Image:
-    """One picture of many with grey gaps, square if columns is None; small ones enlarged so that pixels can be seen.
+    """Join images into one picture with grey gaps, square if columns is None; small images are enlarged to show their pixels.
 
-    captions: a text for each image, "" for none, above it; a row of them is left out where it repeats the row above.
+    Args:
+        captions: a text above each image, "" for none; a row that repeats the row above is not drawn again.
     """
     scale = max(1, 64 // min(images[0].size))
     images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]
@@ -96,7 +97,7 @@ def as_sheet(images: list[Image.Image], columns: int | None = None, captions: li
 
 
 def _font(size):
-    """matplotlib's, which has the letters of many languages; Pillow's own without it."""
+    """Load matplotlib's font, which has the letters of many languages, or else Pillow's."""
     try:
         import matplotlib
 
@@ -106,7 +107,7 @@ def _font(size):
 
 
 def _fitted(text, font, width):
-    """A text in one line of this width in pixels, cut where it is longer."""
+    """Cut a text that is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -115,13 +116,13 @@ def _fitted(text, font, width):
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
-    """Writes an image in the format of the path's ending, whole or not at all."""
+    """Write an image atomically, in the format of the path's ending."""
     with replacing_file(path) as temporary:
         image.save(temporary, format=picture_format(path))
 
 
 def picture_format(path: str | os.PathLike) -> str:
-    """Pillow's name of the format of a path's ending. Raises ValueError for an ending that Pillow does not write."""
+    """Return Pillow's name for the format of a path's ending. Raises ValueError if Pillow cannot write it."""
     formats = Image.registered_extensions()  # of all plugins, which are loaded here
     name = formats.get(Path(path).suffix.lower())
     if name not in Image.SAVE:
@@ -133,7 +134,7 @@ def check_picture(path: str | os.PathLike, channels: int) -> None:
     """Check that a sheet of images with this many channels can be written in the format of the path's ending.
 
     Raises:
-        ValueError: images of other than 1, 3 or 4 channels, or a format that does not have them.
+        ValueError: the format does not support this number of channels, or it is not 1, 3 or 4.
     """
     picture_format(path)
     if channels not in CHANNELS:
@@ -145,6 +146,6 @@ def check_picture(path: str | os.PathLike, channels: int) -> None:
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:
-    """Writes a plot of matplotlib as PNG, whole or not at all."""
+    """Write a matplotlib figure atomically as PNG."""
     with replacing_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

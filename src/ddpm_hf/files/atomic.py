@@ -1,7 +1,7 @@
-"""Files and folders that are written whole or not at all, and never through a link.
+"""Atomic writes of files and folders, never through a link.
 
-Every file that this package writes goes through here: a name then always stands for one whole file, a killed process loses
-nothing, and a folder that somebody else has made cannot redirect a write to a file outside it.
+Every file that this package writes goes through here: files are always complete, also after a process was killed, and an
+untrusted folder cannot redirect a write to a file outside it.
 """
 
 import contextlib
@@ -15,30 +15,30 @@ from pathlib import Path
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside `path` that nobody can guess; `leftovers` finds it after a kill."""
+    """Returns an unpredictable name beside `path`; `leftovers` lists such names after a kill."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def final_name(path: str | os.PathLike) -> str:
-    """The name that a file or folder will have, also while it is being written."""
+    """Returns the final name of a file or folder, also while it is being written."""
     return re.sub(r"^\.(.+)\.[0-9a-f]{16}\.tmp$", r"\1", Path(path).name)
 
 
 def leftovers(folder: str | os.PathLike) -> list[Path]:
-    """Temporary files and folders that a killed process has left behind in `folder`."""
+    """Lists temporary files and folders in `folder` that remain from a killed process."""
     folder = Path(folder)
     names = os.listdir(folder) if folder.is_dir() else []
     return [folder / name for name in names if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", name)]
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Removes what `leftovers` finds. No other process may be writing in `folder`; what cannot be removed stays."""
+    """Removes `leftovers`, as far as permissions allow. No other process may be writing in `folder`."""
     for path in leftovers(folder):
         _remove(path)
 
 
 def _remove(path):
-    """Removes a file, a link or a folder, if it is there and may be removed."""
+    """Removes a file, a link or a folder if it exists; ignores errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -48,10 +48,11 @@ def _remove(path):
 
 @contextlib.contextmanager
 def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A new, empty file beside `path` to write to; it takes the name `path` when the context ends without an error.
+    """Replaces a file atomically: yields a new file to write to, which is renamed to `path` when the context ends.
 
     The file is created exclusively, under a random name, with the permissions of the user's umask. A link at `path` is
-    replaced, not followed. The content is on the disk before the name. After an error nothing is left, and `path` is as it was.
+    replaced, not followed. The content is flushed to the disk before the rename. After an error the new file is
+    removed, and `path` is unchanged.
 
     Raises:
         OSError: the folder is missing or not writable, the disk is full, or `path` is a folder.
@@ -84,11 +85,10 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
 
 @contextlib.contextmanager
 def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A new, empty folder beside `folder` to write to; it takes its name when the context ends without an error.
+    """Replaces a folder: yields a new folder to write to, which is renamed to `folder` when the context ends.
 
-    Its files are on the disk before it does, and the name is when this ends. A folder of that name, or a link, is moved aside
-    (`moved_aside`) for the moment that it takes to put the new one in its place: of a process that is killed then,
-    `restore_folder` brings it back. After an error nothing is left.
+    Its files are flushed to the disk before the rename. A previous folder or link is first renamed to `moved_aside`; if the
+    process is killed between the two renames, `restore_folder` brings it back. After an error the new folder is removed.
 
     Raises:
         OSError: the parent folder is missing or not writable, or the disk is full.
@@ -112,15 +112,15 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def moved_aside(folder: str | os.PathLike) -> Path:
-    """Where `replacing_folder` keeps the previous folder while the new one takes its place."""
+    """Returns the path to which `replacing_folder` moves the previous folder."""
     folder = Path(folder)
     return folder.with_name(f".{folder.name}.old")
 
 
 def restore_folder(folder: str | os.PathLike) -> None:
-    """Brings back the previous folder where a process was killed inside `replacing_folder`, before the new one was in place.
+    """Restores the previous folder if a process was killed inside `replacing_folder` before the new one was in place.
 
-    Where the new one is in place, the previous one is removed.
+    If the new one is in place, the previous one is removed.
     """
     old = moved_aside(folder)
     if os.path.lexists(folder):
@@ -130,10 +130,10 @@ def restore_folder(folder: str | os.PathLike) -> None:
 
 
 def remove_folder(folder: str | os.PathLike) -> None:
-    """Removes a folder. Its name is gone at once: a killed process leaves a temporary name, never a part under this one.
+    """Removes a folder after renaming it: a killed process leaves a temporary folder, never an incomplete one of this name.
 
     Raises:
-        OSError: it is missing or a link, or a part of it cannot be removed.
+        OSError: it is missing or a link, or a file cannot be removed.
     """
     temporary = _temporary(Path(folder))
     os.replace(folder, temporary)
@@ -141,15 +141,15 @@ def remove_folder(folder: str | os.PathLike) -> None:
 
 
 def flush_to_disk(folder: str | os.PathLike) -> None:
-    """Waits until a folder and all that is in it are on the disk, so that a name given to it afterwards stands for all."""
+    """Flushes a folder and all its files to the disk."""
     for path in (*Path(folder).rglob("*"), Path(folder)):
         if not path.is_symlink():
             _flush(path)
 
 
 def _flush(path):
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    # some systems cannot do it for folders: all is as whole there, but not after a power cut
+    """Flushes a file's content, or a folder's list of names, to the disk."""
+    # some systems cannot flush folders: there a power cut can lose a rename
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -159,7 +159,7 @@ def _flush(path):
 
 
 def is_writable(folder: str | Path) -> bool:
-    """Whether a file can be made in a folder. It is tried, as permissions alone do not decide it."""
+    """Whether a file can be created in a folder; it is tried, because permissions alone do not decide."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True

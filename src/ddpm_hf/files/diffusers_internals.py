@@ -33,29 +33,29 @@ PRIVATE_NAMES = {
 
 
 class ConfigReader:
-    """A class whose configs are read by `read_json_file`; a base class, listed before diffusers' `ConfigMixin`."""
+    """Base class of classes that read configs by `read_json_file`; listed before diffusers' `ConfigMixin`."""
 
     @classmethod
     def read_json_file(cls, path: Path) -> dict:
-        """The content of a config or an index."""
+        """Reads a config or an index."""
         raise NotImplementedError
 
     @classmethod
-    def _dict_from_json_file(cls, json_file, dduf_entries=None):  # which older versions of diffusers name
+    def _dict_from_json_file(cls, json_file, dduf_entries=None):  # older versions of diffusers pass dduf_entries
         return cls.read_json_file(Path(json_file))
 
 
 def constructor_arguments(pipeline_class: type[DiffusionPipeline]) -> tuple[set[str], set[str]]:
-    """The names of a pipeline's parts and of its settings, as the arguments of its constructor have them."""
-    parts, settings = pipeline_class._get_signature_keys(pipeline_class)
-    return set(parts), set(settings)
+    """Returns the arguments of a pipeline's constructor: names of components, and names of settings."""
+    components, settings = pipeline_class._get_signature_keys(pipeline_class)
+    return set(components), set(settings)
 
 
 def read_weights(files: list[str]) -> dict:
-    """Tensor name -> tensor, of all shards of a checkpoint."""
+    """Reads all shards of a checkpoint: tensor name -> tensor."""
     return {name: weight for file in files for name, weight in load_state_dict(file).items()}
 
 
 def rename_old_keys(network: ModelMixin, state_dict: dict) -> None:
-    """Gives the tensors of checkpoints from older versions of diffusers their present names, in place."""
+    """Renames the tensors of checkpoints from older versions of diffusers to their present names, in place."""
     network._fix_state_dict_keys_on_load(state_dict)

@@ -1,4 +1,4 @@
-"""Files that a stranger may have written: read with a bound, within their folder, and checked value by value."""
+"""Reads untrusted files: bounded in size, only inside their folder, with every value checked."""
 
 import contextlib
 import json
@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# bytes of what is read into memory at once or published as text: a config with the betas of 4,000 steps has 0.1 million
+# largest text file in bytes; a config with the betas of 4,000 steps has 0.1 million
 TEXT_BYTES = 4 * 2**20
 
 
 PICTURE_BYTES = 64 * 2**20
 
 
-JSON_DEPTH, DIGITS = 16, 40
+JSON_DEPTH, DIGITS = 16, 40  # most levels of nesting, and digits of a number
 
 
 def one_line(error: BaseException, most: int = 500) -> str:
-    """The message of an error in one line of `most` characters; with its type where that says what is wrong."""
+    """Returns an error's message in one line of up to `most` characters, with its type unless it is a ValueError or OSError."""
     text = " ".join(str(error).split())
     text = text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} {text}".strip()
     return text if len(text) <= most else f"{text[: most - 4]} ..."
@@ -30,7 +30,7 @@ def one_line(error: BaseException, most: int = 500) -> str:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turns any error of using what `path` holds into a ValueError of one line that names it, or its folder."""
+    """Within this context an error becomes a ValueError of one line that names `path`; OSError and MemoryError pass."""
     try:
         yield
     except (OSError, MemoryError):
@@ -41,18 +41,18 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path leads to something within `folder`, or is a link of the Hub's cache, whose snapshots link to its blobs."""
+    """Whether a path, with links resolved, is inside `folder`; snapshots of the Hub's cache may link to its blobs."""
     real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]
     return real.is_relative_to(folder) or any(real.parent == parent.parent / "blobs" for parent in snapshots)
 
 
 def check_file(path: Path, folder: Path, most: int | None = TEXT_BYTES) -> Path:
-    """Returns `path`, a file of the pipeline in `folder`, if it may be read.
+    """Returns `path` if it is a regular file inside `folder` with at most `most` bytes.
 
     Raises:
-        ValueError: it is a link to outside of the folder, no regular file, or has more than `most` bytes.
-        FileNotFoundError: it is not there.
+        ValueError: it is a link to outside of the folder, no regular file, or too large.
+        FileNotFoundError: it is missing.
     """
     if not is_inside(path, folder):
         raise ValueError(f"{path} is a link to outside of {folder}; put a copy of the file in its place")
@@ -68,7 +68,7 @@ def check_file(path: Path, folder: Path, most: int | None = TEXT_BYTES) -> Path:
 
 
 def read_text(path: Path, folder: Path | None = None) -> str:
-    """A text file of the pipeline in `folder`, by default its own. Raises as `check_file`; ValueError if it is not UTF-8."""
+    """Reads a UTF-8 text file inside `folder`, by default its own. Raises as `check_file`; ValueError if it is not UTF-8."""
     try:
         return check_file(path, folder or path.parent).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -76,12 +76,12 @@ def read_text(path: Path, folder: Path | None = None) -> str:
 
 
 def read_json(path: Path, folder: Path | None = None) -> dict:
-    """A JSON file of the pipeline in `folder`: an object, its keys unique, numbers and depth bounded. Raises as `read_text`."""
+    """Reads a JSON object with unique keys, bounded numbers and bounded depth. Raises as `read_text`, and ValueError."""
     text = read_text(path, folder)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_number(int), parse_float=_number(float))
         _check_depth(value)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is in no text that can be written
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({one_line(error)}); save the pipeline again") from None
     if not isinstance(value, dict):
@@ -112,12 +112,12 @@ def _check_depth(value, depth=0):
     if depth > JSON_DEPTH:
         raise ValueError(f"it is nested more than {JSON_DEPTH} levels deep")
     if isinstance(value, (dict, list)):
-        for each in value.values() if isinstance(value, dict) else value:
-            _check_depth(each, depth + 1)
+        for entry in value.values() if isinstance(value, dict) else value:
+            _check_depth(entry, depth + 1)
 
 
 class Kind(NamedTuple):
-    """What a value of a JSON file may be, in words and as a test."""
+    """The kind of value that a key of a JSON file takes, in words and as a test."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -152,7 +152,7 @@ SHARE = Kind("a number in [0, 1)", lambda value: NUMBER.fits(value) and 0 <= val
 
 
 def check_values(values: dict, schema: dict[str, Kind], path: Path, mend: str = "save the pipeline again") -> dict:
-    """`values` with None for the keys of the schema that are left out. Raises ValueError for the first that does not fit."""
+    """Returns `values` with None for missing keys of the schema. Raises ValueError for the first value that does not fit."""
     values = values | {key: None for key in schema if key not in values}
     for key, kind in schema.items():
         if not kind.fits(values[key]):

@@ -1,4 +1,4 @@
-"""What the folder of a saved pipeline may hold. It may be a stranger's: its files are read bounded and within the folder."""
+"""The files of a saved pipeline's folder, and their checks: the folder may be untrusted."""
 
 import os
 import re
@@ -24,55 +24,57 @@ WEIGHTS = re.compile(
 SHARD = re.compile(r"\w[\w.-]*\.(safetensors|bin)", re.ASCII)
 
 
-PARTS = ("unet", "scheduler", "classifier")  # of a pipeline, each in a folder of this name
+PARTS = ("unet", "scheduler", "classifier")  # the sub-folders of a pipeline
 
 
-STAGES = ("base", "upsampler")  # of a cascade, each a pipeline
+STAGES = ("base", "upsampler")  # the sub-folders of a cascade, each a pipeline
 
 
 def read_config(path: Path, folder: Path | None = None) -> dict:
-    """The config of a component, by `read_json`; its keys must not take the place of a dict's methods."""
+    """Reads the config of a component. Raises as `read_json`, and ValueError for keys with the name of a dict's method."""
     config = read_json(path, folder)
     key = next((key for key in config if hasattr(dict, key)), None)
     if key is not None:
         raise ValueError(f"{path}: {reprlib.repr(key)} is no key of a config; remove it")
-    own = config.get("_ddpm_hf", {})
-    if not isinstance(own, dict):
-        raise ValueError(f"{path}: _ddpm_hf={reprlib.repr(own)} must hold keys and values; save the pipeline again")
+    settings = config.get("_ddpm_hf", {})
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path}: _ddpm_hf={reprlib.repr(settings)} must hold keys and values; save the pipeline again"
+        )
     return config
 
 
 def pipeline_class(index: dict, path) -> str:
-    """The class that a model_index.json names: of [module, class], as in our own folders, the class. Raises ValueError."""
+    """Returns the class name in a model_index.json, also from [module, class]. Raises ValueError."""
     name = index.get("_class_name")
     names = name if isinstance(name, (list, tuple)) and len(name) == 2 else [name]
     last = names[-1]
-    if not isinstance(last, str) or not all(isinstance(each, str) and NAME.fullmatch(each) for each in names):
+    if not isinstance(last, str) or not all(isinstance(part, str) and NAME.fullmatch(part) for part in names):
         raise ValueError(
             f"{path}: its _class_name {reprlib.repr(name)} is not the name of a class; save the pipeline again"
         )
     return last
 
 
-def component_classes(index: dict, path, known: tuple[str, ...] = PARTS) -> dict[str, str]:
-    """Component -> class, of a model_index.json; those without a class are left out.
+def component_classes(index: dict, path, allowed: tuple[str, ...] = PARTS) -> dict[str, str]:
+    """Returns component -> class name from a model_index.json, without components that are None.
 
     Raises:
-        ValueError: a component that is not one of `known`, or an entry that is not [library, class], both plain names.
+        ValueError: a component is not in `allowed`, or an entry is not [library, class], both plain names.
     """
     entries = {
         name: entry
         for name, entry in index.items()
-        if name in known or (isinstance(entry, list) and name[:1] != "_" and not _is_setting(entry))
+        if name in allowed or (isinstance(entry, list) and name[:1] != "_" and not _is_setting(entry))
     }
-    if not entries.keys() <= {*known}:
+    if not entries.keys() <= {*allowed}:
         raise ValueError(
             f"{path} holds a {pipeline_class(index, path)} of {listed(sorted(entries))}; "
-            f"this class opens pipelines of {', '.join(known)} only"
+            f"this class opens pipelines of {', '.join(allowed)} only"
         )
     for name, entry in entries.items():
-        whole = isinstance(entry, list) and len(entry) == 2
-        if not whole or not (entry == [None, None] or all(isinstance(n, str) and NAME.fullmatch(n) for n in entry)):
+        is_pair = isinstance(entry, list) and len(entry) == 2
+        if not is_pair or not (entry == [None, None] or all(isinstance(n, str) and NAME.fullmatch(n) for n in entry)):
             raise ValueError(
                 f"{path}: its {name} is {reprlib.repr(entry)}, not [library, class]; save the pipeline again"
             )
@@ -84,15 +86,15 @@ def _is_setting(entry):
 
 
 def variant_of(name: str) -> str | None:
-    """ "diffusion_pytorch_model" or "diffusion_pytorch_model.fp16" of a file of weights, or of their index; None of others."""
-    where, _, file = name.rpartition("/")
-    network = where.removeprefix("base/").removeprefix("upsampler/")  # the stages of a cascade
+    """Returns the variant of a weights file or its index, such as "diffusion_pytorch_model.fp16"; None for other files."""
+    folder, _, file = name.rpartition("/")
+    network = folder.removeprefix("base/").removeprefix("upsampler/")  # the stages of a cascade
     match = WEIGHTS.fullmatch(file) if network in ("", "unet", "classifier") else None
     return match and match[1] + (match[2] or "")
 
 
 def variants_in(folder: Path) -> dict[str, list[Path]]:
-    """Safetensors files in the folder of a network, and their indices, by `variant_of`: the usual weights, "….fp16", ..."""
+    """Returns variant -> safetensors files and their index, in the folder of a network; see `variant_of`."""
     variants: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         variant = variant_of(path.name)
@@ -102,12 +104,12 @@ def variants_in(folder: Path) -> dict[str, list[Path]]:
 
 
 def folder_of_part(part: Path) -> Path:
-    """The folder of the pipeline whose component lies in the folder `part`; `part` itself where it stands alone."""
+    """Returns the pipeline's folder for the folder `part` of a component; `part` itself if it is not in a pipeline."""
     return part.parent if (part.parent / "model_index.json").is_file() else part
 
 
 def check_part(part: Path, folder: Path) -> None:
-    """Checks the files that are read of a component in the folder `part` of the pipeline in `folder`.
+    """Checks the config and weights of a component, in the folder `part` of the pipeline in `folder`.
 
     Raises as `read_json` and `read_shards`; ValueError for weights that `check_file` refuses.
     """
@@ -121,9 +123,9 @@ def check_part(part: Path, folder: Path) -> None:
 
 
 def read_shards(path: Path, folder: Path) -> dict[str, str]:
-    """Tensor -> name of its file, from the index of weights in several files, which lie beside it.
+    """Reads the index of sharded weights: tensor name -> file name.
 
-    Raises as `check_file`, `read_json`; ValueError for other contents.
+    Raises as `check_file` and `read_json`; ValueError if the content is no index.
     """
     index = read_json(path, folder)
     shards = index.get("weight_map")
@@ -142,7 +144,7 @@ def read_shards(path: Path, folder: Path) -> dict[str, str]:
 
 
 def check_target(folder: Path, parts: Iterable[str] = ()) -> None:
-    """Raises ValueError where saving to `folder`, and to the folders of these parts in it, would write through a link."""
+    """Raises ValueError if saving to `folder` and its sub-folders `parts` would write through a link."""
     for place in (folder, *(folder / part for part in parts)):
         paths = list(place.iterdir()) if place.is_dir() else []
         links = [path for path in paths if path.name in CONFIGS or path.suffix == ".py" or variant_of(path.name)]
@@ -154,14 +156,14 @@ def check_target(folder: Path, parts: Iterable[str] = ()) -> None:
 
 
 class GuardedConfig(ConfigReader):
-    """How a component reads and writes its config; before diffusers' `ConfigMixin` among its bases."""
+    """Base class of components whose config is checked when read and written; listed before diffusers' `ConfigMixin`."""
 
     @classmethod
     def read_json_file(cls, path: Path) -> dict:
-        """The config of a part, by `read_config`, whose errors it raises."""
+        """Reads the config of a component. Raises as `read_config`."""
         return read_config(path, folder_of_part(path.parent))
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """As diffusers' method, of which `save_pretrained` is made. Raises ValueError where it would write through a link."""
+        """Saves the config as diffusers' method does. Raises ValueError if it would write through a link."""
         check_target(Path(save_directory))
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -1,37 +1,36 @@
-"""How a class is named in the JSON that is saved of it; part of a published pipeline.py."""
+"""The class names in saved configs; part of a published pipeline.py."""
 
 import json
 
 
 def sorted_json(value: dict) -> str:
-    """A config or an index as it is written: JSON with sorted keys, indented by two, ending in a newline."""
+    """Returns a config or index as JSON text with sorted keys, indented by two, ending in a newline."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def package_only(method):
-    """Marks a method that is left out of a published pipeline.py, where calling it says that the package brings it.
+    """Marks a method for the package only; in a published pipeline.py it raises an error that names the package.
 
-    Private methods, and properties (as the decorator below `property`), leave no trace there.
+    Private methods, and properties (with this decorator below `property`), are left out there.
     """
     return method
 
 
 def saved_class(cls: type) -> type:
-    """The class that instances are saved as: the nearest one, itself included, whose own body says how it is saved.
+    """Returns the class that instances are saved as: the nearest base, or `cls`, whose body sets an attribute of `SavedConfig`.
 
-    So a user's bare subclass is saved, and opened again, as the class of this package behind it.
+    A user's plain subclass is thus saved and opened as the package's class.
     """
     return next(base for base in cls.__mro__ if vars(base).keys() & {"stock_class", "stands_for", "source_name"})
 
 
 class SavedConfig:
-    """A part of a pipeline that says how it is saved and opened; a base class, listed before diffusers' `ConfigMixin`.
+    """Base class that defines how a part of a pipeline is saved and opened; listed before diffusers' `ConfigMixin`.
 
     Class attributes, which subclasses inherit:
-        stock_class: the diffusers class under whose name it is saved because that class opens it too; None for its own name.
-        stands_for: the diffusers classes whose saved configs this class opens in their place.
-        source_name: the file, without ".py", that holds the source of this class beside its config; None where a stock
-            class opens the config.
+        stock_class: the diffusers class that also opens the config, which is saved under its name; None for its own name.
+        stands_for: diffusers classes whose configs this class opens.
+        source_name: file, without ".py", with the source of this class beside its config; None if a diffusers class opens it.
     """
 
     stock_class: str | None = None
@@ -39,7 +38,7 @@ class SavedConfig:
     source_name: str | None = None
 
     def to_json_string(self) -> str:
-        """The config as JSON, under the name of `stock_class`, or where there is none, of the class that it is saved as."""
+        """Returns the config as JSON, with the class name `stock_class`, or without one that of `saved_class`."""
         config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
+        config.pop("_name_or_path", None)  # a local path
         return sorted_json(config | {"_class_name": self.stock_class or saved_class(type(self)).__name__})

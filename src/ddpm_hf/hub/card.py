@@ -1,4 +1,4 @@
-"""What stands beside the weights in a published folder: the model card."""
+"""The model card of a saved pipeline."""
 
 import hashlib
 import json
@@ -33,23 +33,23 @@ CITATIONS = {
 
 
 def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> Path:
-    """Writes README.md of a saved pipeline, as `card_text` makes it; returns its path. Arguments and errors are its."""
+    """Writes `card_text` to README.md of a saved pipeline; returns its path. Raises as `model_card`."""
     return write_text(Path(folder) / "README.md", card_text(folder, repo_id))
 
 
 def has_our_card(folder: str | os.PathLike) -> bool:
-    """Whether README.md of a saved pipeline is as `write_model_card` left it."""
+    """Whether README.md of a saved pipeline is unchanged since `write_model_card`."""
     path = Path(folder) / "README.md"
     return path.is_file() and is_our_card(read_text(path))
 
 
 def is_our_card(text: str) -> bool:
-    """Whether a card is as `card_text` made it, by the digest in its last line."""
+    """Whether a card is unchanged since `card_text` made it, by the digest in its last line."""
     return text == _signed(text.rpartition("\n\n<!--")[0])
 
 
 def license_of(text: str) -> str | None:
-    """The license in a card's header, if it has one."""
+    """Returns the license in a card's header, or None."""
     if not text:
         return None
     try:
@@ -59,10 +59,10 @@ def license_of(text: str) -> str | None:
 
 
 def licensed(text: str, license: str) -> str:
-    """A card with this license in its header; as `card_text` made it if it was.
+    """Returns a card with this license in its header, with a new digest if the card was unchanged.
 
     Raises:
-        ValueError: a header that is no YAML.
+        ValueError: the header is not YAML.
     """
     ours = is_our_card(text)
     try:
@@ -84,17 +84,17 @@ def _signed(text):
 def model_card(
     folder: str | os.PathLike, repo_id: str | None = None, license: str | None = None, remote_code: bool = True
 ) -> ModelCard:
-    """The card of a saved pipeline from `model_card.md` and what the folder tells of itself.
+    """Renders the card of a saved pipeline from the template `model_card.md` and the files in the folder.
 
     Args:
-        folder: a saved pipeline; training.json, evaluation.json and pictures in it are told where they are.
-        repo_id: what the card's examples open; None for the name of the folder, or of the run whose "pipeline" it is.
-        license: the Hub's name of one, "apache-2.0"; None says nothing of it.
-        remote_code: whether it is the card of a repository's main, beside which the branch "remote-code" is kept.
+        folder: a saved pipeline; the card also shows its training.json, evaluation.json and pictures.
+        repo_id: the repository in the card's examples; None for the name of the folder, or of the run if that is "pipeline".
+        license: the Hub's name of a license, such as "apache-2.0"; None leaves it out.
+        remote_code: whether the repository has the branch "remote-code" beside main.
 
     Raises:
-        FileNotFoundError: not a saved pipeline.
-        ValueError: its network is not one that `DDPMUNet` supports; a file in it that is not as it is saved, which is named.
+        FileNotFoundError: the folder is not a saved pipeline.
+        ValueError: `DDPMUNet` does not support the network, or a file is invalid; the message names it.
     """
     folder = Path(folder)
     index = read_json(folder / "model_index.json", folder)
@@ -126,7 +126,7 @@ def model_card(
 
 
 def _values_of_cascade(folder):
-    """What the template shows of a cascade, whose stages have cards of their own; and nothing for its header."""
+    """Returns the template's values for a cascade, and no data for the header; stages have their own cards."""
     path = folder / "upsampler/model_index.json"
     low = check_values(read_json(path, folder), {"low_resolution": SIDES}, path)["low_resolution"]
     size = _network(folder / "upsampler/unet", DDPMUNet, folder).config.sample_size
@@ -134,7 +134,7 @@ def _values_of_cascade(folder):
 
 
 def _values_of_pipeline(folder, classes, low):
-    """What the template shows of a pipeline of one network, and the header of the card."""
+    """Returns the template's values for a pipeline of one network, and the data for the card's header."""
     network, scheduler = _network(folder / "unet", DDPMUNet, folder), _scheduler(folder)
     stock_prediction, process = scheduler["prediction_type"] or "epsilon", _continuous_process(scheduler)
     own_settings = scheduler.get("_ddpm_hf") or {}
@@ -192,7 +192,7 @@ def _values_of_pipeline(folder, classes, low):
 
 
 def _size(size):
-    """A side or (height, width) in words: 32x32."""
+    """Formats a side, or (height, width), as "32x32"."""
     return "x".join(map(str, sides(size)))
 
 
@@ -205,7 +205,7 @@ SIDES = Kind(
 )
 
 
-# of a scheduler's config what the card shows
+# the keys of a scheduler's config that the card shows
 SCHEDULER = {
     **dict.fromkeys(("num_train_timesteps", "levels"), COUNT | NULL),
     **dict.fromkeys(("_class_name", "beta_schedule", "prediction_type", "variance_type"), WORD | NULL),
@@ -219,18 +219,18 @@ def _scheduler(folder):
 
 
 def _network(part, cls, folder):
-    """The network whose config lies in the folder `part`, without weights."""
+    """Builds the network from the config in the folder `part`, without weights."""
     with naming(part / "config.json"), torch.device("meta"):
         network = cls.from_config(read_config(part / "config.json", folder))
         size = network.config.sample_size
         if size is not None and not SIDES.fits(list(sides(size))):
             raise ValueError(f"sample_size={size!r} must be {SIDES.words}, or one number for both")
-        network.class_names, getattr(network, "null_class", None)  # raise what is wrong with them
+        network.class_names, getattr(network, "null_class", None)  # these raise ValueError if they are invalid
         return network
 
 
 def _continuous_process(scheduler):
-    """What the card says of a scheduler's config in continuous time; None of another."""
+    """Describes the process of a scheduler in continuous time; None for discrete time."""
     cls = class_of_part("scheduler", scheduler["_class_name"] or "")
     if cls is None or not cls.is_continuous:
         return None
@@ -245,23 +245,23 @@ EVALUATION_PROGRAMS = (["ddpm-hf", "evaluate"], ["python", "training/evaluate.py
 
 
 def evaluation_command(text: str | None) -> str | None:
-    """The command that measured, quoted for a shell word by word; None for anything but a call of `EVALUATION_PROGRAMS`."""
+    """Returns the evaluation command quoted for a shell; None unless it is a call of one of `EVALUATION_PROGRAMS`."""
     try:
         words = shlex.split(text or "")
     except ValueError:
         return None
     options = [word for word in words[3:] if word.startswith("--")]
-    whole = words[:2] in EVALUATION_PROGRAMS and len(words) > 2 and text.isprintable()
-    return shlex.join(words) if whole and all(re.fullmatch(r"--\w+(=.*)?", word) for word in options) else None
+    is_call = words[:2] in EVALUATION_PROGRAMS and len(words) > 2 and text.isprintable()
+    return shlex.join(words) if is_call and all(re.fullmatch(r"--\w+(=.*)?", word) for word in options) else None
 
 
 def card_text(folder: str | os.PathLike, repo_id: str | None = None, **kwargs) -> str:
-    """README.md with `model_card`, of the same arguments, and a last line by which `has_our_card` knows it."""
+    """Returns the text of README.md: `model_card`, and a last line with its digest for `is_our_card`."""
     return _signed(str(model_card(folder, repo_id, **kwargs)))
 
 
 def _result(evaluation):
-    """What was measured, as the Hub's model-index has it."""
+    """Converts an evaluation to an entry of the Hub's model-index."""
     command = evaluation_command(evaluation["command"])
     return EvalResult(
         task_type="unconditional-image-generation",

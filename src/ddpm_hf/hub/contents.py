@@ -1,4 +1,4 @@
-"""What of a saved pipeline's folder belongs on the Hub: whole, and nothing else."""
+"""Selects and checks the files of a saved pipeline that are published on the Hub."""
 
 import os
 from pathlib import Path
@@ -14,15 +14,15 @@ from ddpm_hf.hub.saved import CASCADE, IMAGE, NETWORKS, kind_of_folder, own_sour
 
 
 def published_files(folder: Path, pipeline_folder: Path | None = None) -> dict[str, Path | bytes]:
-    """The files that a saved pipeline has on the Hub: path in the repository -> file, or its content.
+    """Returns the files to publish: path in the repository -> file, or its content.
 
     Args:
-        folder: of the pipeline.
-        pipeline_folder: the folder of the cascade, if `folder` is that of a stage in it.
+        folder: the pipeline's folder.
+        pipeline_folder: the cascade's folder, if `folder` is one of its stages.
 
     Raises:
-        ValueError: something is missing, does not belong together, is too large, no file, or a link to outside of the folder;
-            the message names the file and what to do.
+        ValueError: a file is missing, inconsistent with others, too large, not a regular file, or a link to outside of the
+            folder; the message names the file and what to do.
     """
     root = pipeline_folder or folder
     if not (folder / "model_index.json").is_file():
@@ -56,7 +56,7 @@ def published_files(folder: Path, pipeline_folder: Path | None = None) -> dict[s
 
 
 def _files_of_part(folder, source, root):
-    """The config of a network or scheduler, its weights, and the source of its class if that is not of diffusers."""
+    """Returns the config of a network or scheduler, its weights, and its source file if it has one."""
     network = NETWORKS.get(folder.name)
     names = ["config.json" if network else "scheduler_config.json", *([source] if source else [])]
     for name in names:
@@ -72,32 +72,32 @@ def _files_of_part(folder, source, root):
 
 
 def _check_weights(folder, cls, root):
-    """Raises ValueError if the weights in a network's folder are not safetensors, or not those of its config."""
+    """Raises ValueError if a network's weights are not safetensors or do not fit its config."""
     with naming(folder / "config.json"), torch.device("meta"):
         network = cls.from_config(read_config(folder / "config.json", root))
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     variants = variants_in(folder)  # "diffusion_pytorch_model.fp16" -> its files
     if not variants:
         pickled = next(folder.glob("*.bin"), None)
-        what = f"{pickled} is a pickle, which is not published" if pickled else f"{folder} holds no weights"
-        raise ValueError(f"{what}; open the pipeline and save it with save_pretrained, which writes safetensors")
+        problem = f"{pickled} is a pickle, which is not published" if pickled else f"{folder} holds no weights"
+        raise ValueError(f"{problem}; open the pipeline and save it with save_pretrained, which writes safetensors")
     for variant, paths in variants.items():
         indices = [path for path in paths if path.suffix == ".json"]
         shards = {path.name for path in paths} - {path.name for path in indices}
-        named = set(read_shards(indices[0], root).values()) if indices else {f"{variant}.safetensors"}
-        if shards != named:
+        indexed = set(read_shards(indices[0], root).values()) if indices else {f"{variant}.safetensors"}
+        if shards != indexed:
             raise ValueError(
-                f"{folder / variant}*: {', '.join(sorted(shards ^ named)[:3])} do not belong together; save the pipeline to an "
-                "empty folder"
+                f"{folder / variant}*: {', '.join(sorted(shards ^ indexed)[:3])} do not belong together; save the pipeline to "
+                "an empty folder"
             )
-        found = {}
+        shapes = {}
         for name in shards:
             path = check_file(folder / name, root, None)
             with naming(path), safe_open(path, framework="pt") as file:
-                found |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        if found != expected:
-            name = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        if shapes != expected:
+            name = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))[0]
             raise ValueError(
-                f"{folder / variant} holds {name[:80]!r} of shape {found.get(name)}, its config.json asks for "
+                f"{folder / variant} holds {name[:80]!r} of shape {shapes.get(name)}, its config.json asks for "
                 f"{expected.get(name)}; they are of different networks, save the pipeline again"
             )

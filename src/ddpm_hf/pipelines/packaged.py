@@ -1,6 +1,6 @@
-"""What only the package brings to a pipeline: guarded opening and saving, publishing, and the optimized network.
+"""Base classes of pipelines: checked opening and saving, publishing, and the optimized network.
 
-These classes are no part of a published pipeline.py, where those of `hub/stand_ins.py` have their names.
+A published pipeline.py has the classes of `hub/stand_ins.py` in their place.
 """
 
 import os
@@ -35,13 +35,13 @@ from ddpm_hf.schedulers import SCHEDULERS
 logger = logging.get_logger(__name__)
 
 
-# of a repository: no pickled weights, and what stands beside them
+# files to download from a repository: no pickled weights; records and pictures beside the weights
 FILES = ("*.json", "*.safetensors", "*.py")
 BESIDE = ("training.*", "evaluation.*", "samples.png", "README.md", "LICENSE")
 
 
-# arguments of from_pretrained: where a repository is, and what the networks take
-WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+# arguments of from_pretrained: for the download, and for the networks
+DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 NETWORK_KWARGS = (
     "device_map", "disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "use_safetensors",
 )  # fmt: skip
@@ -51,15 +51,15 @@ NETWORK_KWARGS = (
 PUSH_KWARGS = ("license", "commit_message", "private", "token", "revision", "create_pr")
 
 
-_UPDATING = threading.Lock()  # of an optimized network's weights
+_UPDATING = threading.Lock()  # held while the optimized network takes over new weights
 
 
 class PackagedPipeline(ConfigReader):
-    """A pipeline that is opened and saved with checks, and published; listed before diffusers' `DiffusionPipeline`."""
+    """Base class of pipelines: checked opening and saving, and publishing; listed before diffusers' `DiffusionPipeline`."""
 
     @property
     def folder(self) -> Path | None:
-        """The local folder, or the snapshot of the Hub, that the pipeline's network was opened from; None if from neither."""
+        """The local folder or Hub snapshot from which the network was opened; None for any other network."""
         place = Path(self.unet.config.get("_name_or_path") or os.devnull)
         # the oldest pipelines have the network in the folder itself
         folders = (place, place.parent) if place.is_dir() else ()
@@ -67,7 +67,7 @@ class PackagedPipeline(ConfigReader):
 
     @classmethod
     def read_json_file(cls, path: Path) -> dict:
-        """The index of a pipeline, by `read_json`, whose errors it raises."""
+        """Reads the index of a pipeline. Raises as `read_json`."""
         return read_json(path)
 
     def save_pretrained(
@@ -82,11 +82,11 @@ class PackagedPipeline(ConfigReader):
         """Saves the pipeline as diffusers' method does; push_to_hub=True also publishes the folder by `push_folder`.
 
         Args:
-            Of `push_folder`: repo_id (the folder's name if left out), license, commit_message, private, token, revision,
-                create_pr.
+            repo_id: repository to publish to; by default the folder's name.
+            license, commit_message, private, token, revision, create_pr: as in `push_folder`.
 
         Raises:
-            ValueError: a file or folder to be written is a link; a network with adapters in it.
+            ValueError: a file or folder to be written is a link, or a network has adapters.
         """
         push_kwargs = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs}
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
@@ -99,8 +99,8 @@ class PackagedPipeline(ConfigReader):
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json`, and `pipeline.py` with the source of this class and its parts.
 
-        The source of a part that no stock class can open stands beside the part's config as well. Raises ValueError if it would
-        write through a link.
+        If diffusers cannot open a part, the source of its class is also written beside its config. Raises ValueError if a
+        file to be written is a link.
         """
         check_target(Path(save_directory))
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -124,10 +124,10 @@ class PackagedPipeline(ConfigReader):
         max_shard_size: int | str | None = None,
         license: str | None = None,
     ):
-        """Saves the pipeline to a temporary folder and publishes it by `push_folder`, whose arguments and errors these are.
+        """Saves the pipeline to a temporary folder and publishes it by `push_folder`, with its arguments and errors.
 
-        The card, pictures and numbers of the folder that the pipeline was opened from go with it if its weights are still
-        the same. With a variant, for example "fp16", those weights stand beside the others in the repository.
+        The card, pictures and numbers of the folder from which the pipeline was opened are published too if its weights are
+        unchanged. Weights of a variant, such as "fp16", are added beside the others in the repository.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
@@ -145,7 +145,7 @@ class PackagedPipeline(ConfigReader):
 
 
 class PackagedCascade(PackagedPipeline):
-    """A pipeline of pipelines, each saved to a folder of its own in the cascade's folder.
+    """Base class of a pipeline of pipelines; each stage is saved to a sub-folder.
 
     Attributes:
         stage_classes: the class of each stage.
@@ -154,9 +154,9 @@ class PackagedCascade(PackagedPipeline):
     stage_classes: dict[str, type]
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """As `PackagedPipeline.save_config`; the same `pipeline.py` stands in the folder of each stage.
+        """Writes `model_index.json`, and the same `pipeline.py` here and in the folder of each stage.
 
-        diffusers gives the modules of all these files one name, so each must mean the same by a name.
+        diffusers imports all these files under one module name, so their contents must agree.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         for stage in self.components:
@@ -164,19 +164,19 @@ class PackagedCascade(PackagedPipeline):
 
     @property
     def folder(self) -> Path | None:
-        """The local folder, or the snapshot of the Hub, that all stages were opened from; None if from neither."""
+        """The local folder or Hub snapshot from which all stages were opened; None if there is none."""
         folders = {stage.folder and stage.folder.parent for stage in self.components.values()}
         folder = folders.pop() if len(folders) == 1 else None
         return folder if folder and (folder / "model_index.json").is_file() else None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Opens all stages of a folder or of a repository on the Hub, with the arguments of their own `from_pretrained`.
+        """Opens all stages of a folder or Hub repository, with the arguments of their `from_pretrained`.
 
-        Stages can be given in place of the folder's, by their names.
+        An argument with the name of a stage replaces the saved stage.
         """
         path, names = pretrained_model_name_or_path, tuple(cls.stage_classes)
-        index = cls.load_config(path, **{name: kwargs[name] for name in WHERE if name in kwargs})
+        index = cls.load_config(path, **{name: kwargs[name] for name in DOWNLOAD_KWARGS if name in kwargs})
         missing = [name for name in names if name not in component_classes(index, path, names)]
         folder = local_folder(cls, path, all_files=True, **kwargs)
         stages = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -184,7 +184,7 @@ class PackagedCascade(PackagedPipeline):
         missing += [name for name in opened if not (folder / name).is_dir() or not is_inside(folder / name, folder)]
         if missing:
             raise ValueError(f"{path} is no cascade: it has no folder {missing[0]} of its own")
-        kwargs = {name: value for name, value in kwargs.items() if name not in WHERE}
+        kwargs = {name: value for name, value in kwargs.items() if name not in DOWNLOAD_KWARGS}
         stages |= {name: cls.stage_classes[name].from_pretrained(folder / name, **kwargs) for name in opened}
         pipeline = cls(**stages)
         pipeline.register_to_config(_name_or_path=str(path))
@@ -192,7 +192,7 @@ class PackagedCascade(PackagedPipeline):
 
 
 def saved_classes(pipeline) -> list[type]:
-    """The classes of this package in a pipeline: its own and those of its parts, and of their parts."""
+    """Returns the classes of this package in a pipeline: its own and, recursively, those of its parts."""
     classes = [type(pipeline)]
     for part in pipeline.components.values():
         part = getattr(part, "_orig_mod", part)  # of torch.compile
@@ -204,13 +204,13 @@ def saved_classes(pipeline) -> list[type]:
 
 
 class PackagedImagePipeline(PackagedPipeline):
-    """A pipeline of a network, a scheduler and perhaps a classifier, which can be made faster."""
+    """Base class of pipelines of a network, a scheduler and an optional classifier, with `optimize`."""
 
     _inference = None  # the optimized network
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """The index of a folder or repository, as diffusers' method; of [module, class] it has the class."""
+        """Reads the index of a folder or repository as diffusers' method does; [module, class] becomes the class."""
         config = super().load_config(pretrained_model_name_or_path, **kwargs)
         index = config[0] if isinstance(config, tuple) else config
         index["_class_name"] = pipeline_class(index, pretrained_model_name_or_path)
@@ -218,48 +218,50 @@ class PackagedImagePipeline(PackagedPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Opens a folder or a repository on the Hub, as diffusers' method, with any U-Net, scheduler and classifier of ours.
+        """Opens a folder or Hub repository, as diffusers' method does, with the classes of this package.
 
-        The parts are opened by classes of this package and of diffusers alone: no code of the folder is run. Only
-        safetensors are read, unless use_safetensors=False. Parts can be given in place of the folder's.
+        Only classes of this package and of diffusers are used: no code from the folder runs. Only safetensors are read,
+        unless use_safetensors=False. An argument with the name of a part replaces the saved part.
 
         Raises:
-            ValueError: another kind of pipeline; a file that is a link to outside of the folder, or not as it is saved; weights
-                that are pickled, or not of the network's config. One line that names the file.
-            OSError: a file that is missing or cannot be read, named.
+            ValueError: another kind of pipeline, an invalid file, a link to outside of the folder, pickled weights, or weights
+                that do not fit the config. One line that names the file.
+            OSError: a file is missing or cannot be read.
         """
         path = pretrained_model_name_or_path
-        index = cls.load_config(path, **{name: kwargs[name] for name in WHERE if name in kwargs})
+        index = cls.load_config(path, **{name: kwargs[name] for name in DOWNLOAD_KWARGS if name in kwargs})
         classes = cls._check_index(index, path)
         kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
         folder = local_folder(cls, path, all_files=_is_ours(index, classes), **kwargs)
         part_names, setting_names = constructor_arguments(cls)
-        parts = {name: kwargs.pop(name) for name in part_names if name in kwargs}
+        components = {name: kwargs.pop(name) for name in part_names if name in kwargs}
         settings = {name: kwargs.pop(name, index.get(name)) for name in setting_names if name in kwargs.keys() | index}
         # the files of the oldest pipelines lie in the folder itself
-        places = {name: folder / name if (folder / name).is_dir() else folder for name in classes.keys() - parts.keys()}
+        places = {
+            name: folder / name if (folder / name).is_dir() else folder for name in classes.keys() - components.keys()
+        }
         for place in places.values():
             check_part(place, folder)
         if "scheduler" in places:
-            parts["scheduler"] = open_scheduler(places.pop("scheduler"), classes["scheduler"], folder)
-        parts |= _open_networks(places, kwargs)
+            components["scheduler"] = open_scheduler(places.pop("scheduler"), classes["scheduler"], folder)
+        components |= _open_networks(places, kwargs)
         with naming(folder / "model_index.json"):
-            pipeline = cls(**parts, **settings)
+            pipeline = cls(**components, **settings)
         pipeline.register_to_config(_name_or_path=str(path))
         if "device_map" in kwargs:
             pipeline.hf_device_map = kwargs["device_map"]
-        if ignored := kwargs.keys() - {*WHERE, *NETWORK_KWARGS, "torch_dtype", "dtype", "variant"}:
+        if ignored := kwargs.keys() - {*DOWNLOAD_KWARGS, *NETWORK_KWARGS, "torch_dtype", "dtype", "variant"}:
             logger.warning(f"{cls.__name__}.from_pretrained does not use {', '.join(sorted(ignored))}")
         return pipeline
 
     @classmethod
     def _check_index(cls, index, path):
-        """Part -> class name, of an index that this class opens."""
+        """Returns part -> class name; raises ValueError if this class cannot open the index."""
         classes, saved = component_classes(index, path), pipeline_class(index, path)
         if not {"unet", "scheduler"} <= classes.keys() or class_of_part("unet", classes["unet"]) is None:
-            found = ", ".join(f"{name} {class_name}" for name, class_name in sorted(classes.items()))
+            listing = ", ".join(f"{name} {class_name}" for name, class_name in sorted(classes.items()))
             raise ValueError(
-                f"{path} holds a {saved} of {found}; this class opens pipelines of a UNet2DModel and a scheduler"
+                f"{path} holds a {saved} of {listing}; this class opens pipelines of a UNet2DModel and a scheduler"
             )
         if "classifier" in classes and class_of_part("classifier", classes["classifier"]) is None:
             raise ValueError(
@@ -270,26 +272,26 @@ class PackagedImagePipeline(PackagedPipeline):
         return classes
 
     def optimize(self, dtype: torch.dtype | None = None, compile: bool = True) -> str:
-        """Makes later calls of the pipeline faster, with the same images within rounding; `unet` itself stays as it is.
+        """Makes later calls of the pipeline faster; images stay the same within rounding, and `unet` is not changed.
 
-        They then use an `InferenceUNet` made from `unet`, which takes over new weights if these have changed.
+        Later calls use an `InferenceUNet` made from `unet`, and follow changes of its weights.
 
         Args:
-            dtype: of the network's activations; None for that of its weights, torch.bfloat16 for more speed and the rounding
-                of autocast. Samples keep the dtype of `unet`.
-            compile: by torch.compile; the first call with each batch and image size then takes up to some minutes.
+            dtype: dtype of the network's activations; None for that of its weights; torch.bfloat16 is faster and rounds as
+                autocast does. Samples keep the dtype of `unet`.
+            compile: whether to use torch.compile; the first call with each batch and image size then takes up to minutes.
 
         Returns:
-            One line on what was done.
+            One line about the optimizations.
 
         Raises:
-            ValueError: a network that is not a `DDPMUNet`, or has adapters, hooks or offloading.
+            ValueError: the network is not a `DDPMUNet`, or has adapters, hooks or offloading.
         """
         self._inference = InferenceUNet(self.unet, dtype, compile)
         return self._inference.report
 
     def _network(self, timesteps):
-        """The network to call at these timesteps: the optimized one if there is one, with the weights that `unet` has now."""
+        """Returns the network for these timesteps: the optimized one if there is one, with the present weights of `unet`."""
         if self._inference is None:
             return self.unet
         with _UPDATING:
@@ -298,48 +300,50 @@ class PackagedImagePipeline(PackagedPipeline):
 
 
 def _is_ours(index, classes):
-    """Whether the index names classes that only this package has, for which diffusers would run the repository's code."""
+    """Whether the index names classes that diffusers lacks; it would run the repository's code for them."""
     own_parts = {cls.__name__ for cls in (*NETWORKS.values(), *SCHEDULERS) if cls.source_name}
     return index["_class_name"] in {kind.name for kind in PIPELINES} or not own_parts.isdisjoint(classes.values())
 
 
 def _open_networks(places, kwargs):
-    """The networks in these folders, by name; kwargs are those of `from_pretrained`."""
+    """Opens the networks in these folders, by name; kwargs are those of `from_pretrained`."""
     variant, dtype = kwargs.get("variant"), kwargs.get("dtype")
     dtype = kwargs.get("torch_dtype") if dtype is None else dtype
     having = {name for name, place in places.items() if f"diffusion_pytorch_model.{variant}" in variants_in(place)}
     networks = {}
     for name, place in places.items():
         network_kwargs = {key: kwargs[key] for key in NETWORK_KWARGS if key in kwargs}
-        network_kwargs["variant"] = variant if name in having or not having else None  # one at least must have it
+        network_kwargs["variant"] = variant if name in having or not having else None  # at least one must have it
         network_kwargs["torch_dtype"] = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
         with naming(place / "config.json"):
             networks[name] = NETWORKS[name].from_pretrained(place, **network_kwargs)
-        # for `folder`, from wherever it is asked
+        # an absolute path, so that `folder` does not depend on the working directory
         networks[name].register_to_config(_name_or_path=os.path.abspath(place))
     return networks
 
 
 def local_folder(cls: type, path: str | os.PathLike, all_files: bool, **kwargs) -> Path:
-    """The folder itself, or that to which a repository of this name was downloaded.
+    """Returns a local folder as it is; downloads a Hub repository and returns its folder.
 
     Args:
         cls: the class of the pipeline.
-        all_files: whether all weights of a repository are downloaded, and not only those that diffusers chooses by its index.
-        kwargs: of `from_pretrained`.
+        all_files: whether to download all weights; otherwise diffusers chooses by the index.
+        kwargs: those of `from_pretrained`.
     """
     if os.path.isdir(path):
         return Path(path)
-    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    download_kwargs = {name: kwargs[name] for name in DOWNLOAD_KWARGS if name in kwargs}
     if not all_files:
         kinds = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
-        where["revision"] = Path(cls.download(str(path), **kinds, **where)).name  # its commit
-    where.pop("proxies", None)
-    return Path(snapshot_download(str(path), allow_patterns=[*(FILES if all_files else ()), *BESIDE], **where))
+        download_kwargs["revision"] = Path(cls.download(str(path), **kinds, **download_kwargs)).name  # its commit
+    download_kwargs.pop("proxies", None)
+    return Path(
+        snapshot_download(str(path), allow_patterns=[*(FILES if all_files else ()), *BESIDE], **download_kwargs)
+    )
 
 
 def open_scheduler(folder: Path, class_name: str, pipeline_folder: Path):
-    """The scheduler that a pipeline has in `folder`: one of this package, or of diffusers. Raises ValueError."""
+    """Opens the scheduler in `folder`, a class of this package or of diffusers. Raises ValueError."""
     path = folder / "scheduler_config.json"
     cls = scheduler_class(class_name)
     if cls is None:
