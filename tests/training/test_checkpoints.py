@@ -37,7 +37,7 @@ class Run:
         accelerator.scaler.scale(self.network(torch.ones(4, 28)).sum()).backward()
         optimizer.step()
         self.at = Position()
-        self.checkpoints = Checkpoints(self.config, accelerator, own=dict(at=self.at), facts=facts)
+        self.checkpoints = Checkpoints(self.config, accelerator, per_process=dict(at=self.at), facts=facts)
 
     def save(self, *steps):
         for self.at.step in steps:

@@ -45,9 +45,9 @@ def loader_of_own_part(loader: torch.utils.data.DataLoader, accelerator: Acceler
 
 def skip_batches(loader: torch.utils.data.DataLoader, count: int) -> torch.utils.data.DataLoader:
     """A loader that starts after `count` batches of the epoch, and copies them to the device as `loader` does."""
-    rest = skip_first_batches(loader, count)
-    rest._non_blocking = loader._non_blocking  # accelerate forgets it
-    return rest
+    remaining = skip_first_batches(loader, count)
+    remaining._non_blocking = loader._non_blocking  # accelerate forgets it
+    return remaining
 
 
 def end_of_loading(loader: torch.utils.data.DataLoader) -> None:

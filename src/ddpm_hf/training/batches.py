@@ -70,8 +70,8 @@ def batches(loader: torch.utils.data.DataLoader, config: RunConfig, position: Po
     empty_epochs, place_of_death = 0, None  # the parts of a stream are others in each epoch
     while empty_epochs < 10:
         loader.set_epoch(position.epoch)
-        rest = skip_batches(loader, position.batch)
-        epoch = iter(rest)
+        remaining = skip_batches(loader, position.batch)
+        epoch = iter(remaining)
         try:
             while (batch := _next(epoch, config)) is not None:
                 position.batch += 1
@@ -87,7 +87,7 @@ def batches(loader: torch.utils.data.DataLoader, config: RunConfig, position: Po
                 f"{error}, most likely for want of memory (fewer num_workers need less); all are started again"
             )
             place_of_death = place
-            end_of_loading(rest)
+            end_of_loading(remaining)
             continue
         empty_epochs = 0 if position.batch else empty_epochs + 1
         position.epoch, position.batch = position.epoch + 1, 0

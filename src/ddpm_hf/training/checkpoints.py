@@ -38,24 +38,26 @@ class AppleRandom:
 class Checkpoints:
     """Saves and loads the state of a run in `<output_dir>/checkpoints/<step>/`.
 
-    accelerate saves the network (as safetensors), the optimizer, the gradient scaler and the random states of each process. All
-    else are objects with `state_dict` and `load_state_dict`: `parts`, the same in every process, and `own`, which differ.
-    `facts` are values that must be the same when a run resumes, as class names: numbers, text, None, or lists of these.
+    accelerate saves the network (as safetensors), the optimizer, the gradient scaler and the random states of each process. The
+    other state is in objects with `state_dict` and `load_state_dict`: `shared` by all processes, or different `per_process`.
+    `facts` are values that must not change when a run resumes, such as class names: numbers, text, None, or lists of these.
 
     A checkpoint is written under a temporary name and renamed when it is complete. The digests of its files are checked before
     anything is loaded. Its pickles cannot run code: torch opens them with weights_only.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, own: dict, facts: dict | None = None, **parts):
-        own = {**own, "random": AppleRandom()} if accelerator.device.type == "mps" else own
-        self.config, self.accelerator, self.own, self.parts = config, accelerator, own, parts
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, per_process: dict, facts: dict | None = None, **shared
+    ):
+        per_process = {**per_process, "random": AppleRandom()} if accelerator.device.type == "mps" else per_process
+        self.config, self.accelerator, self.per_process, self.shared = config, accelerator, per_process, shared
         self.facts = facts or {}
         self.folder = Path(config.output_dir) / "checkpoints"
         self.best = {"step": 0, "bits_per_dim": math.inf}
-        self.measured = True  # False where a signal ended the sheet or measurement that was due after the step
+        self.measured = True  # False if a signal interrupted the sheet or measurement of this step
 
     def is_best(self, step: int, measured: float) -> bool:
-        """Whether no earlier checkpoint measured as little; if so, the one of this step is kept."""
+        """Whether this measurement is the lowest so far; the checkpoint of the best step is kept."""
         if measured < self.best["bits_per_dim"]:  # for a classifier it is the loss
             self.best = {"step": step, "bits_per_dim": measured}
         return self.best["step"] == step
@@ -64,20 +66,20 @@ class Checkpoints:
         """Write a checkpoint, then remove all but the newest `keep_checkpoints` and the best.
 
         Returns:
-            Whether it was written. If not, the reason is printed, and the older ones stay as they were.
+            Whether it was written. If not, the reason is printed, and older checkpoints are kept.
         """
-        main, whole = self.accelerator.is_main_process, self.folder / f"{step:07d}"
-        own = gather_object([{name: part.state_dict() for name, part in self.own.items()}])
+        is_main, folder = self.accelerator.is_main_process, self.folder / f"{step:07d}"
+        states = gather_object([{name: part.state_dict() for name, part in self.per_process.items()}])
 
         def begin():
             self.folder.mkdir(parents=True, exist_ok=True)
-            return folders.enter_context(replacing_folder(whole))
+            return folders.enter_context(replacing_folder(folder))
 
         def write():
-            if main:
+            if is_main:
                 (temporary / "config.yaml").write_text(as_yaml(self.config), encoding="utf-8")
-                state = {name: part.state_dict() for name, part in self.parts.items()}
-                state |= {"own": own, "best": self.best, "facts": self.facts, "measured": self.measured}
+                state = {name: part.state_dict() for name, part in self.shared.items()}
+                state |= {"own": states, "best": self.best, "facts": self.facts, "measured": self.measured}
                 torch.save(state, temporary / "run.pt")
             self.accelerator.save_state(temporary)
 
@@ -87,18 +89,18 @@ class Checkpoints:
 
         try:
             with contextlib.ExitStack() as folders:
-                temporary = self._everywhere(begin if main else None)
+                temporary = self._everywhere(begin if is_main else None)
                 self._everywhere(write)
-                self._everywhere(end if main else None)
+                self._everywhere(end if is_main else None)
         except _NotWritten as error:
-            if main:
-                left = checkpoints_in(self.config.output_dir)
+            if is_main:
+                complete = checkpoints_in(self.config.output_dir)
                 print_above_progress_bar(
                     f"a checkpoint could not be written ({error}); the run continues, "
-                    f"the last complete one is {left[-1] if left else 'none'}"
+                    f"the last complete one is {complete[-1] if complete else 'none'}"
                 )
             return False
-        if main:
+        if is_main:
             for old in checkpoints_in(self.config.output_dir)[: -self.config.keep_checkpoints]:
                 if int(old.name) != self.best["step"]:
                     with warn_on_write_error(f"{old} could not be removed"):
@@ -109,7 +111,7 @@ class Checkpoints:
         """Call `write` and wait for the other processes; return the result of the main process.
 
         Raises:
-            _NotWritten: it failed in one of them. In all of them.
+            _NotWritten: in all processes, if it failed in one of them.
         """
         result = problem = None
         try:
@@ -123,24 +125,24 @@ class Checkpoints:
         return outcomes[0][0]
 
     def load(self, path: Path) -> Path:
-        """Resume from the checkpoint `path`, or where it is damaged from the newest older one beside it; return which.
+        """Load the checkpoint `path`, or if it is damaged the newest older one; return the path of the one that was loaded.
 
-        Damaged ones are reported, and those in the run's own folder renamed to `<step>.unreadable`.
+        Damaged checkpoints are reported; those in the run's own folder are renamed to `<step>.unreadable`.
 
         Raises:
-            ConfigError: none can be read, or another number of processes or other `facts` wrote it.
+            ConfigError: none can be read, or the number of processes or `facts` have changed.
         """
         candidates, damaged = [path, *reversed(checkpoints_before(path))], []
-        main = self.accelerator.is_main_process
+        is_main = self.accelerator.is_main_process
         for candidate in candidates:
-            problem = self._problem(lambda: check_digests(candidate) if main else None)  # noqa: B023
+            problem = self._problem(lambda: check_digests(candidate) if is_main else None)  # noqa: B023
             problem = problem or self._problem(lambda: self._read(candidate))  # noqa: B023
             if problem:
                 if not (candidate / DIGESTS).exists():
                     problem = f"{DIGESTS} is missing: an older version of this package wrote it, and can resume from it"
                 damaged.append((candidate, problem))
                 continue
-            if main:
+            if is_main:
                 for broken, problem in damaged:
                     print_above_progress_bar(f"{broken} cannot be read ({problem}); the run resumes from {candidate}")
                     if broken.parent.resolve() == self.folder.resolve():  # not in the folder of another run
@@ -150,17 +152,17 @@ class Checkpoints:
                             os.replace(broken, aside)
             return candidate
         older = len(damaged) - 1
-        others = (
+        older_text = (
             f", nor can the {older if older > 1 else 'one'} before it" if older else ", and there is none before it"
         )
-        pipeline, known = path.absolute().parents[1] / "pipeline", hasattr(self.config, "init_from")
+        pipeline, takes_weights = path.absolute().parents[1] / "pipeline", hasattr(self.config, "init_from")
         raise ConfigError(
-            f"{path} cannot be read ({damaged[0][1]}){others}; start again in another output_dir"
-            + (f", --init_from {pipeline} takes the weights from there" if known and pipeline.is_dir() else "")
+            f"{path} cannot be read ({damaged[0][1]}){older_text}; start again in another output_dir"
+            + (f", --init_from {pipeline} takes the weights from there" if takes_weights and pipeline.is_dir() else "")
         )
 
     def _problem(self, read: Callable[[], object]) -> str | None:
-        """The problem of one of the processes, or None, the same in all; a ConfigError is raised in all of them."""
+        """Call `read` in each process; return the problem of any of them, or None. A ConfigError is raised in all processes."""
         problem, fatal = None, False
         try:
             read()
@@ -191,15 +193,15 @@ class Checkpoints:
                 )
         check_random_states(candidate, index)
         self.accelerator.load_state(candidate)
-        for name, part in self.parts.items():
+        for name, part in self.shared.items():
             part.load_state_dict(state[name])
-        for name, part in self.own.items():
+        for name, part in self.per_process.items():
             part.load_state_dict(state["own"][index][name])
         self.best, self.measured = state["best"], state["measured"]
 
 
 def _difference(before, now):
-    """A description of what differs; empty where nothing does."""
+    """Describe the difference of two facts; empty if they are equal."""
     if before == now:
         return ""
     if not (isinstance(before, list) and isinstance(now, list)):

@@ -148,11 +148,11 @@ def _names(values, kind):
     return names
 
 
-def _read_config(source, kind, seen=()):
+def _read_config(source, kind, chain_of_bases=()):
     """The values of a preset or file over those of its `base`; the keys that the user's files give; the preset, if any."""
     is_preset = not source.endswith((".yaml", ".yml"))
     path = kind.PRESETS / f"{source}.yaml" if is_preset else Path(os.path.expanduser(source))
-    source_text = f"config {shown(source)}" if not seen else f"base of {seen[-1]}: {shown(source)}"
+    source_text = f"config {shown(source)}" if not chain_of_bases else f"base of {chain_of_bases[-1]}: {shown(source)}"
     if not os.path.isfile(path):
         known = sorted(preset.stem for preset in kind.PRESETS.glob("*.yaml"))
         if os.path.isdir(source):
@@ -167,8 +167,8 @@ def _read_config(source, kind, seen=()):
             hint += f"did you mean {close[0]!r}? " if close else ""
             hint += f"presets: {', '.join(known)}"
         raise ConfigError(f"{source_text} {hint}")
-    if path.resolve() in (other.resolve() for other in seen):
-        raise ConfigError(f"{source_text} leads back to itself: {' -> '.join(map(str, (*seen, path)))}")
+    if path.resolve() in (file.resolve() for file in chain_of_bases):
+        raise ConfigError(f"{source_text} leads back to itself: {' -> '.join(map(str, (*chain_of_bases, path)))}")
     values = _read_yaml(path)
     base = values.pop("base", None)
     names = set() if is_preset else _names(values, kind)
@@ -178,7 +178,7 @@ def _read_config(source, kind, seen=()):
         raise ConfigError(f"{path}: base={shown(base)} must be a preset or a .yaml file")
     if base.endswith((".yaml", ".yml")):
         base = str(path.parent / os.path.expanduser(base))
-    inherited, explicit, preset = _read_config(base, kind, (*seen, path))
+    inherited, explicit, preset = _read_config(base, kind, (*chain_of_bases, path))
     return _merged(inherited, values, kind), explicit | names, preset
 
 

@@ -1,4 +1,4 @@
-"""With what a run is computed: versions, device, memory and trackers."""
+"""The environment of a run: versions, device, memory and trackers."""
 
 import platform
 import subprocess
@@ -23,7 +23,7 @@ MODULES = (ddpm_hf, torch, diffusers, accelerate, datasets)
 
 
 def environment(accelerator) -> dict:
-    """Where and with what a run is computed."""
+    """Return the content of environment.json."""
     try:
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -43,7 +43,7 @@ def environment(accelerator) -> dict:
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most that was held so far, of the device, or of this process for the CPU."""
+    """Return the peak memory in GiB, of the device, or on the CPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:  # Windows

@@ -1,4 +1,4 @@
-"""Errors of other packages as errors of the config."""
+"""Converts errors of pipelines and data to errors of the config."""
 
 import contextlib
 import tarfile

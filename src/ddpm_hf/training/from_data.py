@@ -1,4 +1,4 @@
-"""What fits the data of a run: size, channels, classes, network, batch size, learning rate, held-out share."""
+"""Values chosen for the data of a run: size, channels, classes, network, batch size, learning rate, held-out share."""
 
 import contextlib
 import dataclasses
@@ -34,8 +34,8 @@ NETWORKS = {
 }
 
 
-def follow_data(config: RunConfig, classes: int | None) -> RunConfig:
-    """The config with what fits the data, for all keys that are not explicit; `classes` are those of the base pipeline."""
+def with_values_for_data(config: RunConfig, classes: int | None) -> RunConfig:
+    """Return the config with values chosen for the data, except explicit keys; `classes` is the base pipeline's number."""
     section, explicit = config.NETWORK, config.explicit
     shape = {f"{section}.{key}" for key in ("block_out_channels", "down_block_types", "up_block_types")}
     open_keys = {"image_size", "channels", "label_column", "batch_size", "held_out"} - explicit
@@ -160,11 +160,11 @@ def _with_labels(config, images, classes, facts):
 
 def _network_for(size, channels, keys, has_up_blocks):
     """The keys of a network for images of a size, beside those given: one head of attention at 16 pixels, as Ho et al."""
-    given_channels = keys.get("block_out_channels")
-    channels = given_channels or channels
+    configured_channels = keys.get("block_out_channels")
+    channels = configured_channels or channels
     if not isinstance(channels, (list, tuple)) or not all(isinstance(count, int) for count in channels):
         return keys  # refused by the checks that follow
-    while given_channels is None and len(channels) > 2 and any(side % 2 ** (len(channels) - 1) for side in size):
+    while configured_channels is None and len(channels) > 2 and any(side % 2 ** (len(channels) - 1) for side in size):
         channels = channels[:-1]
     attends = [8 < max(size) // 2**level <= 16 for level in range(len(channels))]
     attends[-1] |= not any(attends)

@@ -1,4 +1,4 @@
-"""What a config takes from the saved pipeline that a run starts from: process, network, sizes."""
+"""Values that a config takes from the saved pipeline that a run starts from: process, network, sizes."""
 
 import dataclasses
 import inspect
@@ -53,8 +53,8 @@ def _network_of(path):
         return DDPMUNet.from_config(DDPMUNet.load_config(path, subfolder="unet"))
 
 
-def follow_guided_pipeline(config: ClassifierConfig) -> tuple[ClassifierConfig, int | None]:
-    """The config with the process, size, channels and pre-processing of the guided pipeline, and its number of classes."""
+def with_guided_pipeline(config: ClassifierConfig) -> tuple[ClassifierConfig, int | None]:
+    """Return the config with the process, image size, channels and preprocessing of the guided pipeline, and its classes."""
     subject = f"pipeline={config.pipeline!r}"
     with as_config_error(subject, PIPELINE_ERRORS), torch.device("cpu"):
         process, scheduler, keys = _process_of(config.pipeline)
@@ -77,8 +77,8 @@ def guided_class_names(config: ClassifierConfig) -> list[str] | None:
         return _network_of(config.pipeline).class_names
 
 
-def follow_base_pipeline(config: TrainConfig) -> tuple[TrainConfig, int | None]:
-    """The config with the process and the network of `init_from`, and the number of its classes."""
+def with_base_pipeline(config: TrainConfig) -> tuple[TrainConfig, int | None]:
+    """Return the config with the process and the network of `init_from`, and its number of classes."""
     subject = f"init_from={config.init_from!r}"
     with as_config_error(subject, PIPELINE_ERRORS), torch.device("cpu"):
         index = DDPMImagePipeline.load_config(config.init_from)  # type: ignore[arg-type]
@@ -134,12 +134,12 @@ def _network_keys(config, subject, unet):
 
 def check_class_names(config: TrainConfig, names: list[str] | None) -> None:
     """Raise ConfigError where a class of the pipeline `init_from` has another label in the data; new classes are allowed."""
-    own = _network_of(config.init_from).class_names or []
+    class_names = _network_of(config.init_from).class_names or []
     for label, name in enumerate(names or []):
-        if name in own and own.index(name) != label:
+        if name in class_names and class_names.index(name) != label:
             raise ConfigError(
-                f"init_from={config.init_from!r}: its label {own.index(name)} is {shown(name)}, which is {label} in the data; "
-                f"give data with the classes {listed(own)} in this order"
+                f"init_from={config.init_from!r}: its label {class_names.index(name)} is {shown(name)}, which is "
+                f"{label} in the data; give data with the classes {listed(class_names)} in this order"
             )
 
 
@@ -173,17 +173,17 @@ def _sampling_keys(config, subject, scheduler, keys):
     applied |= {key: explicit.pop(key) for key in explicit.keys() - known.keys()}  # refused later
     betas = {key: explicit.pop(key) for key in BETAS & explicit.keys()} if hasattr(scheduler, "betas") else {}
     if betas:
-        own = {key: value for key, value in keys.items() if key != "trained_betas"}
-        other = type(scheduler)(**{**own, **betas}).betas
-        if len(other) == len(scheduler.betas) and torch.allclose(other, scheduler.betas, rtol=1e-4):
+        schedule = {key: value for key, value in keys.items() if key != "trained_betas"}
+        explicit_betas = type(scheduler)(**{**schedule, **betas}).betas
+        if len(explicit_betas) == len(scheduler.betas) and torch.allclose(explicit_betas, scheduler.betas, rtol=1e-4):
             betas = {}  # the same betas, described in other words
     for key, value in {**explicit, **betas}.items():
-        own = keys.get(key, known[key].default)
+        trained = keys.get(key, known[key].default)
         if key in betas and "trained_betas" in keys:
-            own = "betas of its own"
-        if _as_list(value) != _as_list(own):
+            trained = "betas of its own"
+        if _as_list(value) != _as_list(trained):
             raise ConfigError(
-                f"scheduler.{key}={shown(value)}, but the network of {subject} was trained with {shown(own)}; leave it "
+                f"scheduler.{key}={shown(value)}, but the network of {subject} was trained with {shown(trained)}; leave it "
                 "out: the process is the pipeline's"
             )
     return applied

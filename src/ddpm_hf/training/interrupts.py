@@ -66,26 +66,26 @@ class Interrupts:
             signal.raise_signal(number)
 
     def stop(self, step: int) -> int | None:
-        """The number of the signal that any process has received, the same in all of them after the same step."""
+        """Return the signal that any process has received, the same in all processes after the same step."""
         if self.accelerator.num_processes == 1:
             return self.received
         if step < self.next_step_to_ask:
             return None
-        own = torch.tensor([[float(self.received or 0), time.perf_counter() - self.start]])
-        received, seconds = self.accelerator.gather(own.to(self.accelerator.device)).amax(0).tolist()
-        # the same everywhere, as what was gathered is
+        state = torch.tensor([[float(self.received or 0), time.perf_counter() - self.start]])
+        received, seconds = self.accelerator.gather(state.to(self.accelerator.device)).amax(0).tolist()
+        # equal in all processes, as it depends on gathered values only
         self.next_step_to_ask = step + max(1, int((step - (self.last_step_asked or step)) / max(seconds, 1e-3)))
         self.last_step_asked, self.start = step, time.perf_counter()
         return int(received) or None
 
     def run(self, network: torch.nn.Module, compute: Callable[[], object]) -> list | None:
-        """Call `compute` in each process; return the results of all of them, or None where it failed in one, which is printed.
+        """Call `compute` in each process; return all results, or print a failure in any process and return None.
 
-        Values that are not finite, or too little memory for more than a training step, end no run. After a signal the next call
-        of `network` ends the computation, so that a long one does not delay the end of the run.
+        A failure, such as too little memory, does not end the run. After a signal the next call of `network` ends the
+        computation, so that a long one does not delay the end of the run.
 
         Raises:
-            Interrupted: a process was interrupted. The next `stop` asks for the signal.
+            Interrupted: a process received a signal; the next `stop` returns it.
         """
 
         def raise_if_interrupted(*arguments):
@@ -94,14 +94,14 @@ class Interrupts:
 
         hook = network.register_forward_pre_hook(raise_if_interrupted)
         try:
-            own: tuple[object, int | None, str | None] = (compute(), None, None)
+            outcome: tuple[object, int | None, str | None] = (compute(), None, None)
         except Interrupted:
-            own = (None, self.received, None)
-        except (ValueError, RuntimeError) as error:  # the other processes would wait for this one forever
-            own = (None, None, " ".join(str(error).split()) or type(error).__name__)
+            outcome = (None, self.received, None)
+        except (ValueError, RuntimeError) as error:  # otherwise the other processes would wait forever
+            outcome = (None, None, " ".join(str(error).split()) or type(error).__name__)
         finally:
             hook.remove()
-        outcomes = gather_object([own])
+        outcomes = gather_object([outcome])
         if number := max(received or 0 for _, received, _ in outcomes):
             self.next_step_to_ask = 0
             raise Interrupted(f"stopped by signal {number}; the same command measures again", status=128 + number)
@@ -113,9 +113,9 @@ class Interrupts:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Let a process that reads images ignore the signals that reach its group: the run decides when it ends.
+    """Make a data loading worker ignore the signals that reach its process group: the run decides when it ends.
 
-    A second SIGTERM ends it; the loader sends one when it has waited in vain.
+    A second SIGTERM ends it; the loader sends one after a timeout.
     """
     for number in ENDINGS:
         signal.signal(number, signal.SIG_IGN)
@@ -123,9 +123,9 @@ def ignore_interrupts(worker: int) -> None:
 
 
 def find_dead_workers_when_reading() -> None:
-    """Remove the handler with which torch's loader, once it has started workers, raises their death in any line of ours.
+    """Remove torch's signal handler for dead workers, which would raise an error at any line of the main process.
 
-    Without it the loader notices while it waits for a batch, within five seconds.
+    Without it the loader detects a dead worker while it waits for a batch, within five seconds.
     """
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -21,9 +21,9 @@ from ddpm_hf.training.trackers import log_picture
 
 
 class Curves:
-    """Rows of metrics.jsonl thinned out for a plot: fewer than 2 * `POINTS` of each kind, that is with the same keys.
+    """Rows of metrics.jsonl, averaged for a plot to fewer than 2 * `POINTS` points of each kind (rows with the same keys).
 
-    A point is the mean of `every` rows, at the step of the last one. Where there are too many points, pairs are merged.
+    A point is the mean of `every` rows, at the step of the last one. Pairs of points are merged when there are too many.
     """
 
     POINTS = 500
@@ -67,8 +67,8 @@ class Log:
 
     Args:
         output: the run's folder.
-        t_end: all t are below it; losses are logged by quarters of it too.
-        columns: names of what is logged of each image beside its loss.
+        t_end: upper bound of t; losses are also logged for each quarter of [0, t_end].
+        columns: names of the values that are logged per image beside the loss.
     """
 
     SUMS = {"sums": "sums", "counts": "counts", "colors": "colours"}  # attribute -> its key in a checkpoint
@@ -89,7 +89,7 @@ class Log:
         self.sums = torch.zeros(len(self.names), 5, device=accelerator.device)
         self.counts = torch.zeros(5, device=accelerator.device)
         self.colors = torch.zeros(3, config.channels, device=accelerator.device)
-        self.seen = 0
+        self.images_since_row = 0
         self.start = self.began = time.perf_counter()
         self.first = 0  # step of this process
 
@@ -107,7 +107,7 @@ class Log:
         self.curves.kinds, self.logged, self.unwritten = state["curves"], state["logged"], state["unwritten"]
 
     def begin(self, step: int, resumed: Path | None = None) -> None:
-        """Call before the first step: metrics.jsonl then holds the rows up to `step`, and no more.
+        """Call before the first step: keep only the rows of metrics.jsonl up to `step`.
 
         Args:
             resumed: the checkpoint from which the run resumes, if any.
@@ -151,7 +151,7 @@ class Log:
             self.unwritten = []
 
     def keep_folder(self) -> None:
-        """Call before files are written to the run's folder: create it again where somebody has removed it."""
+        """Call before files are written to the run's folder: create it again if it was removed."""
         if not self.main:
             return
         with warn_on_write_error(
@@ -161,7 +161,7 @@ class Log:
                 self._replace([_line(row) for row in self.curves.rows()])
 
     def say(self, message: str) -> None:
-        """Print a line where there is no bar."""
+        """Print a line if there is no progress bar."""
         if self.main and self.bar.disable:
             print_above_progress_bar(message)
 
@@ -188,7 +188,7 @@ class Log:
         self.colors += torch.stack(
             (torch.ones_like(x_start[0, :, 0, 0]), x_start.mean((0, 2, 3)), (x_start**2).mean((0, 2, 3)))
         )
-        self.seen += self.images
+        self.images_since_row += self.images
 
     def step(self, step: int, norm: torch.Tensor, **values: float | torch.Tensor) -> bool:
         """Count an optimizer step; return whether a row was logged."""
@@ -204,7 +204,7 @@ class Log:
             for name, (value, *quarters) in zip(self.names, (sums.view(-1, 5) / counts).tolist()):
                 row |= {name: value, **{f"{name}_t_quarter_{i + 1}": quarter for i, quarter in enumerate(quarters)}}
             row |= {"gradient_norm": norm, **values, **channel_statistics("data", mean / batches, square / batches)}
-            row["images_per_second"] = self.seen / (time.perf_counter() - self.start)
+            row["images_per_second"] = self.images_since_row / (time.perf_counter() - self.start)
             row["memory_gb"] = memory_gb(self.accelerator.device)
             self.note(step, **row)
             shown = {name: f"{row[name]:.4f}" for name in self.names}
@@ -213,16 +213,16 @@ class Log:
             self._show(step, shown, f"{row['images_per_second']:.0f}")
         for name in self.SUMS:
             getattr(self, name).zero_()
-        self.seen, self.start = 0, time.perf_counter()
+        self.images_since_row, self.start = 0, time.perf_counter()
         return True
 
     def _show(self, step, shown, images_per_second):
-        """Show values in the bar, or in a line with the time that is left at the mean speed so far."""
+        """Show values in the progress bar, or in a line with the estimated remaining time."""
         self.bar.set_postfix(shown | {"images_per_s": images_per_second})
-        left = (time.perf_counter() - self.began) / (step - self.first) * (self.config.steps - step)
+        remaining = (time.perf_counter() - self.began) / (step - self.first) * (self.config.steps - step)
         values = ", ".join(f"{name} {value}" for name, value in shown.items())
-        left = tqdm.format_interval(left)
-        self.say(f"step {step:,}/{self.config.steps:,}: {values}, {images_per_second} images/s, {left} left")
+        remaining = tqdm.format_interval(remaining)
+        self.say(f"step {step:,}/{self.config.steps:,}: {values}, {images_per_second} images/s, {remaining} left")
 
     def note(self, step: int, **values: float | torch.Tensor) -> None:
         """Add a row to metrics.jsonl and the trackers; values that are not finite are null."""
@@ -264,7 +264,7 @@ def _line(row):
 
 
 def _rows_until(step, path):
-    """The lines of a metrics.jsonl up to this step, or to the first one that is no row, cut off for example."""
+    """Return the lines of a metrics.jsonl up to this step, or up to the first invalid line."""
     lines = []
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(path, encoding="ascii") as file:
         for line in file:

@@ -30,18 +30,18 @@ TASKS: dict[type[RunConfig], type[Task]] = {TrainConfig: DiffusionTask, Classifi
 def train(config: RunConfig | str | None = None, /, **keys) -> Path:
     """Train a network and return the folder in which it is saved, `<output_dir>/pipeline` or `<output_dir>/classifier`.
 
-        train(data="my_folder")                  # the other settings follow the images
+        train(data="my_folder")                  # all other settings are chosen from the images
         train("digits", steps=100)               # a preset or a YAML file, and keys that override it
-        train(TrainConfig(...))                  # every setting as it stands there
+        train(TrainConfig(...))                  # every setting is explicit
 
     A run that was interrupted resumes from its newest checkpoint.
 
     Args:
         config: a config, or the name of a preset or YAML file.
-        keys: as of `TrainConfig`; only without a config.
+        keys: fields of `TrainConfig`.
 
     Raises:
-        ConfigError: a key or value that is not allowed, or data that cannot be read; in one line.
+        ConfigError: a key or value is invalid, or the data cannot be read; one line.
         Stopped: a signal ended the run, or its gradients were not finite for many steps.
     """
     if not isinstance(config, RunConfig):
@@ -59,7 +59,7 @@ def train(config: RunConfig | str | None = None, /, **keys) -> Path:
 
 
 class Run:
-    """A run from its first step, or from its checkpoint, to its last."""
+    """A training run, from its first step or a checkpoint to its last step."""
 
     def __init__(self, config: RunConfig, accelerator, folder: OutputFolder):
         self.config, self.accelerator = config, accelerator
@@ -79,23 +79,23 @@ class Run:
         self.interrupts = Interrupts(accelerator)
         self.position = Position(images=count_images(dataset))
         self.finite = FiniteSteps(device, config.max_steps_skipped)
-        parts = task.begin(accelerator, dataset, self.log, self.interrupts)
+        shared = task.begin(accelerator, dataset, self.log, self.interrupts)
         if is_compiled(config):
             compile_network(task.network, config, device)
         if accelerator.is_main_process:
             folder.begin()
         if config.trackers:
             open_trackers(config, accelerator)
-        parts |= dict(lr_schedule=self.lr_schedule, finite=self.finite)
-        own = dict(at=self.position, log=self.log)
-        self.checkpoints = Checkpoints(config, accelerator, own=own, facts=data.facts(config), **parts)
+        shared |= dict(lr_schedule=self.lr_schedule, finite=self.finite)
+        per_process = dict(at=self.position, log=self.log)
+        self.checkpoints = Checkpoints(config, accelerator, per_process=per_process, facts=data.facts(config), **shared)
         if checkpoint:
             checkpoint = self.checkpoints.load(checkpoint)
             set_learning_rate(config, self.optimizer, self.lr_schedule)
         self.log.begin(self.position.step, checkpoint)
 
     def train(self) -> None:
-        """Algorithm 1 of Ho et al. 2020, with the loss of the task."""
+        """Train by Algorithm 1 of Ho et al. 2020, with the loss of the task."""
         config, accelerator, network, optimizer = self.config, self.accelerator, self.network, self.optimizer
         with self.log, self.interrupts:
             if not self.checkpoints.measured:
@@ -135,7 +135,7 @@ class Run:
         self.save(is_best)
 
     def measure(self) -> bool:
-        """Take the measurements that are due; return whether no earlier ones were as good."""
+        """Take the measurements that are due; return whether they are the best so far."""
         value = self.task.measure(self.position.step)
         return value is not None and self.checkpoints.is_best(self.position.step, value)
 

@@ -18,11 +18,11 @@ ODE_TOLERANCE = 1e-3  # of held-out bits/dim in continuous time
 def held_out_bits_per_dim(config, interrupts, unet, scheduler, x_start, labels) -> dict[str, float]:
     """The mean bits/dim of held-out images, with two standard errors: of the estimate, and over images.
 
-    It takes `eval_evaluations` network calls per image, or all terms of a chain that has no more; in continuous time it is the
-    ODE's. Each process computes a share of the images. NaN where it cannot be computed.
+    It takes `eval_evaluations` network calls per image, or evaluates all terms of a shorter chain; in continuous time it
+    solves the ODE. Each process computes a share of the images. NaN if it cannot be computed.
 
     Raises:
-        Interrupted: a signal came meanwhile. In all processes.
+        Interrupted: in all processes, if a signal came meanwhile.
     """
     accelerator = interrupts.accelerator
     process, rank = type(scheduler).from_config(scheduler.config), accelerator.process_index
@@ -57,7 +57,7 @@ def held_out_bits_per_dim(config, interrupts, unet, scheduler, x_start, labels) 
 
 
 def _by_ode(config, unet, process, x_start, options):
-    """(B,) bits/dim."""
+    """Return bits/dim (B,) by the ODE, or NaN if its solver stopped."""
     try:
         return ode_bits_per_dim(unet, process, x_start, rtol=ODE_TOLERANCE, atol=ODE_TOLERANCE, **options).total
     except OdeStopped as error:
@@ -68,8 +68,8 @@ def _by_ode(config, unet, process, x_start, options):
 def held_out_loss(config, interrupts, unet, objective, held_out, trained_on) -> dict[str, float]:
     """The training loss on held-out images and on as many that were trained on, with the same timesteps and noise.
 
-    Where the first stays and the second falls, the network overfits. Each image is taken at `ROUNDS` timesteps, all together
-    evenly over the chain. NaN where the losses cannot be computed.
+    The network overfits if the second falls and the first does not. Each image is evaluated at `ROUNDS` timesteps, which
+    together cover the chain evenly. NaN if the losses cannot be computed.
 
     Args:
         held_out, trained_on: x_start (N, C, H, W), and labels (N,) or None.
@@ -79,11 +79,11 @@ def held_out_loss(config, interrupts, unet, objective, held_out, trained_on) -> 
     """
     accelerator = interrupts.accelerator
     count, chain, device = min(len(held_out[0]), len(trained_on[0])), objective.times, accelerator.device
-    own = torch.arange(accelerator.process_index, count, accelerator.num_processes)
+    indices = torch.arange(accelerator.process_index, count, accelerator.num_processes)
 
     def compute():
-        losses = torch.zeros(2, len(own), device=device)
-        for i, part in enumerate(own.split(config.batch_size) if len(own) else ()):
+        losses = torch.zeros(2, len(indices), device=device)
+        for i, part in enumerate(indices.split(config.batch_size) if len(indices) else ()):
             rows = slice(i * config.batch_size, i * config.batch_size + len(part))
             for i_round in range(ROUNDS):
                 # of count * ROUNDS places each has its own noise, whichever process computes it

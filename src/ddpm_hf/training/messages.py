@@ -15,7 +15,7 @@ def print_above_progress_bar(message: str) -> None:
 
 @contextlib.contextmanager
 def warn_on_write_error(problem: str, reported: set[str] | None = None) -> Iterator[None]:
-    """Print `problem`, as "the sheet could not be written", where a file cannot be written, instead of ending the run.
+    """Within this context a failed write does not end the run: it prints `problem`, as "the sheet could not be written".
 
     Args:
         reported: problems that are not printed again until a write has succeeded.

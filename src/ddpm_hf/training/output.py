@@ -36,7 +36,7 @@ class OutputFolder:
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         self.path = Path(config.output_dir)
-        self.lock, self.file, self.made = self.path / ".lock", None, False
+        self.lock, self.file, self.created = self.path / ".lock", None, False
         if hasattr(os, "register_at_fork"):  # readers of images live on for a while when a run is killed
             os.register_at_fork(after_in_child=self._close)
 
@@ -58,12 +58,12 @@ class OutputFolder:
         with contextlib.suppress(OSError):
             if self._is_there():
                 self.lock.unlink()
-            if self.made:
+            if self.created:
                 self.path.rmdir()  # where nothing was written
         self._close()
 
     def begin(self) -> None:
-        """Remove what a killed run left, and write config.yaml and environment.json. In the main process."""
+        """Remove leftovers of a killed run; write config.yaml and environment.json. Called in the main process."""
         for name in {self.config.RESULT, "pipeline"}:  # a run of a classifier saves both
             restore_folder(self.path / name)
         for folder in (self.path, self.path / "samples", self.path / "checkpoints"):
@@ -71,7 +71,7 @@ class OutputFolder:
         self._describe()
 
     def keep(self) -> bool:
-        """Create the folder again where it was removed or moved; return whether it was there. In the main process.
+        """Create the folder again if it was removed or moved; return whether it existed. Called in the main process.
 
         Raises:
             ConfigError: another run has begun there meanwhile.
@@ -104,7 +104,7 @@ class OutputFolder:
         self.file = None
 
     def _acquire(self):
-        self.made = not self.path.exists()
+        self.created = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             while True:
@@ -148,7 +148,7 @@ class OutputFolder:
 
 
 def _is_running(owner):
-    """Whether a process of this machine still runs; its number may have been given to another one."""
+    """Whether a process of this machine still runs; its number may be reused by another process."""
     try:
         began = psutil.Process(owner["process"]).create_time()
     except (psutil.Error, ValueError):

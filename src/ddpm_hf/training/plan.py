@@ -26,7 +26,7 @@ SMALLEST_EMA_DECAY, LARGEST_EMA_DECAY = 0.9, 0.9999
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """What a run's work takes on this machine, in seconds."""
+    """Seconds that a run's work takes on this machine."""
 
     step: float
     """One optimizer step."""
@@ -35,7 +35,7 @@ class Rate:
 
 
 def with_plan(config: RunConfig, accelerator: Accelerator, make_task: Callable[[RunConfig], Task]) -> RunConfig:
-    """Return the config with the steps that fit into its `minutes`, in all processes; say so in the main process.
+    """Return the config with the steps that fit into its `minutes`, the same in all processes, and print the plan.
 
     A config without `minutes`, or with the plan of the run that it resumes, is returned as it is.
     """
@@ -54,11 +54,11 @@ def with_plan(config: RunConfig, accelerator: Accelerator, make_task: Callable[[
 
 
 def plan(config: RunConfig, rate: Rate, seconds: float) -> RunConfig:
-    """Return the config with the steps that fit into the seconds, and with what follows from their number.
+    """Return the config with the steps that fit into the seconds, and the values that depend on their number.
 
     Explicit keys stay. Otherwise the learning rate falls along a cosine after a warm-up of 5 % of the steps, the average of
     the weights spans the last tenth of them, and sheets, measurements and checkpoints are spread evenly over the run, with
-    one of each at its end. They get `MEASURING_SHARE` of the time; where that is short they have fewer images.
+    one of each at its end. They get `MEASURING_SHARE` of the time, with fewer images if that is short.
     """
     config = _with_explicit(config, sample_raw=0)
     available = MEASURING_SHARE * seconds
@@ -84,7 +84,7 @@ def plan(config: RunConfig, rate: Rate, seconds: float) -> RunConfig:
 
 
 def _with_explicit(config, **values):
-    """The config with these values, of keys that it has and that are not explicit."""
+    """Return the config with these values, except explicit or unknown keys."""
     keys = {field.name for field in keys_of(config)} - config.explicit
     return dataclasses.replace(config, **{key: value for key, value in values.items() if key in keys})
 
@@ -109,7 +109,7 @@ def describe(config: RunConfig, rate: Rate) -> str:
 def measure_rate(config: RunConfig, accelerator: Accelerator, make_task: Callable[[RunConfig], Task]) -> Rate:
     """Time a few steps of the run's network, optimizer and loss on random images, and evaluations of the network.
 
-    Nothing of it is kept: the run builds its network anew, from its own seed.
+    Their state is discarded: the run builds a new network from its own seed.
     """
     task = make_task(config)
     if channels_last(config, accelerator.device):
@@ -157,7 +157,7 @@ def _seconds(function):
 
 
 def _seconds_of_measurement(config, rate):
-    """What one sheet and one measurement of held-out images take."""
+    """Return the seconds of one sheet and one measurement of held-out images."""
     steps = getattr(config, "sample_steps", None) or config.scheduler.get("num_train_timesteps", 1000)
     sheets = getattr(config, "sample_count", 0) * steps * (1 + bool(getattr(config, "sample_raw", 0)))
     held_out = config.eval_images * getattr(config, "eval_evaluations", 8) if config.eval_every else 0

@@ -1,4 +1,4 @@
-"""Publishes the pipeline on the Hub while a run trains, which never waits for it and never ends because of it."""
+"""Publishes the pipeline on the Hub during a run, which neither waits for it nor fails because of it."""
 
 import os
 import re
@@ -17,23 +17,23 @@ from ddpm_hf.training.messages import print_above_progress_bar
 
 
 class Publisher:
-    """Pushes the pipelines that are saved at checkpoints, one at a time, in a thread of its own; only the newest one waits.
+    """Pushes the pipelines of checkpoints in a separate thread, one at a time; only the newest one waits.
 
-    A failure is printed once for each reason; the pipeline of the next checkpoint is pushed instead.
+    The same failure is printed only once; the next checkpoint's pipeline is pushed instead.
 
     Raises:
-        ConfigError: there is no token, or the Hub does not let it write there. That the Hub is not reached is only printed.
+        ConfigError: there is no token, or it may not write to the repository. A connection failure is only printed.
     """
 
     def __init__(self, config: TrainConfig):
-        assert config.push_to_hub is not None  # what it is made for
+        assert config.push_to_hub is not None  # checked by the caller
         self.config, self.key = config, f"push_to_hub={config.push_to_hub!r}"
         self.folder, self.copies = Path(config.output_dir, "pipeline"), Path(config.output_dir, ".to-push")
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
         self.waiting: Path | None = None
         self.reported: str | None = None
-        shutil.rmtree(self.copies, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(self.copies, ignore_errors=True)  # a killed run's
         if not get_token():
             raise ConfigError(f"{self.key}: there is no token; run `hf auth login` or set HF_TOKEN")
         try:
@@ -44,7 +44,7 @@ class Publisher:
             self._warn(error)
 
     def push(self, step: int) -> None:
-        """Start to push the saved pipeline, or let it wait; return at once. The folder may be replaced meanwhile."""
+        """Queue the saved pipeline and return at once; a copy is pushed, so the folder may be replaced meanwhile."""
         copy = self.copies / f"{step:07d}"
         shutil.rmtree(copy, ignore_errors=True)
         try:
@@ -92,7 +92,7 @@ class Publisher:
         self.reported = reason
 
     def finish(self) -> str:
-        """Push the last pipeline, after what is on its way; return the address of the commit.
+        """Push the last pipeline after any push in progress; return the address of the commit.
 
         Raises:
             HubError, ValueError: it could not be pushed; the message has the command that tries again.
@@ -108,7 +108,7 @@ class Publisher:
             raise HubError(f"{error}; to try again: {self._command()}") from error
 
     def how_to_publish(self) -> str:
-        """The end of the message of an interrupted run, which does not wait for what is on its way."""
+        """Return the end of an interrupted run's message: the command that publishes the saved pipeline."""
         return f"; to publish what is saved by then: {self._command()}"
 
     def _command(self):

@@ -1,4 +1,4 @@
-"""Fills in what a config leaves open, from the pipeline that a run starts from and from its data."""
+"""Completes a config from the pipeline that a run starts from and from its data."""
 
 import dataclasses
 import inspect
@@ -8,19 +8,19 @@ from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.training.checks import check
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, nearest
-from ddpm_hf.training.from_data import follow_data
-from ddpm_hf.training.from_pipeline import follow_base_pipeline, follow_guided_pipeline
+from ddpm_hf.training.from_data import with_values_for_data
+from ddpm_hf.training.from_pipeline import with_base_pipeline, with_guided_pipeline
 from ddpm_hf.training.processes import process_class
 
 NETWORK_CLASSES = {"unet": DDPMUNet, "classifier": NoisyClassifier}
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Return the config with every value that it leaves to a pipeline or to the data, and with its sections checked.
+    """Complete a config from its pipeline and its data, and check its sections.
 
     Raises:
-        ConfigError: a pipeline that cannot be opened or does not fit the other keys; data that cannot be opened; a key or value
-            that the network or the process does not take.
+        ConfigError: the pipeline or the data cannot be opened, the pipeline does not fit other keys, or the network or the
+            process does not support a key or value.
     """
     config = _with_checked_keys(config, config.NETWORK, NETWORK_CLASSES[config.NETWORK])
     if not config.resolved:
@@ -32,10 +32,10 @@ def resolve(config: RunConfig) -> RunConfig:
 def _resolve(config):
     classes = None
     if config.base_pipeline:
-        follow = follow_guided_pipeline if isinstance(config, ClassifierConfig) else follow_base_pipeline
-        config, classes = follow(config)
+        with_pipeline = with_guided_pipeline if isinstance(config, ClassifierConfig) else with_base_pipeline
+        config, classes = with_pipeline(config)
     if config.preset is None:
-        config = follow_data(config, classes)
+        config = with_values_for_data(config, classes)
     config = dataclasses.replace(config, resolved=True)
     check(config)
     if isinstance(config, ClassifierConfig) and classes not in (None, config.classes):
@@ -46,7 +46,7 @@ def _resolve(config):
 
 
 def _with_checked_keys(config, section, cls):
-    """The config with the keys of a section in the types that its class takes; ConfigError for any other key or value."""
+    """Convert the values of a section to the types of its class. Raises ConfigError for an unknown key or invalid value."""
     keys, known = getattr(config, section), inspect.signature(cls).parameters
     for key in keys:
         if key not in known:

@@ -28,15 +28,15 @@ PLANNED |= {"sample_raw", "sample_count", "eval_images"}
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, `<output_dir>/checkpoints/<step>`, the newest last."""
+    """The complete checkpoints of a run, `<output_dir>/checkpoints/<step>`, the newest last."""
     return _steps(Path(output_dir, "checkpoints"))
 
 
 def checkpoints_before(path: Path) -> list[Path]:
-    """The checkpoints beside `path` with fewer steps, the newest last; none where its name is no step."""
+    """The checkpoints beside `path` with fewer steps, the newest last; none if its name is no step."""
     if not path.name.isdecimal():
         return []
-    return [other for other in _steps(path.parent) if int(other.name) < int(path.name)]
+    return [folder for folder in _steps(path.parent) if int(folder.name) < int(path.name)]
 
 
 def _steps(folder):
@@ -57,7 +57,7 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
-    """As `checkpoint_to_resume`, with the config not compared yet."""
+    """As `checkpoint_to_resume`, without comparing configs."""
     output, checkpoints = Path(config.output_dir), checkpoints_in(config.output_dir)
     path = None if config.resume in ("auto", "never") else Path(os.path.expanduser(config.resume))
     if path and (inside := checkpoints_in(path)):
@@ -87,7 +87,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
 
 
 def _has_begun(config):
-    """Whether a run lies in output_dir, perhaps stopped before its first checkpoint, or its folder was removed meanwhile."""
+    """Whether output_dir holds a run, perhaps without checkpoints yet."""
     try:
         values = _read_run(Path(config.output_dir))
     except ConfigError:
@@ -96,7 +96,7 @@ def _has_begun(config):
 
 
 def _is_environment(path):
-    """Whether a file is what a run writes of where it is computed."""
+    """Whether a file is the environment.json of a run."""
     try:
         return {"versions", "platform", "processes"} <= read_json(path).keys()
     except (OSError, ValueError):
@@ -104,7 +104,7 @@ def _is_environment(path):
 
 
 def with_values_of_run(config: RunConfig, checkpoint: Path) -> RunConfig:
-    """The config of a run that is resumed, with what `resolve` found in its data and its pipeline when it began."""
+    """Return the config of a resumed run with the values that `resolve` chose when it began."""
     run, values = _run_of(checkpoint), {}
     for field in keys_of(config):
         key = field.name
@@ -121,7 +121,7 @@ def with_values_of_run(config: RunConfig, checkpoint: Path) -> RunConfig:
 
 
 def with_plan_of_run(config: RunConfig) -> RunConfig:
-    """The config with the plan that its run made for the same `minutes`, where it has begun."""
+    """Return the config with the plan of the run in output_dir, if that has the same `minutes`."""
     if config.minutes is None:
         return config
     try:
@@ -136,7 +136,7 @@ def with_plan_of_run(config: RunConfig) -> RunConfig:
 
 
 def check_same_run(config: RunConfig, path: Path | None) -> None:
-    """Raise ConfigError where a run would resume from the checkpoint `path`, or start again, with other settings."""
+    """Raise ConfigError if the run has changed since the checkpoint `path`, or since it began."""
     if path:
         _compare_with(config, path)
         if path.name.isdigit() and int(path.name) > config.steps:
@@ -149,7 +149,7 @@ def check_same_run(config: RunConfig, path: Path | None) -> None:
 
 
 def _compare_with(config, path):
-    """Raise ConfigError where the config differs from that of the checkpoint or run in the folder `path`."""
+    """Raise ConfigError if the config differs from that of the checkpoint or run in the folder `path`."""
     defaults = values_of(type(config)())
     before, now = (_flat(values, config) for values in ({**defaults, **_run_of(path)}, values_of(config)))
     may_change = MAY_CHANGE
@@ -165,14 +165,14 @@ def _compare_with(config, path):
     ]
     if changed:
         more = f" ({len(changed) - 1} more: {'; '.join(changed[1:4])})".replace(f"{path} was trained with", "it had")
-        anew, run = "another output_dir", path.parents[1] if path.parent.name == "checkpoints" else path
+        remedy, run = "another output_dir", path.parents[1] if path.parent.name == "checkpoints" else path
         if isinstance(config, TrainConfig) and path != Path(config.output_dir):
-            anew = f"start a new run from its weights: --init_from {run / 'pipeline'} --output_dir <another>"
-        raise ConfigError(f"{changed[0]}{more if len(changed) > 1 else ''}; give that, or {anew}")
+            remedy = f"start a new run from its weights: --init_from {run / 'pipeline'} --output_dir <another>"
+        raise ConfigError(f"{changed[0]}{more if len(changed) > 1 else ''}; give that, or {remedy}")
 
 
 def _flat(values, config):
-    """The keys of the sections as "unet.dropout"."""
+    """Flatten sections: {"unet": {"dropout": 0.1}} -> {"unet.dropout": 0.1}."""
     flat = {}
     for key, value in values.items():
         inner = key in sections_of(config) and isinstance(value, dict)
@@ -188,10 +188,10 @@ def _shown(values, key):
 
 
 def _run_of(checkpoint):
-    """The config of a checkpoint; where it cannot be read, of one before, or of the run: the same where it matters."""
+    """Read the config of a checkpoint, or if that is damaged, of an older one or of the run: they agree in what matters."""
     path = checkpoint.absolute()
-    others = [*reversed(checkpoints_before(path)), *([path.parents[1]] if path.parent.name == "checkpoints" else [])]
-    for folder in (checkpoint, *others):
+    fallbacks = [*reversed(checkpoints_before(path)), *([path.parents[1]] if path.parent.name == "checkpoints" else [])]
+    for folder in (checkpoint, *fallbacks):
         with contextlib.suppress(ConfigError):
             return _read_run(folder)
     return _read_run(checkpoint)

@@ -14,7 +14,7 @@ from ddpm_hf.training.config import TrainConfig, values_of
 from ddpm_hf.training.environment import MODULES
 from ddpm_hf.training.messages import print_above_progress_bar
 
-# keys that mean nothing to others
+# keys that are left out of training.json
 PRIVATE = {"output_dir", "resume", "push_to_hub", "hub_private", "license"}
 
 
@@ -27,12 +27,12 @@ def save_pipeline(
     class_names: list[str] | None = None,
     split_size: int | None = None,
 ) -> None:
-    """Save a pipeline after `step` steps of training; the folder is replaced as a whole, or stays as it was.
+    """Save a pipeline atomically after `step` steps of training.
 
     Args:
-        config: of the run.
-        class_names: of the labels 0, 1, ... in the data.
-        split_size: images of the split that was trained on, with those set aside by held_out.
+        config: the run's config.
+        class_names: class names of labels 0, 1, ... in the data.
+        split_size: number of images in the training split, held-out images included.
     """
     with replacing_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)
@@ -49,7 +49,7 @@ def save_pipeline(
 
 
 def _record(config, step, folder):
-    """What is written of a training beside its weights."""
+    """Return the content of training.json."""
     record = {key: value for key, value in values_of(config).items() if key not in PRIVATE}
     record["preset"] = config.preset
     for key in ("data", "eval_data", "init_from"):

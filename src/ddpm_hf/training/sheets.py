@@ -103,31 +103,31 @@ class Sheets:
         Both are None where sampling failed, and in all processes but the main one.
         """
         config, index, processes = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)  # the training's own chain shall stay
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)  # keeps the training's chain
         pipeline = make_pipeline(config, self.unet, scheduler)
         pipeline.set_progress_bar_config(desc=description, leave=False, disable=None if index == 0 else True)
         labels = self._labels()
         count = config.sample_count if self.originals is None else len(self.originals["pixels"])
-        own = range(index, count, processes)
+        indices = range(index, count, processes)
 
         def sample():
-            if not own:
+            if not indices:
                 return {}, {}
             # one for each, so that an image does not depend on the number of processes
-            seeds = (config.seed * config.sample_count + i for i in own)
+            seeds = (config.seed * config.sample_count + i for i in indices)
             steps = config.sample_steps or scheduler.config.num_train_timesteps
-            first = len(own) if self.originals is None else self._low()[list(own)]
+            first = len(indices) if self.originals is None else self._low()[list(indices)]
             strip = []
             for _, _, x_start in pipeline.progressive(
                 first,
                 generator=[torch.Generator(self.unet.device).manual_seed(seed) for seed in seeds],
                 num_inference_steps=config.sample_steps,
-                class_labels=None if labels is None else labels[list(own)],
+                class_labels=None if labels is None else labels[list(indices)],
                 every=math.ceil(steps / STRIP_COLUMNS),
             ):
                 strip.append(x_start[: len(range(index, STRIP_ROWS, processes))].cpu())
-            samples = dict(zip(own, x_start.clamp(-1, 1).float().cpu()))
-            return samples, dict(zip(own, torch.stack(strip, dim=1)))
+            samples = dict(zip(indices, x_start.clamp(-1, 1).float().cpu()))
+            return samples, dict(zip(indices, torch.stack(strip, dim=1)))
 
         shares = self.interrupts.run(self.unet, sample)
         if index or shares is None:

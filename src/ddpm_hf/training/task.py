@@ -1,4 +1,4 @@
-"""What the training loop needs of what it trains."""
+"""The interface between the training loop and the model that it trains."""
 
 import abc
 import dataclasses
@@ -25,28 +25,28 @@ class BatchLoss:
 
 
 class Task(abc.ABC):
-    """A network, its process and its loss. `loop.train` calls the methods in the order in which they are written here."""
+    """A network, its process and its loss. `loop.train` calls the methods in this order."""
 
     LOG_COLUMNS: ClassVar[tuple[str, ...]] = ()
-    """Names of what is logged of each image beside its loss."""
+    """Names of the values that are logged per image beside the loss."""
     network: torch.nn.Module
     t_end: float
-    """All t are below it."""
+    """An upper bound of t."""
 
     @abc.abstractmethod
     def __init__(self, config: RunConfig):
         """Build network and process from a resolved config.
 
         Raises:
-            ValueError: a key or value that one of them does not take.
+            ValueError: a key or value is not supported.
         """
 
     @abc.abstractmethod
     def open_inputs(self, data: TrainingImages, accelerator: Accelerator, is_new: bool) -> TrainingImages:
-        """Open what the run reads beside its training set; return the data, with the names of classes that it is saved with.
+        """Open the inputs beside the training set; return the data with the class names to save.
 
         Args:
-            is_new: whether the run starts, and is not resumed.
+            is_new: False if the run is resumed.
 
         Raises:
             ConfigError: something cannot be opened or does not fit the data.
@@ -54,7 +54,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, accelerator: Accelerator, dataset, log: Log, interrupts: Interrupts) -> dict[str, Any]:
-        """Get ready for the first step, with the network on its device.
+        """Prepare for the first step; the network is on its device.
 
         Returns:
             Objects with `state_dict` and `load_state_dict`, the same in every process, for the checkpoints.
@@ -62,10 +62,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, network: torch.nn.Module, batch: dict[str, torch.Tensor]) -> BatchLoss:
-        """The losses of a batch. `network` is the task's own, perhaps wrapped for several processes."""
+        """Compute the losses of a batch. `network` is `self.network`, perhaps wrapped for several processes."""
 
     def after_step(self) -> dict[str, float]:
-        """Follow an optimizer step; return values for the log."""
+        """Update state after an optimizer step, such as the average; return values for the log."""
         return {}
 
     @abc.abstractmethod
@@ -73,14 +73,14 @@ class Task(abc.ABC):
         """Draw the sheet and take the held-out measurements that are due after a step.
 
         Returns:
-            The number by which the best checkpoint is chosen, the smaller the better; None where nothing was due.
+            The number by which the best checkpoint is chosen, lower is better; None if nothing was due.
 
         Raises:
-            Interrupted: a signal came meanwhile. In all processes.
+            Interrupted: in all processes, if a signal came meanwhile.
         """
 
     def save_at_checkpoint(self, step: int, interrupted: bool) -> None:  # noqa: B027
-        """Save what can be used before the run ends. Called in the main process."""
+        """Save a usable model during the run. Called in the main process."""
 
     @abc.abstractmethod
     def save(self, step: int) -> None:
@@ -88,12 +88,12 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def saved_as(self) -> str:
-        """The folders that `save` wrote, for a message."""
+        """Return the folders that `save` wrote, for a message."""
 
     def publish(self) -> str | None:
-        """Publish what was saved; return its address, or None."""
+        """Publish the saved model; return its address, or None."""
         return None
 
     def how_to_publish(self) -> str:
-        """The end of the message of an interrupted run."""
+        """Return text for the end of an interrupted run's message: how to publish what is saved."""
         return ""

@@ -78,7 +78,7 @@ class LossSecondMomentTimesteps:
         The generator, if given, must be on `device`.
         """
         device = device or self.chain.device
-        self._to(device)
+        self._move_to(device)
         probabilities = self.probabilities()
         drawn = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
         weights = 1 / (len(self.chain) * probabilities[drawn])
@@ -92,7 +92,7 @@ class LossSecondMomentTimesteps:
             t: int64 (B,), timesteps of the chain, with the same B in every process.
             losses: (B,), unweighted; those that are not finite are ignored.
         """
-        self._to(t.device)
+        self._move_to(t.device)
         device = self.chain.device
         batch = torch.stack((t.to(device, self.losses.dtype), losses.detach().to(device, self.losses.dtype)))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -112,7 +112,7 @@ class LossSecondMomentTimesteps:
         self.losses[row, slot] = loss
         self.count += total[:N]
 
-    def _to(self, device):
+    def _move_to(self, device):
         for name in ("chain", "position", "count"):
             setattr(self, name, getattr(self, name).to(device))
         self.losses = self.losses.to(device, finest_dtype(torch.device(device)))
@@ -129,8 +129,8 @@ class LossSecondMomentTimesteps:
                     f"{name} of shape {tuple(state[name].shape)} is from a sampler of another chain or history_per_timestep; "
                     f"this one has {tuple(getattr(self, name).shape)}"
                 )
-            own = getattr(self, name)
-            setattr(self, name, state[name].clone().to(own.device, own.dtype))
+            present = getattr(self, name)
+            setattr(self, name, state[name].clone().to(present.device, present.dtype))
 
 
 class ContinuousTimes:
@@ -168,7 +168,7 @@ class ContinuousTimes:
         if not self.importance:
             return self.t_min + (1 - self.t_min) * u, torch.ones(batch_size, device=device)
         if device not in self.cells_on:
-            self.cells_on[device] = [each.to(device, u.dtype) for each in self.cells]
+            self.cells_on[device] = [column.to(device, u.dtype) for column in self.cells]
         first, width, density = self.cells_on[device]
         cell = torch.multinomial(density * width, batch_size, replacement=True, generator=generator)
         return first[cell] + u * width[cell], (1 / (density[cell] * (1 - self.t_min))).float()
@@ -177,11 +177,11 @@ class ContinuousTimes:
         """Ignore the losses."""
 
     def state_dict(self) -> dict:
-        """There is no state."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """There is no state to restore."""
+        """Ignore the empty state."""
 
 
 TIMESTEPS = {"uniform": UniformTimesteps, "loss_second_moment": LossSecondMomentTimesteps}
