@@ -14,7 +14,7 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
         "PIPELINE [--out FILE] [--OPTION VALUE ...]",
         "Draw a sheet of samples from a saved pipeline.",
         [
-            ("runs/digits/pipeline --count 64 --out samples.png", "64 samples, a column for each class"),
+            ("runs/digits-classes/pipeline --count 60", "60 samples, a column for each class"),
             ("runs/digits/pipeline --steps 50 --eta 0", "DDIM, 50 steps"),
             ("runs/digits/pipeline --count 8 --progressive 12", "8 samples, each at 12 timesteps"),
             ("runs/digits/pipeline --count 8 --interpolate 500", "mixtures of real images"),

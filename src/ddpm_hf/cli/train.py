@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ddpm_hf.errors import UserError
 from ddpm_hf.extras import require_extra
+from ddpm_hf.files.strict_yaml import read_yaml
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, RunConfig, TrainConfig, keys_of
 
@@ -68,11 +69,19 @@ def summary_lines(folder: Path) -> list[str]:
     if sheets:
         lines.append(f"samples      {sheets[-1]}")
     quoted = shlex.quote(str(folder))
-    lines.append(f"more         ddpm-hf sample {quoted}")
+    lines.append(f"sample       ddpm-hf sample {quoted}")
     if not measured:
-        lines.append(f"bits/dim     ddpm-hf evaluate {quoted}")
+        lines.append(f"bits/dim     {shlex.join(['ddpm-hf', 'evaluate', str(folder), *_data_options(run)])}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.absolute().name).strip("-.") or "model"
     return [*lines, f"publish      ddpm-hf push {quoted} --repo_id USER/{name}"]
+
+
+def _data_options(run):
+    """The options of `evaluate` for the data that a run trained on; a data set that comes with the package needs none."""
+    from ddpm_hf.data.sources import BUILT_IN
+
+    config = read_yaml(run / "config.yaml")
+    return [] if config["data"] in BUILT_IN else ["--data", config["data"], "--split", config["split"]]
 
 
 def measured_text(run: Path) -> str | None:
