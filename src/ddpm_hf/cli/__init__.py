@@ -19,7 +19,7 @@ COMMANDS = {
     "push": "publish a saved pipeline on the Hub",
 }
 EXAMPLES = [
-    ("train my_folder/", "size, channels, classes and network follow the pictures"),
+    ("train my_folder/", "settings follow the pictures"),
     ("train my_folder/ --minutes 30", "as many steps as fit into half an hour"),
     ("train --config digits", "a preset"),
     ("sample runs/my_folder/pipeline", "a sheet of samples"),
