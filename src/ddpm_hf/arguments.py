@@ -96,7 +96,7 @@ def checked_arguments(**allowed: str | tuple | None) -> Callable:
 
     def decorate(init):
         parameters = dict(list(inspect.signature(init).parameters.items())[1:])  # without self
-        kinds = {name: each.annotation for name, each in parameters.items() if _readable(each.annotation)}
+        kinds = {name: entry.annotation for name, entry in parameters.items() if _readable(entry.annotation)}
         required = [name for name in kinds if parameters[name].default is inspect.Parameter.empty]
 
         def check(arguments, prefix=""):
@@ -129,7 +129,7 @@ def _options(annotation):
 def _readable(annotation):
     for option in _options(annotation):
         entries = typing.get_args(option)
-        if not all(each in TYPE_NAMES or each in (types.NoneType, ...) for each in entries or (option,)):
+        if not all(entry in TYPE_NAMES or entry in (types.NoneType, ...) for entry in entries or (option,)):
             return False
     return True
 

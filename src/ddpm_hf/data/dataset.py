@@ -186,7 +186,7 @@ class ReadImages(torch.utils.data.Dataset):
     def in_memory(self) -> "PixelTensors":
         """All images that can be read, as one tensor."""
         rows = tqdm(range(len(self)), desc="reading images", leave=False, delay=2, disable=None)
-        return PixelTensors.of(list(self.readable(rows)))
+        return PixelTensors.from_items(list(self.readable(rows)))
 
 
 class PixelTensors(torch.utils.data.Dataset):
@@ -199,7 +199,7 @@ class PixelTensors(torch.utils.data.Dataset):
         self.tensors = {"pixels": pixels} | ({} if labels is None else {"class_labels": labels})
 
     @classmethod
-    def of(cls, items: list[dict]) -> "PixelTensors":
+    def from_items(cls, items: list[dict]) -> "PixelTensors":
         """Stacks items of `training_set`, at least one."""
         labels = torch.tensor([item["class_labels"] for item in items]) if "class_labels" in items[0] else None
         return cls(torch.stack([item["pixels"] for item in items]), labels)

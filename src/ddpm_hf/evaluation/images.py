@@ -89,7 +89,7 @@ def read_tensor(
         items = list(itertools.islice(images.readable(subset_rows(len(images))), count))
         if not items:
             raise ValueError("no image of the data can be read")
-        images = PixelTensors.of(items)
+        images = PixelTensors.from_items(items)
     if resized:
         sizes = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
         print(

@@ -99,7 +99,7 @@ def model_card(
     folder = Path(folder)
     index = read_json(folder / "model_index.json", folder)
     kind = kind_of_class(pipeline_class(index, folder))
-    classes = component_classes(index, folder, kind.parts)
+    classes = component_classes(index, folder, kind.components)
     name = final_name(folder.absolute())
     repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
     low = check_values(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]

@@ -40,11 +40,11 @@ def published_files(folder: Path, pipeline_folder: Path | None = None) -> dict[s
     texts = [name for name in ("pipeline.py", "README.md", "LICENSE") if os.path.lexists(folder / name)]
     files = {name: check_file(folder / name, root) for name in texts}
     if kind is CASCADE:
-        for stage in kind.parts:
+        for stage in kind.components:
             files |= {f"{stage}/{name}": file for name, file in published_files(folder / stage, root).items()}
         return files | {"model_index.json": folder / "model_index.json"}
     files["model_index.json"] = sorted_json({**index, "_class_name": kind.saved_name(index)}).encode()
-    classes = component_classes(index, folder, kind.parts)
+    classes = component_classes(index, folder, kind.components)
     for name in classes:
         files |= _files_of_part(folder / name, own_sources(index).get(name), root)
     records = records_of(folder, root)

@@ -1,4 +1,4 @@
-"""What the Hub refuses, in one line with what to do."""
+"""Errors of the Hub, in one line with what to do."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from ddpm_hf.hub.hub_internals import is_about_connection, is_about_token
 
 
 class HubError(UserError, RuntimeError):
-    """What kept a folder from being published, and what to do, in one line.
+    """A failure to publish, with what to do, in one line.
 
     Attributes:
-        refused: whether the Hub, or its rules for names and tokens, said no, so that the same push would fail again.
+        refused: whether the Hub or its rules refused the push, so that it would fail again.
     """
 
     def __init__(self, message: str, refused: bool = False):
@@ -24,7 +24,7 @@ class HubError(UserError, RuntimeError):
 
 @contextlib.contextmanager
 def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turns errors of the Hub into a `HubError` in one line, without the errors behind it, which may show the token."""
+    """Converts errors of the Hub to a `HubError`, without their causes, which may show the token."""
     try:
         yield
     except HubError:

@@ -1,7 +1,7 @@
-"""How each class is saved and opened: the one registry of networks, schedulers and pipelines.
+"""The registry of saved classes: networks, schedulers and pipelines.
 
-A network or a scheduler says it itself, by the class attributes of `SavedConfig`, and is listed here (schedulers in
-`schedulers/__init__.py`). Pipelines lie above this module, so what they are is written here.
+Networks and schedulers describe themselves by the class attributes of `SavedConfig` (schedulers are listed in
+`schedulers/__init__.py`). Pipelines are described here, because their modules import this one.
 """
 
 import os
@@ -27,64 +27,64 @@ class PipelineKind(NamedTuple):
     """A kind of pipeline folder, and of repository.
 
     Attributes:
-        name: of the class in this package.
-        parts: folders of its parts.
-        stock_class: the diffusers class that samples it too, whose name its index has then; None if there is none.
+        name: the class of this package.
+        components: the sub-folders.
+        stock_class: the diffusers class that can also sample it, and which its index then names; None if there is none.
     """
 
     name: str
-    parts: tuple[str, ...] = PARTS
+    components: tuple[str, ...] = PARTS
     stock_class: str | None = None
 
     @property
     def index_names(self) -> list:
-        """What `_class_name` in the index of a repository of this kind may be."""
+        """The values that `_class_name` may have in the index of a repository of this kind."""
         return [["pipeline", self.name], *([self.stock_class] if self.stock_class else [])]
 
     def saved_name(self, index: dict) -> str | list[str]:
-        """`_class_name` as it is saved: the stock class if that samples the parts of this index, else ours with its source."""
+        """Returns `_class_name` for an index: the stock class if it can sample these parts, else [module, class]."""
         own_scheduler = "scheduler" in own_sources(index)
         return self.index_names[0] if self.stock_class is None or own_scheduler else self.stock_class
 
 
 IMAGE = PipelineKind("DDPMImagePipeline", stock_class="DDPMPipeline")
 SUPER_RESOLUTION = PipelineKind("DDPMSuperResolutionPipeline")
-CASCADE = PipelineKind("CascadePipeline", parts=STAGES)
+CASCADE = PipelineKind("CascadePipeline", components=STAGES)
 PIPELINES = (IMAGE, SUPER_RESOLUTION, CASCADE)
 
 
 def kind_of_class(name: str) -> PipelineKind:
-    """The kind of pipeline that an index with this class is: stock pipelines of a U-Net and a scheduler are images'."""
+    """Returns the kind of pipeline for the class name in an index; other classes open as `DDPMImagePipeline`."""
     return next((kind for kind in PIPELINES if kind.name == name), IMAGE)
 
 
 def kind_of_folder(index: dict, path: str | os.PathLike) -> PipelineKind | None:
-    """The kind of the saved pipeline with this index; None if it is not one of this package.
+    """Returns the kind of a saved pipeline by its index; None if this package did not save it.
 
     Raises:
-        ValueError: an index that is not as it is saved.
+        ValueError: the index is invalid.
     """
     name = pipeline_class(index, path)
     kind = next((kind for kind in PIPELINES if name in (kind.name, kind.stock_class)), None)
     if kind is not None:
-        component_classes(index, path, kind.parts)
+        component_classes(index, path, kind.components)
     return kind
 
 
 def own_sources(index: dict) -> dict[str, str]:
-    """Part -> file with the source of its class, of the parts in an index that no stock class opens."""
+    """Returns part -> source file, for the parts in an index that diffusers cannot open."""
     entries = {name: entry for name, entry in index.items() if name in PARTS and isinstance(entry, list) and entry}
     return {name: f"{entry[0]}.py" for name, entry in entries.items() if entry[0] in SOURCES}
 
 
 def class_of_part(part: str, class_name: str) -> type[SavedConfig] | None:
-    """The class of this package that opens a part saved under this name; None if there is none."""
-    known = SCHEDULERS if part == "scheduler" else (NETWORKS[part],)
-    names = ((cls, (cls.__name__, cls.stock_class, *cls.stands_for)) for cls in known)
+    """Returns the class of this package that opens a part saved under this class name; None if there is none."""
+    classes = SCHEDULERS if part == "scheduler" else (NETWORKS[part],)
+    names = ((cls, (cls.__name__, cls.stock_class, *cls.stands_for)) for cls in classes)
     return next((cls for cls, its_names in names if class_name in its_names), None)
 
 
 def scheduler_class(class_name: str) -> type | None:
-    """The class that opens a scheduler saved under this name: of this package, or of diffusers; None if there is none."""
+    """Returns the class, of this package or of diffusers, that opens a scheduler saved under this class name, or None."""
     cls = class_of_part("scheduler", class_name) or getattr(diffusers, class_name, None)
     return cls if isinstance(cls, type) and issubclass(cls, SchedulerMixin) else None

@@ -1,8 +1,8 @@
-"""The source that is published beside weights: one readable file with a pipeline and its parts that needs no package.
+"""Writes the source that is published beside weights: one readable file with a pipeline and its parts, without the package.
 
 It is made from the sources of this package by their syntax trees: the classes that are saved, and every top-level definition
-that they use, as they are written. What only the package can do, such as uploading or compiling, is not published: the classes
-of `stand_ins.py` take the place of the package's classes of the same names.
+that they use, unchanged. Features such as uploading or compiling are not published: the classes of `stand_ins.py` replace the
+package's classes of the same names.
 """
 
 import ast
@@ -22,19 +22,19 @@ PACKAGE = Path(__file__).parents[1]
 STAND_INS = "ddpm_hf.hub.stand_ins"
 
 
-# a tuple of classes, of which a published file has those that it contains
+# a tuple of classes; a published file lists only the classes that it contains
 REGISTRY = ("ddpm_hf.schedulers", "SCHEDULERS")
 
 
-# decorators that check arguments, left out of a published file, and one for methods that are
+# the decorator that is left out of a published file, and the decorator of methods that are left out
 DROPPED_DECORATOR, PACKAGE_ONLY = "checked_arguments", "package_only"
 
 
-# what stands in the place of such a method
+# replaces such a method
 BROUGHT_BY_PACKAGE = "brought_by_package"
 
 
-# stand-ins that are for files without this class alone
+# stand-in -> the class that makes it unnecessary
 STAND_INS_WITHOUT = {"classifier_gradient": "NoisyClassifier"}
 
 
@@ -60,7 +60,7 @@ def write_source(folder: str | os.PathLike, name: str, classes: Iterable[type]) 
 
 
 def published_source(classes: Iterable[type]) -> str:
-    """One file with the classes of this package that `classes` are saved as, and all that these use.
+    """Returns one file with the package's classes that `classes` are saved as, and all definitions that these use.
 
     Raises:
         ValueError: two definitions of one name, or a top-level statement that cannot be moved to another file.
@@ -83,7 +83,7 @@ class _Module:
         source = self.path.read_text(encoding="utf-8")
         self.lines, self.body = source.split("\n"), ast.parse(source).body
         self.statements = {}  # name -> indices of the statements that define it
-        self.ours, self.others = {}, {}  # local name -> what it is imported from
+        self.internal_imports, self.external_imports = {}, {}  # local name -> what it is imported from
         for index, node in enumerate(self.body):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 self._add_import(node)
@@ -91,7 +91,7 @@ class _Module:
                 self.statements.setdefault(node.name, []).append(index)
             elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+                names = {leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)}
                 for name in names:
                     self.statements.setdefault(name, []).append(index)
             elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # a docstring
@@ -103,26 +103,26 @@ class _Module:
             if module and module.partition(".")[0] == "ddpm_hf":
                 if alias.asname:
                     raise ValueError(f"{self.path}, line {node.lineno}: an import of this package under another name")
-                self.ours[alias.name] = Definition(module, alias.name)
+                self.internal_imports[alias.name] = Definition(module, alias.name)
             else:
-                self.others[alias.asname or alias.name.partition(".")[0]] = (module, alias.name, alias.asname)
+                self.external_imports[alias.asname or alias.name.partition(".")[0]] = (module, alias.name, alias.asname)
 
     def mentions(self, name):
         """All names that the definition of `name` mentions."""
-        names, left = set(), [self.body[index] for index in self.statements[name]]
-        while left:
-            node = left.pop()
+        names, pending = set(), [self.body[index] for index in self.statements[name]]
+        while pending:
+            node = pending.pop()
             if isinstance(node, ast.Name):
                 names.add(node.id)
             for child in ast.iter_child_nodes(node):
                 if _is_package_only(child):
                     names.add(BROUGHT_BY_PACKAGE)
                 elif not _is_left_out(child):
-                    left.append(child)
+                    pending.append(child)
         return names
 
     def text(self, index):
-        """A statement as it is written, with its decorators and the comment lines above it; see `_is_left_out`."""
+        """Returns the text of a statement with its decorators and comments, without what `_is_left_out`."""
         node = self.body[index]
         lines = dict(enumerate(self.lines[: node.end_lineno]))
         for inner in ast.walk(node):
@@ -140,7 +140,7 @@ class _Module:
         return "\n".join(lines[line] for line in sorted(lines) if line >= self._first_line(node))
 
     def _first_line(self, node):
-        """Where a definition begins with its decorators and comments, counted from 0."""
+        """Returns the first line of a definition with its decorators and comments, counted from 0."""
         first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))]) - 1
         while first > 0 and self.lines[first - 1].lstrip().startswith("#"):
             first -= 1
@@ -149,8 +149,8 @@ class _Module:
 
 def _decorators(node):
     """The names of a definition's decorators."""
-    calls = (getattr(each, "func", each) for each in getattr(node, "decorator_list", ()))
-    return {each.id for each in calls if isinstance(each, ast.Name)}
+    functions = (getattr(decorator, "func", decorator) for decorator in getattr(node, "decorator_list", ()))
+    return {function.id for function in functions if isinstance(function, ast.Name)}
 
 
 def _is_package_only(node):
@@ -158,7 +158,7 @@ def _is_package_only(node):
 
 
 def _is_left_out(node):
-    """Whether a published file is without it: a method for the package alone, a decorator that checks arguments."""
+    """Whether a node is left out of a published file: a package-only method, or a decorator that checks arguments."""
     is_dropped = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == DROPPED_DECORATOR
     return _is_package_only(node) or is_dropped
 
@@ -169,48 +169,52 @@ def _module(name):
 
 
 class _File:
-    """A published file: the definitions that are in it."""
+    """A published file, as the set of its definitions."""
 
     def __init__(self, roots):
         self.roots = roots
         names = {root.name for root in roots}
         stand_ins = _module(STAND_INS).statements
         self.stand_ins = {name for name in stand_ins if STAND_INS_WITHOUT.get(name) not in names}
-        self.used, left = set(), [self.resolved(root) for root in roots]
-        while left:
-            definition = left.pop()
+        self.used, pending = set(), [self.resolved(root) for root in roots]
+        while pending:
+            definition = pending.pop()
             if definition not in self.used:
                 self.used.add(definition)
-                left += () if definition == REGISTRY else self.uses(definition)
+                pending += () if definition == REGISTRY else self.uses(definition)
         self.check_names()
 
     def resolved(self, definition):
-        """Where a name is defined: its stand-in if it has one, or what its module imports it from."""
+        """Returns where a name is defined, through imports; its stand-in if it has one."""
         if definition.name in self.stand_ins:
             return Definition(STAND_INS, definition.name)
         module = _module(definition.module)
-        return definition if definition.name in module.statements else self.resolved(module.ours[definition.name])
+        return (
+            definition
+            if definition.name in module.statements
+            else self.resolved(module.internal_imports[definition.name])
+        )
 
     def uses(self, definition):
-        """The definitions of this package that one mentions."""
+        """Yields the definitions of this package that a definition mentions."""
         module = _module(definition.module)
         for name in sorted(module.mentions(definition.name)):
             if name in module.statements:
                 yield Definition(definition.module, name)
-            elif name in module.ours:
-                yield self.resolved(module.ours[name])
+            elif name in module.internal_imports:
+                yield self.resolved(module.internal_imports[name])
             elif name in self.stand_ins:
                 yield Definition(STAND_INS, name)
 
     def check_names(self):
-        """Raises ValueError unless each name has one meaning; statements that are the same word by word may be there twice."""
+        """Raises ValueError unless each name has one meaning; identical statements may occur twice."""
         meanings = {}
         for definition in sorted(self.used):
             module = _module(definition.module)
             text = "\n".join(module.text(index) for index in module.statements[definition.name])
             meanings.setdefault(definition.name, {})[text] = definition.module
         for definition in self.used:
-            for name in _module(definition.module).others.keys() & meanings.keys():
+            for name in _module(definition.module).external_imports.keys() & meanings.keys():
                 meanings[name]["an import"] = definition.module
         for name, modules in meanings.items():
             if len(modules) > 1:
@@ -225,7 +229,7 @@ class _File:
             module = _module(name)
             files.append(module.path.relative_to(PACKAGE).as_posix())
             names = [definition.name for definition in self.used if definition.module == name]
-            for index in sorted({index for each in names for index in module.statements[each]}):
+            for index in sorted({index for definition_name in names for index in module.statements[definition_name]}):
                 text = self.registry() if (name, *names) == REGISTRY else module.text(index)
                 texts += [text] if text not in texts else []
         values = {"name": self.roots[0].name, "version": __version__, "files": ", ".join(files)}
@@ -239,17 +243,17 @@ class _File:
         """The tuple of classes, with those that are in the file."""
         module = _module(REGISTRY[0])
         classes = module.body[module.statements[REGISTRY[1]][0]].value.elts
-        names = [node.id for node in classes if self.resolved(module.ours[node.id]) in self.used]
+        names = [node.id for node in classes if self.resolved(module.internal_imports[node.id]) in self.used]
         return f"{REGISTRY[1]} = ({', '.join(names)}{',' if len(names) == 1 else ''})"
 
     def modules(self):
         """The modules of the definitions, each behind those that it imports from."""
-        names, ordered, seen = {definition.module for definition in self.used}, [], set()
+        names, ordered, visited = {definition.module for definition in self.used}, [], set()
 
         def add(name):
-            if name not in seen:
-                seen.add(name)
-                for definition in _module(name).ours.values():
+            if name not in visited:
+                visited.add(name)
+                for definition in _module(name).internal_imports.values():
                     add(self.resolved(definition).module)
                 ordered.append(name)
 
@@ -259,13 +263,20 @@ class _File:
 
     def imports(self):
         """The imports of other packages that the definitions need, the standard library's first."""
-        found = set()
+        needed = set()
         for definition in self.used - {REGISTRY}:
             module = _module(definition.module)
-            found |= {module.others[name] for name in module.mentions(definition.name) & module.others.keys()}
-        lines = sorted(f"import {name}{f' as {other}' if other else ''}" for module, name, other in found if not module)
-        for module in sorted({module for module, *_ in found if module}):
-            names = sorted(f"{name} as {other}" if other else name for its, name, other in found if its == module)
+            needed |= {
+                module.external_imports[name]
+                for name in module.mentions(definition.name) & module.external_imports.keys()
+            }
+        lines = sorted(
+            f"import {name}{f' as {alias}' if alias else ''}" for module, name, alias in needed if not module
+        )
+        for module in sorted({module for module, *_ in needed if module}):
+            names = sorted(
+                f"{name} as {alias}" if alias else name for origin, name, alias in needed if origin == module
+            )
             line = f"from {module} import {', '.join(names)}"
             lines.append(line if len(line) <= 120 else f"from {module} import (\n    " + ",\n    ".join(names) + ",\n)")
         standard = [line for line in lines if line.split()[1].partition(".")[0] in sys.stdlib_module_names]

@@ -1,4 +1,4 @@
-"""A saved pipeline to the Hub: what belongs there, and nothing else, in one commit."""
+"""Publishes a saved pipeline on the Hub, in one commit."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def open_repository(repo_id: str, *, private: bool | None = None, token: str | N
 
 
 def check_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> None:
-    """Does as `open_repository`; raises HubError also if this token may not write there, or if it holds another model."""
+    """Opens the repository; raises HubError also if the token may not write there, or if it holds another model."""
     repo_id = open_repository(repo_id, private=private, token=token)
     with explained(repo_id):
         api = _api(token)
@@ -54,16 +54,16 @@ def push_folder(
 ) -> CommitInfo:
     """Publishes a saved pipeline in one commit; sends only what the repository does not have.
 
-    The same commit removes what the repository holds of other weights; only a variant, for example "fp16", is put beside the
-    others. A second commit updates the branch "remote-code", which differs from main by the class in model_index.json, so no
-    weights are sent twice. The folder is only read; a push that breaks leaves main as it was, and can be repeated.
+    The same commit removes files of earlier weights; only a variant, such as "fp16", is added beside the others.
+    A second commit updates the branch "remote-code", which differs from main only by the class in model_index.json, so no
+    weights are sent twice. The folder is not changed; a push that fails leaves main unchanged and can be repeated.
 
     Args:
         folder: written by `save_pretrained`, with safetensors; of its other files only the card, pictures and numbers of the
             run are sent. Its card is rewritten for the repository, unless it was changed by hand; if it has none, the
             repository's card stays if that was changed by hand or the weights are the same.
         repo_id: "user/name", or "name" for the token's own user; created if it does not exist.
-        license: the Hub's name of one, for the card; None keeps that of the repository's card.
+        license: the Hub's name of a license, for the card; None keeps the repository's.
         commit_message, private, token: as in diffusers' `push_to_hub`.
         revision: a branch, created if it does not exist, or "refs/pr/1" of a pull request; None for main.
         create_pr: whether to open a pull request. Once it is merged, push to main again, so that "remote-code" follows.
@@ -72,8 +72,8 @@ def push_folder(
         `CommitInfo` of huggingface_hub: the address of the commit, and as `pr_url` that of the pull request.
 
     Raises:
-        ValueError: the folder is not a whole pipeline of this package; the message names the file.
-        HubError: the Hub did not take it.
+        ValueError: the folder is not a complete pipeline of this package; the message names the file.
+        HubError: the Hub refused it or was not reached.
     """
     folder = Path(folder)
     files = published_files(folder)
@@ -93,7 +93,7 @@ def push_folder(
         if "README.md" in there:
             path = api.hf_hub_download(repo_id, "README.md", revision=revision)
             old = Path(path).read_text(encoding="utf-8", errors="replace")
-    gone, changed = _left_behind(files, there)
+    removed, changed = _left_behind(files, there)
     text = _card_text(
         folder, repo_id, license, local=files.get("README.md"), online=old, changed=changed, to_main=to_main
     )
@@ -101,7 +101,7 @@ def push_folder(
         files["README.md"] = text.encode()
     with explained(repo_id, revision):
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        operations += [CommitOperationDelete(name) for name in sorted(gone)]
+        operations += [CommitOperationDelete(name) for name in sorted(removed)]
         info = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
@@ -140,24 +140,24 @@ def _tree(api, repo_id, revision):
 
 
 def _left_behind(files, there):
-    """Files of the repository to remove, and whether the weights that its card describes change."""
+    """Returns the files to remove from the repository, and whether the weights that its card describes change."""
     weights = {name: path for name, path in files.items() if variant_of(name)}
     same = all(name in there and there[name].size == path.stat().st_size for name, path in weights.items()) and all(
         there[name].lfs.sha256 == file_sha256(path) for name, path in weights.items() if there[name].lfs
     )
     sent, others = {variant_of(name) for name in weights}, {name for name in there if variant_of(name)} - weights.keys()
     beside = "diffusion_pytorch_model" not in sent and any(variant_of(name) not in sent for name in others)
-    gone = {name for name in others if variant_of(name) in sent or not (same or beside)}
+    removed = {name for name in others if variant_of(name) in sent or not (same or beside)}
     if not beside:  # a classifier, or a scheduler's source, that is no more
-        gone |= {name for name in there if "classifier" in name.split("/")[:-1]} - files.keys()
-        gone |= {f"scheduler/{source}.py" for source in SOURCES} & there.keys() - files.keys()
+        removed |= {name for name in there if "classifier" in name.split("/")[:-1]} - files.keys()
+        removed |= {f"scheduler/{source}.py" for source in SOURCES} & there.keys() - files.keys()
     if not beside and (not same or "README.md" in files):
-        gone |= {name for name in there if RECORD.fullmatch(name)} - files.keys()
-    return gone, not (same or beside)
+        removed |= {name for name in there if RECORD.fullmatch(name)} - files.keys()
+    return removed, not (same or beside)
 
 
 def _keep_remote_code(api, repo_id, commit, index, commit_message):
-    """The branch for trusted code: as main at this commit, but for the class in the index."""
+    """Updates the branch for trusted code: main at this commit with another class in the index."""
     index = json.loads(index if isinstance(index, bytes) else index.read_text(encoding="utf-8"))
     index = sorted_json({**index, "_class_name": ["pipeline", IMAGE.name]}).encode()
     if REMOTE_CODE in {branch.name for branch in api.list_repo_refs(repo_id).branches}:
@@ -172,7 +172,7 @@ def _keep_remote_code(api, repo_id, commit, index, commit_message):
 
 
 def _check_repository(api, repo_id, revision, there, kinds):
-    """Raises HubError if the repository holds something else than pipelines of these kinds."""
+    """Raises HubError if the repository holds anything but pipelines of these kinds."""
     if "model_index.json" in there:
         path = api.hf_hub_download(repo_id, "model_index.json", revision=revision)
         name = read_json(Path(path)).get("_class_name")

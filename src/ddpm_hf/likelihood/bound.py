@@ -299,8 +299,8 @@ class BoundEvaluator:
             return
         for term, index, t in pending:
             for row in (~term.isfinite()).nonzero().flatten().tolist():
-                at = t if isinstance(t, int) else t[row].item()
-                raise ValueError(f"the bound's term of image {index[row].item()} at t={at} is {term[row].item()}")
+                timestep = t if isinstance(t, int) else t[row].item()
+                raise ValueError(f"the bound's term of image {index[row].item()} at t={timestep} is {term[row].item()}")
 
 
 def check_scheduler(scheduler) -> None:
@@ -321,11 +321,11 @@ def check_images(x_start: torch.Tensor, levels: int) -> None:
     if not x_start.abs().max() <= 1 + 1e-5:  # NaN too
         raise ValueError(f"x_start reaches {x_start.abs().max().item():.4g}; images must be in [-1, 1]")
     grey = (to_float64(x_start) + 1) * ((levels - 1) / 2)
-    off = (grey - grey.round()).abs().max().item()
-    if off > max(0.01, levels * 2e-7):
+    distance = (grey - grey.round()).abs().max().item()
+    if distance > max(0.01, levels * 2e-7):
         raise ValueError(
-            f"x_start is up to {off:.2g} of a grey level off the grid of levels={levels}; set levels to that of the data, and "
-            "do not resize or dither the images"
+            f"x_start is up to {distance:.2g} of a grey level off the grid of levels={levels}; set levels to that of the data, "
+            "and do not resize or dither the images"
         )
 
 
@@ -333,9 +333,9 @@ def _check_channels(unet, scheduler, channels):
     config = getattr(unet, "config", None)
     outputs = channels * (2 if scheduler.learns_variance else 1)
     for name, needed in (("in_channels", channels), ("out_channels", outputs)):
-        has = getattr(config, name, needed)
-        if has != needed:
+        actual = getattr(config, name, needed)
+        if actual != needed:
             raise ValueError(
-                f"the network has {name}={has}; images of {channels} channels and variance_type="
+                f"the network has {name}={actual}; images of {channels} channels and variance_type="
                 f"{scheduler.variance_type!r} need {needed}"
             )

@@ -100,11 +100,11 @@ def estimate_bits_per_dim(
         """
         index = torch.arange(B).repeat_interleave(positions.shape[1])
         results = []
-        for rows, at in zip(index.split(batch_size or B), positions.flatten().split(batch_size or B)):
+        for rows, position in zip(index.split(batch_size or B), positions.flatten().split(batch_size or B)):
             rows, noise = rows.to(x_start.device), evaluate.noise((len(rows), *x_start.shape[1:]), generator)
-            t = chain[at] if at.any() else int(chain[0])
+            t = chain[position] if position.any() else int(chain[0])
             term, *_ = evaluate.at_noise(rows, t, noise)
-            results.append(torch.stack((to_float64(term), linear.excess(rows, chain[at], noise))))
+            results.append(torch.stack((to_float64(term), linear.excess(rows, chain[position], noise))))
             bar.update(len(rows))
         evaluate.check_terms()
         return torch.cat(results, dim=1).cpu().view(2, B, -1)
@@ -113,27 +113,27 @@ def estimate_bits_per_dim(
         first, _ = terms(torch.zeros(B, 2, dtype=torch.int64))
         # pilot run: positions spread evenly in their logarithm
         u = (uniform(B * pilot).argsort() + uniform(B * pilot)) / (B * pilot)
-        at = torch.exp(u * math.log(N)).long().clamp(1, N - 1).view(B, pilot)
-        spread, slope = _fit_pilot(at, *terms(at), N - 1)
+        positions = torch.exp(u * math.log(N)).long().clamp(1, N - 1).view(B, pilot)
+        spread, slope = _fit_pilot(positions, *terms(positions), N - 1)
         step = torch.arange(1, N)
         # Mixed with 1 / step, the shape that terms have on the whole, and with a constant, so that no step has probability 0.
-        trust = 0.94 * at.numel() / (at.numel() + 8)
-        parts = ((trust, spread), (0.97 - trust, 1 / step), (0.03, step**0))
-        share = sum(weight * part / part.sum() for weight, part in parts)
+        trust = 0.94 * positions.numel() / (positions.numel() + 8)
+        mixture = ((trust, spread), (0.97 - trust, 1 / step), (0.03, step**0))
+        share = sum(weight * part / part.sum() for weight, part in mixture)
         # each stratum has probability 1 / strata; within it, each image has a cell of its own
         u = (uniform(B, strata).argsort(dim=0) + uniform(B, strata)) / B
         u = (torch.arange(strata) + u) / strata
-        at = torch.searchsorted(share.cumsum(0), u).clamp(max=N - 2) + 1
-        term, excess = terms(at)
-        drawn = (term - slope[at - 1] * excess) / (strata * share[at - 1])
+        positions = torch.searchsorted(share.cumsum(0), u).clamp(max=N - 2) + 1
+        term, excess = terms(positions)
+        estimates = (term - slope[positions - 1] * excess) / (strata * share[positions - 1])
     prior = scheduler.prior_bits_per_dim(x_start)
-    kl, decoder = (part.to(prior) for part in (drawn.sum(1), first.mean(1)))
+    kl, decoder = (part.to(prior) for part in (estimates.sum(1), first.mean(1)))
     if B > 1:  # the draws of different images, less each image's mean, serve as repeated draws
-        rest = drawn - drawn.mean(1, keepdim=True)
-        variance = strata / (strata - 1) * rest.var(0).sum() / B
+        residual = estimates - estimates.mean(1, keepdim=True)
+        variance = strata / (strata - 1) * residual.var(0).sum() / B
     else:  # deviations from the line between neighboring strata, too large where the terms are curved
-        off = drawn[:, 1:-1] - (drawn[:, :-2] + drawn[:, 2:]) / 2
-        variance = strata * off.square().mean() / 1.5
+        deviation = estimates[:, 1:-1] - (estimates[:, :-2] + estimates[:, 2:]) / 2
+        variance = strata * deviation.square().mean() / 1.5
     variance = variance + (first[:, 0] - first[:, 1]).square().mean() / (4 * B)
     return BitsPerDimEstimate(prior + kl + decoder, prior, kl, decoder, variance.sqrt().item())
 
@@ -144,21 +144,25 @@ def _fit_pilot(positions, terms, excess, steps):
     x, y, excess = (values.flatten()[order] for values in (positions.log(), terms, excess))
     grid = torch.arange(1, steps + 1).log()
 
-    def root_mean_square(values, parts):
+    def root_mean_square(values, sections):
         """The root mean square of values, which are sorted by x, as a function of x."""
-        centers = torch.stack([part.mean() for part in x.tensor_split(parts)])
-        sizes = torch.stack([part.square().mean() for part in values.tensor_split(parts)]).clamp(min=1e-30).sqrt().log()
-        return lambda at: torch.from_numpy(np.exp(np.interp(at.numpy(), centers.numpy(), sizes.numpy())))
+        centers = torch.stack([part.mean() for part in x.tensor_split(sections)])
+        sizes = (
+            torch.stack([part.square().mean() for part in values.tensor_split(sections)]).clamp(min=1e-30).sqrt().log()
+        )
+        return lambda log_position: torch.from_numpy(
+            np.exp(np.interp(log_position.numpy(), centers.numpy(), sizes.numpy()))
+        )
 
     size = root_mean_square(y, max(1, min(20, len(x) // 2)))
     if len(x) < 32:  # too few for a spread, which is taken to be proportional to the terms
         return size(grid), torch.zeros(steps, dtype=torch.float64)
-    # term / size = 1 + (a + b log(position)) excess + rest
+    # term / size = 1 + (a + b log(position)) excess + residual
     relative = y / size(x)
     controls = torch.stack((excess, excess * x), dim=1)
     gain = torch.linalg.lstsq(controls, (relative - relative.mean())[:, None]).solution
-    rest = root_mean_square(relative - relative.mean() - (controls @ gain).flatten(), max(4, min(10, len(x) // 16)))
-    return size(grid) * rest(grid).clamp(min=0.02), size(grid) * (gain[0] + gain[1] * grid)
+    residual = root_mean_square(relative - relative.mean() - (controls @ gain).flatten(), max(4, min(10, len(x) // 16)))
+    return size(grid) * residual(grid).clamp(min=0.02), size(grid) * (gain[0] + gain[1] * grid)
 
 
 class _LinearDenoiser:
@@ -170,8 +174,8 @@ class _LinearDenoiser:
         _, values, self.directions = torch.linalg.svd(images - images.mean(0), full_matrices=False)
         self.x_start = (to_float64(x_start.flatten(1)) - images.mean(0)) @ self.directions.T
         # shrinkage: one more image, whose variance is the same in all directions
-        self.rest = images.var(correction=0) / (len(images) + 1)
-        self.variances = values.square() / (len(images) + 1) + self.rest
+        self.residual_variance = images.var(correction=0) / (len(images) + 1)
+        self.variances = values.square() / (len(images) + 1) + self.residual_variance
 
     def excess(self, index, t, noise):
         """Its squared error with this noise, divided by the expectation over noise, minus 1: (rows,).
@@ -184,8 +188,8 @@ class _LinearDenoiser:
         along = noise @ self.directions.T
         beyond = noise.square().sum(1, keepdim=True) - along.square().sum(1, keepdim=True)
         dimensions = noise.shape[1] - len(self.variances)
-        gain, rest = (keep * v / (alpha * v + 1 - alpha) for v in (self.variances, self.rest))
+        gain, residual_gain = (keep * v / (alpha * v + 1 - alpha) for v in (self.variances, self.residual_variance))
         bias, scale = (gain * keep - 1) * self.x_start[index], gain * add
-        expected = (bias.square() + scale.square()).sum(1) + dimensions * (rest * add).square()[:, 0]
-        error = (bias + scale * along).square().sum(1) + (beyond * (rest * add).square())[:, 0]
+        expected = (bias.square() + scale.square()).sum(1) + dimensions * (residual_gain * add).square()[:, 0]
+        error = (bias + scale * along).square().sum(1) + (beyond * (residual_gain * add).square())[:, 0]
         return (error - expected) / expected.clamp(min=1e-30)

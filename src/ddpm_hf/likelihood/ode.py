@@ -132,7 +132,7 @@ def ode_log_likelihood(
 
     def solve(batch, network, bar):
         state, shape = to_float64(batch.flatten(1)), batch.shape
-        drawn = draw_probes(state.view(shape))
+        probe_vectors = draw_probes(state.view(shape))
 
         def slope(t, state):
             x_t = state[:, :dimensions].view(shape)
@@ -145,10 +145,10 @@ def ode_log_likelihood(
                     )
                 score, inside = clipped_score(sde, t, x_t, output.detach(), limits)
                 output = output * inside
-                if drawn is None:
+                if probe_vectors is None:
                     traces = _exact_trace(output, x_in)[None]
                 else:
-                    traces = torch.stack([_quadratic_form(output, x_in, probe) for probe in drawn])
+                    traces = torch.stack([_quadratic_form(output, x_in, probe) for probe in probe_vectors])
             of_x_t, of_output = sde.score_weights(t)
             unclipped = inside.flatten(1).double().mean(1, keepdim=True)  # share of the dimensions
             # traces per dimension: of the score's Jacobian, then of the drift's, by which the log-density changes

@@ -237,8 +237,8 @@ def solve_ode(
         return slope(t, state)
 
     def norm(error):  # of the image with the largest error
-        parts = [error] if dimensions is None else [error[:, :dimensions], error[:, dimensions:]]
-        return torch.stack([part.square().mean(1).sqrt() for part in parts]).max()
+        blocks = [error] if dimensions is None else [error[:, :dimensions], error[:, dimensions:]]
+        return torch.stack([block.square().mean(1).sqrt() for block in blocks]).max()
 
     times = torch.tensor([begin, end], dtype=torch.float64, device=state.device)
     try:

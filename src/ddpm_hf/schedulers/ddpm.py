@@ -282,7 +282,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         if isinstance(t, torch.Tensor) and t.dim() > 0:
             position = t = self._in_range(t if like is None else t.to(like.device))
             if chain is not self._all_steps:
-                position = chain.on("positions", t.device)[t]
+                position = chain.table_on("positions", t.device)[t]
                 if t.device.type == "cpu" and (outside := position == len(chain.timesteps)).any():
                     self._refuse(t[outside][0].item())
             return position
@@ -341,8 +341,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         """The noise between x_0 and x_t, (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t), eq. 9; images (B, C, H, W)."""
         x_start, x_t, position = in_working_precision(x_start), in_working_precision(x_t), self._position(t, x_t)
         # divided by sqrt(abar_t) first, as where x_0 is predicted, so that the rounding errors of the two cancel
-        unscaled = x_t * self._chain.at("reciprocal_sqrt_alphas_cumprod", position, x_t)
-        return (unscaled - x_start) * self._chain.at("sqrt_snr", position, x_t)
+        unscaled = x_t * self._chain.column_at("reciprocal_sqrt_alphas_cumprod", position, x_t)
+        return (unscaled - x_start) * self._chain.column_at("sqrt_snr", position, x_t)
 
     @package_only
     def prediction_target(
@@ -365,14 +365,14 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         They are drawn on the device of the generator, if there is one.
         """
         chain, source = self._chain, device if generator is None else generator.device
-        drawn = torch.randint(len(chain.timesteps), (batch_size,), generator=generator, device=source)
-        return chain.on("timesteps", drawn.device)[drawn].to(device)
+        index = torch.randint(len(chain.timesteps), (batch_size,), generator=generator, device=source)
+        return chain.table_on("timesteps", index.device)[index].to(device)
 
     @package_only
     def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor | int) -> Gaussian:
         """q(x_t | x_0), eq. 4. x_start (B, C, H, W) in [-1, 1]; t 0-based, of the chain."""
         x_start, position = in_working_precision(x_start), self._position(t, x_start)
-        mean = self._chain.at("sqrt_alphas_cumprod", position, x_start) * x_start
+        mean = self._chain.column_at("sqrt_alphas_cumprod", position, x_start) * x_start
         variance = self._full("one_minus_alphas_cumprod", position, x_start)
         return Gaussian(mean, variance, self._full("log_one_minus_alphas_cumprod", position, x_start))
 
@@ -393,8 +393,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     def _full(self, name, position, like):
         """The entry of a table, expanded to the shape of `like`."""
         if isinstance(position, int):
-            return self._chain.on(name, like.device)[position].to(like.dtype).expand(like.shape)
-        return self._chain.at(name, position, like).expand(like.shape)
+            return self._chain.table_on(name, like.device)[position].to(like.dtype).expand(like.shape)
+        return self._chain.column_at(name, position, like).expand(like.shape)
 
     # p
 
@@ -450,8 +450,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
     def _interpolated_log_variance(self, values, position):
         # IDDPM eq. 15, with values in [-1, 1]
-        low = self._chain.at("posterior_log_variance_clipped", position, values)
-        high = self._chain.at("log_betas", position, values)
+        low = self._chain.column_at("posterior_log_variance_clipped", position, values)
+        high = self._chain.column_at("log_betas", position, values)
         return low + (values + 1) * (0.5 * (high - low))
 
     def _pred_x_start(self, output, x_t, position, clip_sample):
@@ -586,7 +586,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         output, values = self._split(model_output, x_t)
         x_start = self._pred_x_start(output, x_t, position, None)
         if gradient is not None and eta is not None:
-            x_start = x_start + self._chain.at("x_start_of_gradient", position, x_t) * gradient.to(x_t.dtype)
+            x_start = x_start + self._chain.column_at("x_start_of_gradient", position, x_t) * gradient.to(x_t.dtype)
         tables, name = (self._chain, "ancestral") if eta is None else (self._ddim(eta), "ddim")
         of_x_start, of_x_t, std = tables.columns_at(name, position, x_t)
         last = isinstance(position, int) and position == 0
@@ -599,7 +599,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             prev_sample = weighted_sum((of_x_start, of_x_t), x_start, x_t, onto=noise)
         if gradient is not None and eta is None:
             if values is None:
-                variance = self._chain.at("model_variance", position, x_t)
+                variance = self._chain.column_at("model_variance", position, x_t)
             else:
                 variance = self._learned_log_variance(values, position).exp()
             prev_sample.addcmul_(gradient.to(x_t.dtype), variance)

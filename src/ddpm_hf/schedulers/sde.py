@@ -235,12 +235,12 @@ class ChainSDE(VPSDE):
 
     def _piece(self, t):
         """The place of t in its interval, 0 to 1, and the four coefficients of the cubic there, constant term first."""
-        at = _to_float64(t) * self.N
-        k = at.long().clamp(0, self.N - 1)
-        if at.device not in self.cubics_on:
+        place = _to_float64(t) * self.N
+        k = place.long().clamp(0, self.N - 1)
+        if place.device not in self.cubics_on:
             with torch.inference_mode(False):
-                self.cubics_on[at.device] = self.cubics.to(at.device, at.dtype)
-        return at - k, *self.cubics_on[at.device][k].unbind(-1)
+                self.cubics_on[place.device] = self.cubics.to(place.device, place.dtype)
+        return place - k, *self.cubics_on[place.device][k].unbind(-1)
 
     def log_scale(self, t: torch.Tensor | float) -> torch.Tensor:
         u, a, b, c, d = self._piece(t)

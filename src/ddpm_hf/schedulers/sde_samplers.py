@@ -87,11 +87,11 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
         t = torch.linspace(1.0, max(config.sampling_eps, sde.t_min), n, dtype=torch.float64)
         one, zero = torch.ones_like(t), torch.zeros_like(t)
         # Each step goes to the next time, the last one to data; x_t given x at the next time is N(ratio x, G^2).
-        at = t
+        times = t
         # NCSN's sigmas go down to t = 0, its conditioning times only to sampling_eps
         if isinstance(sde, VESDE) and config.sampling_eps <= 1e-5:
-            at = torch.linspace(1.0, 0.0, n, dtype=torch.float64)
-        scale, std = torch.cat((sde.scale(at), one[:1])), torch.cat((sde.std(at), zero[:1]))
+            times = torch.linspace(1.0, 0.0, n, dtype=torch.float64)
+        scale, std = torch.cat((sde.scale(times), one[:1])), torch.cat((sde.std(times), zero[:1]))
         scale, std, next_scale, next_std = scale[:-1], std[:-1], scale[1:], std[1:]
         ratio = scale / next_scale
         G2 = std**2 - (ratio * next_std) ** 2
@@ -211,10 +211,10 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
     def _index(self, timestep):
         if self.timesteps is None:
             raise ValueError("timesteps are not set; call set_timesteps(num_inference_steps) before the first step")
-        at = float(timestep)
-        if at not in self._positions:
-            raise ValueError(f"timestep={at} is not in `timesteps`; give one of its {self.num_inference_steps}")
-        return self._positions[at]
+        timestep = float(timestep)
+        if timestep not in self._positions:
+            raise ValueError(f"timestep={timestep} is not in `timesteps`; give one of its {self.num_inference_steps}")
+        return self._positions[timestep]
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):

@@ -18,12 +18,12 @@ class _Tables:
     def __deepcopy__(self, memo):
         return self  # the values never change, so copies of a scheduler share them
 
-    def at(self, name: str, position: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The entry of a table of one column, by which images `like` are multiplied; as one of `columns_at`."""
+    def column_at(self, name: str, position: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The entry of a one-column table, to multiply images `like`; see `columns_at`."""
         return self.columns_at(name, position, like)[0]
 
     def columns_at(self, name: str, position: int | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The entries of a table's columns, by which images `like` are multiplied.
+        """The entries of a table's columns, to multiply images `like`.
 
         For an int position they are 0-d and on the CPU; for a tensor of positions (B,) they are (B, 1, ...) and beside `like`.
         """
@@ -35,10 +35,10 @@ class _Tables:
                     columns = table.view(len(table), -1).unbind(1)
                     self.entries[key] = list(zip(*(column.unbind() for column in columns)))
             return self.entries[key][position]
-        entries = self.on(name, like.device)[position].to(like.dtype).view(len(position), -1)
+        entries = self.table_on(name, like.device)[position].to(like.dtype).view(len(position), -1)
         return tuple(column.view(-1, *[1] * (like.dim() - 1)) for column in entries.unbind(1))
 
-    def on(self, name: str, device: torch.device) -> torch.Tensor:
+    def table_on(self, name: str, device: torch.device) -> torch.Tensor:
         """A table as a tensor on `device`, with one NaN appended for timesteps outside the chain."""
         key = (name, device)
         if key not in self.tensors:

@@ -162,7 +162,7 @@ def _some_images(config, images, class_names):
     items = list(itertools.islice(images, config.eval_images))
     if not items:
         raise ValueError("there are no images in it")
-    tensors = PixelTensors.of(items).tensors
+    tensors = PixelTensors.from_items(items).tensors
     return pixels_to_tensor(tensors["pixels"], levels_of(config)), tensors.get("class_labels")
 
 
