@@ -6,6 +6,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
+from ddpm_hf.schedulers.prediction import SDE_PREDICTIONS
 from ddpm_hf.schedulers.sde import VESDE, VPSDE, SubVPSDE
 from ddpm_hf.schedulers.sde_samplers import SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from support.analytic import Mixture
@@ -535,3 +536,16 @@ def test_progress_and_interpolation(unet):
 def pipe_timesteps(pipe, steps):
     pipe.scheduler.set_timesteps(steps)
     return pipe.scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("prediction_type", SDE_PREDICTIONS)
+def test_x_start_of_ve_is_by_the_score_at_the_networks_time(prediction_type):
+    """The steps of NCSN go to t = 0, the times of its network to sampling_eps: x_0 = x_t + std(step)^2 score(network's t)."""
+    scheduler = VESDEScheduler(num_train_timesteps=50, prediction_type=prediction_type)
+    scheduler.set_timesteps(20)
+    std = scheduler.sde.std(torch.linspace(1.0, 0.0, 20, dtype=torch.float64))[3]
+    score = scheduler.sde.score_weights(torch.linspace(1.0, 1e-5, 20, dtype=torch.float64)[3])
+    expected = 1 + std**2 * score[0], std**2 * score[1]
+    assert scheduler._tables["x_start"][3] == pytest.approx(
+        [float(weight) for weight in expected], rel=1e-12, abs=1e-15
+    )

@@ -118,10 +118,15 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
             of_x_t, of_score, of_noise = one, zero, zero
         before = (t - 1 / sde.N).clamp(min=0.0)
         alpha = (2 * (sde.log_scale(t) - sde.log_scale(before))).exp()  # the correctors' alpha, Algorithm 5
+        if times is t:
+            x_start = x_start_weights(sde.prediction_type, scale, std)
+        else:  # of Tweedie's formula: the score is that of the network's time, the variance that of the step
+            of_x_t_in_score, of_output_in_score = sde.score_weights(t)
+            x_start = (1 + std**2 * of_x_t_in_score) / scale, std**2 * of_output_in_score / scale
         columns = {
             # weights of x_t, x_0 and the noise, with the score (scale x_0 - x_t) / std^2
             "step": (of_x_t - of_score / std**2, of_score * scale / std**2, of_noise),
-            "x_start": x_start_weights(sde.prediction_type, scale, std),
+            "x_start": x_start,
             "score": sde.score_weights(t),
             "correct": (alpha, std),
         }
