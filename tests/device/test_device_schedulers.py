@@ -157,7 +157,7 @@ def test_coefficients_of_sdes_at_times_on_the_device(device, sde, images):
     found = []
     for where, dtype in ((device, kind), ("cpu", torch.float64)):
         at, x, e = t.to(dtype).to(where), x_start.to(where), noise.to(where)
-        names = ("log_scale", "std", "rate", "diffusion", "labels")
+        names = ("log_scale", "std", "drift_coefficient", "diffusion", "conditioning_times")
         found.append(
             [getattr(sde, name)(at).float() for name in names]
             + [value.float() for value in (*sde.discrete(at), *sde.score_weights(at))]
