@@ -335,3 +335,13 @@ def test_stages_whose_parts_no_stock_class_opens(published_0_1, tmp_path, name):
     argv = tmp_path / "home", tmp_path / "saved", tmp_path / "out.npy", json.dumps(kwargs)
     run_elsewhere(OPEN, *argv, package=False, offline=True)
     np.testing.assert_allclose(images, np.load(tmp_path / "out.npy"), atol=ROUNDING)
+
+
+def test_parts_given_in_place_of_the_folders_own(published_0_1, tmp_path):
+    DDPMImagePipeline.from_pretrained(published_0_1 / "sde").save_pretrained(tmp_path)
+    file = tmp_path / "pipeline.py"
+    scope = {"__name__": "published", "__file__": str(file)}
+    exec(compile(file.read_text(), file, "exec"), scope)
+    scheduler = scope["VPSDEScheduler"](num_train_timesteps=7)
+    pipe = scope["DDPMImagePipeline"].from_pretrained(tmp_path, scheduler=scheduler)
+    assert pipe.scheduler is scheduler and type(pipe.unet) is scope["DDPMUNet"]

@@ -91,16 +91,19 @@ class PackagedImagePipeline(PackagedPipeline):
 
         So a cascade opens its stages: diffusers would ask for `trust_remote_code` once more.
         """
-        path, index = pretrained_model_name_or_path, cls.load_config(pretrained_model_name_or_path)
+        path, where = pretrained_model_name_or_path, ("cache_dir", "local_files_only", "revision", "token")
+        options = {name: kwargs[name] for name in where if name in kwargs}
+        index = cls.load_config(path, **options)
         names = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and type(entry[1]) is str}
         classes = {part: globals().get(name) or getattr(diffusers, name) for part, name in names.items()}
         if not any(getattr(part_class, "source_name", None) for part_class in classes.values()):
             return super().from_pretrained(path, **kwargs)
-        options = {name: kwargs[name] for name in ("torch_dtype", "variant") if name in kwargs}
-        parts = {
-            part: part_class.from_pretrained(path, subfolder=part, **options if part != "scheduler" else {})
-            for part, part_class in classes.items()
-        }
+        parts = {part: kwargs[part] for part in classes if part in kwargs}
+        for part in classes.keys() - parts.keys():
+            weights = {
+                name: kwargs[name] for name in ("torch_dtype", "variant") if name in kwargs and part != "scheduler"
+            }
+            parts[part] = classes[part].from_pretrained(path, subfolder=part, **options, **weights)
         return cls(**parts, **{name: index[name] for name in cls._get_signature_keys(cls)[1] if name in index})
 
     def _network(self, timesteps):
