@@ -70,8 +70,8 @@ def test_the_commands_that_it_ends_with_are_quoted(tmp_path):
     folder = tmp_path / "it's $HOME/pipeline"
     folder.mkdir(parents=True)
     (folder.parent / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    (folder.parent / "config.yaml").write_text("data: my pets\nsplit: train[:90%]\n")
-    sample, evaluate, publish = (shlex.split(line) for line in summary_lines(folder))
+    config = TrainConfig(data="my pets", split="train[:90%]")
+    sample, evaluate, publish = (shlex.split(line) for line in summary_lines(config, folder))
     assert sample == ["sample", "ddpm-hf", "sample", str(folder)]
     assert evaluate[1:] == ["ddpm-hf", "evaluate", str(folder), "--data", "my pets", "--split", "train[:90%]"]
     assert publish[1:] == ["ddpm-hf", "push", str(folder), "--repo_id", "USER/it-s-HOME"]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ddpm_hf.errors import UserError
 from ddpm_hf.extras import require_extra
-from ddpm_hf.files.strict_yaml import read_yaml
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, RunConfig, TrainConfig, keys_of
 
@@ -30,7 +29,7 @@ def main(command: str, argv: list[str], program: str) -> None:
     def train_and_summarize(config):
         folder = train(config)
         if os.environ.get("RANK", "0") == "0":
-            print("\n".join(summary_lines(folder)))
+            print("\n".join(summary_lines(config, folder)))
 
     launch(config, dry_run, train if is_script or kind is ClassifierConfig else train_and_summarize)
 
@@ -56,7 +55,7 @@ def _is_switch_value(argv, place, word):
     )
 
 
-def summary_lines(folder: Path) -> list[str]:
+def summary_lines(config: RunConfig, folder: Path) -> list[str]:
     """What a finished run has made, and the commands that go on with it.
 
     Args:
@@ -71,17 +70,16 @@ def summary_lines(folder: Path) -> list[str]:
     quoted = shlex.quote(str(folder))
     lines.append(f"sample       ddpm-hf sample {quoted}")
     if not measured:
-        lines.append(f"bits/dim     {shlex.join(['ddpm-hf', 'evaluate', str(folder), *_data_options(run)])}")
+        lines.append(f"bits/dim     {shlex.join(['ddpm-hf', 'evaluate', str(folder), *_data_options(config)])}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.absolute().name).strip("-.") or "model"
     return [*lines, f"publish      ddpm-hf push {quoted} --repo_id USER/{name}"]
 
 
-def _data_options(run):
+def _data_options(config):
     """The options of `evaluate` for the data that a run trained on; a data set that comes with the package needs none."""
     from ddpm_hf.data.sources import BUILT_IN
 
-    config = read_yaml(run / "config.yaml")
-    return [] if config["data"] in BUILT_IN else ["--data", config["data"], "--split", config["split"]]
+    return [] if config.data in BUILT_IN else ["--data", config.data, "--split", config.split]
 
 
 def measured_text(run: Path) -> str | None:
