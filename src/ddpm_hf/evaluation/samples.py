@@ -16,10 +16,8 @@ from PIL import Image
 
 from ddpm_hf.evaluation.sheets import as_images, as_sheet, captions_of, class_columns, cycled_labels, row_captions
 from ddpm_hf.models.conditioning import downsample
-from ddpm_hf.pipelines.cascade import CascadePipeline
-from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
+from ddpm_hf.pipelines import PIPELINE_CLASSES, CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipeline
 from ddpm_hf.pipelines.labels import label_ids
-from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
 
 INTERPOLATION_WEIGHTS = [i / 8 for i in range(9)]
 
@@ -41,8 +39,7 @@ def open_pipeline(path: str) -> DDPMImagePipeline | CascadePipeline:
     """Open a folder or Hub id as the class that its index names; a stock pipeline as `DDPMImagePipeline`."""
     name = DDPMImagePipeline.load_config(path)["_class_name"]
     name = name[-1] if isinstance(name, list) else name
-    classes = {cls.__name__: cls for cls in (CascadePipeline, DDPMSuperResolutionPipeline)}
-    return classes.get(name, DDPMImagePipeline).from_pretrained(path)
+    return next((cls for cls in PIPELINE_CLASSES if cls.__name__ == name), DDPMImagePipeline).from_pretrained(path)
 
 
 def parse_class_label(pipeline, text: str | None, name: str = "class_label") -> int | None:
