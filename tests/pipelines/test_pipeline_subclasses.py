@@ -109,6 +109,6 @@ def test_the_registry_is_what_the_classes_say():
     }
     for kind in saved.PIPELINES:
         assert kind.index_names[0] == [pipelines[kind.name].source_name, kind.name]
-    assert tuple(CascadePipeline.stage_classes) == saved.CASCADE.parts
+    assert tuple(CascadePipeline.stage_classes) == saved.CASCADE.components
     for part, cls in saved.NETWORKS.items():
         assert all(saved.class_of_part(part, name) is cls for name in (cls.__name__, *cls.stands_for))
