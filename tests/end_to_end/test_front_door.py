@@ -1,5 +1,6 @@
 """ddpm-hf train with a folder of pictures: what it finds, what it says, and what it ends with."""
 
+import json
 import shlex
 
 import numpy as np
@@ -58,12 +59,45 @@ def test_a_folder_becomes_a_model(pets, monkeypatch):
 
 
 def test_digits(pets):
-    result = command("train", "digits", "--steps", "2", *TINY.split())
+    result = command("train", "digits", "--steps", "2", "--eval_every", "0", *TINY.split())
     assert "data='digits': 1,437 images\n  image_size=8" in result.stderr and "with 10 classes" in result.stderr
-    lines = result.stdout.splitlines()  # two steps are not measured
+    lines = result.stdout.splitlines()  # nothing was measured
     assert "bits/dim     ddpm-hf evaluate runs/digits/pipeline" in lines
     command(*lines[-3].split()[2:], "--count", 4, "--steps", 2)
     command(*lines[-2].split()[2:], "--images", 4, "--estimate", 8)
+
+
+def test_a_trial_of_few_steps_and_the_run_after_it(pets):
+    """A short run ends with a sheet and a measurement, too, and leaves nothing behind that a longer one would suffer from."""
+    trial = command("train", "my pets", "--steps", "2", *TINY.split())
+    assert [line.split()[0] for line in trial.stdout.splitlines()[-4:]] == ["bits/dim", "samples", "sample", "publish"]
+    run = pets / "runs/my-pets"
+    assert sheets(run) == ["0000002.png"] and (run / "pipeline/samples.png").is_file()
+    again = command("train", "my pets", "--steps", "2", *TINY.split())
+    assert "runs/my-pets is already complete (2 steps); raise steps to continue" in again.stderr.splitlines()
+    assert again.stdout == trial.stdout and "resumed from" not in again.stderr
+    longer = command("train", "my pets", "--steps", "4", *TINY.split())
+    assert "resumed from step 2 " in longer.stderr and "settings from" not in longer.stderr
+    assert sheets(run) == ["0000002.png", "0000004.png"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "bits_per_dim" in row] == [2, 4]
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    assert (values["eval_every"], values["sample_every"], values["checkpoint_every"]) == (1000, 1000, 1000)
+
+
+def test_settings_that_a_resumed_run_keeps_are_shown(pets):
+    first = [*TINY.split(), "--batch_size", 4, "--eval_every", 0, "--sample_every", 0]
+    command("train", "my pets", "--steps", "1", *first)
+    longer = command("train", "my pets", "--steps", "2", *TINY.split(), "--sample_every", 0)
+    (line,) = [line for line in longer.stderr.splitlines() if "settings from" in line]
+    assert line == (
+        "ddpm-hf train: settings from runs/my-pets/config.yaml: "
+        "held_out=0.0 (a new run: 0.05), batch_size=4 (a new run: 38), eval_every=0 (a new run: 1000)"
+    )
+
+
+def sheets(run):
+    return sorted(path.name for path in run.glob("samples/*.png") if path.stem.isdigit())
 
 
 def test_the_commands_that_it_ends_with_are_quoted(tmp_path):

@@ -10,7 +10,7 @@ from ddpm_hf.training import plan as planning
 from ddpm_hf.training.command_line import config_of, load_config
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, as_yaml
 from ddpm_hf.training.loop import train
-from ddpm_hf.training.plan import Rate, plan
+from ddpm_hf.training.plan import Rate, describe, plan
 
 TINY = {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
 RATE = Rate(step=0.5, evaluation=0.0005)
@@ -45,6 +45,25 @@ def test_short_times_have_small_sheets():
     assert (tiny.steps, tiny.sample_count, tiny.eval_images, tiny.ema_decay) == (1, 4, 4, 0.9)
 
 
+def test_the_plan_in_words():
+    """It names the steps and each key that it changed, with few images also their numbers."""
+    before = minutes(1.0)
+    words = describe(plan(before, RATE, 20), RATE, before).splitlines()
+    assert words == [
+        "1 minute is enough for 34 steps of 0.5 s",
+        "  planned with them: lr_schedule=cosine, lr_warmup_steps=1, checkpoint_every=34, eval_every=34, eval_images=40, "
+        "ema_decay=0.9, sample_every=34, sample_raw=0, sample_count=40",
+        "  34 steps are few: more --minutes, a smaller --image_size, a smaller network or --mixed_precision bf16 "
+        "would allow more",
+    ]
+    before = minutes(0.5, unet={"block_out_channels": [8, 16]})
+    words = describe(plan(before, RATE, 0.1), RATE, before).splitlines()
+    assert words[0] == "0.5 minutes are enough for 1 step of 0.5 s"
+    assert words[-1].startswith("  1 step is few: ") and "network (--unet.block_out_channels 4,8) or" in words[-1]
+    before = minutes(30.0)
+    assert len(describe(plan(before, RATE, 1800), RATE, before).splitlines()) == 2  # 3,500 steps are not few
+
+
 def test_explicit_keys_stay():
     keys = dict(lr_schedule="constant", ema_decay=0.5, sample_every=7, eval_every=0, sample_count=640)
     config = plan(minutes(**keys, explicit=frozenset(keys)), RATE, 1800)
@@ -76,14 +95,18 @@ def test_the_same_command_resumes_with_the_plan_of_the_run(tmp_path, monkeypatch
         data="digits", minutes=0.1, unet=TINY, output_dir=str(tmp_path / "run"), sample_steps=2, eval_evaluations=8
     )
     folder = train(**keys)
-    assert folder == tmp_path / "run/pipeline" and "0.1 minutes are 6 steps of 1 s" in capsys.readouterr().err
+    assert (
+        folder == tmp_path / "run/pipeline" and "0.1 minutes are enough for 6 steps of 1 s" in capsys.readouterr().err
+    )
     run = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert run["minutes"] == 0.1 and run["steps"] == 6 and run["lr_schedule"] == "cosine"
     assert (tmp_path / "run/samples/0000006.png").is_file()
     again = config_of(**keys)
     assert again.planned and as_yaml(again) == (tmp_path / "run/config.yaml").read_text()
     train(**keys)  # nothing is left to do
-    assert "minutes are" not in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "minutes are" not in printed and "resumed from" not in printed
+    assert "already complete (6 steps); to train longer start a new run from its weights: --init_from " in printed
     with pytest.raises(ConfigError, match="minutes=0.2, but .* was trained with 0.1"):
         config_of(**keys | {"minutes": 0.2})
 

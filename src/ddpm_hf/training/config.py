@@ -206,7 +206,9 @@ class TrainConfig(RunConfig):
     label_dropout: float = _training(0.0, "share of labels replaced by 'no class', for guidance_scale")
     timesteps: str = _training("uniform", "uniform, loss_second_moment; in continuous time uniform, importance")
     ema_decay: float = _training(0.9999, "decay of the averaged weights, which are saved and sampled")
-    sample_every: int = _output(1000, "steps between sheets of EMA samples; 0: none")
+    sample_every: int = _output(
+        1000, "steps between sheets of EMA samples, without a preset also one at the end; 0: none"
+    )
     sample_raw: int = _output(5, "how many of the first sheets come with one of the raw weights")
     sample_count: int = _output(64, "samples on a sheet")
     sample_steps: int | None = _output(

@@ -110,9 +110,11 @@ class DiffusionTask(Task):
 
     def measure(self, step):
         config, rows, bits = self.config, [], None
-        if config.sample_every and step % config.sample_every == 0:
+        is_last = step == config.steps
+        # a preset's sheet may take longer than a short run of it
+        if config.sample_every and (step % config.sample_every == 0 or (is_last and config.preset is None)):
             rows.append(self.sheets.draw(step))
-        if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+        if config.eval_every and (step % config.eval_every == 0 or is_last):
             self.log.say(f"step {step:,}: measuring {len(self.held_out[0])} held-out images")
             with evaluating(self.network, self.average):
                 row = held_out_bits_per_dim(config, self.interrupts, self.network, self.scheduler, *self.held_out)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
 import statistics
 from typing import Any
 
@@ -17,7 +16,6 @@ from ddpm_hf.data.pixels import open_image
 from ddpm_hf.data.sources import LEVELS, load_images
 from ddpm_hf.training.config import ClassifierConfig, RunConfig, TrainConfig, image_size
 from ddpm_hf.training.errors import PIPELINE_ERRORS, as_config_error
-from ddpm_hf.training.messages import print_above_progress_bar
 
 IMAGES_LOOKED_AT = 100
 MOST_COMMON_SIDE = 64  # larger images only where image_size asks for them
@@ -34,8 +32,12 @@ NETWORKS = {
 }
 
 
-def with_values_for_data(config: RunConfig, classes: int | None) -> RunConfig:
-    """Return the config with values chosen for the data, except explicit keys; `classes` is the base pipeline's number."""
+def with_values_for_data(config: RunConfig, classes: int | None) -> tuple[RunConfig, list[str]]:
+    """Return the config with values chosen for the data, except explicit keys, and what was found and chosen, in words.
+
+    Args:
+        classes: the number of classes of the base pipeline.
+    """
     section, explicit = config.NETWORK, config.explicit
     shape = {f"{section}.{key}" for key in ("block_out_channels", "down_block_types", "up_block_types")}
     open_keys = {"image_size", "channels", "label_column", "batch_size", "held_out"} - explicit
@@ -45,7 +47,7 @@ def with_values_for_data(config: RunConfig, classes: int | None) -> RunConfig:
         config = dataclasses.replace(config, scheduler=config.scheduler | {"levels": levels})
     counts_classes = config.label_column and f"{section}.{config.CLASSES}" not in explicit and not config.base_pipeline
     if not open_keys and not counts_classes and shape <= explicit:
-        return config
+        return config, []
     with as_config_error(f"data={config.data!r}", PIPELINE_ERRORS):
         images = load_images(config.data, config.split, config.streaming)
         column = image_column(images, config.image_column)
@@ -75,12 +77,7 @@ def with_values_for_data(config: RunConfig, classes: int | None) -> RunConfig:
         T = config.scheduler.get("num_train_timesteps", 1000)
         values["sample_steps"] = min(100, T) if isinstance(T, int) and T > 0 else 100
     config = dataclasses.replace(config, **values)
-    if os.environ.get("RANK", "0") == "0":
-        print_above_progress_bar(
-            "\n  ".join([f"{config.program}: data={config.data!r}: {facts[0]}", *facts[1:], *_facts(config)])
-            + "\nEach can be given as --key value; --dry_run shows all keys and stops."
-        )
-    return config
+    return config, [*facts, *_facts(config)]
 
 
 def _facts(config):
@@ -193,6 +190,6 @@ def _with_held_out(config, count, facts):
         facts.append(
             f"held_out={HELD_OUT:g} ({round(count * HELD_OUT):,} images, as there is no split {config.eval_split!r})"
         )
-    if "eval_every" not in config.explicit and config.steps >= 1000:
+    if "eval_every" not in config.explicit:
         config = dataclasses.replace(config, eval_every=1000)
     return config

@@ -15,7 +15,7 @@ from ddpm_hf.training.devices import leave, open_accelerator
 from ddpm_hf.training.interrupts import Stopped, find_dead_workers_when_reading
 from ddpm_hf.training.loop import TASKS, train
 from ddpm_hf.training.plan import with_plan
-from ddpm_hf.training.resolve import resolve
+from ddpm_hf.training.resolve import resolve, show_settings_of_run
 
 
 def main(config: RunConfig, dry_run: bool, train: Callable[[RunConfig], object] = train) -> None:
@@ -27,6 +27,7 @@ def main(config: RunConfig, dry_run: bool, train: Callable[[RunConfig], object] 
     except (UserError, ValueError, TypeError) as error:
         sys.exit(f"{config.program}: {' '.join(str(error).split())}")
     if dry_run:
+        show_settings_of_run(config)
         if config.minutes is not None:
             config = with_plan(config, open_accelerator(config), TASKS[type(config)])
         print(as_yaml(config), end="")

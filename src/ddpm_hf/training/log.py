@@ -106,11 +106,12 @@ class Log:
             getattr(self, name).copy_(state[key])
         self.curves.kinds, self.logged, self.unwritten = state["curves"], state["logged"], state["unwritten"]
 
-    def begin(self, step: int, resumed: Path | None = None) -> None:
+    def begin(self, step: int, resumed: Path | None = None, complete: bool = False) -> None:
         """Call before the first step: keep only the rows of metrics.jsonl up to `step`.
 
         Args:
             resumed: the checkpoint from which the run resumes, if any.
+            complete: nothing is left to do after it.
         """
         if not self.main:
             return
@@ -127,7 +128,7 @@ class Log:
             lines = [_line(row) for row in self.curves.rows()]
         self.logged = len(lines)
         self._replace(lines)
-        if resumed:
+        if resumed and not complete:
             print_above_progress_bar(f"resumed from step {step:,} ({resumed})")
 
     def _replace(self, lines):

@@ -16,11 +16,12 @@ from ddpm_hf.training.finite_steps import FiniteSteps
 from ddpm_hf.training.inputs import count_images, open_data, open_images, record_data
 from ddpm_hf.training.interrupts import Interrupted, Interrupts, Stopped
 from ddpm_hf.training.log import Log
+from ddpm_hf.training.messages import print_above_progress_bar
 from ddpm_hf.training.optimizer import make_optimizer, set_learning_rate
 from ddpm_hf.training.output import OutputFolder
 from ddpm_hf.training.plan import with_plan
-from ddpm_hf.training.resolve import resolve
-from ddpm_hf.training.resume import checkpoint_to_resume
+from ddpm_hf.training.resolve import resolve, show_settings_of_run
+from ddpm_hf.training.resume import already_complete, checkpoint_to_resume
 from ddpm_hf.training.task import BatchLoss, Task
 from ddpm_hf.training.trackers import open_trackers
 
@@ -49,6 +50,7 @@ def train(config: RunConfig | str | None = None, /, **keys) -> Path:
     elif keys:
         raise TypeError(f"give a config or keys, not both: {', '.join(keys)}")
     config = resolve(config)
+    show_settings_of_run(config)
     accelerator = open_accelerator(config)
     config = with_plan(config, accelerator, TASKS[type(config)])
     with OutputFolder(config, accelerator) as folder:
@@ -92,7 +94,10 @@ class Run:
         if checkpoint:
             checkpoint = self.checkpoints.load(checkpoint)
             set_learning_rate(config, self.optimizer, self.lr_schedule)
-        self.log.begin(self.position.step, checkpoint)
+        is_complete = self.position.step == config.steps and self.checkpoints.measured
+        self.log.begin(self.position.step, checkpoint, is_complete)
+        if is_complete and accelerator.is_main_process:
+            print_above_progress_bar(f"{config.output_dir} is {already_complete(config)}")
 
     def train(self) -> None:
         """Train by Algorithm 1 of Ho et al. 2020, with the loss of the task."""

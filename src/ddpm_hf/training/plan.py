@@ -13,7 +13,7 @@ from ddpm_hf.training.config import RunConfig, image_size, keys_of
 from ddpm_hf.training.devices import channels_last, compile_network, is_compiled
 from ddpm_hf.training.messages import print_above_progress_bar
 from ddpm_hf.training.optimizer import make_optimizer
-from ddpm_hf.training.resume import with_plan_of_run
+from ddpm_hf.training.resume import PLANNED, with_plan_of_run
 from ddpm_hf.training.task import Task
 
 TIMED_STEPS = 10
@@ -49,7 +49,7 @@ def with_plan(config: RunConfig, accelerator: Accelerator, make_task: Callable[[
     (spent,) = gather_object([time.perf_counter() - began])[:1]
     planned = plan(config, rate, 60 * config.minutes - spent)
     if accelerator.is_main_process:
-        print_above_progress_bar(f"{config.program}: {describe(planned, rate)}")
+        print_above_progress_bar(f"{config.program}: {describe(planned, rate, before=config)}")
     return planned
 
 
@@ -89,19 +89,26 @@ def _with_explicit(config, **values):
     return dataclasses.replace(config, **{key: value for key, value in values.items() if key in keys})
 
 
-def describe(config: RunConfig, rate: Rate) -> str:
-    """The plan in words, for the user."""
+def describe(config: RunConfig, rate: Rate, before: RunConfig) -> str:
+    """The plan in words, for the user: the steps, and every other value that differs from the config `before`."""
     steps = f"{config.steps:,} step{'s' if config.steps > 1 else ''}"
-    lines = [
-        f"{config.minutes:g} minutes are {steps} of {rate.step:.3g} s; checkpoint, samples and held-out images every "
-        f"{config.checkpoint_every:,}; lr_schedule={config.lr_schedule}, lr_warmup_steps={config.lr_warmup_steps}"
-        + (f", ema_decay={config.ema_decay:.4g}" if hasattr(config, "ema_decay") else "")
-    ]
+    time = "1 minute is" if config.minutes == 1 else f"{config.minutes:g} minutes are"
+    lines = [f"{time} enough for {steps} of {rate.step:.3g} s"]
+    keys = [field.name for field in keys_of(config) if field.name in PLANNED - {"steps"}]
+    values = {key: getattr(config, key) for key in keys if getattr(config, key) != getattr(before, key)}
+    if values:
+        texts = (
+            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+        )
+        lines.append(f"  planned with them: {', '.join(texts)}")
     if config.steps < FEW_STEPS:
         channels = config.network.get("block_out_channels")
-        smaller = f"--{config.NETWORK}.block_out_channels {','.join(str(c // 2) for c in channels)}" if channels else ""
+        halved = (
+            f" (--{config.NETWORK}.block_out_channels {','.join(str(c // 2) for c in channels)})" if channels else ""
+        )
         lines.append(
-            f"  that is few: more --minutes, a smaller --image_size or network ({smaller}) or --mixed_precision bf16 help"
+            f"  {steps} {'are' if config.steps > 1 else 'is'} few: more --minutes, a smaller --image_size, "
+            f"a smaller network{halved} or --mixed_precision bf16 would allow more"
         )
     return "\n".join(lines)
 

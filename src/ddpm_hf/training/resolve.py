@@ -2,15 +2,20 @@
 
 import dataclasses
 import inspect
+import os
+from pathlib import Path
 
 from ddpm_hf.arguments import shown
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.training.checks import check
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, nearest
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, keys_of, nearest, sections_of
 from ddpm_hf.training.from_data import with_values_for_data
 from ddpm_hf.training.from_pipeline import with_base_pipeline, with_guided_pipeline
+from ddpm_hf.training.messages import print_above_progress_bar
 from ddpm_hf.training.processes import process_class
+from ddpm_hf.training.resume import PLANNED, find_checkpoint, flat
+from ddpm_hf.training.sections import as_argument
 
 NETWORK_CLASSES = {"unet": DDPMUNet, "classifier": NoisyClassifier}
 
@@ -35,7 +40,12 @@ def _resolve(config):
         with_pipeline = with_guided_pipeline if isinstance(config, ClassifierConfig) else with_base_pipeline
         config, classes = with_pipeline(config)
     if config.preset is None:
-        config = with_values_for_data(config, classes)
+        config, facts = with_values_for_data(config, classes)
+        if facts and _is_main_process():
+            print_above_progress_bar(
+                "\n  ".join([f"{config.program}: data={config.data!r}: {facts[0]}", *facts[1:]])
+                + "\nEach can be given as --key value; --dry_run shows all keys and stops."
+            )
     config = dataclasses.replace(config, resolved=True)
     check(config)
     if isinstance(config, ClassifierConfig) and classes not in (None, config.classes):
@@ -43,6 +53,45 @@ def _resolve(config):
             f"classifier.num_classes={config.classes}, but the network of {config.pipeline!r} has {classes} classes"
         )
     return config
+
+
+def _is_main_process():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def show_settings_of_run(config: RunConfig) -> None:
+    """Print the values that a resumed run keeps although the same command would choose others for a new run."""
+    if not _is_main_process():
+        return
+    checkpoint = find_checkpoint(config)
+    # from a preset, a pipeline or Python every value is given; a stream is not read twice
+    is_chosen = "data" in config.explicit and not (config.preset or config.base_pipeline or config.streaming)
+    if not checkpoint or not is_chosen:
+        return
+    fresh = {}
+    for field in keys_of(config):
+        key = field.name
+        if field.metadata["from_data"] and key not in config.explicit | {"output_dir"}:
+            fresh[key] = getattr(type(config)(), key)
+            if key in sections_of(config):
+                section = getattr(config, key)
+                fresh[key] = {name: section[name] for name in section if f"{key}.{name}" in config.explicit}
+    try:
+        chosen, _ = with_values_for_data(dataclasses.replace(config, **fresh), None)
+    except ConfigError:  # the run says so when it opens the data
+        return
+    kept = [key for key in fresh if not (config.planned and key in PLANNED)]
+    of_run, of_command = (flat({key: getattr(source, key) for key in kept}, config) for source in (config, chosen))
+    differences = [
+        f"{key}={as_argument(value)} (a new run: {as_argument(of_command.get(key))})"
+        for key, value in of_run.items()
+        if value != of_command.get(key)
+    ]
+    if differences:
+        folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+        print_above_progress_bar(
+            f"{config.program}: settings from {Path(folder, 'config.yaml')}: {', '.join(differences)}"
+        )
 
 
 def _with_checked_keys(config, section, cls):

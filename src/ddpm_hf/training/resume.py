@@ -148,10 +148,22 @@ def check_same_run(config: RunConfig, path: Path | None) -> None:
         _compare_with(config, Path(config.output_dir))  # whose rows would be lost
 
 
+def already_complete(config: RunConfig) -> str:
+    """How a run that has trained all its steps can go on, in words."""
+    if config.minutes is None and config.lr_schedule.startswith("constant"):
+        remedy = "raise steps to continue"
+    elif isinstance(config, TrainConfig):
+        weights = Path(config.output_dir, config.RESULT)
+        remedy = f"to train longer start a new run from its weights: --init_from {weights} --output_dir <another>"
+    else:
+        remedy = "to train longer start a new run with more steps and another output_dir"
+    return f"already complete ({config.steps:,} step{'s' if config.steps > 1 else ''}); {remedy}"
+
+
 def _compare_with(config, path):
     """Raise ConfigError if the config differs from that of the checkpoint or run in the folder `path`."""
     defaults = values_of(type(config)())
-    before, now = (_flat(values, config) for values in ({**defaults, **_run_of(path)}, values_of(config)))
+    before, now = (flat(values, config) for values in ({**defaults, **_run_of(path)}, values_of(config)))
     may_change = MAY_CHANGE
     if config.lr_schedule.startswith("constant"):
         may_change = may_change | {"steps", "learning_rate"}
@@ -171,7 +183,7 @@ def _compare_with(config, path):
         raise ConfigError(f"{changed[0]}{more if len(changed) > 1 else ''}; give that, or {remedy}")
 
 
-def _flat(values, config):
+def flat(values: dict, config: RunConfig) -> dict:
     """Flatten sections: {"unet": {"dropout": 0.1}} -> {"unet.dropout": 0.1}."""
     flat = {}
     for key, value in values.items():

@@ -63,7 +63,8 @@ class Sheets:
         with evaluating(self.unet, self.average):
             x_start, strip = self._sample("samples")
         pictures = {"samples": x_start, "denoising": strip}
-        if step // self.config.sample_every <= self.config.sample_raw:
+        every = self.config.sample_every
+        if step % every == 0 and step // every <= self.config.sample_raw:
             with evaluating(self.unet):
                 raw, _ = self._sample("samples, raw")
             pictures |= {} if raw is None else {"raw": raw}

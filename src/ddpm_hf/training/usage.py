@@ -46,7 +46,7 @@ def usage(kind: type[RunConfig], program: str = "") -> str:
     return parser.format_help().rstrip()
 
 
-WITHOUT_PRESET = {"sample_steps": "100", "eval_every": "1000, for runs of 1000 steps or more"}
+WITHOUT_PRESET = {"sample_steps": "100", "eval_every": "1000"}
 
 
 def _default(field):
