@@ -9,6 +9,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.arguments import sides
@@ -101,7 +102,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
     _exclude_from_cpu_offload = ["classifier"]  # gradients go through it
     _callback_tensor_inputs = ["sample", "latents", "model_output"]
 
-    def __init__(self, unet: DDPMUNet | UNet2DModel, scheduler, classifier: ModelMixin | None = None):
+    def __init__(self, unet: DDPMUNet | UNet2DModel, scheduler: SchedulerMixin, classifier: ModelMixin | None = None):
         super().__init__()
         self.register_modules(unet=our_unet(unet), scheduler=our_scheduler(scheduler), classifier=classifier)
 
@@ -471,7 +472,7 @@ def our_unet(unet: torch.nn.Module) -> torch.nn.Module:
     return ours.train(unet.training)
 
 
-def our_scheduler(scheduler):
+def our_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """Converts a diffusers scheduler to the class of this package that stands for it; returns others unchanged."""
     ours = next((cls for cls in SCHEDULERS if type(scheduler).__name__ in cls.stands_for), None)
     return scheduler if ours is None else ours.from_config(scheduler.config)

@@ -1,8 +1,9 @@
 """Super-resolution by a diffusion model that sees the low-resolution image (IDDPM, appendix; ADM, section 5)."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Real
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
 from ddpm_hf.arguments import checked_arguments, shown, sides
@@ -42,7 +44,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
     def __init__(
         self,
         unet: DDPMUNet | UNet2DModel,
-        scheduler,
+        scheduler: SchedulerMixin,
         classifier: ModelMixin | None = None,
         low_resolution: list[int] | int = (8, 8),
         conditioning_noise: float = 0.0,
@@ -73,7 +75,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
     @torch.no_grad()
     def __call__(
         self,
-        images,
+        images: torch.Tensor | np.ndarray | Image.Image | list,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         output_type: str = "pil",
@@ -87,7 +89,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         latents: torch.Tensor | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        callback_on_step_end=None,
+        callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample", "latents"),
     ) -> ImagePipelineOutput | tuple:
         """Draws a larger image for each of `images`.
@@ -96,7 +98,8 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             images: PIL images, an array (B, H, W, C) in [0, 1], or a tensor (B, C, H, W) in [-1, 1], of the size
                 `low_resolution`.
             noise_level: level of noise added to them, 0 to conditioning_noise; more lets the result differ more from them.
-            Others: as in `DDPMImagePipeline.__call__`; latents have the size of the result.
+            generator, num_inference_steps and the others: as in `DDPMImagePipeline.__call__`; latents have the size of the
+                result.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -124,7 +127,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
 
     def progressive(
         self,
-        images,
+        images: torch.Tensor | np.ndarray | Image.Image | list,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         *,
@@ -145,7 +148,13 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         planes = self._planes(images, noise_level, options.generator)
         return self._prepare(len(planes), options, planes)
 
-    def check(self, batch_size: int, generator=None, num_inference_steps: int | None = None, **kwargs) -> None:
+    def check(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        **kwargs,
+    ) -> None:
         """Checks the arguments of `__call__` for `batch_size` valid images without sampling. Raises ValueError."""
         try:
             arguments = inspect.signature(type(self).__call__).bind(self, None, **kwargs)
@@ -165,7 +174,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             setattr(options, name, kwargs[name])
         self._prepare_images(images, values["noise_level"], options)
 
-    def interpolate(self, *args, **kwargs):
+    def interpolate(self, *args, **kwargs) -> NoReturn:
         """Raises ValueError: interpolate low-resolution images instead."""
         raise ValueError("a super-resolution pipeline does not interpolate; interpolate its low-resolution images")
 

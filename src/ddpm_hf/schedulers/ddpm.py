@@ -40,7 +40,7 @@ TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "iddpm")
 # of all spacings it alone keeps solvers without clipping away from the end of a cosine schedule, where an error of epsilon
 # becomes an error of x_0 20,000 times as large. Older folders have "linspace". Stock classes cannot sample a network that
 # learned its log variance directly; with "fixed_small" they stop at the doubled channels instead of sampling NaN.
-STOCK_VALUES = {
+STOCK_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
     "timestep_spacing": {"iddpm": ("leading", "linspace")},
     "variance_type": {"fixed_large_log": ("fixed_large",), "learned": ("fixed_small",)},
 }
@@ -194,7 +194,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         self._internal_dict = FrozenDict(config)
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
         """diffusers' hook in `from_config`: restore the values that `config` keeps under "_ddpm_hf"."""
         config_dict = dict(config_dict)
         for key, value in check_argument("_ddpm_hf", config_dict.pop("_ddpm_hf", None) or {}, dict).items():
