@@ -12,13 +12,15 @@ from ddpm_hf.training.config import ClassifierConfig, TrainConfig, keys_of
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# Options
 
-You want to look up an option. `ddpm-hf COMMAND --help` prints the same lists.
+You want to know what you can set, and which value holds if you do not. `ddpm-hf train --help`, and `--help` of the
+other commands, print the same.
 
-- The keys of `train` and `train-classifier` are options (`--steps 500`) and keys of a YAML file (`steps: 500`).
-- Keys of `unet`, `classifier` and `scheduler` are written with a dot: `--unet.dropout 0.1`.
-- A default in *italics* holds for presets that do not set the key. Without a preset the value follows the data, see
-  [settings](training.md#settings).
-- A hyphen may stand in place of an underscore.
+- The keys of `train` and `train-classifier` are options of the command (`--steps 500`) and keys of a YAML file
+  (`steps: 500`).
+- The keys of `unet`, `classifier` and `scheduler` are options with a dot: `--unet.dropout 0.1`.
+- Defaults in *italics* are those of runs with a preset, if the preset does not set the key. Without a preset the run
+  chooses the value for your data: see [settings](training.md#settings).
+- In the names of options, hyphens and underscores are the same.
 
 `python docs/make_options.py` writes this page from the code.
 """
