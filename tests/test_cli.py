@@ -1,5 +1,6 @@
 """The command line: help, mistakes, and the names that a command has."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -7,7 +8,7 @@ import textwrap
 import pytest
 
 from ddpm_hf import __version__
-from ddpm_hf.cli import COMMANDS, EXAMPLES, evaluate, main, push, sample
+from ddpm_hf.cli import COMMANDS, EXAMPLES, evaluate, main, parser, push, sample
 from ddpm_hf.cli.parser import Parser, number
 from ddpm_hf.extras import MissingExtra
 from ddpm_hf.hub.errors import HubError
@@ -107,6 +108,32 @@ def test_a_mistake_is_one_line_before_anything_slow_is_imported(argv, message):
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["train", "my_foldr", "--steps", "2"],
+            "ddpm-hf train: {} 'my_foldr' here; did you mean 'my_folder'? Looking for",
+        ),
+        (["evaluate", "my_foldr"], "ddpm-hf evaluate: {} 'my_foldr' here; did you mean 'my_folder'? Looking for"),
+        (["sample", "nothing"], "ddpm-hf sample: {} 'nothing' here. Looking for a pipeline of this name on the Hub"),
+        (["sample", "a/b/pipeline"], "ddpm-hf sample: {} 'a/b/pipeline' here\n"),
+        (
+            ["push", "my_foldr", "--repo_id", "a/b"],
+            "ddpm-hf push: there is no folder 'my_foldr' here; did you mean 'my_",
+        ),
+        (["train", "./my_foldr"], "ddpm-hf train: data='./my_foldr' does not exist; did you mean 'my_folder'?\n"),
+    ],
+)
+def test_a_mistyped_folder_is_named_before_the_hub_is_asked(tmp_path, argv, message):
+    """And before anything slow is imported: here torch cannot be."""
+    (tmp_path / "my_folder").mkdir()
+    code = f"import sys; sys.modules['torch'] = None; from ddpm_hf.cli import main; main({argv})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode != 0 and result.stderr.startswith(message.format("there is no folder or file"))
+
+
 @pytest.mark.parametrize("cls", [ConfigError, HubError, MissingExtra, OdeStopped])
 def test_errors_of_the_package_are_one_line(monkeypatch, cls):
     monkeypatch.setattr(push, "main", lambda argv, program: fail_with(cls("no such\nvalue")))
@@ -133,9 +160,10 @@ def test_options_may_be_shortened_as_in_argparse():
 
 
 def test_choices_are_those_of_the_package():
+    from ddpm_hf.data.sources import BUILT_IN
     from ddpm_hf.likelihood.ode import DEQUANTIZATIONS
 
-    assert evaluate.DEQUANTIZATIONS == DEQUANTIZATIONS
+    assert evaluate.DEQUANTIZATIONS == DEQUANTIZATIONS and {*parser.BUILT_IN} == BUILT_IN.keys()
 
 
 def test_scripts_keep_their_names_in_messages(tmp_path):

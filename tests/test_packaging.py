@@ -146,6 +146,7 @@ def test_sampling_needs_no_extra(tmp_path):
     [
         (["train", "--config", "digits"], "datasets", "train"),
         (["train", "--config", "digits"], "matplotlib", "train"),
+        (["train", "--config", "digits"], "yaml", "train"),
         (["evaluate", "pipeline"], "datasets", "data"),
         (["evaluate", "pipeline", "--ode"], "torchdiffeq", "ode"),
         (["evaluate", "pipeline"], "matplotlib", "eval"),

@@ -15,6 +15,7 @@ from ddpm_hf.training.checks import check
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import PRESETS, ClassifierConfig, ConfigError, TrainConfig, as_yaml, keys_of, values_of
 from ddpm_hf.training.diffusion import DiffusionTask
+from ddpm_hf.training.other_scripts import NOT_NEEDED
 from ddpm_hf.training.resume import checkpoint_to_resume
 from support.scripts import ROOT, script
 
@@ -167,6 +168,27 @@ def test_mistakes_are_told_in_one_line(argv, message):
 def test_other_names_of_keys(word, key):
     with pytest.raises(ConfigError, match=f"unknown key '.*'; did you mean '{key}'"):
         load(f"--{word}", "1")
+
+
+def test_every_option_of_train_unconditional_is_answered():
+    """By the key that the page from-train-unconditional.md names, or by why none is needed."""
+    page = (ROOT / "docs/from-train-unconditional.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in page.splitlines() if line.startswith("| `--")]
+    options = {option: here for old, here, _ in rows for option in re.findall(r"`--(\w+)`", old)}
+    assert len(options) == 45 and {option for option in options if options[option] == "none"} == NOT_NEEDED.keys()
+    keys = {field.name for field in keys_of(TrainConfig)}
+    for option, here in options.items():
+        if here == "none":
+            answer = f"unknown key '{option}'; leave it out: {NOT_NEEDED[option]}"
+        elif (key := re.match(r"`--([\w.]+)", here)[1]) == option:
+            assert key in keys
+            continue
+        else:
+            answer = f"unknown key '{option}'; did you mean '{key}'?"
+        for argv in ([f"--{option}"], [f"--{option}", "1"], [f"--{option}=1", "--steps", "3"]):
+            with pytest.raises(ConfigError) as caught:
+                load(*argv)
+            assert str(caught.value) == answer
 
 
 def test_ways_to_write_values():

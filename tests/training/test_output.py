@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig
 from ddpm_hf.training.log import Curves, Log
 from ddpm_hf.training.output import OutputFolder
+from ddpm_hf.training.plots import plot_curves
 from ddpm_hf.training.resume import checkpoint_to_resume
 
 HOLDER = """
@@ -266,3 +269,11 @@ def test_lines_where_there_is_no_terminal(config, accelerator, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("step 6/10: loss 0.2500, ") and lines[0].endswith(" left")
     assert " images/s, 00:00 left" in lines[0]
+
+
+def test_a_single_point_can_be_seen_in_the_curves(tmp_path):
+    row = {"step": 1, "loss": 1.0, **{f"loss_t_quarter_{i}": 0.3 * i for i in range(1, 5)}}
+    plot_curves([row], ["grey"], tmp_path / "curves.png")
+    pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
+    panel = pixels[:, : pixels.shape[1] // 2]
+    assert (panel == (31, 119, 180)).all(-1).sum() > 20  # matplotlib's first color

@@ -60,8 +60,10 @@ def _dispatch(argv, program):
 def run(command: str, argv: list[str], program: str) -> None:
     """Run one of the `COMMANDS`; an error that the user can mend ends the process with one line."""
     if command in ("train", "train-classifier"):
-        from ddpm_hf.cli.train import main as run_training
-
+        try:
+            from ddpm_hf.cli.train import main as run_training
+        except UserError as error:
+            sys.exit(f"{program}: {error}")
         return run_training(command, argv, program)
     if command == "sample":
         from ddpm_hf.cli.sample import main as run_command

@@ -5,7 +5,7 @@ import math
 import shlex
 from pathlib import Path
 
-from ddpm_hf.cli.parser import SEED, Parser, choose_device, hide_progress_in_logs, number
+from ddpm_hf.cli.parser import SEED, Parser, check_path, choose_device, hide_progress_in_logs, number
 from ddpm_hf.extras import require_extra
 
 DEQUANTIZATIONS = ("uniform", "decoder")  # of likelihood.ode, which is slow to import
@@ -90,6 +90,9 @@ def main(argv: list[str], program: str) -> None:
         require_extra("matplotlib", "eval", "plots")
     if arguments.ode:
         require_extra("torchdiffeq", "ode", "likelihoods by the ODE")
+    check_path(program, arguments.pipeline, "pipeline")
+    if arguments.data is not None:
+        check_path(program, arguments.data, "data set")
     hide_progress_in_logs()
 
     import torch

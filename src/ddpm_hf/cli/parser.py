@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable
 
 from ddpm_hf.command_help import command_words, format_examples
+from ddpm_hf.errors import UserError
+from ddpm_hf.files.missing import can_be_on_the_hub, missing_path
 
+BUILT_IN = ("digits", "mnist")  # of data.sources, which is slow to import
 WIDEST = 120  # columns of --help
 
 
@@ -94,6 +97,23 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).strip().splitlines()[0]}") from None
     return name
+
+
+def check_path(program: str, name: str, kind: str) -> None:
+    """Say at once that a folder does not exist: the Hub, which is asked for its name then, may take long to answer.
+
+    Args:
+        kind: what it is a folder of, "pipeline" or "data set".
+
+    Raises:
+        UserError: the name cannot be an id on the Hub either.
+    """
+    problem = None if name in BUILT_IN else missing_path(name)
+    if problem and not can_be_on_the_hub(name):
+        raise UserError(problem)
+    if problem:
+        end = "" if problem.endswith("?") else "."
+        print(f"{program}: {problem}{end} Looking for a {kind} of this name on the Hub", file=sys.stderr, flush=True)
 
 
 def hide_progress_in_logs() -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from ddpm_hf.cli.parser import Parser
+from ddpm_hf.errors import UserError
+from ddpm_hf.files.missing import nearest_path
 
 
 def make_parser(program: str = "ddpm-hf push") -> Parser:
@@ -34,10 +36,15 @@ def make_parser(program: str = "ddpm-hf push") -> Parser:
 
 def main(argv: list[str], program: str) -> None:
     options = vars(make_parser(program).parse_args(argv))
+    folder = Path(options.pop("folder"))
+    if not folder.exists():
+        close = nearest_path(folder)
+        raise UserError(
+            f"there is no folder {str(folder)!r} here" + (f"; did you mean {str(close)!r}?" if close else "")
+        )
 
     from ddpm_hf.hub.upload import push_folder
 
-    folder = Path(options.pop("folder"))
     if not (folder / "model_index.json").is_file() and (folder / "pipeline").is_dir():
         folder = folder / "pipeline"
     options["private"] = options["private"] or None  # leave it to the owner's default

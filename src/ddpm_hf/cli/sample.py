@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ddpm_hf.cli.parser import SEED, Parser, choose_device, hide_progress_in_logs, number
+from ddpm_hf.cli.parser import SEED, Parser, check_path, choose_device, hide_progress_in_logs, number
 from ddpm_hf.extras import require_extra
 
 
@@ -67,6 +67,9 @@ def main(argv: list[str], program: str) -> None:
     arguments = parser.parse_args(argv)
     if arguments.progressive is not None and arguments.interpolate is not None:
         parser.error("--progressive and --interpolate make two sheets; give one of them")
+    check_path(program, arguments.pipeline, "pipeline")
+    if arguments.data is not None:
+        check_path(program, arguments.data, "data set")
     check_out(arguments.out)
     device = choose_device(arguments.device)
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from ddpm_hf.cli.parser import check_path
 from ddpm_hf.errors import UserError
 from ddpm_hf.extras import require_extra
 from ddpm_hf.training.command_line import load_config
@@ -18,6 +19,10 @@ def main(command: str, argv: list[str], program: str) -> None:
     is_script = program.endswith(".py")
     try:
         config, dry_run = load_config(argv if is_script else with_data_option(argv, kind), kind, program)
+        names = {"data": "data set", "eval_data": "data set", "init_from": "pipeline", "pipeline": "pipeline"}
+        for key, kind_of_folder in names.items() if os.environ.get("RANK", "0") == "0" else ():
+            if getattr(config, key, None):
+                check_path(program, getattr(config, key), kind_of_folder)
         for module in ("datasets", "matplotlib", "psutil"):
             require_extra(module, "train", "training runs")
     except UserError as error:

@@ -8,7 +8,11 @@ is every number that JSON would not read as one, except inf and nan.
 import os
 import re
 
-import yaml
+from ddpm_hf.extras import require_extra
+
+require_extra("yaml", "train", "training runs")
+
+import yaml  # noqa: E402
 
 MAX_CHARACTERS = 2**18
 

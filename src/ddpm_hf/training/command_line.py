@@ -12,6 +12,7 @@ from ddpm_hf.arguments import shown
 from ddpm_hf.files.strict_yaml import parse_yaml, read_yaml
 from ddpm_hf.training.checks import check, typed, types_of
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, keys_of, nearest, sections_of
+from ddpm_hf.training.other_scripts import ALIASES, NOT_NEEDED
 from ddpm_hf.training.resume import check_same_run, find_checkpoint, with_plan_of_run, with_values_of_run
 from ddpm_hf.training.sections import section_keys
 from ddpm_hf.training.usage import usage
@@ -131,7 +132,12 @@ def _read_arguments(argv, kind):
 
 
 def _unknown(key, kind):
-    """The error for an unknown key, which may be one of a section."""
+    """The error for an unknown key, which may be one of a section, or of another training script."""
+    if key in NOT_NEEDED:
+        return ConfigError(f"unknown key {shown(key)}; leave it out: {NOT_NEEDED[key]}")
+    alias = ALIASES.get(key, "")
+    if alias.partition(".")[0] in sections_of(kind):
+        return ConfigError(f"unknown key {shown(key)}; did you mean {alias!r}?")
     for section in sections_of(kind):
         if key in section_keys(kind, section):
             return ConfigError(f"unknown key {shown(key)}; did you mean '{section}.{key}'?")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ddpm_hf.arguments import sides
 from ddpm_hf.errors import UserError
 from ddpm_hf.files.strict_yaml import dump_yaml
+from ddpm_hf.training.other_scripts import ALIASES
 
 # beside the package where it is installed; in training/ of a checkout
 PRESETS = next(
@@ -16,21 +17,6 @@ PRESETS = next(
     for path in (Path(__file__).parents[1] / "configs", Path(__file__).parents[3] / "training/configs")
     if path.is_dir()
 )
-
-
-# what other training scripts call our keys
-ALIASES = {
-    "epochs": "steps", "num_epochs": "steps", "iterations": "steps", "max_train_steps": "steps", "max_steps": "steps",
-    "bs": "batch_size", "train_batch_size": "batch_size", "lr": "learning_rate", "wd": "weight_decay",
-    "warmup": "lr_warmup_steps", "lr_scheduler": "lr_schedule", "ema": "ema_decay", "fp16": "mixed_precision",
-    "bf16": "mixed_precision", "precision": "mixed_precision", "grad_clip": "max_grad_norm", "workers": "num_workers",
-    "dataloader_num_workers": "num_workers", "dataset": "data", "dataset_name": "data", "train_data_dir": "data",
-    "data_dir": "data", "path": "data", "resolution": "image_size", "size": "image_size", "output": "output_dir",
-    "out": "output_dir", "save_dir": "output_dir", "resume_from_checkpoint": "resume", "report_to": "trackers",
-    "logger": "trackers", "log_with": "trackers", "logging_steps": "log_every", "checkpointing_steps": "checkpoint_every",
-    "save_every": "checkpoint_every", "pretrained": "init_from", "pretrained_model_name_or_path": "init_from",
-    "preset": "config", "flip": "random_flip", "hub_model_id": "push_to_hub", "num_samples": "sample_count",
-}  # fmt: skip
 
 
 class ConfigError(UserError, ValueError):

@@ -17,6 +17,11 @@ ENDINGS = [
 ]  # Windows has two
 
 
+def name_of(number: int) -> str:
+    """The name of a signal, such as "SIGINT"."""
+    return signal.Signals(number).name
+
+
 class Stopped(RuntimeError):
     """A run that ended early. `status` is the exit status of its process."""
 
@@ -56,9 +61,10 @@ class Interrupts:
         if self.received is None:
             self.received, self.received_at = number, time.monotonic()
             if self.accelerator.is_main_process:
+                again = "Ctrl-C" if number == signal.SIGINT else name_of(number)
                 with contextlib.suppress(RuntimeError):  # it came while something else was printing
                     print_above_progress_bar(
-                        f"{signal.Signals(number).name}: stopping after this step; again ends at once"
+                        f"{name_of(number)}: stopping after this step; {again} again stops immediately"
                     )
         # a launcher passes on what its group of processes has received too
         elif number == signal.SIGINT or time.monotonic() - self.received_at > 2:
@@ -104,7 +110,7 @@ class Interrupts:
         outcomes = gather_object([outcome])
         if number := max(received or 0 for _, received, _ in outcomes):
             self.next_step_to_ask = 0
-            raise Interrupted(f"stopped by signal {number}; the same command measures again", status=128 + number)
+            raise Interrupted(f"stopped by {name_of(number)}; the same command measures again", status=128 + number)
         if problem := next((problem for *_, problem in outcomes if problem), None):
             if self.accelerator.is_main_process:
                 print_above_progress_bar(f"a sheet or measurement is left out ({problem}); the run continues")

@@ -14,7 +14,7 @@ from ddpm_hf.training.devices import channels_last, compile_network, is_compiled
 from ddpm_hf.training.diffusion import DiffusionTask
 from ddpm_hf.training.finite_steps import FiniteSteps
 from ddpm_hf.training.inputs import count_images, open_data, open_images, record_data
-from ddpm_hf.training.interrupts import Interrupted, Interrupts, Stopped
+from ddpm_hf.training.interrupts import Interrupted, Interrupts, Stopped, name_of
 from ddpm_hf.training.log import Log
 from ddpm_hf.training.messages import print_above_progress_bar
 from ddpm_hf.training.optimizer import make_optimizer, set_learning_rate
@@ -155,7 +155,7 @@ class Run:
             self.task.save_at_checkpoint(step, interrupted=bool(signal))
         if signal:
             raise Stopped(
-                f"stopped by signal {signal} after step {step}; the same command resumes from "
+                f"stopped by {name_of(signal)} after step {step}; the same command resumes from "
                 f"{'there' if saved else 'the last checkpoint'}{self.task.how_to_publish()}",
                 status=128 + signal,
             )

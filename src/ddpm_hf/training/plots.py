@@ -9,6 +9,7 @@ from ddpm_hf.evaluation.sheets import save_figure
 LOSS, LOSS_BY_T = "training loss", "loss by quarter of t, not weighted"
 ACCURACY, ACCURACY_BY_T = "accuracy", "accuracy by quarter of t"
 BITS, HELD_OUT = "bits/dim of held-out images", "loss of averaged weights"
+FEW_POINTS = 20  # up to which each is marked
 NEAREST, COLORS = "distance to the nearest image", "mean (line) and spread (dotted) of channels"
 
 
@@ -48,12 +49,15 @@ def plot_curves(rows: list[dict], channels: Sequence[str], path: Path) -> None:
         if name in panels:
             points = [row for row in rows if key in row]
             steps, values = _column(points, "step"), _column(points, key)
+            if len(points) <= FEW_POINTS:  # a single one makes no line
+                style = {"marker": "o", "markersize": 4, **style}
             panels[name].errorbar(steps, values, _column(points, error) if error else None, **style)
     if COLORS in panels:
         panels[COLORS].plot([], [], color="black", marker="o", label="samples")
         panels[COLORS].plot([], [], color="black", alpha=0.3, label="data")
     for name, panel in panels.items():
         panel.set(xlabel="optimizer step", ylabel=name, yscale="log" if name in (LOSS, LOSS_BY_T) else "linear")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize="small", loc="upper right")  # to look for the best place takes seconds

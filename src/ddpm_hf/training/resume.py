@@ -185,7 +185,7 @@ def _compare_with(config, path):
 
 def flat(values: dict, config: RunConfig) -> dict:
     """Flatten sections: {"unet": {"dropout": 0.1}} -> {"unet.dropout": 0.1}."""
-    flat = {}
+    flat: dict = {}
     for key, value in values.items():
         inner = key in sections_of(config) and isinstance(value, dict)
         flat |= {f"{key}.{name}": entry for name, entry in value.items()} if inner else {key: value}
