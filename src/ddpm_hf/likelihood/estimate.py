@@ -1,5 +1,6 @@
 """The variational bound estimated from few network calls, with its standard error."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Integral
@@ -84,8 +85,6 @@ def estimate_bits_per_dim(
         raise ValueError(
             f"num_evaluations={num_evaluations} must be an integer, 8 to {N - 1}; to evaluate all {N} steps use bits_per_dim"
         )
-    chain = torch.tensor(scheduler.chain)
-    linear = _LinearDenoiser(scheduler, x_start)
     pilot = max(1, min(num_evaluations // 10, -(-256 // B)))
     strata = num_evaluations - pilot - 2
 
@@ -93,33 +92,14 @@ def estimate_bits_per_dim(
         device = torch.device("cpu") if generator is None else generator.device
         return torch.rand(shape, generator=generator, device=device, dtype=finest_dtype(device)).cpu().double()
 
-    def terms(positions):
-        """The images' terms at positions (B, n) in the chain, and the linear denoiser's excess errors: (2, B, n).
-
-        The positions are all 0, the decoder's, or none is.
-        """
-        index = torch.arange(B).repeat_interleave(positions.shape[1])
-        results = []
-        for rows, position in zip(index.split(batch_size or B), positions.flatten().split(batch_size or B)):
-            rows, noise = rows.to(x_start.device), evaluate.noise((len(rows), *x_start.shape[1:]), generator)
-            t = chain[position] if position.any() else int(chain[0])
-            term, *_ = evaluate.at_noise(rows, t, noise)
-            results.append(torch.stack((to_float64(term), linear.excess(rows, chain[position], noise))))
-            bar.update(len(rows))
-        evaluate.check_terms()
-        return torch.cat(results, dim=1).cpu().view(2, B, -1)
-
     with evaluate, tqdm(total=B * num_evaluations, desc="bits/dim", disable=not progress_bar or None) as bar:
+        terms = _Terms(evaluate, scheduler, x_start, generator, batch_size or B, bar)
         first, _ = terms(torch.zeros(B, 2, dtype=torch.int64))
         # pilot run: positions spread evenly in their logarithm
         u = (uniform(B * pilot).argsort() + uniform(B * pilot)) / (B * pilot)
         positions = torch.exp(u * math.log(N)).long().clamp(1, N - 1).view(B, pilot)
         spread, slope = _fit_pilot(positions, *terms(positions), N - 1)
-        step = torch.arange(1, N)
-        # Mixed with 1 / step, the shape that terms have on the whole, and with a constant, so that no step has probability 0.
-        trust = 0.94 * positions.numel() / (positions.numel() + 8)
-        mixture = ((trust, spread), (0.97 - trust, 1 / step), (0.03, step**0))
-        share = sum(weight * part / part.sum() for weight, part in mixture)
+        share = _step_probabilities(spread, positions.numel())
         # each stratum has probability 1 / strata; within it, each image has a cell of its own
         u = (uniform(B, strata).argsort(dim=0) + uniform(B, strata)) / B
         u = (torch.arange(strata) + u) / strata
@@ -127,15 +107,60 @@ def estimate_bits_per_dim(
         term, excess = terms(positions)
         estimates = (term - slope[positions - 1] * excess) / (strata * share[positions - 1])
     prior = scheduler.prior_bits_per_dim(x_start)
-    kl, decoder = (part.to(prior) for part in (estimates.sum(1), first.mean(1)))
+    kl, decoder = (bits.to(prior) for bits in (estimates.sum(1), first.mean(1)))
+    variance = _variance_of_mean(estimates) + (first[:, 0] - first[:, 1]).square().mean() / (4 * B)
+    return BitsPerDimEstimate(prior + kl + decoder, prior, kl, decoder, variance.sqrt().item())
+
+
+@dataclasses.dataclass
+class _Terms:
+    """Evaluates terms of the bound at positions (B, n) in the chain: all 0, the decoder's, or none 0."""
+
+    evaluate: BoundEvaluator
+    scheduler: VariationalDDPMScheduler
+    x_start: torch.Tensor
+    generator: torch.Generator | None
+    batch_size: int
+    bar: tqdm
+
+    def __post_init__(self):
+        self.chain, self.linear = torch.tensor(self.scheduler.chain), _LinearDenoiser(self.scheduler, self.x_start)
+
+    def __call__(self, positions):
+        """The images' terms and the linear denoiser's excess errors there: (2, B, n) float64 on the CPU."""
+        count, device = len(self.x_start), self.x_start.device
+        index = torch.arange(count).repeat_interleave(positions.shape[1])
+        results = []
+        for rows, position in zip(index.split(self.batch_size), positions.flatten().split(self.batch_size)):
+            rows, noise = rows.to(device), self.evaluate.noise((len(rows), *self.x_start.shape[1:]), self.generator)
+            t = self.chain[position] if position.any() else int(self.chain[0])
+            term, *_ = self.evaluate.at_noise(rows, t, noise)
+            results.append(torch.stack((to_float64(term), self.linear.excess(rows, self.chain[position], noise))))
+            self.bar.update(len(rows))
+        self.evaluate.check_terms()
+        return torch.cat(results, dim=1).cpu().view(2, count, -1)
+
+
+def _step_probabilities(spread, pilot_count):
+    """The probability with which each step after the decoder's is drawn, (steps,), from the spread of its terms.
+
+    It is mixed with 1 / step, the shape that terms have on the whole, and with a constant, so that none is 0.
+    """
+    step = torch.arange(1, len(spread) + 1)
+    trust = 0.94 * pilot_count / (pilot_count + 8)
+    mixture = ((trust, spread), (0.97 - trust, 1 / step), (0.03, step**0))
+    return sum(weight * shape / shape.sum() for weight, shape in mixture)
+
+
+def _variance_of_mean(estimates):
+    """The variance of the mean over images of the summed estimates (B, strata)."""
+    B, strata = estimates.shape
     if B > 1:  # the draws of different images, less each image's mean, serve as repeated draws
         residual = estimates - estimates.mean(1, keepdim=True)
-        variance = strata / (strata - 1) * residual.var(0).sum() / B
-    else:  # deviations from the line between neighboring strata, too large where the terms are curved
-        deviation = estimates[:, 1:-1] - (estimates[:, :-2] + estimates[:, 2:]) / 2
-        variance = strata * deviation.square().mean() / 1.5
-    variance = variance + (first[:, 0] - first[:, 1]).square().mean() / (4 * B)
-    return BitsPerDimEstimate(prior + kl + decoder, prior, kl, decoder, variance.sqrt().item())
+        return strata / (strata - 1) * residual.var(0).sum() / B
+    # deviations from the line between neighboring strata, too large where the terms are curved
+    deviation = estimates[:, 1:-1] - (estimates[:, :-2] + estimates[:, 2:]) / 2
+    return strata * deviation.square().mean() / 1.5
 
 
 def _fit_pilot(positions, terms, excess, steps):

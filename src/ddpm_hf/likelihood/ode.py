@@ -4,6 +4,7 @@ They are exact for continuous data. For images of grey levels the bits/dim are a
 `likelihood.solver` describes the ODE.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Integral
@@ -26,6 +27,7 @@ from ddpm_hf.likelihood.solver import (
 from ddpm_hf.models.evaluation_mode import evaluation_mode
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.precision import finest_dtype, to_float64
+from ddpm_hf.schedulers.sde import SDE
 
 __all__ = ["OdeBitsPerDim", "OdeLikelihood", "OdeStopped", "dequantized", "ode_bits_per_dim", "ode_log_likelihood"]
 
@@ -121,42 +123,10 @@ def ode_log_likelihood(
         raise ValueError(f"probes={probes!r} must be an integer, 1 or more")
     dimensions, columns = x[0].numel(), 1 if trace == "exact" else probes
 
-    def draw_probes(images):
-        if trace == "exact":
-            return None
-        device = torch.device("cpu") if generator is None else generator.device
-        shape, source = (probes, *images.shape), dict(generator=generator, device=device)
-        if trace == "gaussian":
-            return to_float64(torch.randn(shape, dtype=finest_dtype(device), **source)).to(images.device)
-        return torch.randint(0, 2, shape, **source).to(images.device) * 2.0 - 1
-
     def solve(batch, network, bar):
-        state, shape = to_float64(batch.flatten(1)), batch.shape
-        probe_vectors = draw_probes(state.view(shape))
-
-        def slope(t, state):
-            x_t = state[:, :dimensions].view(shape)
-            with torch.enable_grad():
-                x_in = x_t.detach().to(batch.device, network.dtype).requires_grad_()
-                output = to_float64(network(x_in, sde.conditioning_times(t)))
-                if not output.requires_grad:
-                    raise ValueError(
-                        "the network gives no gradients, which the likelihood needs; give the DDPMUNet instead"
-                    )
-                score, inside = clipped_score(sde, t, x_t, output.detach(), limits)
-                output = output * inside
-                if probe_vectors is None:
-                    traces = _exact_trace(output, x_in)[None]
-                else:
-                    traces = torch.stack([_quadratic_form(output, x_in, probe) for probe in probe_vectors])
-            of_x_t, of_output = sde.score_weights(t)
-            unclipped = inside.flatten(1).double().mean(1, keepdim=True)  # share of the dimensions
-            # traces per dimension: of the score's Jacobian, then of the drift's, by which the log-density changes
-            score_trace = unclipped * of_x_t + of_output * traces.T / dimensions - (1 - unclipped) / sde.std(t) ** 2
-            f, half_g2 = sde.drift_coefficient(t), 0.5 * sde.diffusion(t) ** 2
-            drift, drift_trace = f * x_t - half_g2 * score, f - half_g2 * score_trace
-            return torch.cat((drift.flatten(1), drift_trace.expand(-1, columns)), dim=1)
-
+        probe_vectors = None if trace == "exact" else _draw_probes(batch, trace, probes, generator)
+        slope = _LikelihoodOde(network, sde, limits, batch, probe_vectors)
+        state = to_float64(batch.flatten(1))
         state = torch.cat((state, state.new_zeros(len(batch), columns)), dim=1)
         return solve_ode(slope, state, begin=begin, end=1.0, options=options, bar=bar, dimensions=dimensions)
 
@@ -169,6 +139,57 @@ def ode_log_likelihood(
         error = torch.zeros_like(error) if trace == "exact" else error
         results.append((log_likelihood, error, latents.to(x), torch.full((len(batch),), evaluations)))
     return OdeLikelihood(*(torch.cat(values) for values in zip(*results)))
+
+
+def _draw_probes(images, trace, probes, generator):
+    """Probe vectors of Hutchinson's estimator for images (B, C, H, W): (probes, B, C, H, W)."""
+    device = torch.device("cpu") if generator is None else generator.device
+    shape, source = (probes, *images.shape), dict(generator=generator, device=device)
+    if trace == "gaussian":
+        return to_float64(torch.randn(shape, dtype=finest_dtype(device), **source)).to(images.device)
+    return torch.randint(0, 2, shape, **source).to(images.device) * 2.0 - 1
+
+
+@dataclasses.dataclass
+class _LikelihoodOde:
+    """The ODE of a batch and of its log-density together (Score-SDE, section D.2): d state / dt, called as (t, state).
+
+    A state is (B, D + K): x_t, then the change of log p per dimension, once for each of K probes or once for the exact trace.
+
+    Attributes:
+        batch: the images, of whose shape and device the network's input is.
+        probe_vectors: (K, B, C, H, W); None for the exact trace.
+    """
+
+    network: Callable
+    sde: SDE
+    limits: tuple[float, float] | None
+    batch: torch.Tensor
+    probe_vectors: torch.Tensor | None
+
+    def __call__(self, t, state):
+        sde, dimensions = self.sde, self.batch[0].numel()
+        x_t = state[:, :dimensions].view(self.batch.shape)
+        with torch.enable_grad():
+            x_in = x_t.detach().to(self.batch.device, self.network.dtype).requires_grad_()
+            output = to_float64(self.network(x_in, sde.conditioning_times(t)))
+            if not output.requires_grad:
+                raise ValueError(
+                    "the network gives no gradients, which the likelihood needs; give the DDPMUNet instead"
+                )
+            score, inside = clipped_score(sde, t, x_t, output.detach(), self.limits)
+            output = output * inside
+            if self.probe_vectors is None:
+                traces = _exact_trace(output, x_in)[None]
+            else:
+                traces = torch.stack([_quadratic_form(output, x_in, probe) for probe in self.probe_vectors])
+        of_x_t, of_output = sde.score_weights(t)
+        unclipped = inside.flatten(1).double().mean(1, keepdim=True)  # share of the dimensions
+        # traces per dimension: of the score's Jacobian, then of the drift's, by which the log-density changes
+        score_trace = unclipped * of_x_t + of_output * traces.T / dimensions - (1 - unclipped) / sde.std(t) ** 2
+        f, half_g2 = sde.drift_coefficient(t), 0.5 * sde.diffusion(t) ** 2
+        drift, drift_trace = f * x_t - half_g2 * score, f - half_g2 * score_trace
+        return torch.cat((drift.flatten(1), drift_trace.expand(-1, state.shape[1] - dimensions)), dim=1)
 
 
 def ode_bits_per_dim(
