@@ -65,7 +65,7 @@ def main():
             rows.append(
                 {
                     "T": T,
-                    "schedule": scheduler.config._ddpm_hf.get("beta_schedule", scheduler.config.beta_schedule),
+                    "schedule": scheduler.config.beta_schedule,
                     "variance": variance_type,
                     "bound": found.mean,
                     "true": truth.mean().item(),

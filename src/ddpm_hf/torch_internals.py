@@ -21,7 +21,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def without_compiler(module: Any) -> Any:
-    """The module that `torch.compile(module)` wraps; any other module as it is."""
+    """Returns the module within one that torch has compiled; any other module as it is."""
     return getattr(module, "_orig_mod", module)
 
 

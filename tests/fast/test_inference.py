@@ -75,8 +75,8 @@ def test_nothing_is_left_as_it_was():
 def test_timesteps_that_were_told_and_others():
     unet = network().eval()
     fast, x = InferenceUNet(unet, compile=False), torch.randn(2, 3, 8, 8)
-    calls, project = [], fast._project
-    fast._project = lambda t, labels: calls.append(len(t)) or project(t, labels)
+    calls, project = [], fast.project
+    fast.project = lambda t, labels: calls.append(len(t)) or project(t, labels)
     call = fast.at_timesteps(torch.arange(999, -1, -1))
     for t in [*range(999, 899, -1), 3, 500]:
         torch.testing.assert_close(call(x, t).sample, unet(x, t).sample.detach(), atol=1e-5, rtol=1e-5)

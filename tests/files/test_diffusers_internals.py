@@ -6,6 +6,7 @@ import json
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
@@ -74,3 +75,9 @@ def test_keys_of_configs():
 
 def test_pipelines_of_a_scheduler_read_the_device(make_pipeline):
     assert make_pipeline()._execution_device == torch.device("cpu"), changed("DiffusionPipeline._execution_device")
+
+
+def test_offloaded_modules_are_seen():
+    module = torch.nn.Linear(2, 2)
+    assert not internals.is_offloaded(module)
+    assert internals.is_offloaded(add_hook_to_module(module, ModelHook())), changed("the attribute _hf_hook")

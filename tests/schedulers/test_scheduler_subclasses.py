@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, ScoreSdeVeScheduler
 
 from ddpm_hf.schedulers import SCHEDULERS, VariationalDDPMScheduler
 from ddpm_hf.schedulers.ddpm import VARIANCE_TYPES
@@ -51,6 +51,14 @@ def test_how_the_schedulers_are_saved():
     assert sorted(stock) == ["DDPMScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"]
     for cls in SCHEDULERS:
         assert (cls.stock_class is None) != (cls.source_name is None)
+
+
+def test_subclasses_of_diffusers_keep_their_methods():
+    """They are not replaced, whatever they are called."""
+    for stock in (DDPMScheduler, ScoreSdeVeScheduler):
+        (replacing,) = [cls for cls in SCHEDULERS if cls.replaces(stock())]
+        assert not replacing.replaces(replacing())
+        assert not any(cls.replaces(type(stock.__name__, (stock,), {})()) for cls in SCHEDULERS)
 
 
 def test_what_the_schedulers_say_of_themselves():

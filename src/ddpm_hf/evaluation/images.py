@@ -83,20 +83,24 @@ def read_tensor(
         max_broken=max_broken,
         max_image_pixels=max_image_pixels,
     )
-    if count is None or count >= len(images):
-        images = images.in_memory()
-    else:
-        items = list(itertools.islice(images.readable(subset_rows(len(images))), count))
-        if not items:
-            raise ValueError("no image of the data can be read")
-        images = PixelTensors.from_items(items)
+    tensors = _read_subset(images, count)
     if resized:
         sizes = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
         print(
             f"images of {sizes} were scaled and cropped to {size[1]}x{size[0]}, the network's size",
             file=sys.stderr,
         )
-    return pixels_to_tensor(images.tensors["pixels"], levels), images.tensors.get("class_labels")
+    return pixels_to_tensor(tensors["pixels"], levels), tensors.get("class_labels")
+
+
+def _read_subset(images, count):
+    """Read `count` images, None for all: {"pixels": (N, C, H, W)}, with "class_labels" (N,) if the images have classes."""
+    if count is None or count >= len(images):
+        return images.in_memory().tensors
+    items = list(itertools.islice(images.readable(subset_rows(len(images))), count))
+    if not items:
+        raise ValueError("no image of the data can be read")
+    return PixelTensors.from_items(items).tensors
 
 
 def subset_rows(total: int) -> np.ndarray:

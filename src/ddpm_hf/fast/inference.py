@@ -15,6 +15,7 @@ from torch import nn
 
 from ddpm_hf.fast.allocator import keep_freed_memory
 from ddpm_hf.fast.winograd import use_direct_convolution, use_winograd
+from ddpm_hf.files.diffusers_internals import is_offloaded
 from ddpm_hf.models.blocks import ResidualBlock, SelfAttention, Upsample
 from ddpm_hf.models.unet import DDPMUNet, time_tensor
 from ddpm_hf.torch_internals import has_hooks, packing_weights, without_compiler
@@ -61,6 +62,9 @@ class InferenceUNet(nn.Module):
     Raises:
         ValueError: not a `DDPMUNet`, or one with adapters, hooks or offloading, which would be ignored.
     """
+
+    projection_weight: torch.Tensor
+    projection_bias: torch.Tensor
 
     def __init__(self, unet: DDPMUNet, dtype: torch.dtype | None = None, compile: bool = True, pack: bool = True):
         super().__init__()
@@ -183,12 +187,13 @@ class InferenceUNet(nn.Module):
         if class_labels is None and not isinstance(timestep, torch.Tensor):
             projections = projections_at(timestep)
         else:
-            projections = self._project(t.reshape(-1), class_labels)
+            projections = self.project(t.reshape(-1), class_labels)
         with torch.autocast(sample.device.type, enabled=False):
             x = unet.divide_by_noise_level(self._run(sample, projections), t)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
-    def _project(self, t, class_labels):
+    def project(self, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """Returns the time projections of all residual blocks side by side, (B, columns), at timesteps t (B,)."""
         with torch.autocast(self.device.type, enabled=False):
             emb = self.net.embed(t, class_labels)
             return F.linear(emb, self.projection_weight, self.projection_bias).to(self.compute_dtype)
@@ -235,7 +240,7 @@ class _ProjectionCache:
         if t not in self.rows:
             start = self.timesteps.index(t) if t in self.timesteps else None
             ts = [t] if start is None else self.timesteps[start : start + TIMESTEPS_AT_ONCE]
-            rows = self.network._project(torch.tensor(ts, device=self.network.device), None)
+            rows = self.network.project(torch.tensor(ts, device=self.network.device), None)
             self.rows = dict(zip(ts, rows.split(1)))
         return self.rows[t]
 
@@ -310,7 +315,7 @@ def _check_plain(unet):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: merge or unload adapters before the network is optimized"
             )
-        if hasattr(module, "_hf_hook") or has_hooks(module):  # of accelerate, and of torch
+        if is_offloaded(module) or has_hooks(module):
             raise ValueError(f"{name or 'unet'} has hooks or is offloaded; remove them before the network is optimized")
 
 

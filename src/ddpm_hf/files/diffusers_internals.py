@@ -5,6 +5,7 @@ tests/files/test_diffusers_internals.py fails, and names it, if a new version of
 
 from pathlib import Path
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin, load_state_dict
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -59,3 +60,8 @@ def read_weights(files: list[str]) -> dict:
 def rename_old_keys(network: ModelMixin, state_dict: dict) -> None:
     """Renames the tensors of checkpoints from older versions of diffusers to their present names, in place."""
     network._fix_state_dict_keys_on_load(state_dict)
+
+
+def is_offloaded(module: torch.nn.Module) -> bool:
+    """Whether a hook of accelerate moves the module's weights, as offloading and device maps do."""
+    return hasattr(module, "_hf_hook")

@@ -37,6 +37,12 @@ class SavedConfig:
     stands_for: tuple[str, ...] = ()
     source_name: str | None = None
 
+    @classmethod
+    def replaces(cls, part: object) -> bool:
+        """Whether a part is of a diffusers class in `stands_for`; subclasses keep their own methods and are not replaced."""
+        kind = type(part)
+        return kind.__name__ in cls.stands_for and kind.__module__.partition(".")[0] == "diffusers"
+
     def to_json_string(self) -> str:
         """Returns the config as JSON, with the class name `stock_class`, or without one that of `saved_class`."""
         config = json.loads(super().to_json_string())

@@ -1,5 +1,6 @@
 """What a published pipeline.py has in place of the package's classes of the same names; see `source.py`."""
 
+import inspect
 import os
 from pathlib import Path
 
@@ -91,20 +92,22 @@ class PackagedImagePipeline(PackagedPipeline):
 
         So a cascade opens its stages: diffusers would ask for `trust_remote_code` once more.
         """
-        path, where = pretrained_model_name_or_path, ("cache_dir", "local_files_only", "revision", "token")
-        options = {name: kwargs[name] for name in where if name in kwargs}
-        index = cls.load_config(path, **options)
+        path, download_names = pretrained_model_name_or_path, ("cache_dir", "local_files_only", "revision", "token")
+        download_kwargs = {name: kwargs[name] for name in download_names if name in kwargs}
+        index = cls.load_config(path, **download_kwargs)
         names = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and type(entry[1]) is str}
         classes = {part: globals().get(name) or getattr(diffusers, name) for part, name in names.items()}
         if not any(getattr(part_class, "source_name", None) for part_class in classes.values()):
             return super().from_pretrained(path, **kwargs)
-        parts = {part: kwargs[part] for part in classes if part in kwargs}
-        for part in classes.keys() - parts.keys():
+        components = {part: kwargs[part] for part in classes if part in kwargs}
+        for part in classes.keys() - components.keys():
             weights = {
                 name: kwargs[name] for name in ("torch_dtype", "variant") if name in kwargs and part != "scheduler"
             }
-            parts[part] = classes[part].from_pretrained(path, subfolder=part, **options, **weights)
-        return cls(**parts, **{name: index[name] for name in cls._get_signature_keys(cls)[1] if name in index})
+            components[part] = classes[part].from_pretrained(path, subfolder=part, **download_kwargs, **weights)
+        setting_names = inspect.signature(cls).parameters.keys() - classes
+        settings = {name: index[name] for name in setting_names if index.get(name) not in (None, [None, None])}
+        return cls(**components, **settings)
 
     def _network(self, timesteps):
         return self.unet

@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import math
+from numbers import Real
 
 import torch
 from diffusers.utils import logging
@@ -87,6 +88,14 @@ def takes_learned_variance(scheduler) -> bool:
         return True
     variance = inspect.signature(getattr(scheduler, "_get_variance", list)).parameters
     return scheduler.config.get("variance_type") in LEARNED_VARIANCES and "predicted_variance" in variance
+
+
+def check_within_process(timestep, scheduler) -> None:
+    """Raises ValueError if a timestep is no number, or beyond the last timestep of the process."""
+    continuous = getattr(scheduler, "is_continuous", False)
+    most = scheduler.sde.conditioning_times(1.0).item() if continuous else scheduler.config.num_train_timesteps - 1
+    if not (isinstance(timestep, (Real, torch.Tensor)) and timestep <= most):
+        raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {most}")
 
 
 def first_step(scheduler, timestep) -> int:

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from numbers import Real
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -18,6 +17,7 @@ from ddpm_hf.models.evaluation_mode import evaluation_mode
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.chain import (
     check_samples,
+    check_within_process,
     first_step,
     prepared_scheduler,
     takes_learned_variance,
@@ -36,6 +36,7 @@ from ddpm_hf.pipelines.options import (
     check_callback_inputs,
     check_eta,
     check_generator,
+    check_mixture,
     check_output,
     positive_integer,
     repeated,
@@ -110,6 +111,11 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
     def channels(self) -> int:
         """Channels of the images."""
         return self.unet.config.in_channels
+
+    @property
+    def execution_device(self) -> torch.device:
+        """The device that the network runs on; that of its weights, or the accelerator if they are offloaded."""
+        return self._execution_device
 
     @property
     def takes_labels(self) -> bool:
@@ -343,30 +349,12 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
             ValueError: as `__call__`; images of different shapes, weights outside [0, 1], a timestep outside the process or
                 below the chain; a scheduler that needs its first steps to start (PNDM).
         """
-        if not (isinstance(images_a, torch.Tensor) and isinstance(images_b, torch.Tensor)):
-            raise ValueError("images_a and images_b must be tensors (B, C, H, W) in [-1, 1]")
-        if images_a.shape != images_b.shape:
-            raise ValueError(
-                f"images_a has shape {tuple(images_a.shape)}, images_b {tuple(images_b.shape)}; give the same"
-            )
-        try:
-            valid = len(weights) > 0 and all(0 <= weight <= 1 for weight in weights)
-        except TypeError:
-            valid = False
-        if not valid:
-            raise ValueError(f"weights={weights} must be numbers in [0, 1], one at least")
-        continuous = getattr(self.scheduler, "is_continuous", False)
-        most = (
-            self.scheduler.sde.conditioning_times(1.0).item()
-            if continuous
-            else self.scheduler.config.num_train_timesteps - 1
-        )
-        if not (isinstance(timestep, (Real, torch.Tensor)) and timestep <= most):
-            raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {most}")
+        check_mixture(images_a, images_b, weights)
+        check_within_process(timestep, self.scheduler)
         self._check_output(output_type)
-        check_generator(generator, self._execution_device)
+        check_generator(generator, self.execution_device)
         pairs, count = len(images_a), len(weights)
-        noise = randn_tensor(images_a.shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        noise = randn_tensor(images_a.shape, generator=generator, device=self.execution_device, dtype=self.unet.dtype)
         noise = noise.repeat_interleave(count, dim=0)
         options = SamplingOptions(
             generator=generator,
@@ -397,7 +385,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
 
     def _prepare(self, batch_size, options: SamplingOptions, planes: torch.Tensor | None = None) -> Sampling:
         """Checks the options and prepares the loop; `planes` are concatenated to x_t as input of the network."""
-        channels, device, dtype = self.channels, self._execution_device, self.unet.dtype
+        channels, device, dtype = self.channels, self.execution_device, self.unet.dtype
         check_generator(options.generator, device)
         batch_size = check_batch(options, batch_size, channels)
         check_eta(options.eta, self.scheduler)
@@ -434,7 +422,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         if sample_size is None:
             raise ValueError("the network's config has no sample_size; give latents of shape (B, C, H, W)")
         shape = (batch_size, self.channels, *sides(sample_size))
-        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        return randn_tensor(shape, generator=generator, device=self.execution_device, dtype=self.unet.dtype)
 
     def _label_tensor(self, labels, batch_size):
         """Converts `class_labels` to a tensor on the pipeline's device; checks them."""
@@ -446,7 +434,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
             if self.classifier is None:
                 raise ValueError("class_labels were given, but this network has no classes; leave them out")
             num_classes = self.classifier.config.num_classes
-        return label_tensor(labels, batch_size, num_classes).to(self._execution_device)
+        return label_tensor(labels, batch_size, num_classes).to(self.execution_device)
 
     def _check_output(self, output_type, tensor_inputs=()):
         check_output(output_type, self.channels)
@@ -459,7 +447,7 @@ def our_unet(unet: torch.nn.Module) -> torch.nn.Module:
     Raises:
         ValueError: some tensors have no values.
     """
-    if type(unet) is not UNet2DModel:
+    if not DDPMUNet.replaces(unet):
         return unet
     lost = [name for name, weight in unet.state_dict().items() if weight.is_meta]
     if lost:
@@ -474,5 +462,5 @@ def our_unet(unet: torch.nn.Module) -> torch.nn.Module:
 
 def our_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """Converts a diffusers scheduler to the class of this package that stands for it; returns others unchanged."""
-    ours = next((cls for cls in SCHEDULERS if type(scheduler).__name__ in cls.stands_for), None)
+    ours = next((cls for cls in SCHEDULERS if cls.replaces(scheduler)), None)
     return scheduler if ours is None else ours.from_config(scheduler.config)

@@ -122,13 +122,13 @@ def classifier_free_arguments(pipeline, class_labels: torch.Tensor | None, guida
         needed = "class_labels: give them" if null is not None else "a network trained with label dropout (null_class)"
         raise ValueError(f"guidance_scale={guidance_scale} needs {needed}, or leave it out")
     if class_labels is None and null is not None:
-        class_labels = torch.full((batch_size,), null, device=pipeline._execution_device)
+        class_labels = torch.full((batch_size,), null, device=pipeline.execution_device)
     if class_labels is None and pipeline.takes_labels:
         raise ValueError("class_labels are missing: this network is class-conditional; give one for each image")
     labels = class_labels if pipeline.takes_labels else None  # else they are the classifier's
     if scale is None or (scale == 1).all():
         return {"class_labels": labels}
-    return {"class_labels": labels, "scale": scale.to(pipeline._execution_device), "null_class": null}
+    return {"class_labels": labels, "scale": scale.to(pipeline.execution_device), "null_class": null}
 
 
 @dataclass
@@ -175,7 +175,7 @@ def classifier_gradient(
         return None
     if classifier.dtype != torch.float32 or classifier.training:
         classifier = copy.deepcopy(classifier).float().eval()
-    return ClassifierGradient(classifier, class_labels, scale.to(pipeline._execution_device))
+    return ClassifierGradient(classifier, class_labels, scale.to(pipeline.execution_device))
 
 
 def check_classifier(

@@ -3,6 +3,7 @@
 import json
 
 from ddpm_hf.files.saved_config import SavedConfig, saved_class, sorted_json
+from ddpm_hf.torch_internals import without_compiler
 
 
 class SavedPipeline(SavedConfig):
@@ -23,7 +24,7 @@ class SavedPipeline(SavedConfig):
         """The content of model_index.json."""
         index = json.loads(super().to_json_string())
         for name, part in self.components.items():
-            part = getattr(part, "_orig_mod", part)  # compiled by torch
+            part = without_compiler(part)
             if part is None:
                 index.pop(name, None)  # diffusers does not know the optional parts
             elif getattr(part, "source_name", None) is not None:

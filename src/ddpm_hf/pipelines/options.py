@@ -130,3 +130,21 @@ def repeated(values, count: int):
     except (TypeError, ValueError, RuntimeError):
         return values
     return values.repeat_interleave(count, dim=0) if values.dim() > 0 else values
+
+
+def check_mixture(images_a: torch.Tensor, images_b: torch.Tensor, weights: list[float]) -> None:
+    """Checks pairs of images (B, C, H, W) and the weights of their mixtures.
+
+    Raises:
+        ValueError: they are no tensors of one shape, or the weights are not one or more numbers in [0, 1].
+    """
+    if not (isinstance(images_a, torch.Tensor) and isinstance(images_b, torch.Tensor)):
+        raise ValueError("images_a and images_b must be tensors (B, C, H, W) in [-1, 1]")
+    if images_a.shape != images_b.shape:
+        raise ValueError(f"images_a has shape {tuple(images_a.shape)}, images_b {tuple(images_b.shape)}; give the same")
+    try:
+        valid = len(weights) > 0 and all(0 <= weight <= 1 for weight in weights)
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"weights={weights} must be numbers in [0, 1], one at least")

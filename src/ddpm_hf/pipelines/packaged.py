@@ -31,6 +31,7 @@ from ddpm_hf.hub.saved import NETWORKS, PIPELINES, class_of_part, kind_of_class,
 from ddpm_hf.hub.source import write_source
 from ddpm_hf.hub.upload import push_folder
 from ddpm_hf.schedulers import SCHEDULERS
+from ddpm_hf.torch_internals import without_compiler
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +107,7 @@ class PackagedPipeline(ConfigReader):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         write_source(save_directory, self.source_name, saved_classes(self))
         for name, part in self.components.items():
-            part = getattr(part, "_orig_mod", part)
+            part = without_compiler(part)
             if getattr(part, "source_name", None) is not None and not isinstance(part, DiffusionPipeline):
                 write_source(os.path.join(save_directory, name), part.source_name, [type(part)])
 
@@ -195,7 +196,7 @@ def saved_classes(pipeline) -> list[type]:
     """Returns the classes of this package in a pipeline: its own and, recursively, those of its parts."""
     classes = [type(pipeline)]
     for part in pipeline.components.values():
-        part = getattr(part, "_orig_mod", part)  # of torch.compile
+        part = without_compiler(part)
         if isinstance(part, DiffusionPipeline):
             classes += saved_classes(part)
         elif isinstance(part, SavedConfig):

@@ -142,7 +142,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
 
     def _prepare_images(self, images, noise_level, options):
         """`_prepare` with one result per low-resolution image."""
-        check_generator(options.generator, self._execution_device)
+        check_generator(options.generator, self.execution_device)
         generator = options.generator
         options.generator = list(generator) if isinstance(generator, tuple) else generator
         planes = self._planes(images, noise_level, options.generator)
@@ -163,7 +163,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
         arguments.apply_defaults()
         values = arguments.arguments
         self._check_output(values["output_type"], values["callback_on_step_end_tensor_inputs"])
-        check_generator(generator, self._execution_device)
+        check_generator(generator, self.execution_device)
         if isinstance(generator, (list, tuple)):
             generator = [torch.Generator() for _ in generator]  # the caller's keep their state
         else:
@@ -204,7 +204,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             raise ValueError(
                 f"noise_level={noise_level!r} must be 0 to {conditioning_noise}, what the network was trained with"
             )
-        images = images.to(self._execution_device, self.unet.dtype)
+        images = images.to(self.execution_device, self.unet.dtype)
         size = sides(self.unet.config.sample_size)
         level = torch.full((len(images),), float(noise_level)) if conditioning_noise > 0 else None
         return condition_planes(images, size, level, generator if noise_level > 0 else None)

@@ -36,7 +36,8 @@ def _process_of(path):
 def _process(saved):
     name = str(saved.get("_class_name"))
     cls = class_of_part("scheduler", name)
-    if cls is None and name in VariationalDDPMScheduler._compatibles and not name.startswith("EDM"):
+    compatible_names = {compatible.__name__ for compatible in VariationalDDPMScheduler().compatibles}
+    if cls is None and name in compatible_names and not name.startswith("EDM"):
         cls = VariationalDDPMScheduler
     process = next((process for process, its_class in PROCESSES.items() if its_class is cls), None)
     if process is None:
