@@ -22,7 +22,7 @@ from ddpm_hf.training.output import OutputFolder
 from ddpm_hf.training.plan import with_plan
 from ddpm_hf.training.resolve import resolve, show_settings_of_run
 from ddpm_hf.training.resume import already_complete, checkpoint_to_resume
-from ddpm_hf.training.task import BatchLoss, Task
+from ddpm_hf.training.task import BatchLoss, Task, train_on_batch
 from ddpm_hf.training.trackers import open_trackers
 
 TASKS: dict[type[RunConfig], type[Task]] = {TrainConfig: DiffusionTask, ClassifierConfig: ClassifierTask}
@@ -108,16 +108,9 @@ class Run:
             stream = batches(self.loader, config, self.position)
             while self.position.step < config.steps:
                 batch = next(stream)
-                with accelerator.accumulate(network):
-                    loss = self.task.loss(network, batch)
-                    accelerator.backward((loss.weights * loss.losses).mean())
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-                        self.finite.check(norm, optimizer.optimizer, scaled=accelerator.scaler is not None)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                loss, norm = train_on_batch(self.task, network, optimizer, accelerator, batch, self.finite)
                 self.log.add(loss.x_start, loss.t, loss.losses, loss.weights, *loss.log_columns)
-                if accelerator.sync_gradients:
+                if norm is not None:
                     self.after_step(loss, norm)
 
     def after_step(self, loss: BatchLoss, norm: torch.Tensor) -> None:

@@ -11,10 +11,11 @@ from accelerate.utils import gather_object
 
 from ddpm_hf.training.config import RunConfig, image_size, keys_of
 from ddpm_hf.training.devices import channels_last, compile_network, is_compiled
+from ddpm_hf.training.finite_steps import FiniteSteps
 from ddpm_hf.training.messages import print_above_progress_bar
 from ddpm_hf.training.optimizer import make_optimizer
 from ddpm_hf.training.resume import PLANNED, with_plan_of_run
-from ddpm_hf.training.task import Task
+from ddpm_hf.training.task import Task, train_on_batch
 
 TIMED_STEPS = 10
 TIMED_SECONDS = 5.0
@@ -126,16 +127,11 @@ def measure_rate(config: RunConfig, accelerator: Accelerator, make_task: Callabl
     if is_compiled(config):
         compile_network(task.network, config, accelerator.device)
     batch = _random_batch(config, accelerator.device)
+    finite = FiniteSteps(accelerator.device, config.max_steps_skipped)
 
     def step():
         for _ in range(config.gradient_accumulation_steps):
-            with accelerator.accumulate(network):
-                loss = task.loss(network, batch)
-                accelerator.backward((loss.weights * loss.losses).mean())
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+            loss, _ = train_on_batch(task, network, optimizer, accelerator, batch, finite)
         loss.losses.sum().item()  # waits for the device
 
     steps = [_seconds(step)]  # which warms up

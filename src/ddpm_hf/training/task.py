@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_hf.training.config import RunConfig
+from ddpm_hf.training.finite_steps import FiniteSteps
 from ddpm_hf.training.inputs import TrainingImages
 from ddpm_hf.training.interrupts import Interrupts
 from ddpm_hf.training.log import Log
@@ -29,6 +30,7 @@ class Task(abc.ABC):
 
     LOG_COLUMNS: ClassVar[tuple[str, ...]] = ()
     """Names of the values that are logged per image beside the loss."""
+    config: RunConfig
     network: torch.nn.Module
     t_end: float
     """An upper bound of t."""
@@ -97,3 +99,27 @@ class Task(abc.ABC):
     def how_to_publish(self) -> str:
         """Return text for the end of an interrupted run's message: how to publish what is saved."""
         return ""
+
+
+def train_on_batch(
+    task: Task, network: torch.nn.Module, optimizer, accelerator: Accelerator, batch: dict, finite: FiniteSteps
+) -> tuple[BatchLoss, torch.Tensor | None]:
+    """Add the gradient of a batch; where the accumulation of gradients ends, make an optimizer step.
+
+    Args:
+        network, optimizer: as prepared by the accelerator.
+        batch: "pixels" (B, C, H, W) uint8, and what else the task reads.
+
+    Returns:
+        The losses, and the norm of the gradient before clipping, a scalar; None without an optimizer step.
+    """
+    norm = None
+    with accelerator.accumulate(network):
+        loss = task.loss(network, batch)
+        accelerator.backward((loss.weights * loss.losses).mean())
+        if accelerator.sync_gradients:
+            norm = accelerator.clip_grad_norm_(network.parameters(), task.config.max_grad_norm)
+            finite.check(norm, optimizer.optimizer, scaled=accelerator.scaler is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss, norm
