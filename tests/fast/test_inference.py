@@ -333,12 +333,10 @@ def test_the_scripts_switch(make_pipeline, tmp_path):
     assert sheets[1] == pytest.approx(sheets[3], rel=1e-5)
 
 
-def test_no_compiler(monkeypatch):
-    """The last test: torch does not find its compiler again after it."""
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+def test_no_compiler():
     unet, x = network(BASE | PLAIN).eval(), torch.randn(1, 3, 8, 8)
     fast = InferenceUNet(unet)
-    for _ in range(2):
-        torch.testing.assert_close(fast(x, 3).sample, unet(x, 3).sample.detach(), atol=1e-5, rtol=1e-5)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        for _ in range(2):
+            torch.testing.assert_close(fast(x, 3).sample, unet(x, 3).sample.detach(), atol=1e-5, rtol=1e-5)
     assert list(fast.paths.values()) == [fast._denoise]

@@ -21,6 +21,7 @@ from support.golden_data import (
     randn,
 )
 from support.networks import small_classifier
+from support.versions import needs
 
 GOLDEN = golden_cases("classifier_guidance")
 
@@ -279,6 +280,7 @@ def test_the_optimized_network_is_guided_too(make_guided):
     torch.testing.assert_close(run(pipeline, **how), expected, rtol=1e-4, atol=1e-4)
 
 
+@needs("torch", "2.13", "its random numbers in bfloat16 are others than in float32")
 def test_half_precision_pipelines_have_gradients_in_float32(make_guided):
     pipeline = make_guided()
     expected = run(pipeline, class_labels=2, classifier_scale=3.0)

@@ -22,6 +22,7 @@ from ddpm_hf.training.resolve import resolve
 from ddpm_hf.training.resume import checkpoint_to_resume
 from ddpm_hf.training.trackers import open_trackers
 from support.scripts import script
+from support.versions import needs
 
 
 def resolved(*argv, kind=None):
@@ -273,6 +274,7 @@ def test_names_of_strangers_are_shortened(tmp_path, make_pipeline):
     assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+@needs("accelerate", "1.9", "it has no trackio")
 def test_what_trackers_are_given(tmp_path):
     """By the names that accelerate's trackers take: project, and a run's name that is its folder's unless given."""
     given = []

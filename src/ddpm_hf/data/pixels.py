@@ -21,6 +21,7 @@ CROPS = ("center", "none")
 
 # Pillow scales samples of these depths to 8 bits, but not the transparent value that a PNG gives in the original depth
 TRANSPARENT_VALUES = {
+    "1": lambda value: 255 if value else 0,  # Pillow 12.1 and later scales it, too
     "L;2": lambda value: value * 85,
     "L;4": lambda value: value * 17,
     "RGB;16B": lambda value: value >> 8,
