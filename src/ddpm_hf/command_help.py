@@ -1,5 +1,14 @@
 """What the --help of all commands has in common. Imports nothing slow."""
 
+import shutil
+
+MOST_COLUMNS, FEWEST_COLUMNS = 120, 60
+
+
+def help_width() -> int:
+    """Columns of --help: those of the terminal, or of COLUMNS, within limits."""
+    return min(MOST_COLUMNS, max(FEWEST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns))
+
 
 def command_words(program: str) -> list[str]:
     """The words with which a shell calls a program: a script of training/ is run by python."""
@@ -7,7 +16,12 @@ def command_words(program: str) -> list[str]:
 
 
 def format_examples(command: str, examples: list[tuple[str, str]]) -> str:
-    """Lines of commands, each given by its arguments and a comment; the comments stand in one column."""
+    """Lines of commands, each given by its arguments and a comment.
+
+    The comments stand in one column, or if that is too wide, above the commands.
+    """
     lines = [(f"  {command} {arguments}", comment) for arguments, comment in examples]
     width = max((len(line) for line, comment in lines if comment), default=0) + 2
+    if width + 2 + max(len(comment) for _, comment in lines) > help_width():
+        return "\n".join(f"  # {comment}\n{line}" if comment else line for line, comment in lines)
     return "\n".join(f"{line:{width}}# {comment}" if comment else line for line, comment in lines)

@@ -48,6 +48,13 @@ def test_names_stand_above_their_classes(folder, tmp_path):
     assert (tmp_path / "bee.png").read_bytes() == (tmp_path / "1.png").read_bytes()
 
 
+def test_logs_hold_no_progress_bars(folder, tmp_path):
+    out = tmp_path / "a.png"
+    for extra in ([], ["--progressive", 2]):
+        result = sample(folder, "--count", 1, *extra, "--out", out)
+        assert result.stderr == "" and result.stdout == f"wrote {out}\n"
+
+
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler"])
 def test_the_steps_on_the_way_are_those_of_the_schedulers_chain(make_pipeline, tmp_path, name):
     """50 steps of Euler if none are asked for, and two calls in each of Heun's."""

@@ -93,7 +93,6 @@ def main(argv: list[str], program: str) -> None:
     check_path(program, arguments.pipeline, "pipeline")
     if arguments.data is not None:
         check_path(program, arguments.data, "data set")
-    hide_progress_in_logs()
 
     import torch
 
@@ -101,6 +100,7 @@ def main(argv: list[str], program: str) -> None:
     from ddpm_hf.fast.inference import InferenceUNet
     from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
 
+    hide_progress_in_logs()
     if arguments.out is not None:
         report_folder.check_out(arguments.out)
     device = choose_device(arguments.device)

@@ -4,16 +4,15 @@ import argparse
 import difflib
 import functools
 import math
-import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 
-from ddpm_hf.command_help import command_words, format_examples
+from ddpm_hf.command_help import command_words, format_examples, help_width
 from ddpm_hf.errors import UserError
 from ddpm_hf.files.missing import can_be_on_the_hub, missing_path
 
 BUILT_IN = ("digits", "mnist")  # of data.sources, which is slow to import
-WIDEST = 120  # columns of --help
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,17 +21,18 @@ class Parser(argparse.ArgumentParser):
     Args:
         program: what the command calls itself in messages: "ddpm-hf sample", or "sample.py" for the script in training/.
         usage: the arguments after the program's name.
-        summary: one sentence.
+        summary: sentences, which are wrapped.
         examples: commands with a comment each, as (arguments, comment).
     """
 
     def __init__(self, program: str, usage: str, summary: str, examples: list[tuple[str, str]]):
         self.command = command_words(program)  # how a shell calls it
-        width = min(WIDEST, max(80, shutil.get_terminal_size((WIDEST, 24)).columns))
+        width = help_width()
+        summary = textwrap.fill(" ".join(summary.split()), width)
         super().__init__(
             prog=program,
             usage=f"{' '.join(self.command)} {usage}",
-            description=f"{summary}\n\n{format_examples(' '.join(self.command), examples)}",
+            description="\n\n".join([summary, format_examples(" ".join(self.command), examples)]),
             formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width),
             epilog="In parentheses: the default, or what happens without the option.",
             add_help=False,
@@ -117,11 +117,19 @@ def check_path(program: str, name: str, kind: str) -> None:
 
 
 def hide_progress_in_logs() -> None:
-    """Switch off the progress bars of `datasets` where stderr is no terminal: a log would have a line for each update."""
-    import datasets
+    """Switch off the libraries' progress bars where stderr is no terminal: a log would have a line for each update.
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    Call it when the libraries have been imported. Our own bars follow the same rule, tqdm's `disable=None`.
+    """
+    if sys.stderr.isatty():
+        return
+    from diffusers.utils.logging import disable_progress_bar
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bar()
+    disable_progress_bars()
+    if "datasets" in sys.modules:  # which sampling does not need
+        sys.modules["datasets"].disable_progress_bars()
 
 
 def _with_underscores(word):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ddpm_hf.cli.parser import Parser
+from ddpm_hf.cli.parser import Parser, hide_progress_in_logs
 from ddpm_hf.errors import UserError
 from ddpm_hf.files.missing import nearest_path
 
@@ -45,6 +45,7 @@ def main(argv: list[str], program: str) -> None:
 
     from ddpm_hf.hub.upload import push_folder
 
+    hide_progress_in_logs()
     if not (folder / "model_index.json").is_file() and (folder / "pipeline").is_dir():
         folder = folder / "pipeline"
     options["private"] = options["private"] or None  # leave it to the owner's default

@@ -36,7 +36,7 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
     )
     add("--interpolate", type=number(int, 0), metavar="T", help="a row for each pair of images, mixed at timestep T")
     add = parser.group("how to sample")
-    add("--steps", type=number(int, 1), metavar="N", help="sampling steps (the pipeline's own, see docs/samplers.md)")
+    add("--steps", type=number(int, 1), metavar="N", help="sampling steps (the pipeline's own number)")
     add("--eta", type=number(float, 0, 1), metavar="ETA", help="DDIM with this eta, 0 to 1 (ancestral sampling)")
     add("--guidance_scale", type=number(float, 0), metavar="SCALE", help="classifier-free guidance; 1 means none")
     add(
@@ -67,18 +67,20 @@ def main(argv: list[str], program: str) -> None:
     arguments = parser.parse_args(argv)
     if arguments.progressive is not None and arguments.interpolate is not None:
         parser.error("--progressive and --interpolate make two sheets; give one of them")
+    check_out(arguments.out)
+    device = choose_device(arguments.device)
     check_path(program, arguments.pipeline, "pipeline")
     if arguments.data is not None:
         check_path(program, arguments.data, "data set")
-    check_out(arguments.out)
-    device = choose_device(arguments.device)
 
     import torch
 
     from ddpm_hf.evaluation.samples import open_pipeline, parse_class_label
     from ddpm_hf.evaluation.sheets import check_picture, save_picture
 
+    hide_progress_in_logs()
     pipeline = open_pipeline(arguments.pipeline).to(device)
+    pipeline.set_progress_bar_config(disable=None)  # no bars in logs
     stages = [pipeline.base, pipeline.upsampler] if hasattr(pipeline, "upsampler") else [pipeline]
     check_picture(arguments.out, stages[0].channels)
     label = parse_class_label(pipeline, arguments.class_label, "--class_label")
@@ -158,10 +160,10 @@ def draw(pipeline, arguments: argparse.Namespace, class_label: int | None, sampl
 def load_images_of(arguments: argparse.Namespace, pipeline, count: int, **kwargs):
     """Images and labels of --data, or of the data set that the pipeline was trained on; `kwargs` are those of `read_tensor`."""
     require_extra("datasets", "data", "images of a data set")
-    hide_progress_in_logs()
     from ddpm_hf.evaluation.images import load_tensor
     from ddpm_hf.evaluation.report_folder import data_of
 
+    hide_progress_in_logs()
     source = arguments.data or data_of(arguments.pipeline, pipeline.folder)
     levels = getattr(pipeline.scheduler, "levels", 256)
     if kwargs.get("with_labels", True):

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ddpm_hf.cli.parser import check_path
+from ddpm_hf.cli.parser import check_path, hide_progress_in_logs
 from ddpm_hf.errors import UserError
 from ddpm_hf.extras import require_extra
 from ddpm_hf.training.command_line import load_config
@@ -30,6 +30,8 @@ def main(command: str, argv: list[str], program: str) -> None:
 
     from ddpm_hf.training.launch import main as launch
     from ddpm_hf.training.loop import train
+
+    hide_progress_in_logs()
 
     def train_and_summarize(config):
         folder = train(config)

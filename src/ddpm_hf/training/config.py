@@ -197,9 +197,7 @@ class TrainConfig(RunConfig):
     )
     sample_raw: int = _output(5, "how many of the first sheets come with one of the raw weights")
     sample_count: int = _output(64, "samples on a sheet")
-    sample_steps: int | None = _output(
-        None, "sampling steps; null: the process's default, see docs/samplers.md", from_data=True
-    )
+    sample_steps: int | None = _output(None, "sampling steps; null: the process's default", from_data=True)
     eval_evaluations: int = _evaluation(50, "network calls per held-out image, with process ddpm")
     push_to_hub: str | None = _publishing(
         None, "user/name of a repository on the Hub, updated at each checkpoint; null: nowhere"

@@ -7,7 +7,7 @@ import textwrap
 import types
 import typing
 
-from ddpm_hf.command_help import command_words, format_examples
+from ddpm_hf.command_help import command_words, format_examples, help_width
 from ddpm_hf.training.config import RunConfig, TrainConfig, keys_of, sections_of
 from ddpm_hf.training.sections import CLASSES, as_argument, signature
 
@@ -21,14 +21,19 @@ def usage(kind: type[RunConfig], program: str = "") -> str:
     # the scripts take the data as --data alone
     examples = [(f"--data {words}" if is_script and words[0] != "-" else words, text) for words, text in kind.EXAMPLES]
     launch = f"accelerate launch {command.removeprefix('python ')}" if is_script else f"accelerate launch -m {command}"
+    width = help_width()
+    notes = textwrap.fill(
+        f"On several GPUs: {launch.replace('-m ddpm-hf', '-m ddpm_hf')} ... Every key is also a key of a YAML file. "
+        "In parentheses: the value without a preset and without the key.",
+        width,
+        break_on_hyphens=False,
+    )
     parser = argparse.ArgumentParser(
         prog=command,
         usage=f"%(prog)s {'' if is_script else '[DATA] '}[--config PRESET | FILE.yaml] [--KEY VALUE ...] [--dry_run]",
-        description=f"{kind.SUMMARY}\n\n{format_examples(command, examples)}\n\n"
-        f"On several GPUs: {launch.replace('-m ddpm-hf', '-m ddpm_hf')} ... Every key is also a key of a YAML file.\n"
-        "In parentheses: the value without a preset and without the key.",
-        epilog="\n\n".join([*(_section(kind, name) for name in sections_of(kind)), _presets(kind)]),
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=128),
+        description="\n\n".join([textwrap.fill(kind.SUMMARY, width), format_examples(command, examples), notes]),
+        epilog="\n\n".join([*(_section(kind, name, width) for name in sections_of(kind)), _presets(kind, width)]),
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=width),
         add_help=False,
     )
     start = parser.add_argument_group("what to run")
@@ -63,21 +68,21 @@ def _metavar(kind):
     return "|".join(METAVARS[typing.get_origin(option) or option] for option in kinds if option is not types.NoneType)
 
 
-def _section(kind, section):
+def _section(kind, section, width):
     lines = []
     for process, (module, name) in CLASSES[section].items():
         if process not in ("", "ddpm") and kind is not TrainConfig:
             continue
         keys = [f"{key}={default}" for key, default in signature(module, name).items() if key not in kind.DERIVED]
         head = f"--{section}.KEY VALUE, keys of {name}{f' (process {process})' if process else ''}:"
-        wrapped = textwrap.wrap("  ".join(keys), 124, break_long_words=False, break_on_hyphens=False)
+        wrapped = textwrap.wrap("  ".join(keys), width - 4, break_long_words=False, break_on_hyphens=False)
         lines += [head, *(f"  {line}" for line in wrapped)]
     return "\n".join(lines)
 
 
-def _presets(kind):
+def _presets(kind, width):
     lines = ["presets, of training/configs:"]
     for path in sorted(kind.PRESETS.glob("*.yaml")):
         comment = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        lines.append(f"  {path.stem:<22}{textwrap.shorten(comment, 102, placeholder=' ...').rstrip(',;:')}")
+        lines.append(f"  {path.stem:<22}{textwrap.shorten(comment, width - 26, placeholder=' ...').rstrip(',;:')}")
     return "\n".join(lines)
