@@ -30,7 +30,7 @@ class LikelihoodReport:
     @property
     def standard_error(self) -> float:
         """The standard error of `mean` over images, NaN for a single one."""
-        return standard_error(self.result.total)
+        return self.result.standard_error
 
     def __str__(self):
         return "\n".join([f"bits/dim, {self.method}:", *self.lines])
@@ -52,7 +52,7 @@ def measure_bound(
     else:
         result = estimate_bits_per_dim(unet, scheduler, x_start, num_evaluations=num_evaluations, **kwargs)
     terms = {"total": result.total, "prior": result.prior, "kl": result.kl, "decoder": result.decoder}
-    errors = {name: standard_error(term) for name, term in terms.items()}
+    errors = {name: standard_error(term) for name, term in terms.items()} | {"total": result.standard_error}
     sampling_error = result.sampling_error if isinstance(result, BitsPerDimEstimate) else None
     values = {
         **{name: term.cpu().double().mean().item() for name, term in terms.items()},
@@ -64,11 +64,13 @@ def measure_bound(
     }
     meanings = {"total": "upper bound on the NLL", "prior": "L_T", "kl": "L_1 .. L_T-1", "decoder": "L_0"}
     lines = [f"  {name:8} {values[name]:.4f} +- {errors[name]:.4f}   {meaning}" for name, meaning in meanings.items()]
-    lines.append("  (+- is the standard error over images)")
+    lines.append(
+        "  (+- is the standard error over images; where parts vary in opposite directions, the total varies less)"
+    )
     if sampling_error is not None:
         lines.append(
             f"  estimated from {num_evaluations} evaluations an image in place of {values['steps']}: "
-            f"+- {sampling_error:.4f} by that alone"
+            f"+- {sampling_error:.4f} by that alone, which the error of the total contains"
         )
     return LikelihoodReport(result, values, f"{values['steps']} terms from t={values['first_timestep']} up", lines)
 

@@ -32,8 +32,17 @@ class BitsPerDimEstimate(NamedTuple):
 
     @property
     def standard_error(self) -> float:
-        """The standard error of `mean` due to images and draws together; NaN for a single image."""
-        return standard_error(self.total)
+        """The standard error of `mean` due to images and draws together; NaN for a single image.
+
+        The spread of `total` over the images contains both variances, but is rough for few images; it is taken to be no less
+        than `sampling_error`, which all timesteps of all images determine (a variance between images is never negative).
+        """
+        return with_sampling_error(standard_error(self.total), self.sampling_error)
+
+
+def with_sampling_error(over_images: float, sampling_error: float) -> float:
+    """The standard error over images, which contains the error of the draws, at least as large as that; NaN stays NaN."""
+    return over_images if math.isnan(over_images) or math.isnan(sampling_error) else max(over_images, sampling_error)
 
 
 @torch.no_grad()

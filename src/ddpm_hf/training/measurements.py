@@ -5,7 +5,7 @@ import math
 import torch
 
 from ddpm_hf.likelihood.bound import bits_per_dim, standard_error
-from ddpm_hf.likelihood.estimate import estimate_bits_per_dim
+from ddpm_hf.likelihood.estimate import estimate_bits_per_dim, with_sampling_error
 from ddpm_hf.likelihood.ode import OdeStopped, ode_bits_per_dim
 from ddpm_hf.training.messages import print_above_progress_bar
 
@@ -49,10 +49,11 @@ def held_out_bits_per_dim(config, interrupts, unet, scheduler, x_start, labels) 
     shares = interrupts.run(unet, compute)
     results = [(torch.tensor([math.nan]), math.nan)] if shares is None else [result for result in shares if result]
     total = torch.cat([values for values, _ in results])
+    sampling_error = math.hypot(*(error for _, error in results)) / len(total)
     return {
         "bits_per_dim": total.mean().item(),
-        "bits_per_dim_sampling_error": math.hypot(*(error for _, error in results)) / len(total),
-        "bits_per_dim_standard_error": standard_error(total),
+        "bits_per_dim_sampling_error": sampling_error,
+        "bits_per_dim_standard_error": with_sampling_error(standard_error(total), sampling_error),
     }
 
 
