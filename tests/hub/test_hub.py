@@ -1,6 +1,7 @@
 """Publishing to, and opening from, a Hub: the one of conftest.py on 127.0.0.1."""
 
 import json
+import re
 import shutil
 import traceback
 
@@ -15,7 +16,9 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler
 from ddpm_hf.data.sources import digits, load_images
@@ -540,6 +543,43 @@ def test_the_card_shows_calls_that_run(hub, saved, make_pipeline):
     card = hub.files("user/classes")["README.md"].decode()
     assert "Plain diffusers cannot sample a class-conditional network" in card
     assert 'from_pretrained("user/classes")' in card and "pipe(batch_size=4)" not in card
+
+
+@pytest.mark.parametrize("how", [{}, {"num_class_embeds": 3}])
+def test_the_calls_of_a_local_card(tmp_path, monkeypatch, make_pipeline, how):
+    """Its repository is a placeholder; with the folder in its place every example runs, and ends in a picture."""
+    folder = tmp_path / "run/pipeline"
+    make_pipeline(scheduler=VariationalDDPMScheduler(4), **how).save_pretrained(folder)
+    card = model_card(folder, remote_code=False)
+    assert card.data.pipeline_tag == (None if how else "unconditional-image-generation")
+    assert card.data.model_name == "run" and "\n# run\n" in card.text
+    blocks = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(blocks) == (1 if how else 2) and all(
+        block.count('("USER/run"') == block.count("pipe = ") for block in blocks
+    )
+    last = blocks[-1]
+    assert "\n# or with ddpm-hf installed\n" in last
+    monkeypatch.chdir(tmp_path)
+    exec(last.replace('"USER/run"', repr(str(folder))), {})
+    assert Image.open("sample.png").size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("steps", "ema_decay", "words"),
+    [
+        (20, 0.9999, "whose decay rose to 0.6897 at the last step."),
+        (1, 0.5, "whose decay rose to 0 at the last step."),
+        (1000, 0.5, "with decay 0.5."),
+    ],
+)
+def test_the_card_names_the_decay_of_the_average_that_was_reached(saved, steps, ema_decay, words):
+    (saved / "training.json").write_text(json.dumps(TRAINING | {"steps": steps, "ema_decay": ema_decay}))
+    assert f"The weights are an exponential moving average {words}" in model_card(saved).text
+    average = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=ema_decay)
+    for _ in range(steps):
+        average.step([])
+    reached = float(re.search(r"decay(?: rose to)? ([0-9.]*[0-9])", words)[1])
+    assert average.cur_decay_value == pytest.approx(reached, abs=1e-4)
 
 
 def test_the_license_is_the_one_that_was_said(hub, saved, make_pipeline):

@@ -88,7 +88,8 @@ def model_card(
 
     Args:
         folder: a saved pipeline; the card also shows its training.json, evaluation.json and pictures.
-        repo_id: the repository in the card's examples; None for the name of the folder, or of the run if that is "pipeline".
+        repo_id: the repository in the card's examples; None for "USER/" and the name of the folder, or of the run if that is
+            "pipeline".
         license: the Hub's name of a license, such as "apache-2.0"; None leaves it out.
         remote_code: whether the repository has the branch "remote-code" beside main.
 
@@ -101,15 +102,17 @@ def model_card(
     kind = kind_of_class(pipeline_class(index, folder))
     classes = component_classes(index, folder, kind.components)
     name = final_name(folder.absolute())
-    repo_id = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
+    name = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
+    repo_id = repo_id or f"USER/{name}"
     low = check_values(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]
     values, data = _values_of_cascade(folder) if kind is CASCADE else _values_of_pipeline(folder, classes, low)
     card_data = ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag="image-to-image" if low else "unconditional-image-generation",
+        # the Hub has no tag for images of a class
+        pipeline_tag="image-to-image" if low else None if values.get("classes") else "unconditional-image-generation",
         tags=["ddpm", "ddpm-hf", "diffusion"],
-        model_name=printable(repo_id.split("/")[-1]),
+        model_name=printable(name.split("/")[-1]),
         **data,
     )
     return ModelCard.from_template(
@@ -117,7 +120,7 @@ def model_card(
         template_path=str(next(path for path in TEMPLATES if path.is_file())),
         **values,
         cascade=kind is CASCADE,
-        title=title(repo_id),
+        title=title(name),
         repo_id=json.dumps(repo_id),
         pipeline_class=kind.name,
         remote_code=remote_code,
@@ -179,16 +182,33 @@ def _values_of_pipeline(folder, classes, low):
         "label_dropout": network.null_class is not None,
         "classifier": classifier,
         "low": low and _size(low),
+        "call": _call(network, low),
         "stock": reason is None,
         "stock_reason": reason,
         "pictures": [path.name for path in folder.glob("*.png")],
         "training": training,
+        "ema_decay": training and _decay_at(training["steps"], training["ema_decay"]),
         "configuration": training and fenced_json(training),
         "evaluation": evaluation,
         "command": evaluation and evaluation_command(evaluation["command"]),
         "code": code,
         "cited": [key for key, is_cited in cited.items() if is_cited],
     }, data
+
+
+def _call(network, low):
+    """The arguments with which the example calls the pipeline; None where it would need tensors."""
+    is_conditional = network.class_embedding is not None
+    if network.config.sample_size is None or (is_conditional and network.num_classes is None):
+        return None
+    if low:
+        return "small_images, class_labels=class_labels" if is_conditional else "small_images"
+    return "class_labels=0" if is_conditional else "batch_size=4"
+
+
+def _decay_at(step, ema_decay):
+    """The decay of the averaged weights at a step of the training: diffusers' `EMAModel` raises it from 0 to `ema_decay`."""
+    return min(step / (step + 9), ema_decay) if step > 1 else 0.0
 
 
 def _size(size):
