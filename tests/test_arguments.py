@@ -57,11 +57,11 @@ WRONG = [
 
 @pytest.mark.parametrize(("annotation", "allowed", "value", "expected"), VALUES)
 def test_values_become_those_of_their_annotation(annotation, allowed, value, expected):
-    found = check_argument("x", value, annotation, allowed)
-    assert found == expected and type(found) is type(expected)
+    actual = check_argument("x", value, annotation, allowed)
+    assert actual == expected and type(actual) is type(expected)
 
 
-@pytest.mark.parametrize(("annotation", "allowed", "value", "message"), WRONG, ids=[each[-1][:30] for each in WRONG])
+@pytest.mark.parametrize(("annotation", "allowed", "value", "message"), WRONG, ids=[case[-1][:30] for case in WRONG])
 def test_other_values_are_refused_in_one_line(annotation, allowed, value, message):
     with pytest.raises(ValueError) as error:
         check_argument("x", value, annotation, allowed)
@@ -82,9 +82,13 @@ def test_a_checked_constructor():
     class Thing:
         @checked_arguments(size="[1, 4]", kind=("a", "b"))
         def __init__(self, size: int, kind: str = "a", other: object = None):
-            self.given = size, kind, other
+            self.arguments = size, kind, other
 
-    assert Thing(np.int64(2)).given == (2, "a", None) and Thing(kind="b", size=2.0, other=3).given == (2, "b", 3)
+    assert Thing(np.int64(2)).arguments == (2, "a", None) and Thing(kind="b", size=2.0, other=3).arguments == (
+        2,
+        "b",
+        3,
+    )
     for arguments, message in (
         (dict(size=5), "size=5 must be an integer in [1, 4]"),
         (dict(size=1, kind="c"), "kind='c' is not known; choose one of a, b"),

@@ -53,8 +53,8 @@ def lines(path):
 def commands(path):
     """(command, arguments) of the lines that run one of this package's."""
     for line in lines(path):
-        if found := STARTS.match(line):
-            yield found[1].replace("_", "-"), shlex.split(line[found.end() :])
+        if start := STARTS.match(line):
+            yield start[1].replace("_", "-"), shlex.split(line[start.end() :])
 
 
 def options(text):
@@ -79,10 +79,10 @@ def make_pictures(folder):
 def test_commands_can_be_given_one_after_the_other(tmp_path, monkeypatch):
     """Those of all documents and scripts: each is understood, and none begins in the folder of another one's run."""
     monkeypatch.chdir(tmp_path)
-    seen = set()
+    checked = set()
     for path in [*PAGES, *sorted((ROOT / "training").glob("*.py"))]:
         for command, argv in commands(path):
-            seen.add(command)
+            checked.add(command)
             if command == "emoji" or "--help" in argv or "--version" in argv:
                 continue
             for word in ("--data", "--eval_data"):
@@ -105,7 +105,7 @@ def test_commands_can_be_given_one_after_the_other(tmp_path, monkeypatch):
                 checkpoint = Path(result[0].output_dir, "checkpoints", "0000001")
                 checkpoint.mkdir(parents=True, exist_ok=True)
                 (checkpoint / "config.yaml").write_text(as_yaml(result[0]))
-    assert seen >= set(cli.COMMANDS)
+    assert checked >= set(cli.COMMANDS)
 
 
 def test_other_commands_exist():
@@ -277,23 +277,23 @@ def test_page_of_options_is_up_to_date():
 
 
 def test_options_exist():
-    known = {
+    existing = {
         f"--{section}.{key}"
         for kind in KINDS.values()
         for section in sections_of(kind)
         for key in section_keys(kind, section)
     }
-    known |= OTHERS | {option for kind in KINDS.values() for option in options(usage(kind))}
-    known |= {name for make in PARSERS.values() for action in make()._actions for name in action.option_strings}
+    existing |= OTHERS | {option for kind in KINDS.values() for option in options(usage(kind))}
+    existing |= {name for make in PARSERS.values() for action in make()._actions for name in action.option_strings}
     scripts = [path for folder in ("training", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
-    known |= {option for path in scripts for option in re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text())}
+    existing |= {option for path in scripts for option in re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text())}
     for name in [*DOCS, "model_card.md", *(ROOT / "training/configs").rglob("*.yaml")]:
         text = (ROOT / name).read_text()
         if name == "docs/from-train-unconditional.md":  # the flags of the other script are the first column
             text = re.sub(r"^\|[^|]*\|", "|", re.sub(r"^```bash.*?^```", "", text, flags=re.S | re.M), flags=re.M)
-        assert options(text) <= known, name
+        assert options(text) <= existing, name
     for path in (ROOT / "training").glob("*.py"):
-        assert options(ast.get_docstring(ast.parse(path.read_text()))) <= known, path
+        assert options(ast.get_docstring(ast.parse(path.read_text()))) <= existing, path
 
 
 def test_flags_of_the_other_script_are_answered_with_ours():

@@ -96,8 +96,8 @@ def test_type_checkers_see_the_public_names():
     tree = ast.parse((ROOT / "src/ddpm_hf/__init__.py").read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     imports = [node for node in imports if node.module not in ("typing", "ddpm_hf.version")]
-    found = {(node.module.removeprefix("ddpm_hf."), alias.asname) for node in imports for alias in node.names}
-    assert found == {(module, name) for module, names in ddpm_hf.MODULES.items() for name in names}
+    imported = {(node.module.removeprefix("ddpm_hf."), alias.asname) for node in imports for alias in node.names}
+    assert imported == {(module, name) for module, names in ddpm_hf.MODULES.items() for name in names}
 
 
 def test_sampling_needs_no_extra(tmp_path):

@@ -17,17 +17,17 @@ def checking(name):
 
 
 def test_functorch_says_that_it_is_active():
-    seen = []
+    recorded = []
 
     def square(x):
-        seen.append(is_functorch_active())
+        recorded.append(is_functorch_active())
         return x**2
 
     with checking("torch._C._are_functorch_transforms_active"):
         square(torch.ones(()))
         torch.func.grad(square)(torch.ones(()))
         torch.func.vmap(square)(torch.ones(2))
-        assert seen == [False, True, True]
+        assert recorded == [False, True, True]
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])

@@ -49,13 +49,13 @@ def test_pixels_there_and_back(levels):
 
 
 def test_digits_are_the_real_ones():
-    parts = [load_images("digits", split) for split in ("train", "test")]
-    assert [len(part) for part in parts] == [1437, 360]
-    found = np.stack([np.asarray(image) for part in parts for image in part["image"]])
+    splits = [load_images("digits", split) for split in ("train", "test")]
+    assert [len(part) for part in splits] == [1437, 360]
+    actual = np.stack([np.asarray(image) for part in splits for image in part["image"]])
     expected = load_digits().images.astype(np.uint8)
-    assert sorted(map(bytes, found)) == sorted(map(bytes, expected))
+    assert sorted(map(bytes, actual)) == sorted(map(bytes, expected))
     labels = {image.tobytes(): label for image, label in zip(expected, load_digits().target)}
-    for row in parts[1]:
+    for row in splits[1]:
         assert labels[np.asarray(row["image"]).tobytes()] == row["label"]
     with pytest.raises(ValueError, match="split='validation'"):
         load_images("digits", "validation")
@@ -155,10 +155,10 @@ def test_a_transparent_value_is_laid_on_the_background(tmp_path, depth, color, s
     """By the PNG specification it is a sample of the file's depth; Pillow scales the others alone."""
     (tmp_path / "0.png").write_bytes(png(depth, color, [samples], transparent))
     to_pixels = image_to_pixels((1, len(expected)), 3, background="#0000ff")
-    found = training_set(load_images(str(tmp_path)), to_pixels).tensors["pixels"][0, :, 0].T.tolist()
+    actual = training_set(load_images(str(tmp_path)), to_pixels).tensors["pixels"][0, :, 0].T.tolist()
     colors = [BLUE if value == "b" else (value,) * 3 if isinstance(value, int) else value for value in expected]
-    assert found == [list(color) for color in colors]
-    assert to_pixels(Image.open(tmp_path / "0.png"))[:, 0].T.tolist() == found
+    assert actual == [list(color) for color in colors]
+    assert to_pixels(Image.open(tmp_path / "0.png"))[:, 0].T.tolist() == actual
     alpha = image_to_pixels((1, len(expected)), 4)(Image.open(tmp_path / "0.png"))[3, 0].tolist()
     assert alpha == [0 if value == "b" else 255 for value in expected]
 
@@ -233,38 +233,38 @@ def labelled(values, feature=None):
 def test_labels():
     to_pixels, integers = image_to_pixels((2, 2), 1), datasets.Value("int64")
 
-    def found(data, classes=None):
+    def labels_of(data, classes=None):
         return training_set(data, to_pixels, None, "kind", classes).tensors["class_labels"].tolist()
 
     data = labelled(["dog", "cat", "dog", "ant"])
-    assert found(data, 3) == [2, 1, 2, 0] and label_names(data, "kind", 3) == ["ant", "cat", "dog"]
+    assert labels_of(data, 3) == [2, 1, 2, 0] and label_names(data, "kind", 3) == ["ant", "cat", "dog"]
     data = labelled([7, 3, 7], integers)
-    assert found(data, 2) == [1, 0, 1] and label_names(data, "kind", 2) == ["3", "7"]
+    assert labels_of(data, 2) == [1, 0, 1] and label_names(data, "kind", 2) == ["3", "7"]
     data = labelled([1, 0, 1], integers)
-    assert found(data, 4) == [1, 0, 1] and label_names(data, "kind", 4) == ["0", "1", "2", "3"]
+    assert labels_of(data, 4) == [1, 0, 1] and label_names(data, "kind", 4) == ["0", "1", "2", "3"]
     data = labelled([1, 0], datasets.ClassLabel(names=["b", "a"]))
-    assert found(data, 2) == [1, 0] and label_names(data, "kind", 2) == ["b", "a"]
+    assert labels_of(data, 2) == [1, 0] and label_names(data, "kind", 2) == ["b", "a"]
     data = labelled(["10", "2", "-3"])
-    assert found(data, 3) == [2, 1, 0] and label_names(data, "kind", 3) == ["-3", "2", "10"]
+    assert labels_of(data, 3) == [2, 1, 0] and label_names(data, "kind", 3) == ["-3", "2", "10"]
     data = labelled(["10", "2", "b"])
-    assert found(data, 3) == [0, 1, 2] and label_names(data, "kind", 3) == ["10", "2", "b"]
+    assert labels_of(data, 3) == [0, 1, 2] and label_names(data, "kind", 3) == ["10", "2", "b"]
     with pytest.raises(ValueError, match="label_column='kind' has no value in 2 of 3 rows; fill or remove them"):
-        found(labelled(["dog", None, None]))
+        labels_of(labelled(["dog", None, None]))
     data = labelled([True, False], datasets.Value("bool"))
-    assert found(data, 2) == [1, 0] and label_names(data, "kind", 2) == ["False", "True"]
+    assert labels_of(data, 2) == [1, 0] and label_names(data, "kind", 2) == ["False", "True"]
     assert label_names(labelled([True], datasets.Value("bool")), "kind", 2) == ["False", "True"]
     assert label_names(data, None) is None
     stream = labelled([1, 0], integers).to_iterable_dataset()
     assert label_names(stream, "kind", 3) == ["0", "1", "2"] and label_names(stream, "kind") is None
     assert label_names(labelled(["1", "0"]).to_iterable_dataset(), "kind", 3) is None
     with pytest.raises(ValueError, match="has no value in 1 of 2 rows"):
-        found(labelled([0.5, math.nan], datasets.Value("float32")), 2)
+        labels_of(labelled([0.5, math.nan], datasets.Value("float32")), 2)
     with pytest.raises(ValueError, match="label_column='kind' holds List.*, not labels"):
-        found(labelled([[1], [2]], datasets.List(integers)), 2)
+        labels_of(labelled([[1], [2]], datasets.List(integers)), 2)
     with pytest.raises(ValueError, match="has no value in 1 of 2 rows"):
-        found(labelled([1, -1], datasets.ClassLabel(names=["b", "a"])))
+        labels_of(labelled([1, -1], datasets.ClassLabel(names=["b", "a"])))
     with pytest.raises(ValueError, match="has 3 labels, the network 2 classes; set unet.num_class_embeds, or .*, to 3"):
-        found(labelled(["dog", "cat", "ant"]), 2)
+        labels_of(labelled(["dog", "cat", "ant"]), 2)
     held_out = labelled(["dog", "ant"])  # which would be 1 and 0 by themselves
     data = training_set(held_out, to_pixels, None, "kind", 3, ["ant", "cat", "dog"])
     assert data.tensors["class_labels"].tolist() == [2, 0]
@@ -310,8 +310,8 @@ def test_splits_of_folders(folder, tmp_path):
     (tmp_path / "parts").mkdir()
     images.select(range(3)).to_parquet(tmp_path / "parts/train-00000-of-00001.parquet")
     images.select(range(3, 4)).to_parquet(tmp_path / "parts/test-00000-of-00001.parquet")
-    parts = {"train": images.select(range(3)), "test": images.select(range(3, 4))}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    splits = {"train": images.select(range(3)), "test": images.select(range(3, 4))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     for name in ("parts", "saved"):
         assert [len(load_images(str(tmp_path / name), split)) for split in ("train", "test")] == [3, 1]
     images.save_to_disk(tmp_path / "one")
@@ -334,8 +334,8 @@ def test_paths_are_no_patterns(folder, tmp_path):
     data.to_parquet(tmp_path / "f[1].parquet")
     for streaming in (False, True):
         for name in ("a[1] *?", "pictures.parquet"):
-            found = load_images(str(tmp_path / name), streaming=streaming)
-            assert [row["label"] for row in found] == [0, 1] and found.features["label"].names == ["x[y]", "z"]
+            loaded = load_images(str(tmp_path / name), streaming=streaming)
+            assert [row["label"] for row in loaded] == [0, 1] and loaded.features["label"].names == ["x[y]", "z"]
         assert len(list(load_images(str(tmp_path / "f[1].parquet"), streaming=streaming))) == 4
 
 
@@ -528,8 +528,8 @@ def test_large_images_can_be_allowed(tmp_path, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for most, count in ((100, 1), (199, 2), (399, 2), (400, 3), (None, 3)):
-            found = training_set(data, to_pixels, max_broken=0.9, max_image_pixels=most)
-            assert len(found) == count and before == Image.MAX_IMAGE_PIXELS
+            readable = training_set(data, to_pixels, max_broken=0.9, max_image_pixels=most)
+            assert len(readable) == count and before == Image.MAX_IMAGE_PIXELS
     assert "20.png cannot be read (more than 100 pixels; raise max_image_pixels to allow it)" in caplog.text
     with pytest.raises(
         ValueError, match="20.png .more than 399 pixels; raise max_image_pixels to allow it.; remove it"
@@ -561,9 +561,9 @@ def test_kinds_of_files(folder, tmp_path):
             tar.add(folder / f"{i}.png", f"{i}.png")
     for source in ("f", "f/a.parquet", "disk", "b.arrow", "c.tar"):
         for streaming in (False, True):
-            found = load_images(str(tmp_path / source), streaming=streaming)
-            column = image_column(found)
-            assert all(np.array_equal(np.asarray(row[column]), image) for row, image in zip(found, expected)), source
+            loaded = load_images(str(tmp_path / source), streaming=streaming)
+            column = image_column(loaded)
+            assert all(np.array_equal(np.asarray(row[column]), image) for row, image in zip(loaded, expected)), source
 
 
 def test_image_folder_is_scaled_and_cut(folder):
@@ -606,9 +606,9 @@ def test_local_parquet(folder, tmp_path):
 def test_flips_every_other_image():
     pixels = torch.randint(0, 17, (400, 1, 3, 4), dtype=torch.uint8)
     images = pixels_to_tensor(pixels, 17)
-    found = pixels_to_batch(pixels, 17, flip=True)
-    flipped = (found == images.flip(-1)).flatten(1).all(1)
-    assert 140 < flipped.sum() < 260 and torch.equal(found[~flipped], images[~flipped])
+    actual = pixels_to_batch(pixels, 17, flip=True)
+    flipped = (actual == images.flip(-1)).flatten(1).all(1)
+    assert 140 < flipped.sum() < 260 and torch.equal(actual[~flipped], images[~flipped])
 
 
 def test_few_levels_are_scaled_too():

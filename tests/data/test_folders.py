@@ -73,10 +73,10 @@ def test_words_in_flat_names_are_no_splits(tmp_path, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_top_level_folders_are_splits_where_all_are_named_so(tmp_path, streaming, caplog):
-    parts = {"Train": "train", "val": "validation", "testing": "test"}
-    paths = {name: [f"{name}/{label}/{i}.png" for label in ("bus", "train") for i in range(3)] for name in parts}
+    split_names = {"Train": "train", "val": "validation", "testing": "test"}
+    paths = {name: [f"{name}/{label}/{i}.png" for label in ("bus", "train") for i in range(3)] for name in split_names}
     folder = make(tmp_path, *sum(paths.values(), []))
-    for name, split in parts.items():
+    for name, split in split_names.items():
         for asked in {split, name.lower()}:
             assert rows(folder, asked, streaming) == [(path, path.split("/")[1]) for path in paths[name]]
     assert rows(folder, "train[2:4]", streaming) == [("Train/bus/2.png", "bus"), ("Train/train/0.png", "train")]
@@ -309,12 +309,12 @@ def test_a_stream_is_divided(tmp_path):
     """Among processes and their workers: every image once, none twice."""
     folder = make(tmp_path, *(f"{label}/{i}.png" for label in "ab" for i in range(20)))
     stream = load_images(folder, streaming=True).shuffle(seed=0, buffer_size=10)
-    seen = []
+    items = []
     for process in (0, 1):
         part = training_set(split_dataset_by_node(stream, process, 2), image_to_pixels((4, 4), 1), label_column="label")
         for batch in torch.utils.data.DataLoader(part, 4, num_workers=2, collate_fn=collate):
-            seen += zip(batch["pixels"][:, 0, 0, 0].tolist(), batch["class_labels"].tolist())
-    assert sorted(seen) == [(i, i // 20) for i in range(40)] and seen != sorted(seen)
+            items += zip(batch["pixels"][:, 0, 0, 0].tolist(), batch["class_labels"].tolist())
+    assert sorted(items) == [(i, i // 20) for i in range(40)] and items != sorted(items)
 
 
 def test_metadata_beside_tables_is_a_table_or_named(tmp_path, caplog):

@@ -19,11 +19,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def device():
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         pytest.skip("torch finds no accelerator; `make test-device` simulates one")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # products as exact as the CPU's
-    return torch.device(found.type)
+    return torch.device(accelerator.type)
 
 
 @pytest.fixture

@@ -59,8 +59,8 @@ def on_both(device, network, function, x, *args, **kwargs):
     """The function's results on the device and on the CPU."""
     there = copy.deepcopy(network).to(device)
     kwargs = [{name: value() if callable(value) else value for name, value in kwargs.items()} for _ in range(2)]
-    found, expected = function(there, *args, x.to(device), **kwargs[0]), function(network, *args, x, **kwargs[1])
-    return found, expected
+    actual, expected = function(there, *args, x.to(device), **kwargs[0]), function(network, *args, x, **kwargs[1])
+    return actual, expected
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_large", "learned_range"])
@@ -69,7 +69,7 @@ def test_bound(device, unet, scheduler, x_start, generator, variance_type, batch
     learned = variance_type == "learned_range"
     network = unet(sample_size=4, num_class_embeds=3, out_channels=2 if learned else 1)
     scheduler = VariationalDDPMScheduler.from_config(scheduler.config, variance_type=variance_type)
-    found, expected = on_both(
+    actual, expected = on_both(
         device,
         network,
         lambda net, x, **kwargs: bits_per_dim(net, scheduler, x, **kwargs),
@@ -78,18 +78,18 @@ def test_bound(device, unet, scheduler, x_start, generator, variance_type, batch
         generator=generator,
         batch_size=batch_size,
     )
-    assert all(part.device.type == device.type for part in found)
-    assert_close(found, expected)
-    assert abs(found.mean - expected.mean) < 1e-4 and abs(found.standard_error - expected.standard_error) < 1e-4
-    assert_close(rate_distortion(found), rate_distortion(expected))
+    assert all(part.device.type == device.type for part in actual)
+    assert_close(actual, expected)
+    assert abs(actual.mean - expected.mean) < 1e-4 and abs(actual.standard_error - expected.standard_error) < 1e-4
+    assert_close(rate_distortion(actual), rate_distortion(expected))
 
 
 def test_bound_with_noise_or_a_generator_of_the_device(device, network, scheduler, x_start):
     noise = torch.randn(T, *x_start.shape)
-    found, expected = on_both(
+    actual, expected = on_both(
         device, network, lambda net, x: bits_per_dim(net, scheduler, x, noise_fn=lambda t, shape: noise[t]), x_start
     )
-    assert_close(found, expected)
+    assert_close(actual, expected)
     there = copy.deepcopy(network).to(device)
     one, other = (
         bits_per_dim(there, scheduler, x_start.to(device), generator=torch.Generator(device).manual_seed(2))
@@ -99,28 +99,28 @@ def test_bound_with_noise_or_a_generator_of_the_device(device, network, schedule
 
 
 def test_progressive_coding(device, network, scheduler, x_start, generator):
-    found, expected = on_both(
+    actual, expected = on_both(
         device,
         network,
         lambda net, x, **kwargs: progressive_coding(net, scheduler, x, batch_size=3, **kwargs),
         x_start,
         generator=generator,
     )
-    assert_close(found, expected, 1e-3)
+    assert_close(actual, expected, 1e-3)
 
 
 @pytest.mark.parametrize("images", [1, 4])
 def test_estimate(device, network, scheduler, x_start, generator, images):
-    found, expected = on_both(
+    actual, expected = on_both(
         device,
         network,
         lambda net, x, **kwargs: estimate_bits_per_dim(net, scheduler, x, num_evaluations=20, **kwargs),
         x_start[:images],
         generator=generator,
     )
-    assert found.total.device.type == device.type
-    assert_close(found[:4], expected[:4], 1e-3)
-    assert abs(found.sampling_error - expected.sampling_error) < 1e-3 * max(1, expected.sampling_error)
+    assert actual.total.device.type == device.type
+    assert_close(actual[:4], expected[:4], 1e-3)
+    assert abs(actual.sampling_error - expected.sampling_error) < 1e-3 * max(1, expected.sampling_error)
     source = torch.Generator(device).manual_seed(0)
     there, x = copy.deepcopy(network).to(device), x_start[:images].to(device)
     assert estimate_bits_per_dim(there, scheduler, x, num_evaluations=20, generator=source).total.isfinite().all()
@@ -133,7 +133,7 @@ def test_estimate(device, network, scheduler, x_start, generator, images):
 def test_likelihood_by_the_ode(device, scheduler, x_start, generator, process, trace):
     mild = VESDEScheduler(sigma_min=0.1, sigma_max=2.0, clip_sample=True)  # of a steep flow rounding changes the end
     sde = {"chain": scheduler, "vp": VPSDEScheduler(clip_sample=True), "ve": mild}[process]
-    found, expected = on_both(
+    actual, expected = on_both(
         device,
         Convolution(),
         lambda net, x, **kwargs: ode_log_likelihood(
@@ -142,10 +142,10 @@ def test_likelihood_by_the_ode(device, scheduler, x_start, generator, process, t
         x_start,
         generator=generator,
     )
-    assert found.log_likelihood.dtype == torch.float64
-    assert found.latents.device.type == device.type
+    assert actual.log_likelihood.dtype == torch.float64
+    assert actual.latents.device.type == device.type
     # not the calls: rounding decides whether the solver repeats a step
-    assert_close(found[:3], expected[:3], 2e-3)
+    assert_close(actual[:3], expected[:3], 2e-3)
 
 
 @pytest.mark.parametrize("dequantization", ["uniform", "decoder"])
@@ -154,42 +154,42 @@ def test_bits_of_the_ode(device, scheduler, x_start, generator, dequantization):
     if dequantization == "uniform":
         arguments["eps"] = 0.1
     there, x = copy.deepcopy(network).to(device), x_start.to(device)
-    found = ode_bits_per_dim(there, scheduler, x, generator=generator(), **arguments)
+    actual = ode_bits_per_dim(there, scheduler, x, generator=generator(), **arguments)
     expected = ode_bits_per_dim(network, scheduler, x_start, generator=generator(), **arguments)
-    assert found.total.dtype == torch.float64
-    assert_close(found, expected, 2e-3)
-    assert abs(found.standard_error - expected.standard_error) < 1e-2
-    found = ode_bits_per_dim(there, scheduler, x, generator=torch.Generator(device).manual_seed(1), **arguments)
-    assert found.total.isfinite().all()
+    assert actual.total.dtype == torch.float64
+    assert_close(actual, expected, 2e-3)
+    assert abs(actual.standard_error - expected.standard_error) < 1e-2
+    actual = ode_bits_per_dim(there, scheduler, x, generator=torch.Generator(device).manual_seed(1), **arguments)
+    assert actual.total.isfinite().all()
 
 
 def test_probes_of_a_generator_of_the_device(device, scheduler, x_start):
     there = Convolution().to(device)
     for trace in ("rademacher", "gaussian"):
         source = torch.Generator(device).manual_seed(0)
-        found = ode_log_likelihood(
+        actual = ode_log_likelihood(
             there, scheduler, x_start.to(device), eps=0.1, trace=trace, generator=source, rtol=1e-2, atol=1e-2
         )
-        assert found.log_likelihood.isfinite().all()
+        assert actual.log_likelihood.isfinite().all()
 
 
 @pytest.mark.parametrize("steps", [None, 10])
 def test_encoding_and_decoding(device, unet, scheduler, x_start, steps):
     network = unet(sample_size=4) if steps else Convolution()
     arguments = dict(num_inference_steps=steps, eps=None if steps else 0.1, rtol=1e-2, atol=1e-2)
-    for found, expected in (
+    for actual, expected in (
         on_both(device, network, lambda net, x: encode(net, scheduler, x, **arguments), x_start),
         on_both(device, network, lambda net, x: decode(net, scheduler, x, **arguments), x_start),
     ):
-        assert found.sample.device.type == device.type
-        assert_close(found, expected, 2e-3)
+        assert actual.sample.device.type == device.type
+        assert_close(actual, expected, 2e-3)
     a, b = torch.randn(2, 3, 1, 4, 4)
     assert_close(interpolate_latents(a.to(device), b.to(device), [0.2, 1.0]), interpolate_latents(a, b, [0.2, 1.0]))
 
 
 def test_ode_of_a_network_of_its_own_classes(device, unet, scheduler, x_start, generator):
     """A `DDPMUNet`, and gradients through it."""
-    found, expected = on_both(
+    actual, expected = on_both(
         device,
         unet(sample_size=4, block_out_channels=(8, 8), num_class_embeds=3),
         lambda net, x, **kwargs: ode_log_likelihood(
@@ -198,7 +198,7 @@ def test_ode_of_a_network_of_its_own_classes(device, unet, scheduler, x_start, g
         x_start[:2],
         generator=generator,
     )
-    assert_close(found, expected, 2e-3)
+    assert_close(actual, expected, 2e-3)
 
 
 def test_ode_of_a_function(device, scheduler, x_start):
@@ -209,8 +209,8 @@ def test_ode_of_a_function(device, scheduler, x_start):
         assert x.dtype == (torch.float32 if device.type == "mps" else torch.float64)
         return (0.9 * x,)
 
-    found = encode(network, scheduler, x_start.to(device), rtol=1e-2, atol=1e-2)
-    assert found.sample.device.type == device.type
+    actual = encode(network, scheduler, x_start.to(device), rtol=1e-2, atol=1e-2)
+    assert actual.sample.device.type == device.type
 
 
 def test_metrics(device):

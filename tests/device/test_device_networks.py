@@ -52,7 +52,7 @@ def test_forward_and_gradients_are_those_of_the_cpu(device, unet, name):
     network = unet(**NETWORKS[name])
     there = copy.deepcopy(network).to(device)
     x, t, labels = inputs(network)
-    outputs = [forward(net, where, x, t, labels) for net, where in ((network, "cpu"), (there, device))]
+    outputs = [forward(net, target, x, t, labels) for net, target in ((network, "cpu"), (there, device))]
     assert_close(outputs[1], outputs[0])
     for output in outputs:
         output.square().mean().backward()
@@ -67,8 +67,8 @@ def test_one_time_for_all_images_as_a_number_or_a_tensor_of_either_device(device
     x, t, labels = inputs(network)
     with torch.no_grad():
         expected = forward(network, "cpu", x, t[1], labels)
-        for each in (t[1], t[1].item(), t[1].to(device), t[1].expand(3).to(device)):
-            assert_close(forward(there, device, x, each, labels), expected)
+        for timestep in (t[1], t[1].item(), t[1].to(device), t[1].expand(3).to(device)):
+            assert_close(forward(there, device, x, timestep, labels), expected)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -105,8 +105,8 @@ def test_classifier_and_its_gradient(device, pool):
     for t in (7, torch.tensor(7), torch.tensor([7, 9, 0])):
         on_device = t.to(device) if isinstance(t, torch.Tensor) and t.dim() else t
         assert_close(there(x.to(device), on_device), classifier(x, t))
-        found = there.gradient(x.to(device), on_device, labels.to(device), 2.0)
-        assert_close(found, classifier.gradient(x, t, labels, 2.0))
+        actual = there.gradient(x.to(device), on_device, labels.to(device), 2.0)
+        assert_close(actual, classifier.gradient(x, t, labels, 2.0))
 
 
 @pytest.mark.parametrize("name", ["ddpm", "adm", "ncsnpp"])

@@ -38,10 +38,10 @@ def test_losses_and_gradients(device, unet, batch, loss, prediction_type, weight
     there = copy.deepcopy(network).to(device)
     objective = DiffusionObjective(scheduler, loss, weighting=weighting)
     expected = objective(network, x_start, t=t, noise=noise)
-    found = objective(there, x_start.to(device), t=t.to(device), noise=noise.to(device))
-    assert_close(found, expected)
+    actual = objective(there, x_start.to(device), t=t.to(device), noise=noise.to(device))
+    assert_close(actual, expected)
     assert_close(objective(there, x_start.to(device), t=t, noise=noise.to(device)), expected)  # t of the CPU
-    for losses in (expected, found):
+    for losses in (expected, actual):
         losses.mean().backward()
     assert_close(*({key: p.grad for key, p in net.named_parameters()} for net in (there, network)))
     assert objective(there, x_start.to(device)).isfinite().all()  # with draws of its own
@@ -76,21 +76,21 @@ def test_importance_of_timesteps_is_learned_as_on_the_cpu(device):
         t = (torch.arange(12) + 12 * i) % T
         losses = (1 + t) / T + 0.01 * torch.rand(12)
         losses[i % 3] = torch.nan if i == 4 else losses[i % 3]
-        for sampler, where in zip(samplers, (device, "cpu")):
-            sampler.update(t.to(where), losses.to(where))
-    found, expected = samplers
-    assert found.losses.device.type == device.type
+        for sampler, target in zip(samplers, (device, "cpu")):
+            sampler.update(t.to(target), losses.to(target))
+    actual, expected = samplers
+    assert actual.losses.device.type == device.type
     assert_close(
-        {key: value.float() for key, value in found.state_dict().items()},
+        {key: value.float() for key, value in actual.state_dict().items()},
         {key: value.float() for key, value in expected.state_dict().items()},
     )
-    assert_close(found.probabilities().float(), expected.probabilities().float(), 1e-6)
+    assert_close(actual.probabilities().float(), expected.probabilities().float(), 1e-6)
     assert not torch.allclose(expected.probabilities(), torch.tensor(1 / T, dtype=torch.float64))
-    t, weights = found.sample(2000, device, torch.Generator(device).manual_seed(0))
+    t, weights = actual.sample(2000, device, torch.Generator(device).manual_seed(0))
     assert t.device.type == weights.device.type == device.type
     assert abs(weights.mean().item() - 1) < 0.05  # E[1 / (N p)] = 1
     # a checkpoint of either device is for the other, too
-    for sampler, state in ((found, expected.state_dict()), (expected, found.state_dict())):
+    for sampler, state in ((actual, expected.state_dict()), (expected, actual.state_dict())):
         sampler.load_state_dict(state)
         sampler.sample(4, "cpu")
 
@@ -103,10 +103,10 @@ def test_continuous_times_with_and_without_a_device(device, importance, generato
     assert t.device.type == weights.device.type == device.type
     assert ((t > 0) & (t <= 1)).all()
     assert abs(weights.mean().item() - 1) < 0.05
-    again = times.sample(50, generator=generator())
+    repeated = times.sample(50, generator=generator())
     expected = fresh.sample(50, generator=generator())
-    assert again[0].device.type == "cpu" and again[0].dtype == torch.float64
-    assert all(torch.equal(*pair) for pair in zip(again, expected))
+    assert repeated[0].device.type == "cpu" and repeated[0].dtype == torch.float64
+    assert all(torch.equal(*pair) for pair in zip(repeated, expected))
 
 
 def test_labels_are_dropped_on_the_device(device):

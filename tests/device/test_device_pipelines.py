@@ -29,8 +29,8 @@ def pipelines(device):
 
     def make(network, scheduler=None, classifier=None):
         both = []
-        for where in ("cpu", device):
-            pipeline = DDPMImagePipeline(*copy.deepcopy((network, scheduler or process(), classifier))).to(where)
+        for target in ("cpu", device):
+            pipeline = DDPMImagePipeline(*copy.deepcopy((network, scheduler or process(), classifier))).to(target)
             pipeline.set_progress_bar_config(disable=True)
             both.append(pipeline)
         return both
@@ -44,18 +44,18 @@ def test_samples_of_generators_of_the_cpu(device, unet, pipelines, generator, va
     learned = variance_type == "learned_range"
     here, there = pipelines(unet(out_channels=2 if learned else 1), process(variance_type=variance_type))
     for source in (generator, lambda: [generator(i) for i in range(3)]):
-        found, expected = (
+        actual, expected = (
             pipeline(3, source(), num_inference_steps=10, eta=eta, output_type="latent").images
             for pipeline in (there, here)
         )
-        assert found.device.type == device.type
-        assert_close(found, expected)
+        assert actual.device.type == device.type
+        assert_close(actual, expected)
     latents = torch.randn(3, 1, 8, 8, generator=generator(5))
-    found, expected = (
-        pipeline(3, generator(), 10, "np", eta=eta, latents=latents.to(where)).images
-        for pipeline, where in ((there, "cpu"), (here, "cpu"))
+    actual, expected = (
+        pipeline(3, generator(), 10, "np", eta=eta, latents=latents.to(target)).images
+        for pipeline, target in ((there, "cpu"), (here, "cpu"))
     )
-    assert_close(torch.tensor(found), torch.tensor(expected))
+    assert_close(torch.tensor(actual), torch.tensor(expected))
     assert_close(
         torch.tensor(there(3, generator(), 10, "np", eta=eta, latents=latents.to(device)).images),
         torch.tensor(expected),
@@ -78,15 +78,15 @@ def test_samples_of_generators_of_the_device(device, unet, pipelines):
 def test_labels_and_classifier_free_guidance(device, unet, pipelines, generator):
     here, there = pipelines(unet(num_class_embeds=5, _ddpm_hf={"null_class": 4}))
     for labels, scale in (([0, 3, 1], None), (2, 3.0), ([0, 3, 1], [0.0, 1.0, 2.5]), (None, None)):
-        found, expected = (
+        actual, expected = (
             pipeline(3, generator(), 5, "latent", class_labels=labels, guidance_scale=scale).images
             for pipeline in (there, here)
         )
-        assert_close(found, expected)
+        assert_close(actual, expected)
     labels, scale = torch.tensor([0, 3, 1], device=device), torch.tensor([0.0, 1.0, 2.5], device=device)
-    found = there(3, generator(), 5, "latent", class_labels=labels, guidance_scale=scale).images
+    actual = there(3, generator(), 5, "latent", class_labels=labels, guidance_scale=scale).images
     expected = here(3, generator(), 5, "latent", class_labels=labels.cpu(), guidance_scale=scale.cpu()).images
-    assert_close(found, expected)
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("scheduler", [None, "DDIMScheduler", "DPMSolverMultistepScheduler"])
@@ -97,11 +97,11 @@ def test_guidance_by_a_classifier(device, unet, pipelines, generator, scheduler,
     other = scheduler and getattr(diffusers, scheduler).from_config(ours.config)
     if eta is not None and scheduler == "DPMSolverMultistepScheduler":
         pytest.skip("it has no eta")
-    found, expected = (
+    actual, expected = (
         pipeline(3, generator(), 10, "latent", eta=eta, class_labels=[0, 3, 1], classifier_scale=[0.0, 1.0, 5.0]).images
         for pipeline in reversed(pipelines(unet(), other or ours, classifier))
     )
-    assert_close(found, expected, 1e-3)
+    assert_close(actual, expected, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def test_other_schedulers(unet, pipelines, generator, name):
     network = unet()
     scheduler = getattr(diffusers, name).from_config(process(beta_schedule="linear").config)
     here, there = pipelines(network, scheduler)
-    found, expected = (pipeline(2, generator(), 8, "latent").images for pipeline in (there, here))
+    actual, expected = (pipeline(2, generator(), 8, "latent").images for pipeline in (there, here))
     assert expected.isfinite().all()
-    assert_close(found, expected, 1e-3)
+    assert_close(actual, expected, 1e-3)
 
 
 @pytest.mark.parametrize("corrector", ["langevin", "annealed_langevin"])
@@ -135,24 +135,24 @@ def test_samplers_of_continuous_time(unet, pipelines, generator, cls, corrector)
     network = unet(time_embedding_type="fourier" if exploding else "positional")
     scheduler = cls(corrector=corrector, correct_steps=1, clip_sample=True, snr=0.05)
     here, there = pipelines(network, scheduler)
-    found, expected = (pipeline(2, generator(), 15, "pt").images for pipeline in (there, here))
-    assert_close(found, expected, 1e-3)
+    actual, expected = (pipeline(2, generator(), 15, "pt").images for pipeline in (there, here))
+    assert_close(actual, expected, 1e-3)
 
 
 def test_progressive_and_interpolation(unet, pipelines, generator):
     here, there = pipelines(unet())
-    found, expected = (list(pipeline.progressive(2, generator(), 10, every=3)) for pipeline in (there, here))
-    assert [t for t, *_ in found] == [t for t, *_ in expected]
-    for (_, *one), (_, *other) in zip(found, expected):
+    actual, expected = (list(pipeline.progressive(2, generator(), 10, every=3)) for pipeline in (there, here))
+    assert [t for t, *_ in actual] == [t for t, *_ in expected]
+    for (_, *one), (_, *other) in zip(actual, expected):
         assert_close(one, other)
     a, b = torch.rand(2, 2, 1, 8, 8) * 2 - 1
-    found, expected = (
+    actual, expected = (
         pipeline.interpolate(
             a, b, [0.0, 0.5], 9, generator=generator(), num_inference_steps=10, output_type="latent"
         ).images
         for pipeline in (there, here)
     )
-    assert_close(found, expected)
+    assert_close(actual, expected)
 
 
 def test_cascade(device, unet, pipelines, generator):
@@ -160,13 +160,13 @@ def test_cascade(device, unet, pipelines, generator):
         unet(sample_size=16, in_channels=3), process(), low_resolution=8, conditioning_noise=0.2
     )
     base, _ = pipelines(unet())
-    found, expected = (
-        copy.deepcopy(cascade).to(where)(2, generator(), 5, "latent", upsampler_steps=5, noise_level=0.1).images
+    actual, expected = (
+        copy.deepcopy(cascade).to(target)(2, generator(), 5, "latent", upsampler_steps=5, noise_level=0.1).images
         for cascade in (CascadePipeline(base, upsampler),)
-        for where in (device, "cpu")
+        for target in (device, "cpu")
     )
-    assert found.device.type == device.type and found.shape == (2, 1, 16, 16)
-    assert_close(found, expected)
+    assert actual.device.type == device.type and actual.shape == (2, 1, 16, 16)
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("labels", [None, [1, 4]])

@@ -39,12 +39,12 @@ def test_every_function_of_the_process(device, images, variance_type, prediction
     scheduler = scheduler_of(variance_type=variance_type, prediction_type=prediction_type)
     x_start, noise = images
     output = 0.5 * torch.randn(3, 2 if variance_type.startswith("learned") else 1, 4, 4)
-    found = []
-    for where in (device, torch.device("cpu")):
-        x, e, o, at = (on(where, value) for value in (x_start, noise, output, TIMES[t]))
+    results = []
+    for target in (device, torch.device("cpu")):
+        x, e, o, at = (on(target, value) for value in (x_start, noise, output, TIMES[t]))
         x_t = scheduler.q_sample(x, at, e)
         p = scheduler.p_mean_variance(o, x_t, at)
-        found.append(
+        results.append(
             {
                 "q_sample": x_t,
                 "add_noise": scheduler.add_noise(x, e, at if isinstance(at, torch.Tensor) else torch.tensor(at)),
@@ -64,8 +64,8 @@ def test_every_function_of_the_process(device, images, variance_type, prediction
                 "reverse": scheduler.reverse_step(o, at, x_t).prev_sample,
             }
         )
-    assert all(value.device.type == device.type for value in found[0].values() if isinstance(value, torch.Tensor))
-    assert_close(*found)
+    assert all(value.device.type == device.type for value in results[0].values() if isinstance(value, torch.Tensor))
+    assert_close(*results)
 
 
 def test_chain_of_fewer_steps_and_what_is_outside_of_it(device, images):
@@ -92,16 +92,16 @@ def test_generators_of_both_devices_and_lists_of_them(device, images, generator)
     assert_close(step(generator()), expected)  # the CPU's numbers, moved
     assert torch.equal(step(torch.Generator(device).manual_seed(1)), step(torch.Generator(device).manual_seed(1)))
     for source in ("cpu", device):
-        each = step([torch.Generator(source).manual_seed(i) for i in range(3)])
+        samples = step([torch.Generator(source).manual_seed(i) for i in range(3)])
         alone = scheduler.step(output[2:], 7, x_t[2:], [torch.Generator(source).manual_seed(2)]).prev_sample
-        assert_close(each[2:], alone, 1e-6)
+        assert_close(samples[2:], alone, 1e-6)
 
 
 def test_timesteps_are_drawn_where_the_generator_is(device, generator):
     scheduler = scheduler_of()
     expected = scheduler.draw_timesteps(50, generator=generator())
-    found = scheduler.draw_timesteps(50, device, generator())
-    assert found.device.type == device.type and torch.equal(found.cpu(), expected)
+    actual = scheduler.draw_timesteps(50, device, generator())
+    assert actual.device.type == device.type and torch.equal(actual.cpu(), expected)
     for source in (None, torch.Generator(device)):
         drawn = scheduler.draw_timesteps(500, device, source)
         assert drawn.device.type == device.type and sorted(set(drawn.tolist())) == list(range(T))
@@ -110,15 +110,15 @@ def test_timesteps_are_drawn_where_the_generator_is(device, generator):
 def test_decoder_in_its_tails_and_with_gradients(device):
     x = torch.tensor([-1.0, -0.5, 0.0, 1.0, 1.0])
     mean = torch.tensor([-1.0, 0.5, 0.01, -1.0, 0.9])
-    found = []
-    for where in (device, "cpu"):
-        m = mean.to(where).requires_grad_()
-        nats = discretized_gaussian_log_likelihood(x.to(where), m, torch.full_like(m, -4.0), levels=17)
+    results = []
+    for target in (device, "cpu"):
+        m = mean.to(target).requires_grad_()
+        nats = discretized_gaussian_log_likelihood(x.to(target), m, torch.full_like(m, -4.0), levels=17)
         nats.sum().backward()
-        found.append((nats, m.grad))
-    assert found[0][0].device.type == device.type
-    assert_close(*found)
-    assert found[0][0].min() < -1000
+        results.append((nats, m.grad))
+    assert results[0][0].device.type == device.type
+    assert_close(*results)
+    assert results[0][0].min() < -1000
 
 
 @pytest.mark.parametrize("predictor", [name for name in PREDICTORS if name != "none"])
@@ -130,14 +130,14 @@ def test_steps_of_sde_samplers(device, images, cls, predictor):
         scheduler = cls(predictor=predictor, corrector=corrector, correct_steps=1, prediction_type="epsilon")
         scheduler.set_timesteps(50)
         x_start, noise = images
-        found = []
-        for where in (device, "cpu"):
-            x, e = x_start.to(where), noise.to(where)
-            x_t = scheduler.add_noise(x, e, scheduler.timesteps[[5, 20, 40]].to(where))
+        results = []
+        for target in (device, "cpu"):
+            x, e = x_start.to(target), noise.to(target)
+            x_t = scheduler.add_noise(x, e, scheduler.timesteps[[5, 20, 40]].to(target))
             t = scheduler.timesteps[20]
             corrected = scheduler.step_correct(e, t, x_t, variance_noise=x)
-            found.append((x_t, corrected, *scheduler.step(e, t, x_t, return_dict=False, variance_noise=x)))
-        assert_close(*found)
+            results.append((x_t, corrected, *scheduler.step(e, t, x_t, return_dict=False, variance_noise=x)))
+        assert_close(*results)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def test_steps_of_sde_samplers(device, images, cls, predictor):
 def test_coefficients_of_sdes_at_times_on_the_device(device, sde, images):
     t, (x_start, noise) = torch.tensor([0.1, 0.55, 1.0], dtype=torch.float64), images
     kind = torch.float32 if device.type == "mps" else torch.float64
-    found = []
-    for where, dtype in ((device, kind), ("cpu", torch.float64)):
-        at, x, e = t.to(dtype).to(where), x_start.to(where), noise.to(where)
+    results = []
+    for target, dtype in ((device, kind), ("cpu", torch.float64)):
+        at, x, e = t.to(dtype).to(target), x_start.to(target), noise.to(target)
         names = ("log_scale", "std", "drift_coefficient", "diffusion", "conditioning_times")
-        found.append(
+        results.append(
             [getattr(sde, name)(at).float() for name in names]
             + [value.float() for value in (*sde.discrete(at), *sde.score_weights(at))]
             + [sde.times(sde.conditioning_times(at)).float(), sde.sample(x, at, e), sde.score(e, x, at)]
             + [sde.reverse_drift(x, at, e), sde.reverse_discretize(x, at, e)[0], sde.prior_log_prob(x).float()]
         )
-    assert_close(*found)
+    assert_close(*results)

@@ -83,14 +83,14 @@ def test_a_resumed_run_is_the_whole_one(device, fresh_accelerate, tmp_path, prog
         tmp_path / "run",
     ]
     saved = tmp_path / "run" / ("pipeline/unet" if program == "train.py" else "classifier")
-    found = []
+    results = []
     for _ in range(2):
         fresh_accelerate()
         script(program, *arguments)
-        found.append(load_file(saved / "diffusion_pytorch_model.safetensors"))
+        results.append(load_file(saved / "diffusion_pytorch_model.safetensors"))
         shutil.rmtree(tmp_path / "run/checkpoints/0000006")
         shutil.rmtree(saved.parent if program == "train.py" else saved)
-    assert_close(*found, tolerance=1e-5)  # a GPU adds gradients in an order of its own
+    assert_close(*results, tolerance=1e-5)  # a GPU adds gradients in an order of its own
 
 
 @pytest.fixture

@@ -107,8 +107,8 @@ def test_what_samplers_of_timesteps_and_losses_wait_for(device, unet):
     def step():
         t, _ = learned.sample(4, device)
         learned.update(t, losses)
-        for each in times:
-            t, _ = each.sample(4, device)
+        for sampler in times:
+            t, _ = sampler.sample(4, device)
         for objective in objectives:
             objective(network, x_start, t=t.clamp(min=0.1))
 

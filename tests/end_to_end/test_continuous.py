@@ -83,18 +83,18 @@ def test_a_run(run):
 def test_a_run_that_went_on_is_one_that_was_let_alone(run):
     folder, extra, _ = run
     script("train.py", *SMALL, *extra, "--output_dir", folder / "alone")
-    found, alone = (
+    resumed, alone = (
         DDPMImagePipeline.from_pretrained(folder / name / "pipeline").unet.state_dict() for name in ("run", "alone")
     )
     for key, value in alone.items():
-        assert torch.equal(found[key], value), key
+        assert torch.equal(resumed[key], value), key
 
 
 def test_evaluation_and_samples(run, tmp_path):
     folder = run[0] / "run/pipeline"
-    told = script("evaluate.py", folder, "--images", 3, "--ode", "--tolerance", "1e-2", "--probes", 2).stdout
+    output = script("evaluate.py", folder, "--images", 3, "--ode", "--tolerance", "1e-2", "--probes", 2).stdout
     report = json.loads((folder / "evaluation.json").read_text())
-    assert f"total    {report['total']:.4f}" in told and "network calls an image" in told
+    assert f"total    {report['total']:.4f}" in output and "network calls an image" in output
     assert report["dequantization"] == "uniform" and report["sampling_error"] > 0 and report["images"] == 3
     card = (folder / "README.md").read_text()
     assert f"| total | {report['total']:.4f}" in card and "a network of continuous time" in card and " SDE, " in card
@@ -116,11 +116,11 @@ def test_evaluation_and_samples(run, tmp_path):
 def test_without_the_package_by_trusted_code_alone(run):
     folder = run[0] / "run/pipeline"
     ours = DDPMImagePipeline.from_pretrained(folder)
-    for how in ({}, {"custom_pipeline": str(folder)}):
-        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **how)
-        for each in (pipe, ours):
-            each.set_progress_bar_config(disable=True)
-        images = [each(2, torch.Generator().manual_seed(0), 4, "np").images for each in (pipe, ours)]
+    for open_kwargs in ({}, {"custom_pipeline": str(folder)}):
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **open_kwargs)
+        for pipeline in (pipe, ours):
+            pipeline.set_progress_bar_config(disable=True)
+        images = [pipeline(2, torch.Generator().manual_seed(0), 4, "np").images for pipeline in (pipe, ours)]
         np.testing.assert_allclose(*images, atol=1e-5)
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(folder)

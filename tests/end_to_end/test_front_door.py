@@ -54,8 +54,8 @@ def test_a_folder_becomes_a_model(pets, monkeypatch):
     assert publish.endswith(" ddpm-hf push runs/my-pets/pipeline --repo_id USER/my-pets")
     pipeline = DDPMImagePipeline.from_pretrained("runs/my-pets/pipeline")
     assert pipeline.class_names == ["cat", "dog"] and pipeline.channels == 3
-    again = command(*words)  # nothing is left to do
-    assert again.stdout == result.stdout and "minutes are" not in again.stderr
+    repeated = command(*words)  # nothing is left to do
+    assert repeated.stdout == result.stdout and "minutes are" not in repeated.stderr
 
 
 def test_digits(pets):
@@ -73,9 +73,9 @@ def test_a_trial_of_few_steps_and_the_run_after_it(pets):
     assert [line.split()[0] for line in trial.stdout.splitlines()[-4:]] == ["bits/dim", "samples", "sample", "publish"]
     run = pets / "runs/my-pets"
     assert sheets(run) == ["0000002.png"] and (run / "pipeline/samples.png").is_file()
-    again = command("train", "my pets", "--steps", "2", *TINY.split())
-    assert "runs/my-pets is already complete (2 steps); raise steps to continue" in again.stderr.splitlines()
-    assert again.stdout == trial.stdout and "resumed from" not in again.stderr
+    rerun = command("train", "my pets", "--steps", "2", *TINY.split())
+    assert "runs/my-pets is already complete (2 steps); raise steps to continue" in rerun.stderr.splitlines()
+    assert rerun.stdout == trial.stdout and "resumed from" not in rerun.stderr
     longer = command("train", "my pets", "--steps", "4", *TINY.split())
     assert "resumed from step 2 " in longer.stderr and "settings from" not in longer.stderr
     assert sheets(run) == ["0000002.png", "0000004.png"]

@@ -47,8 +47,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guided")
     script("train.py", "--config", "digits-classes", *BASE, "--output_dir", folder / "base")
     arguments = ["--pipeline", folder / "base/pipeline", "--output_dir", folder / "classifier"]
-    told = script("train_classifier.py", *CLASSIFIER, *arguments).stdout
-    assert f"saved {folder / 'classifier/classifier'} and {folder / 'classifier/pipeline'}" in told
+    output = script("train_classifier.py", *CLASSIFIER, *arguments).stdout
+    assert f"saved {folder / 'classifier/classifier'} and {folder / 'classifier/pipeline'}" in output
     return folder
 
 
@@ -70,12 +70,12 @@ def test_a_network_with_label_dropout(trained):
 def test_what_a_run_writes(trained):
     run = trained / "classifier"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seen, held_out = ([row for row in rows if key in row] for key in ("accuracy", "accuracy_held_out"))
-    assert [row["step"] for row in seen] == [2, 4, 6] and [row["step"] for row in held_out] == [3, 6]
-    for kind, of in (("accuracy", seen), ("accuracy_held_out", held_out)):
+    training_rows, held_out = ([row for row in rows if key in row] for key in ("accuracy", "accuracy_held_out"))
+    assert [row["step"] for row in training_rows] == [2, 4, 6] and [row["step"] for row in held_out] == [3, 6]
+    for kind, of in (("accuracy", training_rows), ("accuracy_held_out", held_out)):
         keys = [kind, *(f"{kind}_t_quarter_{i}" for i in range(1, 5))]
         assert all(row[key] is None or 0 <= row[key] <= 1 for row in of for key in keys)
-    assert all(row["loss"] > 0 for row in seen) and all(row["loss_held_out"] > 0 for row in held_out)
+    assert all(row["loss"] > 0 for row in training_rows) and all(row["loss_held_out"] > 0 for row in held_out)
     assert np.asarray(Image.open(run / "curves.png")).std() > 0 and (run / "config.yaml").is_file()
     classifier = NoisyClassifier.from_pretrained(run / "classifier")
     assert classifier.num_classes == 10 and classifier.config.scheduler["_ddpm_hf"]["levels"] == 17
@@ -111,38 +111,42 @@ PARTS = "DDPMImagePipeline DDPMUNet NoisyClassifier VariationalDDPMScheduler"
 
 
 def images_of(pipeline):
-    how = dict(class_labels=[1, 2], classifier_scale=3.0, guidance_scale=2.0, num_inference_steps=5, output_type="np")
-    return pipeline(2, generator=torch.Generator().manual_seed(0), **how).images
+    kwargs = dict(
+        class_labels=[1, 2], classifier_scale=3.0, guidance_scale=2.0, num_inference_steps=5, output_type="np"
+    )
+    return pipeline(2, generator=torch.Generator().manual_seed(0), **kwargs).images
 
 
 def test_opened_in_a_new_process(trained, tmp_path):
     """With the package and as remote code: the same pixels, and the same folder saved again; by plain diffusers stock parts."""
     folder = trained / "classifier/pipeline"
     expected = images_of(DDPMImagePipeline.from_pretrained(folder))
-    for how in "package", "remote":
-        told = run_elsewhere(OPEN, tmp_path, how, folder, tmp_path / how, package=how == "package", offline=True)
-        assert PARTS in told and ("optimize is brought by the package ddpm-hf: pip install" in told) == (
-            how == "remote"
+    for opener in "package", "remote":
+        output = run_elsewhere(
+            OPEN, tmp_path, opener, folder, tmp_path / opener, package=opener == "package", offline=True
         )
-        np.testing.assert_allclose(np.load(tmp_path / f"{how}.npy"), expected, rtol=0, atol=ROUNDING)
+        assert PARTS in output and ("optimize is brought by the package ddpm-hf: pip install" in output) == (
+            opener == "remote"
+        )
+        np.testing.assert_allclose(np.load(tmp_path / f"{opener}.npy"), expected, rtol=0, atol=ROUNDING)
     names = "model_index.json", "classifier/config.json", "classifier/diffusion_pytorch_model.safetensors"
     assert all((tmp_path / "remote_again" / name).read_bytes() == (folder / name).read_bytes() for name in names)
     np.testing.assert_array_equal(images_of(DDPMImagePipeline.from_pretrained(tmp_path / "remote_again")), expected)
-    told = run_elsewhere(OPEN, tmp_path, "stock", folder, tmp_path / "stock", package=False, offline=True)
-    assert "DDPMPipeline DDPMScheduler UNet2DModel" in told
+    output = run_elsewhere(OPEN, tmp_path, "stock", folder, tmp_path / "stock", package=False, offline=True)
+    assert "DDPMPipeline DDPMScheduler UNet2DModel" in output
     assert (folder / "classifier/noisy_classifier.py").read_text().count("class NoisyClassifier(") == 1
 
 
-SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("package", "stock")]
+SLOW = [pytest.param(opener, marks=pytest.mark.slow) for opener in ("package", "stock")]
 
 
-@pytest.mark.parametrize("how", ["remote", *SLOW])
-def test_opened_from_the_hub(hub, trained, tmp_path, how):
+@pytest.mark.parametrize("opener", ["remote", *SLOW])
+def test_opened_from_the_hub(hub, trained, tmp_path, opener):
     folder = trained / "classifier/pipeline"
     push_folder(folder, "user/guided")
-    told = run_elsewhere(OPEN, tmp_path, how, "user/guided", tmp_path / "out", package=how == "package")
-    assert (PARTS if how != "stock" else "DDPMPipeline DDPMScheduler UNet2DModel") in told
-    if how != "stock":
+    output = run_elsewhere(OPEN, tmp_path, opener, "user/guided", tmp_path / "out", package=opener == "package")
+    assert (PARTS if opener != "stock" else "DDPMPipeline DDPMScheduler UNet2DModel") in output
+    if opener != "stock":
         expected = images_of(DDPMImagePipeline.from_pretrained(folder))
         np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=0, atol=ROUNDING)
 
@@ -200,13 +204,13 @@ def test_going_on_with_another_process_is_refused(trained, tmp_path):
     ]
     script("train_classifier.py", *arguments, "--steps", "2")
     DDPMScheduler(beta_schedule="linear").save_pretrained(tmp_path / "base/scheduler")
-    told = script("train_classifier.py", *arguments, "--steps", "4", check=False)
+    result = script("train_classifier.py", *arguments, "--steps", "4", check=False)
     assert (
-        told.returncode == 1
-        and "was trained with" in told.stderr
-        and "scheduler.beta_schedule='linear', but " in told.stderr
+        result.returncode == 1
+        and "was trained with" in result.stderr
+        and "scheduler.beta_schedule='linear', but " in result.stderr
     )
-    assert len(told.stderr.strip().splitlines()) == 1
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_labels_are_those_of_the_pipeline(trained, tmp_path):
@@ -223,13 +227,13 @@ def test_labels_are_those_of_the_pipeline(trained, tmp_path):
     config, *_ = load_config(
         ["--config", "digits", "--data", str(tmp_path / "reversed.parquet"), "--batch_size", "16"], ClassifierConfig
     )
-    found = open_data(config, dataclasses.replace(open_images(config), class_names=names))
-    assert found.tensors["class_labels"].tolist() == rows["label"]
-    told = script(
+    dataset = open_data(config, dataclasses.replace(open_images(config), class_names=names))
+    assert dataset.tensors["class_labels"].tolist() == rows["label"]
+    result = script(
         "train_classifier.py", *arguments, "--data", tmp_path / "others.parquet", "--output_dir", tmp_path / "no", check=False
     )  # fmt: skip
-    assert told.returncode == 1 and "label_column='label' has the label 'digit 0'; known are 0, 1, 2" in told.stderr
-    assert told.stderr.count("\n") == 1 and not (tmp_path / "no").exists()
+    assert result.returncode == 1 and "label_column='label' has the label 'digit 0'; known are 0, 1, 2" in result.stderr
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 def test_preprocessing_is_that_of_the_pipeline(trained, tmp_path):
@@ -246,7 +250,7 @@ def test_preprocessing_is_that_of_the_pipeline(trained, tmp_path):
 def test_a_pipeline_that_cannot_be_guided_is_told_at_once(trained, tmp_path):
     shutil.copytree(trained / "base/pipeline", tmp_path / "base")
     (tmp_path / "base/unet/diffusion_pytorch_model.safetensors").unlink()
-    told = script(
+    result = script(
         "train_classifier.py",
         *CLASSIFIER,
         "--pipeline",
@@ -255,7 +259,9 @@ def test_a_pipeline_that_cannot_be_guided_is_told_at_once(trained, tmp_path):
         tmp_path / "run",
         check=False,
     )
-    assert told.returncode == 1 and "base/unet has no safetensors" in told.stderr and "Traceback" not in told.stderr
+    assert (
+        result.returncode == 1 and "base/unet has no safetensors" in result.stderr and "Traceback" not in result.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -272,8 +278,10 @@ def test_fine_tuning_keeps_the_null_class(trained, tmp_path):
     arguments = [*BASE, "--label_column", "label", "--init_from", trained / "base/pipeline", "--steps", "2"]
     script("train.py", "--config", "digits", *arguments, "--label_dropout", "0.2", "--output_dir", tmp_path / "run")
     assert DDPMImagePipeline.from_pretrained(tmp_path / "run/pipeline").unet.null_class == 10
-    told = script("train.py", "--config", "digits", *arguments, "--output_dir", tmp_path / "no", check=False)
-    assert told.returncode == 1 and "its network was trained with label dropout; give a share above 0" in told.stderr
+    result = script("train.py", "--config", "digits", *arguments, "--output_dir", tmp_path / "no", check=False)
+    assert (
+        result.returncode == 1 and "its network was trained with label dropout; give a share above 0" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,8 +316,8 @@ def test_mistakes(argv, message, tmp_path):
 )
 def test_mistakes_before_anything_is_made(trained, argv, message, tmp_path):
     arguments = [*CLASSIFIER, "--pipeline", trained / "base/pipeline", *argv, "--output_dir", tmp_path / "run"]
-    told = script("train_classifier.py", *arguments, check=False)
-    assert told.returncode == 1 and message in told.stderr and len(told.stderr.strip().splitlines()) == 1
+    result = script("train_classifier.py", *arguments, check=False)
+    assert result.returncode == 1 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 

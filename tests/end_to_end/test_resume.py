@@ -60,8 +60,8 @@ def end_when(process, path, number=signal.SIGKILL):
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.0005)
     if number == signal.SIGKILL:
-        for each in (*psutil.Process(process.pid).children(recursive=True), process):
-            each.kill()
+        for running in (*psutil.Process(process.pid).children(recursive=True), process):
+            running.kill()
     else:
         os.killpg(process.pid, number)
     _, errors = process.communicate()
@@ -92,7 +92,7 @@ def results(folder, step=24):
         "scaler": torch.load(scaler, weights_only=True) if scaler.exists() else None,
         "timesteps": run["timesteps"],
         "learning rate": run["lr_schedule"]["_last_lr"],
-        "position": [own["at"] for own in run["own"]],
+        "position": [process_state["at"] for process_state in run["own"]],
     }
 
 
@@ -175,8 +175,8 @@ def test_a_signal_to_the_group_of_processes(tmp_path, number):
     lines = end_when(process, tmp_path / "checkpoints/0000004", number).splitlines()
     assert process.returncode == 128 + number and time.monotonic() - start_of_end < 30
     name = signal.Signals(number).name
-    again = "Ctrl-C" if number == signal.SIGINT else name
-    assert f"{name}: stopping after this step; {again} again stops immediately" in lines
+    signal_name = "Ctrl-C" if number == signal.SIGINT else name
+    assert f"{name}: stopping after this step; {signal_name} again stops immediately" in lines
     assert not any("Traceback" in line for line in lines) and lines[-1].startswith("train.py: stopped by SIG")
 
 
@@ -247,7 +247,7 @@ def test_one_of_two_processes_is_interrupted_while_it_measures(tmp_path):
     for line in process.stderr:
         if line == "step 6: measuring 64 held-out images\n":
             break
-    other = next(each for each in psutil.Process(process.pid).children() if each.environ()["RANK"] == "1")
+    other = next(child for child in psutil.Process(process.pid).children() if child.environ()["RANK"] == "1")
     other.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert "stopped by SIGTERM after step 6; the same command resumes from there" in errors
@@ -291,5 +291,8 @@ def test_two_processes_compute_what_one_does(tmp_path):
             if not key.endswith("to_k.bias"):
                 torch.testing.assert_close(other["averaged weights"][key], value, rtol=1e-4, atol=1e-6)
         for sheet in ("0000024.png", "0000024-denoising.png"):
-            sheets = [np.asarray(Image.open(tmp_path / each / "samples" / sheet)).astype(int) for each in ("one", name)]
+            sheets = [
+                np.asarray(Image.open(tmp_path / run_name / "samples" / sheet)).astype(int)
+                for run_name in ("one", name)
+            ]
             assert abs(sheets[0] - sheets[1]).max() <= 1

@@ -99,7 +99,7 @@ OPEN = """
     print(type(pipe).__name__, *(type(part).__name__ for part in pipe.components.values()))
     generator = torch.Generator().manual_seed(0)
     if kind == "CascadePipeline":
-        how = dict(num_inference_steps=3, upsampler_steps=3, class_labels=[1, 2], noise_level=0.2, output_type="np")
+        kwargs = dict(num_inference_steps=3, upsampler_steps=3, class_labels=[1, 2], noise_level=0.2, output_type="np")
         images = pipe(2, generator, **how).images
     else:
         images = pipe(torch.load(small), generator, 3, "np", class_labels=[1, 2], noise_level=0.2).images
@@ -107,32 +107,32 @@ OPEN = """
 """
 
 
-@pytest.mark.parametrize("how", ["remote", pytest.param("package", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("opener", ["remote", pytest.param("package", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "kind", [pytest.param("DDPMSuperResolutionPipeline", marks=pytest.mark.slow), "CascadePipeline"]
 )  # a cascade has both
-def test_opened_in_a_new_process(trained, tmp_path, how, kind):
+def test_opened_in_a_new_process(trained, tmp_path, opener, kind):
     """To the same pixels."""
     torch.save(small := torch.rand(2, 1, 8, 8) * 2 - 1, tmp_path / "small.pt")
     folder = trained / ("cascade" if kind == "CascadePipeline" else "upsampler/pipeline")
-    told = run_elsewhere(
+    output = run_elsewhere(
         OPEN,
         tmp_path,
-        how,
+        opener,
         kind,
         folder,
         tmp_path / "out.npy",
         tmp_path / "small.pt",
-        package=how == "package",
+        package=opener == "package",
         offline=True,
     )
     generator = torch.Generator().manual_seed(0)
     if kind == "CascadePipeline":
-        assert told.startswith("CascadePipeline DDPMImagePipeline DDPMSuperResolutionPipeline")
-        how = dict(num_inference_steps=3, upsampler_steps=3, class_labels=[1, 2], noise_level=0.2, output_type="np")
-        expected = CascadePipeline.from_pretrained(folder)(2, generator, **how).images
+        assert output.startswith("CascadePipeline DDPMImagePipeline DDPMSuperResolutionPipeline")
+        kwargs = dict(num_inference_steps=3, upsampler_steps=3, class_labels=[1, 2], noise_level=0.2, output_type="np")
+        expected = CascadePipeline.from_pretrained(folder)(2, generator, **kwargs).images
     else:
-        assert told.startswith("DDPMSuperResolutionPipeline DDPMUNet VariationalDDPMScheduler")
+        assert output.startswith("DDPMSuperResolutionPipeline DDPMUNet VariationalDDPMScheduler")
         pipe = DDPMSuperResolutionPipeline.from_pretrained(folder)
         expected = pipe(small, generator, 3, "np", class_labels=[1, 2], noise_level=0.2).images
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=0, atol=ROUNDING)
@@ -155,10 +155,10 @@ def test_sheets_of_both(trained, tmp_path):
     script("sample.py", trained / "cascade", "--count", "10", "--steps", "2", "--out", tmp_path / "b.png")
     sheet = Image.open(tmp_path / "b.png")
     assert sheet.width == 10 * 68 and 68 < sheet.height < 2 * 68
-    told = script("sample.py", trained / "cascade", "--progressive", "3", "--out", tmp_path / "c.png", check=False)
-    assert told.returncode == 2 and "are not for a CascadePipeline" in told.stderr
-    told = script("evaluate.py", trained / "upsampler/pipeline", "--data", "mnist", check=False)
-    assert told.returncode == 1 and "holds a DDPMSuperResolutionPipeline; open it with that class" in told.stderr
+    result = script("sample.py", trained / "cascade", "--progressive", "3", "--out", tmp_path / "c.png", check=False)
+    assert result.returncode == 2 and "are not for a CascadePipeline" in result.stderr
+    result = script("evaluate.py", trained / "upsampler/pipeline", "--data", "mnist", check=False)
+    assert result.returncode == 1 and "holds a DDPMSuperResolutionPipeline; open it with that class" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,9 @@ def weights(folder):
 def test_what_a_run_writes(trained):
     run = trained / "a"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seen, rows = ([row for row in rows if (key in row)] for key in ("samples_mean_grey", "loss"))
-    assert [row["step"] for row in rows] == [2, 4, 6] and [row["step"] for row in seen] == [3, 6]
-    assert all(row["nearest_rms_samples"] > 0 and 0.2 < row["nearest_rms_data"] < 0.3 for row in seen)
+    sample_rows, rows = ([row for row in rows if (key in row)] for key in ("samples_mean_grey", "loss"))
+    assert [row["step"] for row in rows] == [2, 4, 6] and [row["step"] for row in sample_rows] == [3, 6]
+    assert all(row["nearest_rms_samples"] > 0 and 0.2 < row["nearest_rms_data"] < 0.3 for row in sample_rows)
     assert rows[0]["learning_rate"] > rows[-1]["learning_rate"] >= 0 and all(row["loss"] > 0 for row in rows)
     assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 6
     names = ["loss", *(f"loss_t_quarter_{i}" for i in range(1, 5)), "gradient_norm", "steps_skipped", "learning_rate"]
@@ -333,7 +333,7 @@ def test_a_folder_of_every_kind_of_image(tmp_path, extra, caplog):
     script("train.py", *SMALL.split(), *NETWORK, *arguments, "--output_dir", tmp_path / "run")
     assert json.loads((tmp_path / "run/pipeline/training.json").read_text())["label_names"] == ["a", "b"]
     assert {record.message.split(" cannot")[0][-8:] for record in caplog.records} == {"torn.jpg"}
-    config, _ = load_config([str(each) for each in arguments])
+    config, _ = load_config([str(argument) for argument in arguments])
     dataset = open_data(config, open_images(config))
     items = [{key: torch.as_tensor(value) for key, value in item.items()} for item in dataset]
     assert sorted(item["class_labels"].item() for item in items) == [0] * 5 + [1] * 7

@@ -108,17 +108,17 @@ def test_a_subset_is_random_and_fixed(make_pipeline, tmp_path):
 
 def test_the_subset_and_the_command_are_told(run_folder, tmp_path):
     rows = save_rows(tmp_path / "rows with 'spaces'.parquet", NAMES, [0] * 8 + [1] * 8 + [2] * 8)
-    told = evaluate(run_folder, "--data", rows, "--images", 5, "--seed", 3, "--batch_size", 2).stdout
+    output = evaluate(run_folder, "--data", rows, "--images", 5, "--seed", 3, "--batch_size", 2).stdout
     report = report_of(run_folder)
-    assert "bits/dim over 5 of 24 images, a fixed random subset (" in told
+    assert "bits/dim over 5 of 24 images, a fixed random subset (" in output
     assert report["subset"] == {"of": 24, "seed": 0, "rows": "numpy.random.default_rng(0).permutation(24)[:5]"}
     os.chdir(run_folder.parent)
     os.symlink(rows, rows.name)
     words = shlex.split(report["command"])
     assert words[:2] == ["python", "training/evaluate.py"]
     script("evaluate.py", *words[2:], "--out", tmp_path / "again")
-    again = report_of(tmp_path / "again")
-    assert again["total"] == report["total"] and again["command"] == report["command"]
+    repeated = report_of(tmp_path / "again")
+    assert repeated["total"] == report["total"] and repeated["command"] == report["command"]
     assert str(tmp_path) not in json.dumps(report)
     evaluate(run_folder, "--data", rows)
     assert report_of(run_folder)["images"] == 24 and "subset" not in report_of(run_folder)
@@ -145,7 +145,7 @@ def test_what_the_run_set_aside_is_measured(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "data"),
+    ("run_facts", "data"),
     [
         ({"data": "mnist"}, "mnist"),
         ({"data": "user/birds", "hub_dataset": "user/birds"}, "user/birds"),
@@ -153,10 +153,10 @@ def test_what_the_run_set_aside_is_measured(run_folder, tmp_path):
         (None, "digits"),
     ],
 )
-def test_data_if_left_out_is_that_of_the_training(tmp_path, told, data):
+def test_data_if_left_out_is_that_of_the_training(tmp_path, run_facts, data):
     """Of a local folder only the last name is told, so there it must be given."""
-    if told:
-        (tmp_path / "training.json").write_text(json.dumps(TOLD | told))
+    if run_facts:
+        (tmp_path / "training.json").write_text(json.dumps(TOLD | run_facts))
     if data:
         assert data_of(str(tmp_path)) == data_of("user/pipeline", tmp_path) == data
     else:
@@ -174,8 +174,8 @@ def test_names_of_local_data_are_those_of_the_folders(make_pipeline, tmp_path, m
     monkeypatch.chdir(data)
     config, pipeline = TrainConfig(data=source, held_out=0.25, output_dir=str(tmp_path / "run")), make_pipeline()
     save_pipeline(pipeline, folder, config=config, step=5, split_size=24)
-    told = json.loads((folder / "training.json").read_text())
-    assert (told["data"], told["images"]) == ("pictures", 24) and "README.md" in published_files(folder)
+    run_facts = json.loads((folder / "training.json").read_text())
+    assert (run_facts["data"], run_facts["images"]) == ("pictures", 24) and "README.md" in published_files(folder)
     assert held_out_of(str(folder), source, "train", 24) == held_out_of(folder, str(data), "train") == 0.25
     assert held_out_of(folder, "digits", "train", 24) == held_out_of(folder, source, "test", 24) == 0
     (data / "digits").symlink_to(tmp_path)  # a name of built-in data is that, whatever lies there
@@ -189,8 +189,8 @@ def test_other_data_of_the_same_name_is_measured_whole(tmp_path, capsys):
     (tmp_path / "training.json").write_text(json.dumps(TOLD | {"data": "here", "held_out": 0.25, "images": 24}))
     assert held_out_of(tmp_path, ".", "train", 24) == 0.25 and capsys.readouterr().err == ""
     assert held_out_of(tmp_path, ".", "train", 23) == 0
-    told = "the run set aside held_out=0.25 of 24 images, but . has 23: all are measured, those that it was trained on too\n"
-    assert capsys.readouterr().err == told
+    message = "the run set aside held_out=0.25 of 24 images, but . has 23: all are measured, those that it was trained on too\n"
+    assert capsys.readouterr().err == message
 
 
 def test_the_training_record_of_a_pipeline_on_the_hub(hub, run_folder, tmp_path):
@@ -267,9 +267,9 @@ def test_a_hub_id_measures_what_its_folder_does(hub, run_folder, tmp_path):
     data = save_rows(tmp_path / "rows.parquet", ["cat", "ant", "bee"], [0, 1, 2, 0, 1, 2])  # in another order
     push_folder(run_folder, "user/measured")
     evaluate(run_folder, "--data", data, "--out", tmp_path / "a")
-    told = evaluate("user/measured", "--data", data, "--out", tmp_path / "b").stdout
+    output = evaluate("user/measured", "--data", data, "--out", tmp_path / "b").stdout
     a, b = report_of(tmp_path / "a"), report_of(tmp_path / "b")
-    assert a["total"] == b["total"] and f"wrote {tmp_path / 'b'}/evaluation.json" in told
+    assert a["total"] == b["total"] and f"wrote {tmp_path / 'b'}/evaluation.json" in output
     assert b["command"].startswith("python training/evaluate.py user/measured --data rows.parquet ")
     ordered = save_rows(tmp_path / "ordered.parquet", NAMES, [2, 0, 1, 2, 0, 1])  # the same images under the same names
     evaluate(run_folder, "--data", ordered, "--out", tmp_path / "c")
@@ -330,8 +330,8 @@ def test_where_it_writes(run_folder, tmp_path):
     for name, text in mine.items():
         (tmp_path / "here" / name).write_text(text)
     before = {path.name for path in strangers.iterdir()}
-    told = evaluate(strangers, "--data", data).stdout
-    assert "not written; give --out FOLDER" in told and {path.name for path in strangers.iterdir()} == before
+    output = evaluate(strangers, "--data", data).stdout
+    assert "not written; give --out FOLDER" in output and {path.name for path in strangers.iterdir()} == before
     evaluate(strangers, "--data", data, "--out", tmp_path / "out")
     assert mine == {name: (tmp_path / "here" / name).read_text() for name in mine}
     assert os.listdir(tmp_path / "out") == ["evaluation.json"]
@@ -352,20 +352,20 @@ def test_what_is_in_the_way_stays(run_folder, tmp_path):
     assert os.listdir(out) == ["evaluation.json"]
     for name in ("evaluation.csv", "evaluation.png", "evaluation.json"):
         (out / name).write_text("mine")
-        told = evaluate("no/pipeline", "--data", data, "--out", out, check=False)
-        assert told.returncode == 1 and f"holds {name}, which is not of an evaluation" in told.stderr
+        result = evaluate("no/pipeline", "--data", data, "--out", out, check=False)
+        assert result.returncode == 1 and f"holds {name}, which is not of an evaluation" in result.stderr
         assert (out / name).read_text() == "mine"
         (out / name).unlink()
     (out / "evaluation.json").symlink_to(tmp_path / "nowhere")
-    told = evaluate("no/pipeline", "--data", data, "--out", out, check=False)
-    assert told.returncode == 1 and "holds evaluation.json" in told.stderr
+    result = evaluate("no/pipeline", "--data", data, "--out", out, check=False)
+    assert result.returncode == 1 and "holds evaluation.json" in result.stderr
     for wrong, message in (
         (data, "is a file; give a folder"),
         (tmp_path / "no/such", "there is no folder .*/no; make it first"),
     ):
-        told = evaluate("no/pipeline", "--data", data, "--out", wrong, check=False)
-        assert told.returncode == 1 and len(told.stderr.strip().splitlines()) == 1
-        assert re.search(message, told.stderr)
+        result = evaluate("no/pipeline", "--data", data, "--out", wrong, check=False)
+        assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
+        assert re.search(message, result.stderr)
 
 
 def test_a_whole_run_of_another_user_is_not_ones_own(run_folder, monkeypatch):
@@ -402,22 +402,22 @@ def test_a_folder_of_somebody_else(folder_of_a_stranger):
 )
 def test_mistakes(run_folder, tmp_path, argv, status, message):
     data = save_rows(tmp_path / "rows.parquet", NAMES, [0, 1, 2])
-    told = script("evaluate.py", run_folder, "--data", data, "--split", "train", "--steps", 3, *argv, check=False)
-    assert told.returncode == status and message in told.stderr.splitlines()[-1], told.stderr
+    result = script("evaluate.py", run_folder, "--data", data, "--split", "train", "--steps", 3, *argv, check=False)
+    assert result.returncode == status and message in result.stderr.splitlines()[-1], result.stderr
     assert not (run_folder / "evaluation.json").exists()
-    assert status == 2 or len([line for line in told.stderr.splitlines() if line.startswith("evaluate.py")]) == 1
+    assert status == 2 or len([line for line in result.stderr.splitlines() if line.startswith("evaluate.py")]) == 1
 
 
 def test_a_hub_id_that_is_not_there(hub):
     for name in ("user/no-such-pipeline", "a/b/c", "no/such/../folder"):
-        told = script("evaluate.py", name, check=False)
-        lines = told.stderr.strip().splitlines()
-        assert told.returncode == 1 and len(lines) == 1 and lines[0].startswith("evaluate.py: "), told.stderr
+        result = script("evaluate.py", name, check=False)
+        lines = result.stderr.strip().splitlines()
+        assert result.returncode == 1 and len(lines) == 1 and lines[0].startswith("evaluate.py: "), result.stderr
 
 
 def test_another_data_set_of_other_classes(run_folder, tmp_path):
     data = load_images("digits", "test").select(range(4)).rename_column("label", "kind")
     data.to_parquet(tmp_path / "digits.parquet")
-    told = evaluate(run_folder, "--data", tmp_path / "digits.parquet", check=False)
-    assert told.returncode == 1 and "label_column='kind' has the label '" in told.stderr
-    assert "known are ant, bee, cat" in told.stderr
+    result = evaluate(run_folder, "--data", tmp_path / "digits.parquet", check=False)
+    assert result.returncode == 1 and "label_column='kind' has the label '" in result.stderr
+    assert "known are ant, bee, cat" in result.stderr

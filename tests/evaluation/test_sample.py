@@ -122,8 +122,8 @@ def test_the_ending_says_the_format(folder, tmp_path, ending, kind):
 )
 def test_mistakes_before_the_pipeline_is_opened(tmp_path, monkeypatch, argv, status, message):
     monkeypatch.chdir(tmp_path)
-    told = sample("no/such/pipeline", *argv, check=False)
-    assert told.returncode == status and message in told.stderr.splitlines()[-1], told.stderr
+    result = sample("no/such/pipeline", *argv, check=False)
+    assert result.returncode == status and message in result.stderr.splitlines()[-1], result.stderr
     assert os.listdir(tmp_path) == []
 
 
@@ -138,16 +138,16 @@ def test_mistakes_before_the_pipeline_is_opened(tmp_path, monkeypatch, argv, sta
 )
 def test_mistakes_before_anything_is_drawn(folder, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
-    told = sample(folder, *argv, check=False)
-    assert told.returncode > 0 and message in told.stderr.splitlines()[-1], told.stderr
+    result = sample(folder, *argv, check=False)
+    assert result.returncode > 0 and message in result.stderr.splitlines()[-1], result.stderr
     assert os.listdir(tmp_path) == ["pipeline"]
 
 
 def test_a_format_without_transparency(make_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_pipeline(channels=4).save_pretrained(tmp_path / "pipeline")
-    told = sample("pipeline", "--out", "sheet.jpg", check=False)
-    assert told.returncode == 1 and "sheet.jpg: cannot write mode RGBA as JPEG; give a .png file" in told.stderr
+    result = sample("pipeline", "--out", "sheet.jpg", check=False)
+    assert result.returncode == 1 and "sheet.jpg: cannot write mode RGBA as JPEG; give a .png file" in result.stderr
     assert os.listdir(tmp_path) == ["pipeline"]
 
 

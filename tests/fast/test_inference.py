@@ -50,11 +50,11 @@ def test_outputs_are_the_networks(name, timestep):
     for height, width in ((8, 8), (16, 8)):
         x = torch.randn(3, 3, height, width, dtype=torch.float64)
         t = torch.tensor(7.0 if name == "fourier" else 7) if timestep == "one" else torch.tensor([1, 30, 7])
-        given = x.clone(), t.clone()
+        originals = x.clone(), t.clone()
         with torch.no_grad():
             expected = unet.eval()(x, t, labels).sample
         torch.testing.assert_close(fast(x, t, labels).sample, expected, atol=1e-11, rtol=1e-11)
-        assert torch.equal(x, given[0]) and torch.equal(t, given[1])
+        assert torch.equal(x, originals[0]) and torch.equal(t, originals[1])
     assert fast(x, t, labels, return_dict=False)[0].is_contiguous()
 
 
@@ -121,7 +121,7 @@ def with_a_hook(unet):
 
 
 @pytest.mark.parametrize(
-    "make, told",
+    "make, message",
     [
         (with_an_adapter, "conv_in is a Adapter"),
         (with_a_hook, "mid_block has hooks"),
@@ -129,8 +129,8 @@ def with_a_hook(unet):
         (lambda unet: UNet2DModel(**BASE), "unet is a UNet2DModel"),
     ],
 )
-def test_what_is_refused(make, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
         InferenceUNet(make(network()))
 
 
@@ -163,10 +163,10 @@ def test_the_pipelines_images(make_pipeline, scheduler, tmp_path):
     assert type(pipeline.unet) is DDPMUNet
     torch.testing.assert_close(pipeline.unet.state_dict(), saved, atol=0, rtol=0)
     pipeline.save_pretrained(tmp_path)
-    again = DDPMImagePipeline.from_pretrained(tmp_path)
-    again.to(torch.float64).scheduler = pipeline.scheduler
-    again.set_progress_bar_config(disable=True)
-    assert torch.equal(images(again, num_inference_steps=20), plain)
+    reopened = DDPMImagePipeline.from_pretrained(tmp_path)
+    reopened.to(torch.float64).scheduler = pipeline.scheduler
+    reopened.set_progress_bar_config(disable=True)
+    assert torch.equal(images(reopened, num_inference_steps=20), plain)
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def test_weights_that_change_are_seen(make_pipeline, change):
 
 def networks():
     gc.collect()
-    return [each for each in gc.get_objects() if type(each) is InferenceUNet]
+    return [instance for instance in gc.get_objects() if type(instance) is InferenceUNet]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -258,8 +258,8 @@ def test_threads_share_an_optimized_pipeline(make_pipeline):
     steps = [3, 7, 130, 200]
     expected = {n: images(pipeline, num_inference_steps=n) for n in steps}
     with ThreadPoolExecutor(4) as pool:
-        for n, found in zip(steps * 4, pool.map(lambda n: images(pipeline, num_inference_steps=n), steps * 4)):
-            assert torch.equal(found, expected[n])
+        for n, actual in zip(steps * 4, pool.map(lambda n: images(pipeline, num_inference_steps=n), steps * 4)):
+            assert torch.equal(actual, expected[n])
 
 
 def test_another_dtype_is_seen(make_pipeline):

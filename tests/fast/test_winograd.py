@@ -28,13 +28,13 @@ def test_values_and_gradients(shape, layout):
     x = torch.randn(shape, dtype=torch.float64).to(memory_format=layout)
     results = []
     for net in (plain, tiled):
-        given = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        y = net(given)
+        x_in = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = net(x_in)
         y.cos().sum().backward()
-        results.append((y.detach(), given.grad, net.weight.grad, net.bias.grad))
-    for expected, found in zip(*results):
-        assert expected.shape == found.shape
-        torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+        results.append((y.detach(), x_in.grad, net.weight.grad, net.bias.grad))
+    for expected, actual in zip(*results):
+        assert expected.shape == actual.shape
+        torch.testing.assert_close(actual, expected, atol=1e-11, rtol=1e-11)
     assert not torch.equal(results[0][0], results[1][0])  # it did go by tiles
 
 
@@ -74,8 +74,8 @@ def test_a_training_network_keeps_its_names_and_gradients():
     x, t = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.tensor([3, 700])
     for unet in (plain, tiled):
         unet.train()(x, t).sample.square().mean().backward()
-    for (name, expected), found in zip(plain.named_parameters(), tiled.parameters()):
-        torch.testing.assert_close(found.grad, expected.grad, atol=1e-12, rtol=1e-8, msg=name)
+    for (name, expected), actual in zip(plain.named_parameters(), tiled.parameters()):
+        torch.testing.assert_close(actual.grad, expected.grad, atol=1e-12, rtol=1e-8, msg=name)
     tiled.eval()
     with torch.no_grad():  # tiles are for training
         assert torch.equal(tiled(x, t).sample, plain.eval()(x, t).sample)
@@ -107,8 +107,8 @@ def test_inference():
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = unet(x, 5).sample
-    found = fast(x, 5).sample
-    assert not torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    actual = fast(x, 5).sample
+    assert not torch.equal(actual, expected)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     # in half precision tiles would round more than sums
     assert "Winograd" not in InferenceUNet(unet, torch.bfloat16, compile=False).report

@@ -43,8 +43,8 @@ def test_weights_are_loaded_by_the_hook():
 
 
 def test_arguments_of_pipelines():
-    found = internals.constructor_arguments(DDPMPipeline)
-    assert found == ({"unet", "scheduler"}, set()), changed("DiffusionPipeline._get_signature_keys")
+    arguments = internals.constructor_arguments(DDPMPipeline)
+    assert arguments == ({"unet", "scheduler"}, set()), changed("DiffusionPipeline._get_signature_keys")
 
 
 def test_shards_are_read(tmp_path):

@@ -35,8 +35,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )
 def test_values(text, value):
-    found = parse_yaml(text)
-    assert found == value and type(found) is type(value)
+    parsed = parse_yaml(text)
+    assert parsed == value and type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -53,30 +53,33 @@ TRAINING = {
 }  # fmt: skip
 
 
-def classes(how):
+def classes(opener):
     ours = "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler"
-    return "DDPMPipeline UNet2DModel DDPMScheduler" if how == "stock" else ours
+    return "DDPMPipeline UNet2DModel DDPMScheduler" if opener == "stock" else ours
 
 
 # from a folder, all of them are in test_pipeline.py
-SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("stock", "remote", "package")]
+SLOW = [pytest.param(opener, marks=pytest.mark.slow) for opener in ("stock", "remote", "package")]
 
 
-@pytest.mark.parametrize("how", [*SLOW, "branch"])
-def test_who_opens_what(hub, saved, tmp_path, how):
-    push_folder(saved, f"user/opened-{how}")
+@pytest.mark.parametrize("opener", [*SLOW, "branch"])
+def test_who_opens_what(hub, saved, tmp_path, opener):
+    push_folder(saved, f"user/opened-{opener}")
     pipe = DDPMImagePipeline.from_pretrained(saved)
     # stock classes read "iddpm" spacing as "leading"
-    here = images_of(pipe, timesteps=range(950, -1, -50)) if how == "stock" else images_of(pipe)
-    told = open_elsewhere(how, f"user/opened-{how}", tmp_path / "out", tmp_path / "home", steps=20)
-    assert classes(how) in told and "told: []" in told
+    here = images_of(pipe, timesteps=range(950, -1, -50)) if opener == "stock" else images_of(pipe)
+    output = open_elsewhere(opener, f"user/opened-{opener}", tmp_path / "out", tmp_path / "home", steps=20)
+    assert classes(opener) in output and "told: []" in output
     images = np.load(tmp_path / "out.npy")
-    if how == "stock":  # steps in its own order
+    if opener == "stock":  # steps in its own order
         np.testing.assert_allclose(images, here, atol=1 / 255)
     else:
         np.testing.assert_allclose(images, here, atol=ROUNDING)
-    weights, own = torch.load(tmp_path / "out.pt"), DDPMImagePipeline.from_pretrained(saved).unet.state_dict()
-    assert weights.keys() == own.keys() and all(torch.equal(weights[key], own[key]) for key in own)
+    weights, expected = (
+        torch.load(tmp_path / "out.pt"),
+        DDPMImagePipeline.from_pretrained(saved).unet.state_dict(),
+    )
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 def test_what_is_published(hub, saved):
@@ -180,8 +183,10 @@ def test_a_pipeline_pushes_what_its_folder_has_beside_the_weights(hub, saved, tm
     opened = DDPMImagePipeline.from_pretrained("user/by-folder", cache_dir=tmp_path)
     assert opened.folder.parent.name == "snapshots" and opened.config._name_or_path == "user/by-folder"
     opened.push_to_hub("user/by-hub")
-    again = hub.files("user/by-hub")
-    assert again.keys() == files.keys() and all(files[name] == again[name] for name in files if name != "README.md")
+    repeated = hub.files("user/by-hub")
+    assert repeated.keys() == files.keys() and all(
+        files[name] == repeated[name] for name in files if name != "README.md"
+    )
     (saved / "samples.png").unlink()
     (saved / "samples.png").symlink_to(__file__)
     with pytest.raises(ValueError, match="samples.png is a link to outside"):
@@ -291,9 +296,9 @@ def test_other_schedulers_are_published_as_they_are(hub, saved, tmp_path, schedu
     pipeline = DDPMImagePipeline.from_pretrained(saved)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.push_to_hub(f"user/{scheduler.__name__}")
-    again = DDPMImagePipeline.from_pretrained(f"user/{scheduler.__name__}", cache_dir=tmp_path / "cache")
-    assert type(again.scheduler) is scheduler
-    np.testing.assert_allclose(images_of(again), images_of(pipeline), atol=ROUNDING)
+    reopened = DDPMImagePipeline.from_pretrained(f"user/{scheduler.__name__}", cache_dir=tmp_path / "cache")
+    assert type(reopened.scheduler) is scheduler
+    np.testing.assert_allclose(images_of(reopened), images_of(pipeline), atol=ROUNDING)
 
 
 def test_variants_shards_and_dtypes(hub, saved, tmp_path):
@@ -303,8 +308,8 @@ def test_variants_shards_and_dtypes(hub, saved, tmp_path):
     assert sum(name.endswith(".safetensors") for name in files) > 1
     half = DDPMImagePipeline.from_pretrained(saved, torch_dtype=torch.float16)
     half.push_to_hub("user/variants", variant="fp16")
-    again = DDPMImagePipeline.from_pretrained("user/variants", cache_dir=tmp_path / "a")
-    np.testing.assert_allclose(images_of(again), images_of(pipeline), atol=ROUNDING)
+    reopened = DDPMImagePipeline.from_pretrained("user/variants", cache_dir=tmp_path / "a")
+    np.testing.assert_allclose(images_of(reopened), images_of(pipeline), atol=ROUNDING)
     read = DDPMImagePipeline.from_pretrained(
         "user/variants", variant="fp16", torch_dtype=torch.float16, cache_dir=tmp_path
     )
@@ -347,26 +352,26 @@ CHAIN = ("stock", "stock", "package", "package", "remote", "remote", "stock", "r
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "hows, scheduler",
+    "openers, scheduler",
     [(order, None) for order in ORDERS]
     + [(CHAIN, kind) for kind in (None, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)],
 )
-def test_round_trips(hub, saved, tmp_path, hows, scheduler):
+def test_round_trips(hub, saved, tmp_path, openers, scheduler):
     """load -> save -> load -> push leaves the files as they were; stock classes keep what they do not know."""
     pipeline = DDPMImagePipeline.from_pretrained(saved)
     if scheduler:
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    repo = f"user/{''.join(how[0] for how in hows)}-{type(pipeline.scheduler).__name__}"
+    repo = f"user/{''.join(opener[0] for opener in openers)}-{type(pipeline.scheduler).__name__}"
     pipeline.push_to_hub(f"{repo}-source")
-    run_elsewhere(ROUND, tmp_path / "home", f"{repo}-source", repo, tmp_path / "out", *hows)
+    run_elsewhere(ROUND, tmp_path / "home", f"{repo}-source", repo, tmp_path / "out", *openers)
     files, source = hub.files(repo), hub.files(f"{repo}-source")
     for name in ("model_index.json", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"):
         assert files[name] == source[name], name
     for name in ("unet/config.json", "scheduler/scheduler_config.json"):
         assert json.loads(files[name]) == json.loads(source[name]), name
-    again = DDPMImagePipeline.from_pretrained(repo, cache_dir=tmp_path / "cache")
-    assert type(again.scheduler) is type(pipeline.scheduler)
-    np.testing.assert_allclose(images_of(again), images_of(pipeline), atol=ROUNDING)
+    reopened = DDPMImagePipeline.from_pretrained(repo, cache_dir=tmp_path / "cache")
+    assert type(reopened.scheduler) is type(pipeline.scheduler)
+    np.testing.assert_allclose(images_of(reopened), images_of(pipeline), atol=ROUNDING)
 
 
 @pytest.mark.slow

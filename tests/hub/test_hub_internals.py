@@ -40,5 +40,5 @@ def test_errors_of_the_http_client():
 
 def test_files_have_a_size_a_blob_and_a_digest():
     file = hf_api.RepoFile(path="x", size=3, oid="1", lfs={"size": 3, "oid": "2", "pointerSize": 1})
-    found = (file.path, file.size, file.blob_id, file.lfs.sha256)
-    assert found == ("x", 3, "1", "2"), f"huggingface_hub {huggingface_hub.__version__} has changed RepoFile"
+    fields = (file.path, file.size, file.blob_id, file.lfs.sha256)
+    assert fields == ("x", 3, "1", "2"), f"huggingface_hub {huggingface_hub.__version__} has changed RepoFile"

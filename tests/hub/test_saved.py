@@ -57,15 +57,18 @@ USES = {"open": DDPMImagePipeline.from_pretrained, "push": published_files, "car
 
 def refusals(folder, uses=("open", "push", "card")):
     """Use -> the message of its error, which is one line that names something in the folder; "" where there is none."""
-    found = {}
+    messages = {}
     for name in uses:
         try:
             USES[name](folder)
-            found[name] = ""
+            messages[name] = ""
         except (ValueError, OSError) as error:
-            found[name] = str(error)
-            assert "\n" not in found[name] and str(folder) in found[name] and len(found[name]) < 900, (name, error)
-    return found
+            messages[name] = str(error)
+            assert "\n" not in messages[name] and str(folder) in messages[name] and len(messages[name]) < 900, (
+                name,
+                error,
+            )
+    return messages
 
 
 READ_BY = {  # file -> uses that read it
@@ -84,11 +87,11 @@ BROKEN = (
 def test_files_that_hold_no_json_of_a_pipeline(saved, file):
     for content in BROKEN:
         (saved / file).write_bytes(content)
-        found = refusals(saved, READ_BY[file])
-        assert all(file in message for message in found.values()), (content[:20], found)
+        messages = refusals(saved, READ_BY[file])
+        assert all(file in message for message in messages.values()), (content[:20], messages)
     os.truncate(saved / file, 10**11)  # sparse; nothing of it is read
-    found = refusals(saved, READ_BY[file])
-    assert all("has 100,000,000,000 bytes; at most 4,194,304" in message for message in found.values())
+    messages = refusals(saved, READ_BY[file])
+    assert all("has 100,000,000,000 bytes; at most 4,194,304" in message for message in messages.values())
     for make in (os.mkdir, os.mkfifo):
         os.remove(saved / file)
         make(saved / file)
@@ -185,8 +188,8 @@ def test_links_to_the_outside_are_neither_opened_nor_pushed(saved, tmp_path):
         (saved / name).unlink(missing_ok=True)
         (saved / name).symlink_to(whole / name)
         opened = name not in ("pipeline.py", "training.json", "evaluation.json") and "-0" not in name
-        found = refusals(saved, ("push", "open") if opened else ("push",))
-        assert all("is a link to outside" in message for message in found.values()), name
+        messages = refusals(saved, ("push", "open") if opened else ("push",))
+        assert all("is a link to outside" in message for message in messages.values()), name
     shutil.rmtree(saved)
     saved.symlink_to(whole)  # a whole pipeline by another name, and links within it
     (whole / "LICENSE").symlink_to(whole / "training.json")
@@ -225,9 +228,9 @@ def test_parts_by_themselves_follow_no_link(saved, tmp_path, name):
     path.unlink()
     shutil.move(saved / "kept", tmp_path / "victim")
     path.symlink_to(tmp_path / "victim")
-    for where in (path.parent, {}), (saved, {"subfolder": path.parent.name}):
+    for location in (path.parent, {}), (saved, {"subfolder": path.parent.name}):
         with pytest.raises(ValueError, match=f"{re.escape(path.name)} is a link to outside"):
-            cls.from_pretrained(where[0], **where[1])
+            cls.from_pretrained(location[0], **location[1])
     before = (tmp_path / "victim").read_bytes()
     for save in part.save_config, part.save_pretrained:
         with pytest.raises(ValueError, match=f"{re.escape(path.name)} is a link, and what it leads to"):
@@ -318,8 +321,8 @@ def test_a_stage_of_a_cascade_lies_within_it(make_pipeline, tmp_path):
 def test_records_are_as_the_scripts_write_them(saved, file, key, value, message):
     path = saved / f"{file}.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    found = refusals(saved)
-    assert found["open"] == "" and message in found["push"] and message in found["card"]
+    messages = refusals(saved)
+    assert messages["open"] == "" and message in messages["push"] and message in messages["card"]
 
 
 HOSTILE = (

@@ -94,7 +94,7 @@ def test_network_scheduler_and_pipeline_and_nothing_else(name):
     for node in ast.walk(ast.parse(text)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        assert {each.partition(".")[0] for each in names} <= MODULES
+        assert {module.partition(".")[0] for module in names} <= MODULES
     absent = {"NoisyClassifier", "VPSDEScheduler", "VariationalDDPMScheduler"} - {cls.__name__ for cls in FILES[name]}
     assert absent.isdisjoint(definitions(text))
 
@@ -317,12 +317,12 @@ def test_what_is_saved_now_works_without_the_package(published_0_1, tmp_path, na
         f"ddpm_hf.{cls.__name__}.from_pretrained(...) opens this pipeline"
     )
     assert name == "cascade" or lines[1] == lines[0].replace("push_to_hub", "optimize")
-    again = tmp_path / "out.npy-again"
+    resaved = tmp_path / "out.npy-again"
     files = {path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*") if path.is_file()}
-    assert files == {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(resaved) for path in resaved.rglob("*") if path.is_file()}
     for file in files:
-        assert (again / file).read_bytes() == (tmp_path / "saved" / file).read_bytes(), file
-    opened = cls.from_pretrained(again)
+        assert (resaved / file).read_bytes() == (tmp_path / "saved" / file).read_bytes(), file
+    opened = cls.from_pretrained(resaved)
     images = opened(2, torch.Generator().manual_seed(1), 4, "np", **CALLS[name]).images
     np.testing.assert_allclose(images, np.load(tmp_path / "out.npy"), atol=ROUNDING)
 

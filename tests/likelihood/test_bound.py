@@ -77,7 +77,7 @@ def test_golden_loop(case, dtype):
     unet = as_unet(case["mean_type"], case["var_type"])
     # what the reference clips is the argument's business, not the config's
     scheduler = case_scheduler(case, clip_sample=not case["clip_denoised"])
-    found = bits_per_dim(unet, scheduler, images(dtype), clip_sample=case["clip_denoised"], noise_fn=noise_fn)
+    actual = bits_per_dim(unet, scheduler, images(dtype), clip_sample=case["clip_denoised"], noise_fn=noise_fn)
 
     def compare(name, value, expected, sums=1):
         expected = torch.tensor(expected, dtype=F64)
@@ -86,25 +86,25 @@ def test_golden_loop(case, dtype):
         torch.testing.assert_close(value.double(), expected, **bound, msg=partial("{}: {}".format, name))
 
     T = case["num_steps"]
-    assert found.terms.shape == found.x_start_mse.shape == found.epsilon_mse.shape == (4, T)
-    assert all(tensor.dtype == dtype for tensor in found)
+    assert actual.terms.shape == actual.x_start_mse.shape == actual.epsilon_mse.shape == (4, T)
+    assert all(tensor.dtype == dtype for tensor in actual)
     exact = case["total_bpd_with_exact_cdf"]["unfloored"]
-    compare("total_bpd", found.total, exact)
-    compare("prior_bpd", found.prior, case["prior_bpd"])
-    torch.testing.assert_close(found.total, found.prior + found.terms.sum(1))
+    compare("total_bpd", actual.total, exact)
+    compare("prior_bpd", actual.prior, case["prior_bpd"])
+    torch.testing.assert_close(actual.total, actual.prior + actual.terms.sum(1))
     # The golden decoder, column 0, has the approximate CDF: judged by the totals, and by the rest here.
     t = case["vb_at_t"]["t"]
     assert t[0] == 0
-    compare("vb", found.terms[:, t[1:]], [row[1:] for row in case["vb_at_t"]["rows_are_images"]])
-    assert (found.terms[:, 0] - torch.tensor(case["vb_at_t"]["rows_are_images"])[:, 0]).abs().max() < 0.02
+    compare("vb", actual.terms[:, t[1:]], [row[1:] for row in case["vb_at_t"]["rows_are_images"]])
+    assert (actual.terms[:, 0] - torch.tensor(case["vb_at_t"]["rows_are_images"])[:, 0]).abs().max() < 0.02
     if "vb_image0_t_ascending" in case:
-        compare("vb", found.terms[0, 1:], case["vb_image0_t_ascending"][1:])
-    for name, value in ("xstart_mse", found.x_start_mse), ("mse", found.epsilon_mse):
+        compare("vb", actual.terms[0, 1:], case["vb_image0_t_ascending"][1:])
+    for name, value in ("xstart_mse", actual.x_start_mse), ("mse", actual.epsilon_mse):
         compare(name, value[:, case[f"{name}_at_t"]["t"]], case[f"{name}_at_t"]["rows_are_images"])
         compare(name, value.sum(1), case[f"sum_over_t_{name}"], sums=T)
     expected = torch.tensor(exact, dtype=F64)
-    assert found.mean == pytest.approx(expected.mean().item(), rel=1e-5)
-    assert found.standard_error == pytest.approx(expected.std().item() / 2, rel=1e-4)
+    assert actual.mean == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert actual.standard_error == pytest.approx(expected.std().item() / 2, rel=1e-4)
 
 
 # The likelihood of Gaussian data, by Monte Carlo
@@ -136,9 +136,9 @@ def test_gaussian_data(steps):
     x_T = Normal(a**0.5 * m, (a * s**2 + 1 - a) ** 0.5)
     nats = 0.5 * math.log(2 * math.pi * math.e * s**2) + kl_divergence(x_T, Normal(0.0, 1.0)).item()
     nll = nats / math.log(2) + math.log2(2**16 / 2)
-    found = bits_per_dim(unet, scheduler, x_start, clip_sample=False, generator=generator)
-    assert found.standard_error < 0.02
-    assert abs(found.mean - nll) < 4 * found.standard_error
+    actual = bits_per_dim(unet, scheduler, x_start, clip_sample=False, generator=generator)
+    assert actual.standard_error < 0.02
+    assert abs(actual.mean - nll) < 4 * actual.standard_error
     for error in 0.3, -0.3:
         worse = bits_per_dim(partial(unet, error=error), scheduler, x_start, clip_sample=False, generator=generator)
         cost = len(scheduler.chain) * 0.5 * (error + math.exp(-error) - 1) / math.log(2)
@@ -160,12 +160,12 @@ def test_batches_change_nothing(tiny, batch_size):
     labels, scheduler = torch.tensor([3, 1, 4, 1]), short()
     whole = bits_per_dim(tiny, scheduler, images(torch.float32), class_labels=labels, noise_fn=fixed_noise)
     assert tiny.batches == [4] * 5
-    parts = bits_per_dim(
+    batched = bits_per_dim(
         tiny, scheduler, images(torch.float32), class_labels=labels, noise_fn=noise_fn, batch_size=batch_size
     )
     # the decoder's step is a call of its own; the others share one as far as the batch size reaches
     assert max(tiny.batches[5:]) == min(batch_size, 16) and sum(tiny.batches[5:]) == 20
-    for a, b in zip(whole, parts):
+    for a, b in zip(whole, batched):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     unlabelled = bits_per_dim(tiny, scheduler, images(torch.float32), noise_fn=fixed_noise)
     assert (unlabelled.total != whole.total).all()
@@ -174,8 +174,8 @@ def test_batches_change_nothing(tiny, batch_size):
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_is_restored(tiny, training):
     tiny.train(training)
-    found = [bits_per_dim(tiny, short(), images(torch.float32), noise_fn=fixed_noise).total for _ in range(2)]
-    assert torch.equal(*found) and not any(tiny.modes)
+    actual = [bits_per_dim(tiny, short(), images(torch.float32), noise_fn=fixed_noise).total for _ in range(2)]
+    assert torch.equal(*actual) and not any(tiny.modes)
     assert tiny.training == training == tiny.dropout.training
 
     def failing(t, shape):
@@ -191,17 +191,17 @@ def test_each_module_keeps_its_own_mode(tiny, training):
     """A frozen part of a network in training, or the other way round, stays as it was."""
     tiny.train(training)
     tiny.dropout.train(not training)
-    found = [bits_per_dim(tiny, short(), images(torch.float32), noise_fn=fixed_noise).total for _ in range(2)]
-    assert torch.equal(*found)
+    actual = [bits_per_dim(tiny, short(), images(torch.float32), noise_fn=fixed_noise).total for _ in range(2)]
+    assert torch.equal(*actual)
     assert (tiny.training, tiny.dropout.training) == (training, not training)
 
 
 def test_the_generator_and_the_dtype(tiny):
     x_start, scheduler = images(), short()
-    first, again, other = (
+    first, repeated, other = (
         bits_per_dim(tiny, scheduler, x_start, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     )
-    assert torch.equal(first.terms, again.terms) and not torch.equal(first.terms, other.terms)
+    assert torch.equal(first.terms, repeated.terms) and not torch.equal(first.terms, other.terms)
     assert first.total.dtype == F64 and first.total.shape == (4,)  # float64 images, a float32 network
     assert not first.total.requires_grad
     assert torch.equal(first.total, first.terms.sum(1) + first.prior)
@@ -212,31 +212,31 @@ def test_a_respaced_chain(tiny, chain):
     scheduler, x_start = short(), images(torch.float32)
     scheduler.set_timesteps(timesteps=chain)
     tiny.eval()
-    seen = []
+    recorded = []
 
     def noise_fn(t, shape):
-        seen.append(t)
+        recorded.append(t)
         return fixed_noise(t, shape)
 
-    found = bits_per_dim(tiny, scheduler, x_start, noise_fn=noise_fn)
-    assert seen == chain[::-1] and found.terms.shape == (4, len(chain))
+    actual = bits_per_dim(tiny, scheduler, x_start, noise_fn=noise_fn)
+    assert recorded == chain[::-1] and actual.terms.shape == (4, len(chain))
     with torch.no_grad():
         for column, t in enumerate(chain[::-1]):
             x_t = scheduler.q_sample(x_start, t, fixed_noise(t, (4,)))
             term = scheduler.vlb_term(tiny(x_t, t, return_dict=False)[0], x_start, x_t, t, clip_sample=True)
-            assert torch.equal(found.terms[:, column], term)
-    assert torch.equal(found.prior, scheduler.prior_bits_per_dim(x_start))
+            assert torch.equal(actual.terms[:, column], term)
+    assert torch.equal(actual.prior, scheduler.prior_bits_per_dim(x_start))
     # the step before the chain's first does not exist: the bound of the respaced process is another
     scheduler.set_timesteps(5)
     assert bits_per_dim(tiny, scheduler, x_start, noise_fn=fixed_noise).prior.max() > 0
 
 
 def test_clipping_and_levels(tiny):
-    x_start, found = images(torch.float32), {}
+    x_start, results = images(torch.float32), {}
     for clip in True, False:
-        found[clip] = bits_per_dim(tiny, short(clip_sample=not clip), x_start, clip_sample=clip, noise_fn=fixed_noise)
-    assert (found[True].x_start_mse < found[False].x_start_mse).any()
-    assert torch.equal(bits_per_dim(tiny, short(), x_start, noise_fn=fixed_noise).total, found[True].total)  # default
+        results[clip] = bits_per_dim(tiny, short(clip_sample=not clip), x_start, clip_sample=clip, noise_fn=fixed_noise)
+    assert (results[True].x_start_mse < results[False].x_start_mse).any()
+    assert torch.equal(bits_per_dim(tiny, short(), x_start, noise_fn=fixed_noise).total, results[True].total)  # default
     binary = torch.where(x_start < 0, -1.0, 1.0)
     few = bits_per_dim(tiny, short(levels=2), binary, noise_fn=fixed_noise)
     many = bits_per_dim(tiny, short(), binary, noise_fn=fixed_noise)
@@ -244,7 +244,7 @@ def test_clipping_and_levels(tiny):
 
 
 @pytest.mark.parametrize(
-    "x_start, said",
+    "x_start, message",
     [
         (torch.zeros(0, 3, 8, 8), "0, 3, 8, 8"),
         (torch.zeros(3, 8, 8), "3, 8, 8"),
@@ -252,8 +252,8 @@ def test_clipping_and_levels(tiny):
         (torch.arange(192.0).view(1, 3, 8, 8), "191"),
     ],
 )
-def test_refused_images(tiny, x_start, said):
-    with pytest.raises(ValueError, match=said):
+def test_refused_images(tiny, x_start, message):
+    with pytest.raises(ValueError, match=message):
         bits_per_dim(tiny, short(), x_start)
     assert not tiny.batches
 
@@ -279,25 +279,25 @@ def test_refused_levels(tiny):
     assert not tiny.batches
     sixteen_bits = (torch.rand(2, 3, 8, 8, dtype=F64) * 65535).round() * (2 / 65535) - 1
     for x in sixteen_bits, sixteen_bits.float():
-        found = bits_per_dim(tiny, short(), x, levels=2**16, noise_fn=fixed_noise)
+        actual = bits_per_dim(tiny, short(), x, levels=2**16, noise_fn=fixed_noise)
         same = bits_per_dim(tiny, short(levels=2**16), x, noise_fn=fixed_noise)
-        assert torch.equal(found.terms, same.terms)
+        assert torch.equal(actual.terms, same.terms)
 
 
 @pytest.mark.parametrize(
-    "config, process, said",
+    "config, process, message",
     [
         ({"in_channels": 1, "out_channels": 3}, {}, "in_channels=1"),
         ({}, {"variance_type": "learned_range"}, "out_channels=3.*'learned_range' need 6"),
         ({"out_channels": 6}, {}, "out_channels=6.*'fixed_small' need 3"),
     ],
 )
-def test_a_network_of_other_channels(config, process, said):
+def test_a_network_of_other_channels(config, process, message):
     config = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4} | config
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = DDPMUNet(**config, **blocks)
     for measure in bits_per_dim, partial(estimate_bits_per_dim, num_evaluations=8):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             measure(unet, short(num_train_timesteps=20, **process), images(torch.float32))
 
 
@@ -325,13 +325,13 @@ def test_a_call_of_several_steps_draws_the_same_noise(tiny):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["weights", "autocast"])
-def test_a_network_in_half_precision_has_terms_in_float32(tiny, how):
+@pytest.mark.parametrize("precision", ["weights", "autocast"])
+def test_a_network_in_half_precision_has_terms_in_float32(tiny, precision):
     x_start, scheduler = images(torch.float32), short()
     exact = bits_per_dim(tiny, scheduler, x_start, noise_fn=fixed_noise)
-    if how == "weights":
+    if precision == "weights":
         tiny.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         half = bits_per_dim(tiny, scheduler, x_start, noise_fn=fixed_noise)
     for a, b in zip(exact, half):
         assert b.dtype == torch.float32
@@ -417,25 +417,25 @@ def test_the_estimate_is_unbiased(chain, num_evaluations):
         scheduler.set_timesteps(chain)
     abar = scheduler.alphas_cumprod
     unet = LinearUNet(scheduler, 0.36 * abar.sqrt() / (0.36 * abar + 1 - abar))  # the best for data N(0, 0.6^2)
-    x_start, found = images(F64), []
+    x_start, estimates = images(F64), []
     for seed in range(300):
         unet.rows = 0
-        found.append(
+        estimates.append(
             estimate_bits_per_dim(
                 unet, scheduler, x_start, num_evaluations=num_evaluations, clip_sample=False,
                 generator=torch.Generator().manual_seed(seed), batch_size=[None, 7, 64][seed % 3],
             )
         )  # fmt: skip
         assert unet.rows == 4 * num_evaluations
-    kl = torch.stack([estimate.kl for estimate in found])
+    kl = torch.stack([estimate.kl for estimate in estimates])
     error = kl.mean(0) - unet.expected_kl(x_start)
     assert (error.abs() < 4 * kl.std(0) / 300**0.5).all() and (kl.std(0) < 0.5 * kl.mean(0)).all()
     # what it says of its own error: on the safe side, not by far
-    told = torch.tensor([estimate.sampling_error for estimate in found]).square().mean().sqrt()
-    actual = torch.tensor([estimate.mean for estimate in found]).std()
-    assert 0.9 < told / actual < 2
-    assert torch.equal(found[0].prior, scheduler.prior_bits_per_dim(x_start))
-    assert torch.equal(found[0].total, found[0].prior + found[0].kl + found[0].decoder)
+    reported_error = torch.tensor([estimate.sampling_error for estimate in estimates]).square().mean().sqrt()
+    actual = torch.tensor([estimate.mean for estimate in estimates]).std()
+    assert 0.9 < reported_error / actual < 2
+    assert torch.equal(estimates[0].prior, scheduler.prior_bits_per_dim(x_start))
+    assert torch.equal(estimates[0].total, estimates[0].prior + estimates[0].kl + estimates[0].decoder)
 
 
 def test_the_standard_error_counts_images_and_draws():
@@ -511,8 +511,8 @@ def test_refused_number_of_evaluations(tiny, num_evaluations):
 
 
 def test_one_image(tiny):
-    found = bits_per_dim(tiny, short(), images(torch.float32)[:1])
-    assert found.mean == pytest.approx(found.total.item()) and math.isnan(found.standard_error)
+    actual = bits_per_dim(tiny, short(), images(torch.float32)[:1])
+    assert actual.mean == pytest.approx(actual.total.item()) and math.isnan(actual.standard_error)
 
 
 def test_other_schedulers_are_named(tiny):
@@ -553,13 +553,13 @@ def test_the_estimates_error_counts_the_decoders_noise():
     def unet(x, t, class_labels=None, return_dict=True):
         return (0.3 * x,)
 
-    found = [
+    estimates = [
         estimate_bits_per_dim(
             unet, scheduler, x_start, num_evaluations=20, levels=3, generator=torch.Generator().manual_seed(seed)
         )
         for seed in range(200)
     ]
-    spread = torch.tensor([estimate.mean for estimate in found]).std().item()
-    told = torch.tensor([estimate.sampling_error for estimate in found])
-    assert spread * 0.8 < told.square().mean().sqrt() < spread * 1.25
-    assert told.quantile(0.95) < 2 * told.quantile(0.05)
+    spread = torch.tensor([estimate.mean for estimate in estimates]).std().item()
+    reported_errors = torch.tensor([estimate.sampling_error for estimate in estimates])
+    assert spread * 0.8 < reported_errors.square().mean().sqrt() < spread * 1.25
+    assert reported_errors.quantile(0.95) < 2 * reported_errors.quantile(0.05)

@@ -25,10 +25,10 @@ def test_golden_likelihoods(case):
     net = Mixture(sde, (case["mu"],), (case["s0"],), (1.0,))
     closed = torch.tensor(case["closed_form_bpd_of_the_flow_with_the_sde_prior"], dtype=torch.float64)
     for tolerance, error in ((case["rtol_atol"], 1e-4), (1e-9, 1e-6)):
-        found = ode_log_likelihood(net, sde, x, eps=case["eps"], rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(-found.log_likelihood / 192 / BITS + 7, closed, rtol=0, atol=error)
+        actual = ode_log_likelihood(net, sde, x, eps=case["eps"], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(-actual.log_likelihood / 192 / BITS + 7, closed, rtol=0, atol=error)
     probe = torch.tensor(case["latent_z"]["probe"], dtype=torch.float64)  # of the reference in float32
-    torch.testing.assert_close(found.latents.flatten(1)[:, PROBED], probe, rtol=0, atol=1e-3)
+    torch.testing.assert_close(actual.latents.flatten(1)[:, PROBED], probe, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "score", "sample", "v_prediction"])
@@ -38,12 +38,12 @@ def test_likelihoods_of_a_mixture_in_closed_form(kind, prediction_type):
     sde = kind(prediction_type=prediction_type, **({"sigma_max": 500.0} if kind is VESDE else {}))
     net = Mixture(sde)
     x = net.sample(6, 1, 4, 4)
-    found = ode_log_likelihood(net, sde, x, eps=1e-4, trace="exact", rtol=1e-6, atol=1e-6)
-    error = (found.log_likelihood - net.log_prob(x, torch.tensor(1e-4, dtype=torch.float64))) / 16 / BITS
+    actual = ode_log_likelihood(net, sde, x, eps=1e-4, trace="exact", rtol=1e-6, atol=1e-6)
+    error = (actual.log_likelihood - net.log_prob(x, torch.tensor(1e-4, dtype=torch.float64))) / 16 / BITS
     assert error.abs().max() < 1e-3
-    assert (found.probe_error == 0).all()
+    assert (actual.probe_error == 0).all()
     signs = ode_log_likelihood(net, sde, x, eps=1e-4, rtol=1e-6, atol=1e-6, probes=2)  # a diagonal Jacobian: the same
-    torch.testing.assert_close(signs.log_likelihood, found.log_likelihood, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(signs.log_likelihood, actual.log_likelihood, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
@@ -60,8 +60,8 @@ def test_the_process_through_a_chain(schedule):
     torch.testing.assert_close(slope, sde.drift_coefficient(t), rtol=1e-5, atol=1e-6)
     net = Mixture(sde)
     x = net.sample(4, 1, 3, 3)
-    found = ode_log_likelihood(net, scheduler, x, rtol=1e-6, atol=1e-6)
-    error = (found.log_likelihood - net.log_prob(x, torch.tensor(1e-3, dtype=torch.float64))) / 9 / BITS
+    actual = ode_log_likelihood(net, scheduler, x, rtol=1e-6, atol=1e-6)
+    error = (actual.log_likelihood - net.log_prob(x, torch.tensor(1e-3, dtype=torch.float64))) / 9 / BITS
     assert error.abs().max() < 1e-3
 
 
@@ -77,9 +77,9 @@ def test_probes_are_unbiased_and_tell_their_error():
     t = torch.tensor(0.5, dtype=torch.float64)
     for trace in ("rademacher", "gaussian"):
         generator = torch.Generator().manual_seed(0)
-        found = ode_log_likelihood(mixed, sde, x, eps=0.1, trace=trace, probes=100, generator=generator)
-        assert ((found.log_likelihood - exact).abs() < 4 * found.probe_error).all()
-        assert (found.probe_error > 0).all()
+        actual = ode_log_likelihood(mixed, sde, x, eps=0.1, trace=trace, probes=100, generator=generator)
+        assert ((actual.log_likelihood - exact).abs() < 4 * actual.probe_error).all()
+        assert (actual.probe_error > 0).all()
     assert ode_log_likelihood(mixed, sde, x, eps=0.1).probe_error.isnan().all()
     # the exact trace is that of the whole Jacobian
     from ddpm_hf.likelihood.ode import _exact_trace
@@ -97,11 +97,11 @@ def test_each_image_of_a_batch_has_its_own_error_controlled():
     x[64] = 0.9
     exact = ode_log_likelihood(net, sde, x[64:], rtol=1e-10, atol=1e-10, trace="exact").log_likelihood
     alone = ode_log_likelihood(net, sde, x[64:], trace="exact").log_likelihood
-    found = ode_log_likelihood(net, sde, x, trace="exact")
-    assert (found.log_likelihood[64:] - exact).abs() < 2 * (alone - exact).abs() + 1e-3
-    parts = ode_log_likelihood(net, sde, x, trace="exact", batch_size=40)
-    assert parts.evaluations.shape == (65,) and parts.evaluations[0] < parts.evaluations[64]
-    torch.testing.assert_close(parts.log_likelihood, found.log_likelihood, rtol=1e-3, atol=1e-3)
+    actual = ode_log_likelihood(net, sde, x, trace="exact")
+    assert (actual.log_likelihood[64:] - exact).abs() < 2 * (alone - exact).abs() + 1e-3
+    batched = ode_log_likelihood(net, sde, x, trace="exact", batch_size=40)
+    assert batched.evaluations.shape == (65,) and batched.evaluations[0] < batched.evaluations[64]
+    torch.testing.assert_close(batched.log_likelihood, actual.log_likelihood, rtol=1e-3, atol=1e-3)
 
 
 class Levels:
@@ -139,13 +139,13 @@ def test_uniform_dequantization():
     net = Mixture(sde, (0.1,), (0.6,), (1.0,))
     values = 2 * torch.arange(levels, dtype=torch.float64) / (levels - 1) - 1
     x = values.repeat(500)[:, None, None, None]
-    found = ode_bits_per_dim(net, sde, x, levels=levels, generator=torch.Generator().manual_seed(0), trace="exact")
-    bits = found.total.view(500, levels).mean(0)
+    actual = ode_bits_per_dim(net, sde, x, levels=levels, generator=torch.Generator().manual_seed(0), trace="exact")
+    bits = actual.total.view(500, levels).mean(0)
     inside = 0.5 * (torch.special.erf((torch.tensor([8 / 7, -8 / 7]) - 0.1) / (0.6 * 2**0.5))).diff().abs().item()
     assert 0.97 * inside < (2**-bits).sum().item() < 1.003 * inside
     drawn = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     density = net.log_prob(x + (2 * drawn - 1) / 7, torch.tensor(1e-5, dtype=torch.float64))
-    torch.testing.assert_close(found.total, (-density - math.log(2 / 7)) / BITS, rtol=0, atol=4e-3)
+    torch.testing.assert_close(actual.total, (-density - math.log(2 / 7)) / BITS, rtol=0, atol=4e-3)
 
 
 @pytest.mark.parametrize("kind", [VPSDE, SubVPSDE, VESDE])
@@ -155,11 +155,11 @@ def test_encodings_of_normal_data_in_closed_form(kind):
     x, ends = net.sample(5, 1, 4, 4), torch.tensor([1e-5, 1.0], dtype=torch.float64)
     scale, total = sde.scale(ends), (sde.scale(ends) ** 2 * 0.25 + sde.std(ends) ** 2).sqrt()
     expected = scale[1] * 0.3 + total[1] / total[0] * (x - scale[0] * 0.3)
-    found = encode(net, sde, x, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(found.sample, expected, rtol=1e-5, atol=1e-5)
-    back = decode(net, sde, found.sample, rtol=1e-7, atol=1e-7)
+    actual = encode(net, sde, x, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(actual.sample, expected, rtol=1e-5, atol=1e-5)
+    back = decode(net, sde, actual.sample, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(back.sample, x, rtol=0, atol=1e-4)
-    assert (found.evaluations > 6).all() and found.evaluations.shape == (5,)
+    assert (actual.evaluations > 6).all() and actual.evaluations.shape == (5,)
 
 
 def test_encodings_by_ddim_of_a_network_that_errs():
@@ -190,12 +190,12 @@ def test_the_likelihood_of_a_clipped_flow_of_pixels_that_depend_on_each_other(tr
     z = encode(mixed, scheduler, sides, eps=eps, rtol=1e-8, atol=1e-8, max_evaluations=10**5).sample.flatten(1)
     jacobian = (z[1:10] - z[10:]) / (2 * h)
     expected = scheduler.sde.prior_log_prob(z[:1]) + torch.linalg.slogdet(jacobian).logabsdet
-    how = dict(eps=eps, rtol=1e-6, atol=1e-6, trace=trace, max_evaluations=10**5)
-    found = ode_log_likelihood(mixed, scheduler, x, probes=30, **how)
-    assert (found.log_likelihood - expected).abs() < 9 * 3e-3 + 5 * found.probe_error
-    free = ode_log_likelihood(mixed, scheduler, x, clip_sample=False, **how)
-    assert (free.log_likelihood - expected).abs() > 0.5 + 5 * found.probe_error
-    torch.testing.assert_close(free[2], ode_log_likelihood(mixed, scheduler.sde, x, **how)[2])
+    kwargs = dict(eps=eps, rtol=1e-6, atol=1e-6, trace=trace, max_evaluations=10**5)
+    actual = ode_log_likelihood(mixed, scheduler, x, probes=30, **kwargs)
+    assert (actual.log_likelihood - expected).abs() < 9 * 3e-3 + 5 * actual.probe_error
+    free = ode_log_likelihood(mixed, scheduler, x, clip_sample=False, **kwargs)
+    assert (free.log_likelihood - expected).abs() > 0.5 + 5 * actual.probe_error
+    torch.testing.assert_close(free[2], ode_log_likelihood(mixed, scheduler.sde, x, **kwargs)[2])
 
 
 @pytest.mark.parametrize("trace", ["rademacher", "gaussian"])
@@ -205,19 +205,19 @@ def test_the_likelihood_of_a_clipped_flow_of_pixels_that_depend_on_each_other(tr
 def test_the_likelihood_of_a_clipped_flow_is_that_of_where_it_goes(kind, trace):
     """Pixels of a grid, each alone: the density is the prior's at the latent, times the slope of the latents."""
     sde = kind()
-    net, how = outside(sde), dict(eps=0.05, clip_sample=True)
+    net, kwargs = outside(sde), dict(eps=0.05, clip_sample=True)
     grid = torch.linspace(-1.2, 1.2, 2001, dtype=torch.float64)
-    z = encode(net, sde, grid.view(1, 1, 1, -1), rtol=1e-8, atol=1e-8, **how).sample.flatten()
+    z = encode(net, sde, grid.view(1, 1, 1, -1), rtol=1e-8, atol=1e-8, **kwargs).sample.flatten()
     slope, middle = z.diff() / grid.diff(), (z[1:] + z[:-1]) / 2
     expected = sde.prior_log_prob(middle[None]) + slope.log().sum()
     x = ((grid[1:] + grid[:-1]) / 2).view(1, 1, 40, 50)
     generator = torch.Generator().manual_seed(0)
-    how |= dict(rtol=1e-6, atol=1e-6)
-    found = ode_log_likelihood(net, sde, x, trace=trace, probes=16, generator=generator, **how)
-    assert not found.log_likelihood.requires_grad and not found.latents.requires_grad
-    assert (found.latents.flatten() - middle).abs().mean() < 1e-3
-    error = (found.log_likelihood - expected).abs().item()
-    assert error < 2000 * 1e-3 + (5 * found.probe_error.item() if trace == "gaussian" else 0)
+    kwargs |= dict(rtol=1e-6, atol=1e-6)
+    actual = ode_log_likelihood(net, sde, x, trace=trace, probes=16, generator=generator, **kwargs)
+    assert not actual.log_likelihood.requires_grad and not actual.latents.requires_grad
+    assert (actual.latents.flatten() - middle).abs().mean() < 1e-3
+    error = (actual.log_likelihood - expected).abs().item()
+    assert error < 2000 * 1e-3 + (5 * actual.probe_error.item() if trace == "gaussian" else 0)
     plain = ode_log_likelihood(net, sde, x, eps=0.05, trace="rademacher")
     assert (plain.log_likelihood - expected).abs() > 50
 
@@ -234,9 +234,9 @@ def test_a_chain_that_clips_is_clipped_as_an_ode_too():
     assert decode(net, scheduler, noise).sample.abs().max() < 1.05
     assert decode(net, plain, noise).sample.abs().max() > 100
     for kind in (scheduler, plain):  # the argument goes before the config, in both ways there are
-        for how in ({}, {"num_inference_steps": 50}):
-            found = decode(net, plain, noise, clip_sample=kind.config.clip_sample, **how).sample
-            torch.testing.assert_close(found, decode(net, kind, noise, **how).sample)
+        for kwargs in ({}, {"num_inference_steps": 50}):
+            actual = decode(net, plain, noise, clip_sample=kind.config.clip_sample, **kwargs).sample
+            torch.testing.assert_close(actual, decode(net, kind, noise, **kwargs).sample)
     assert not plain.config.clip_sample
     half = VariationalDDPMScheduler.from_config(scheduler.config, clip_sample_range=0.5)
     ode = VPSDEScheduler.from_config(half.config, predictor="ddim")
@@ -246,15 +246,15 @@ def test_a_chain_that_clips_is_clipped_as_an_ode_too():
     assert ode.step(net(noise, 999)[0], ode.timesteps[0], noise).pred_original_sample.abs().max() == 0.5
     # thresholding is of the steps alone
     quantile = VariationalDDPMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=True)
-    for how in ({}, {"num_inference_steps": 50}):
-        assert decode(net, quantile, noise, clip_sample=False, **how).sample.abs().max() > 100
+    for kwargs in ({}, {"num_inference_steps": 50}):
+        assert decode(net, quantile, noise, clip_sample=False, **kwargs).sample.abs().max() > 100
 
 
 def test_images_from_0_to_1_are_clipped_to_that():
     process = VESDEScheduler(centered=False, clip_sample=True, prediction_type="epsilon")
     noise = 50 * torch.randn(8, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = decode(lambda x, label, **how: (-x / label,), process, noise, rtol=1e-3, atol=1e-3).sample / 2 + 0.5
-    assert abs(found.min()) < 0.1 and abs(found.max() - 1) < 0.1  # noise of 0.01 is left in them
+    actual = decode(lambda x, label, **kwargs: (-x / label,), process, noise, rtol=1e-3, atol=1e-3).sample / 2 + 0.5
+    assert abs(actual.min()) < 0.1 and abs(actual.max() - 1) < 0.1  # noise of 0.01 is left in them
 
 
 def test_clipping_and_uniform_dequantization_do_not_go_together():
@@ -263,8 +263,8 @@ def test_clipping_and_uniform_dequantization_do_not_go_together():
     process = VPSDEScheduler(clip_sample=True)
     net = Mixture(process.sde, (-1.0, 0.5), (0.01, 0.3))
     totals = [
-        ode_bits_per_dim(net, each, x, generator=torch.Generator().manual_seed(0)).total
-        for each in (process, VPSDEScheduler())
+        ode_bits_per_dim(net, scheduler, x, generator=torch.Generator().manual_seed(0)).total
+        for scheduler in (process, VPSDEScheduler())
     ]
     torch.testing.assert_close(*totals)
     with pytest.raises(ValueError, match="^clip_sample=True cuts off what dequantization='uniform' adds"):
@@ -278,10 +278,10 @@ def test_encodings_by_ddim():
     exact = encode(net, scheduler, x, rtol=1e-8, atol=1e-8).sample
     errors = []
     for steps in (50, 500):
-        found = encode(net, scheduler, x, num_inference_steps=steps)
-        assert (found.evaluations == steps).all()
-        back = decode(net, scheduler, found.sample, num_inference_steps=steps).sample
-        errors.append([(found.sample - exact).abs().mean().item(), (back - x).abs().mean().item()])
+        actual = encode(net, scheduler, x, num_inference_steps=steps)
+        assert (actual.evaluations == steps).all()
+        back = decode(net, scheduler, actual.sample, num_inference_steps=steps).sample
+        errors.append([(actual.sample - exact).abs().mean().item(), (back - x).abs().mean().item()])
     assert errors[1][0] < 0.2 * errors[0][0] and errors[1][1] < 0.2 * errors[0][1] and errors[1][1] < 0.02
     assert scheduler.config.clip_sample and len(scheduler.chain) == 1000
 
@@ -308,22 +308,22 @@ def test_a_network_with_classes(unet):
     scheduler = VariationalDDPMScheduler(levels=17)
     x = torch.randint(17, (3, 1, 4, 4), generator=torch.Generator().manual_seed(2)) / 8 - 1.0
     labels = torch.tensor([0, 1, 2])
-    how = dict(class_labels=labels, rtol=1e-2, atol=1e-2)
-    found = ode_bits_per_dim(unet, scheduler, x, generator=torch.Generator().manual_seed(0), **how)
-    assert found.total.isfinite().all() and found.standard_error > 0
+    kwargs = dict(class_labels=labels, rtol=1e-2, atol=1e-2)
+    actual = ode_bits_per_dim(unet, scheduler, x, generator=torch.Generator().manual_seed(0), **kwargs)
+    assert actual.total.isfinite().all() and actual.standard_error > 0
     assert unet.training and all(module.training for module in unet.modules())
-    parts = ode_bits_per_dim(unet, scheduler, x, generator=torch.Generator().manual_seed(0), batch_size=2, **how)
-    torch.testing.assert_close(parts.total, found.total, rtol=0.1, atol=0.1)
-    exact = ode_bits_per_dim(unet, scheduler, x, trace="exact", generator=torch.Generator().manual_seed(0), **how)
+    batched = ode_bits_per_dim(unet, scheduler, x, generator=torch.Generator().manual_seed(0), batch_size=2, **kwargs)
+    torch.testing.assert_close(batched.total, actual.total, rtol=0.1, atol=0.1)
+    exact = ode_bits_per_dim(unet, scheduler, x, trace="exact", generator=torch.Generator().manual_seed(0), **kwargs)
     assert (exact.probe_error == 0).all()
     fast = InferenceUNet(unet, compile=False)
     with pytest.raises(ValueError, match="^the network gives no gradients"):
         ode_log_likelihood(fast, scheduler, x, class_labels=labels)
     # in float64: a network that knows nothing multiplies rounding errors; not clipped: kinks stop the solver
     unet, x = unet.double(), x.double()
-    how |= dict(clip_sample=False)
-    z = encode(InferenceUNet(unet, compile=False), scheduler, x, **how)
-    expected = encode(unet, scheduler, x, **how)
+    kwargs |= dict(clip_sample=False)
+    z = encode(InferenceUNet(unet, compile=False), scheduler, x, **kwargs)
+    expected = encode(unet, scheduler, x, **kwargs)
     assert z.sample.dtype == x.dtype
     torch.testing.assert_close(z.sample, expected.sample, rtol=1e-9, atol=1e-9)
 
@@ -374,17 +374,17 @@ def test_a_process_that_does_not_fit_the_network(unet):
 
 def test_a_process_of_images_from_0_to_1():
     """NCSN's: the same bits and images as of the process of twice the sigmas, in [-1, 1]."""
-    how = dict(prediction_type="score", num_train_timesteps=100)
-    ours = VESDEScheduler(sigma_min=0.02, sigma_max=100.0, **how)
-    theirs = VESDEScheduler(sigma_min=0.01, sigma_max=50.0, centered=False, **how)
+    kwargs = dict(prediction_type="score", num_train_timesteps=100)
+    ours = VESDEScheduler(sigma_min=0.02, sigma_max=100.0, **kwargs)
+    theirs = VESDEScheduler(sigma_min=0.01, sigma_max=50.0, centered=False, **kwargs)
     nets = Mixture(ours.sde), Mixture(theirs.sde, (0.25, 0.7), (0.05, 0.1))
     x = torch.randint(0, 8, (3, 1, 4, 4), generator=torch.Generator().manual_seed(0)) / 3.5 - 1.0
-    found = [
+    actual = [
         ode_bits_per_dim(net, process, x.double(), levels=8, generator=torch.Generator().manual_seed(0))
         for net, process in zip(nets, (ours, theirs))
     ]
     # half a level of grey lies between their priors: 0.5 / 50 nats for a latent of one standard deviation
-    torch.testing.assert_close(found[0].total, found[1].total, rtol=0, atol=0.02)
+    torch.testing.assert_close(actual[0].total, actual[1].total, rtol=0, atol=0.02)
     for net, process in zip(nets, (ours, theirs)):
         latents = encode(net, process, x.double()).sample
         assert latents.std() > 10
@@ -405,4 +405,4 @@ def test_a_solver_that_is_stopped_says_how_far_it_came():
         with pytest.raises(OdeStopped, match=r"^the ODE has a state that is not finite at t="):
             encode(broken, sde, x, clip_sample=clip)
         with pytest.raises(OdeStopped, match=r"^the ODE has a state that is not finite at t="):
-            ode_log_likelihood(lambda x, label, **how: (x * 1e300 * 1e300,), sde, x + 0.1, clip_sample=clip)
+            ode_log_likelihood(lambda x, label, **kwargs: (x * 1e300 * 1e300,), sde, x + 0.1, clip_sample=clip)

@@ -35,9 +35,9 @@ def test_logits(pool, sample_size, tmp_path):
 def test_the_way_down_is_that_of_diffusers():
     """The trunk's output, of weights that UNet2DModel has too, is what comes out of that class's middle."""
     classifier = NoisyClassifier(**BASE).eval()
-    own = {key: BASE[key] for key in BASE if key in inspect.signature(UNet2DModel).parameters}
+    arguments = {key: BASE[key] for key in BASE if key in inspect.signature(UNet2DModel).parameters}
     stock = UNet2DModel(
-        **own,
+        **arguments,
         out_channels=1,
         downsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
@@ -50,11 +50,11 @@ def test_the_way_down_is_that_of_diffusers():
     result = stock.load_state_dict(shared, strict=False)
     assert not result.unexpected_keys
     assert all(name.startswith(("up_blocks", "conv_norm_out", "conv_out")) for name in result.missing_keys)
-    seen = []
-    stock.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
+    recorded = []
+    stock.mid_block.register_forward_hook(lambda module, args, output: recorded.append(output))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     stock(x, t)
-    torch.testing.assert_close(classifier.encode(x, classifier.embed(t))[0], seen[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(classifier.encode(x, classifier.embed(t))[0], recorded[0], rtol=1e-4, atol=1e-5)
 
 
 def test_attention_pool_is_clips():
@@ -90,7 +90,7 @@ def test_gradient_is_that_of_finite_differences():
 def test_the_parameters_of_adms_classifiers():
     """ADM, its table of classifiers: 43 M at 128 pixels, 54 M at 256, of 128 channels, depth 2, heads of 64 channels."""
     sizes = {128: (128, 128, 256, 384, 512), 256: (128, 128, 256, 256, 512, 512)}
-    found = {}
+    counts = {}
     for side, channels in sizes.items():
         plain = len(channels) - 3
         with torch.device("meta"):
@@ -101,8 +101,8 @@ def test_the_parameters_of_adms_classifiers():
                 down_block_types=("ResnetDownsampleBlock2D",) * plain + ("AttnDownBlock2D",) * 3,
                 layers_per_block=2,
             )
-        found[side] = round(classifier.num_parameters() / 1e6)
-    assert found == {128: 43, 256: 54}
+        counts[side] = round(classifier.num_parameters() / 1e6)
+    assert counts == {128: 43, 256: 54}
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_the_process_is_saved_with_it(tmp_path):
     scheduler.save_pretrained(tmp_path / "scheduler")
     config = VariationalDDPMScheduler.load_config(tmp_path / "scheduler")
     NoisyClassifier(**BASE, scheduler=config).save_pretrained(tmp_path / "classifier")
-    again = NoisyClassifier.from_pretrained(tmp_path / "classifier").config.scheduler
-    torch.testing.assert_close(VariationalDDPMScheduler.from_config(again).alphas_cumprod, scheduler.alphas_cumprod)
+    reopened = NoisyClassifier.from_pretrained(tmp_path / "classifier").config.scheduler
+    torch.testing.assert_close(VariationalDDPMScheduler.from_config(reopened).alphas_cumprod, scheduler.alphas_cumprod)
 
 
 def test_gradient_checkpointing_changes_nothing():

@@ -58,11 +58,11 @@ def test_names_and_preprocessing_are_saved(named, tmp_path, caplog):
     assert type(stock.unet) is UNet2DModel and not caplog.records
     assert DDPMImagePipeline(**stock.components).unet.class_names == NAMES
     stock.save_pretrained(tmp_path / "stock")
-    again = DDPMImagePipeline.from_pretrained(tmp_path / "stock")
-    assert again.class_names == NAMES and again.unet.preprocessing == HOW
-    again.optimize(compile=False)
-    assert again.labels["cat"] == 2
-    torch.testing.assert_close(run(again, class_labels="bee"), run(named, class_labels=1), rtol=0, atol=1e-4)
+    reopened = DDPMImagePipeline.from_pretrained(tmp_path / "stock")
+    assert reopened.class_names == NAMES and reopened.unet.preprocessing == HOW
+    reopened.optimize(compile=False)
+    assert reopened.labels["cat"] == 2
+    torch.testing.assert_close(run(reopened, class_labels="bee"), run(named, class_labels=1), rtol=0, atol=1e-4)
 
 
 def test_a_network_without_names(make_pipeline):
@@ -81,16 +81,16 @@ def test_labels_by_name(named):
         torch.testing.assert_close(run(named, class_labels=labels), expected, rtol=0, atol=0)
     torch.testing.assert_close(run(named, class_labels="bee"), run(named, class_labels=1), rtol=0, atol=0)
     a, b = torch.rand(2, 2, 1, 8, 8) * 2 - 1
-    found, expected = (
+    actual, expected = (
         named.interpolate(
             a, b, [0.2, 0.8], 500, class_labels=labels, generator=torch.Generator().manual_seed(0),
             num_inference_steps=4, output_type="latent",
         ).images
         for labels in (["cat", "ant"], [2, 0])
     )  # fmt: skip
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    *_, (_, _, found) = named.progressive(1, torch.Generator().manual_seed(0), 3, class_labels="cat")
-    torch.testing.assert_close(found, run(named, 1, class_labels=2))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    *_, (_, _, actual) = named.progressive(1, torch.Generator().manual_seed(0), 3, class_labels="cat")
+    torch.testing.assert_close(actual, run(named, 1, class_labels=2))
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,9 @@ def test_what_is_no_preprocessing(make_pipeline):
     for wrong in ({"background": 3}, {"colour": "red"}, ["black"], "black"):
         with pytest.raises(ValueError, match="preprocessing=.* must have texts by the keys background, crop"):
             unet.preprocessing = wrong
-    for own in ("text", [1]):
+    for entry in ("text", [1]):
         with pytest.raises(ValueError, match="_ddpm_hf=.* must hold keys and values"):
-            DDPMUNet.from_config({**unet.config, "_ddpm_hf": own}).preprocessing  # noqa: B018
+            DDPMUNet.from_config({**unet.config, "_ddpm_hf": entry}).preprocessing  # noqa: B018
     with pytest.raises(ValueError, match="has 1 names, but this network has no classes"):
         unet.class_names = ["ant"]
 
@@ -224,7 +224,7 @@ def test_held_out_data_without_one_of_the_classes(tmp_path):
         arguments += ["--label_column", "label", "--unet.num_class_embeds", 3, "--scheduler.levels", 256]
         config, *_ = load_config([*map(str, arguments), "--output_dir", str(tmp_path / "run")])
         names = open_images(config).class_names
-        x_start, found = held_out_images(config, names)
+        x_start, class_labels = held_out_images(config, names)
         pixels = ((x_start[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
         assert names == expected and len(pixels) == 6
-        assert [labels[pixel] for pixel in pixels] == found.tolist()
+        assert [labels[pixel] for pixel in pixels] == class_labels.tolist()

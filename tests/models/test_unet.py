@@ -291,8 +291,8 @@ def test_what_a_norm_keeps_for_the_way_back(act_fn, kept):
     expected = norm.act(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
     assert torch.equal(y, expected)
     inputs = (x, norm.weight, norm.bias)
-    for found, other in zip(torch.autograd.grad(y, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)):
-        assert torch.equal(found, other)
+    for actual, other in zip(torch.autograd.grad(y, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)):
+        assert torch.equal(actual, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -345,11 +345,11 @@ def test_ncsnpp_in_double(config):
     theirs, ours = (net.to(torch.float64).train() for net in pair(config))
     inputs = make_inputs(ours)
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-    expected, found = output_and_gradients(theirs, inputs), output_and_gradients(ours, inputs)
-    assert_close(found[0], expected[0], 1e-12)
-    assert found[1].keys() == expected[1].keys()
+    expected, actual = output_and_gradients(theirs, inputs), output_and_gradients(ours, inputs)
+    assert_close(actual[0], expected[0], 1e-12)
+    assert actual[1].keys() == expected[1].keys()
     for key, gradient in expected[1].items():
-        assert_close(found[1][key], gradient, 1e-10, key)
+        assert_close(actual[1][key], gradient, 1e-10, key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -469,8 +469,8 @@ def test_config_file_is_that_of_diffusers(tmp_path):
     theirs, ours = (json.loads((tmp_path / c.__name__ / "config.json").read_text()) for c in (UNet2DModel, DDPMUNet))
     assert ours["_class_name"] == "UNet2DModel"
     assert ours == theirs
-    again = DDPMUNet.from_pretrained(tmp_path / "DDPMUNet")
-    again.save_pretrained(tmp_path / "again")
+    reopened = DDPMUNet.from_pretrained(tmp_path / "DDPMUNet")
+    reopened.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == ours
 
 
@@ -643,7 +643,7 @@ def test_unsupported_config(overrides, words):
         ({"down_block_types": ("DownBlock2D",) * 10**5}, ("down_block_types has 100000 entries",)),
         ({"down_block_types": ("x" * 10**5, "DownBlock2D")}, ("down_block_types names 'xxx",)),
     ],
-    ids=lambda each: str(each)[:40] if isinstance(each, dict) else "",
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
 def test_absurd_sizes_are_refused_at_once(overrides, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**BASE, **overrides, "_class_name": "UNet2DModel"}))
@@ -733,8 +733,8 @@ def test_gradients_of_gradients_and_of_each_image():
         return F.silu(F.group_norm(x, 2, weight, bias, 1e-5))
 
     def penalty(function, x):
-        found = torch.autograd.grad(function(x).square().sum(), (x, norm.weight), create_graph=True)
-        return torch.autograd.grad(sum(part.square().sum() for part in found), (x, norm.weight, norm.bias))
+        actual = torch.autograd.grad(function(x).square().sum(), (x, norm.weight), create_graph=True)
+        return torch.autograd.grad(sum(part.square().sum() for part in actual), (x, norm.weight, norm.bias))
 
     x.requires_grad_()
     for a, b in zip(penalty(norm, x), penalty(lambda x: plain(x, norm.weight, norm.bias), x)):
@@ -749,11 +749,11 @@ def test_gradients_of_gradients_and_of_each_image():
         return torch.func.functional_call(norm, weights, x[None]).square().sum()
 
     weights = {name: p.detach() for name, p in norm.named_parameters()}
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x.detach())
+    per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x.detach())
     for i in range(3):
         mine = [weights[name].clone().requires_grad_() for name in ("weight", "bias")]
         expected = torch.autograd.grad(plain(x[i : i + 1].detach(), *mine).square().sum(), mine)
-        torch.testing.assert_close((each["weight"][i], each["bias"][i]), expected)
+        torch.testing.assert_close((per_image["weight"][i], per_image["bias"][i]), expected)
 
 
 def test_the_null_class_is_kept(tmp_path):
@@ -770,5 +770,5 @@ def test_the_null_class_is_kept(tmp_path):
 
 
 def test_a_time_on_the_cpu_breaks_no_compiled_graph():
-    found = torch._dynamo.explain(lambda t: time_tensor(t, torch.device("meta")) + 1)(torch.tensor(3))
-    assert found.graph_break_count == 0
+    explanation = torch._dynamo.explain(lambda t: time_tensor(t, torch.device("meta")) + 1)(torch.tensor(3))
+    assert explanation.graph_break_count == 0

@@ -182,9 +182,9 @@ def test_from_pipe_both_ways(make_pipeline, tmp_path):
     ours.save_pretrained(tmp_path)
     stock = DDPMPipeline.from_pretrained(tmp_path)
     assert type(stock.unet) is UNet2DModel
-    again = DDPMImagePipeline.from_pipe(stock)
-    assert type(again.unet) is DDPMUNet and abs(images_of(again) - images_of(ours)).max() < 1e-5
-    assert again.unet.conv_in.weight.data_ptr() == stock.unet.conv_in.weight.data_ptr()
+    converted = DDPMImagePipeline.from_pipe(stock)
+    assert type(converted.unet) is DDPMUNet and abs(images_of(converted) - images_of(ours)).max() < 1e-5
+    assert converted.unet.conv_in.weight.data_ptr() == stock.unet.conv_in.weight.data_ptr()
     theirs = DDPMPipeline.from_pipe(ours)
     assert type(theirs) is DDPMPipeline and theirs.unet is ours.unet
     assert abs(images_of(theirs) - images_of(stock)).max() < 1 / 255

@@ -93,7 +93,7 @@ def test_moments_by_every_scheduler_in_few_steps(name, schedule, tmp_path, logge
     pipeline = exact_pipeline(ours, error=0.02)
     ours.save_pretrained(tmp_path)
     stock = DDPMScheduler.from_pretrained(tmp_path)  # of a pipeline that diffusers opened
-    pipeline.scheduler, other = (scheduler_class(name).from_config(each.config) for each in (ours, stock))
+    pipeline.scheduler, other = (scheduler_class(name).from_config(configured.config) for configured in (ours, stock))
     for steps, factor in (10, 2.3), (20, 1.6), (50, 1.3):
         chains = []
         for scheduler in copy.deepcopy(pipeline.scheduler), other:
@@ -156,8 +156,10 @@ def test_sigmas_whose_rounded_timesteps_are_equal(name, schedule, sigmas, steps)
     assert len(chain.unique()) < len(chain)
     images = pipeline(8, seeded(), steps, "latent").images
     on_the_way = pipeline.interpolate(grey, grey, [0.5], 980, num_inference_steps=steps, output_type="latent").images
-    for each in images, on_the_way:
-        assert each.mean().item() == pytest.approx(MEAN, abs=0.03) and each.std().item() == pytest.approx(STD, rel=0.3)
+    for samples in images, on_the_way:
+        assert samples.mean().item() == pytest.approx(MEAN, abs=0.03) and samples.std().item() == pytest.approx(
+            STD, rel=0.3
+        )
 
 
 def test_samples_that_are_not_finite_are_no_pictures():
@@ -183,21 +185,25 @@ def test_garbage_is_warned_of(logged):
         logged.clear()
         images = pipeline(4, seeded(), 20, "latent").images
         assert images.abs().mean() > 2
-        assert any("far outside" in each and f"{name}Scheduler, 20 timesteps from 999" in each for each in logged)
+        assert any(
+            "far outside" in message and f"{name}Scheduler, 20 timesteps from 999" in message for message in logged
+        )
         pipeline.scheduler = scheduler_class(name).from_config(
             scheduler.config, thresholding=True
         )  # as the warning advises
         logged.clear()
         images = pipeline(4, seeded(), 20, "latent").images
-        assert images.std().item() == pytest.approx(STD, rel=0.5) and not any("far outside" in each for each in logged)
+        assert images.std().item() == pytest.approx(STD, rel=0.5) and not any(
+            "far outside" in message for message in logged
+        )
 
 
 def test_folders_saved_earlier_open_rightly():
     config = dict(VariationalDDPMScheduler(timestep_spacing="iddpm").config)
     assert config["timestep_spacing"] == "leading"
     for saved in "leading", "linspace":  # today's and the earlier ones
-        again = VariationalDDPMScheduler.from_config(config | {"timestep_spacing": saved})
-        assert again.timestep_spacing == "iddpm" and again.config.timestep_spacing == "leading"
+        reopened = VariationalDDPMScheduler.from_config(config | {"timestep_spacing": saved})
+        assert reopened.timestep_spacing == "iddpm" and reopened.config.timestep_spacing == "leading"
     assert VariationalDDPMScheduler.from_config(config, timestep_spacing="trailing").timestep_spacing == "trailing"
 
 
@@ -262,9 +268,11 @@ def test_calls_do_not_share_a_solvers_memory(name):
 
 
 def visited(pipeline, **kwargs):
-    seen = []
-    pipeline(1, output_type="latent", callback_on_step_end=lambda pipe, i, t, tensors: seen.append(t.item()), **kwargs)
-    return seen
+    recorded = []
+    pipeline(
+        1, output_type="latent", callback_on_step_end=lambda pipe, i, t, tensors: recorded.append(t.item()), **kwargs
+    )
+    return recorded
 
 
 QUADRATIC = [999, 800, 500, 90, 3]
@@ -403,10 +411,10 @@ def test_noise_in_the_middle_of_the_process_is_warned_of(make_pipeline, logged, 
     pipeline = make_pipeline(scheduler=VariationalDDPMScheduler(**scheduler))
     for _ in range(2):
         pipeline(**kwargs)
-    said = [message for message in logged if "from noise alone" in message]
-    assert len(said) == (signal is not None)
+    warnings = [message for message in logged if "from noise alone" in message]
+    assert len(warnings) == (signal is not None)
     if signal is not None:
-        assert f"still holds {signal:.2f} of the image" in said[0]
+        assert f"still holds {signal:.2f} of the image" in warnings[0]
 
 
 # the network
@@ -446,14 +454,14 @@ def test_sampling_is_in_evaluation_mode(make_pipeline):
     expected = pipeline(2, seeded(), 4, "latent").images
     pipeline.unet.train()
     pipeline.unet.mid_block.eval()  # frozen by its user
-    before, seen = modes(pipeline.unet), []
+    before, recorded = modes(pipeline.unet), []
     assert len({*before}) == 2
 
     def callback(pipe, i, t, tensors):
-        seen.append(any(modes(pipe.unet)))
+        recorded.append(any(modes(pipe.unet)))
 
     assert torch.equal(pipeline(2, seeded(), 4, "latent", callback_on_step_end=callback).images, expected)
-    assert modes(pipeline.unet) == before and not any(seen)
+    assert modes(pipeline.unet) == before and not any(recorded)
     a = torch.zeros(2, 1, 8, 8)
     pipeline.interpolate(a, a, [0.5], 500, num_inference_steps=4)
     assert modes(pipeline.unet) == before

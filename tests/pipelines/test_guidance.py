@@ -50,11 +50,11 @@ def test_golden_guided_steps(case, dtype):
         assert_fingerprint(output.prev_sample, case[name], **tolerance(dtype, case["f32"][name]))
         x_start = "condition_score_pred_xstart"
         assert_fingerprint(output.pred_original_sample, case[x_start], **tolerance(dtype, case["f32"][x_start]))
-    for i, each in enumerate(t.tolist()):  # as numbers, which go another way
+    for i, timestep in enumerate(t.tolist()):  # as numbers, which go another way
         alone = [v[i : i + 1] for v in (output_of(case, x_t, t), x_t, gradient, noise)]
         for eta, expected in ((None, ancestral), (0.5, output.prev_sample)):
-            found = scheduler.step(alone[0], each, alone[1], gradient=alone[2], variance_noise=alone[3], eta=eta)
-            torch.testing.assert_close(found.prev_sample, expected[i : i + 1])
+            actual = scheduler.step(alone[0], timestep, alone[1], gradient=alone[2], variance_noise=alone[3], eta=eta)
+            torch.testing.assert_close(actual.prev_sample, expected[i : i + 1])
 
 
 def output_of(case, x_t, t):
@@ -68,15 +68,15 @@ def test_the_shifted_output_is_the_shift_of_the_ddim_step(prediction_type, t):
     x_t, output, gradient = torch.randn(3, 2, 3, 8, 8, dtype=torch.float64)
     expected = ours.step(output, t, x_t, eta=0.0, gradient=gradient).prev_sample
     shifted = shifted_output(output, gradient, ours, t)
-    found = ours.step(shifted, t, x_t, eta=0.0).prev_sample
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    actual = ours.step(shifted, t, x_t, eta=0.0).prev_sample
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_pure_noise_has_no_class(prediction_type):
     """With zero terminal SNR the first step, where nothing of x_0 is left, is not guided, and is finite."""
-    how = dict(rescale_betas_zero_snr=True, prediction_type=prediction_type, timestep_spacing="trailing")
-    ours, stock = VariationalDDPMScheduler(**how), DDIMScheduler(**how)
+    kwargs = dict(rescale_betas_zero_snr=True, prediction_type=prediction_type, timestep_spacing="trailing")
+    ours, stock = VariationalDDPMScheduler(**kwargs), DDIMScheduler(**kwargs)
     x_t, output, gradient = torch.randn(3, 2, 1, 4, 4)
     plain = ours.step(output, 999, x_t, eta=0.0).prev_sample
     torch.testing.assert_close(ours.step(output, 999, x_t, eta=0.0, gradient=gradient).prev_sample, plain)
@@ -116,18 +116,18 @@ def test_half_precision():
     x_t, output, gradient = torch.randn(3, 2, 1, 4, 4)
     scheduler = VariationalDDPMScheduler(variance_type="fixed_small")
     for eta in None, 0.0:
-        found = scheduler.step(output.half(), 0, x_t.half(), eta=eta, gradient=gradient)
-        assert found.prev_sample.dtype == torch.float16
+        actual = scheduler.step(output.half(), 0, x_t.half(), eta=eta, gradient=gradient)
+        assert actual.prev_sample.dtype == torch.float16
         assert scheduler.step(output, 0, x_t, eta=eta, gradient=gradient.half()).prev_sample.dtype == torch.float32
 
 
 def test_classifier_free_formula():
     a, b = torch.randn(2, 2, 6, 4, 4)
     scale = scales("guidance_scale", torch.tensor([0.0, 3.0]), 2)
-    found = classifier_free(a, b, scale, 3)
-    torch.testing.assert_close(found[0, :3], b[0, :3])
-    torch.testing.assert_close(found[1, :3], b[1, :3] + 3 * (a[1, :3] - b[1, :3]))
-    torch.testing.assert_close(found[:, 3:], a[:, 3:])
+    actual = classifier_free(a, b, scale, 3)
+    torch.testing.assert_close(actual[0, :3], b[0, :3])
+    torch.testing.assert_close(actual[1, :3], b[1, :3] + 3 * (a[1, :3] - b[1, :3]))
+    torch.testing.assert_close(actual[:, 3:], a[:, 3:])
 
 
 def test_label_dropout():
@@ -183,26 +183,26 @@ def test_classifier_free_guidance(make_pipeline):
     torch.testing.assert_close(run(pipeline, class_labels=[1, 2], guidance_scale=0.0), none)
     strong = run(pipeline, class_labels=[1, 2], guidance_scale=4.0)
     assert (strong - conditional).abs().max() > 1e-3
-    each = run(pipeline, class_labels=[1, 2], guidance_scale=torch.tensor([1.0, 4.0]))
-    torch.testing.assert_close(each, torch.stack((conditional[0], strong[1])), rtol=1e-5, atol=1e-5)
+    per_image = run(pipeline, class_labels=[1, 2], guidance_scale=torch.tensor([1.0, 4.0]))
+    torch.testing.assert_close(per_image, torch.stack((conditional[0], strong[1])), rtol=1e-5, atol=1e-5)
     x_t, t = torch.randn(2, 1, 8, 8), 500
     labels, null = torch.tensor([1, 2]), torch.tensor([4, 4])
     a, b = (pipeline.unet(x_t, t, y).sample for y in (labels, null))
-    seen = []
+    recorded = []
     pipeline(2, latents=x_t, class_labels=labels, guidance_scale=2.5, num_inference_steps=1, output_type="latent",
-             callback_on_step_end=lambda pipe, i, t, tensors: seen.append((int(t), tensors["model_output"])) or {},
+             callback_on_step_end=lambda pipe, i, t, tensors: recorded.append((int(t), tensors["model_output"])) or {},
              callback_on_step_end_tensor_inputs=("model_output",))  # fmt: skip
-    a, b = (pipeline.unet(x_t, seen[0][0], y).sample for y in (labels, null))
-    torch.testing.assert_close(seen[0][1], b + 2.5 * (a - b))
+    a, b = (pipeline.unet(x_t, recorded[0][0], y).sample for y in (labels, null))
+    torch.testing.assert_close(recorded[0][1], b + 2.5 * (a - b))
 
 
 @pytest.mark.parametrize("eta", [None, 0.0, 0.7])
 @pytest.mark.parametrize("learned", [False, True])
 def test_classifier_guidance_follows_the_scheduler(make_guided, eta, learned):
-    how = dict(out_channels=2, scheduler=VariationalDDPMScheduler(variance_type="learned_range")) if learned else {}
-    pipeline = make_guided(**how)
+    kwargs = dict(out_channels=2, scheduler=VariationalDDPMScheduler(variance_type="learned_range")) if learned else {}
+    pipeline = make_guided(**kwargs)
     x, labels, scale = torch.randn(2, 1, 8, 8), torch.tensor([3, 1]), torch.tensor([2.0, 5.0])
-    found = run(pipeline, latents=x, class_labels=labels, classifier_scale=scale, eta=eta)
+    actual = run(pipeline, latents=x, class_labels=labels, classifier_scale=scale, eta=eta)
     generator = seeded()
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(5)
@@ -213,7 +213,7 @@ def test_classifier_guidance_follows_the_scheduler(make_guided, eta, learned):
         with torch.no_grad():
             x = scheduler.step(pipeline.unet(x, t).sample, t, x, eta=eta, generator=generator, gradient=gradient)
         x = x.prev_sample
-    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, x, rtol=1e-5, atol=1e-5)
 
 
 def test_no_guidance_is_none(make_guided):
@@ -237,32 +237,32 @@ def test_guidance_by_other_schedulers(make_guided, scheduler):
     pipeline = make_guided(scheduler=VariationalDDPMScheduler(clip_sample=False))
     ours = run(pipeline, class_labels=2, classifier_scale=3.0, eta=0.0, num_inference_steps=20)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    found = run(pipeline, class_labels=2, classifier_scale=3.0, num_inference_steps=20)
-    assert found.isfinite().all() and (found - run(pipeline, num_inference_steps=20)).abs().max() > 1e-3
+    actual = run(pipeline, class_labels=2, classifier_scale=3.0, num_inference_steps=20)
+    assert actual.isfinite().all() and (actual - run(pipeline, num_inference_steps=20)).abs().max() > 1e-3
     if scheduler is DDIMScheduler:  # the same chain, and no clipping in either
-        torch.testing.assert_close(found, ours, rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(actual, ours, rtol=1e-3, atol=2e-3)
 
 
 def test_image_i_is_the_same_alone_or_in_a_batch(make_guided):
     pipeline = make_guided(**NULL)
-    how = dict(class_labels=[0, 1, 3], guidance_scale=torch.tensor([1.0, 2.0, 3.0]))
-    how["classifier_scale"] = torch.tensor([0.0, 1.0, 5.0])
-    batch = run(pipeline, 3, generator=[seeded(i) for i in range(3)], **how)
+    kwargs = dict(class_labels=[0, 1, 3], guidance_scale=torch.tensor([1.0, 2.0, 3.0]))
+    kwargs["classifier_scale"] = torch.tensor([0.0, 1.0, 5.0])
+    batch = run(pipeline, 3, generator=[seeded(i) for i in range(3)], **kwargs)
     for i in range(3):
-        alone = {key: values[i : i + 1] for key, values in how.items()}
+        alone = {key: values[i : i + 1] for key, values in kwargs.items()}
         torch.testing.assert_close(run(pipeline, 1, generator=[seeded(i)], **alone)[0], batch[i], rtol=0, atol=1e-4)
 
 
 def test_guidance_on_the_way_and_between(make_guided):
     pipeline = make_guided(**NULL)
-    how = dict(class_labels=[0, 1], guidance_scale=[2.0, 3.0], classifier_scale=4.0)
-    *_, (_, _, x_start) = pipeline.progressive(2, generator=seeded(), num_inference_steps=5, **how)
-    torch.testing.assert_close(x_start, run(pipeline, **how))
+    kwargs = dict(class_labels=[0, 1], guidance_scale=[2.0, 3.0], classifier_scale=4.0)
+    *_, (_, _, x_start) = pipeline.progressive(2, generator=seeded(), num_inference_steps=5, **kwargs)
+    torch.testing.assert_close(x_start, run(pipeline, **kwargs))
     a, b = torch.rand(2, 2, 1, 8, 8) * 2 - 1
     between = partial(pipeline.interpolate, a, b, [0.0, 0.5, 1.0], 700, num_inference_steps=5, output_type="latent")
-    found = between(generator=seeded(), **how).images
-    assert found.shape == (6, 1, 8, 8)
-    assert (found - between(generator=seeded(), class_labels=[0, 1]).images).abs().max() > 1e-3
+    actual = between(generator=seeded(), **kwargs).images
+    assert actual.shape == (6, 1, 8, 8)
+    assert (actual - between(generator=seeded(), class_labels=[0, 1]).images).abs().max() > 1e-3
 
 
 def test_guidance_leaves_no_graph_and_no_gradients(make_guided):
@@ -274,29 +274,29 @@ def test_guidance_leaves_no_graph_and_no_gradients(make_guided):
 
 def test_the_optimized_network_is_guided_too(make_guided):
     pipeline = make_guided(**NULL)
-    how = dict(class_labels=[0, 1], guidance_scale=2.0, classifier_scale=3.0)
-    expected = run(pipeline, **how)
+    kwargs = dict(class_labels=[0, 1], guidance_scale=2.0, classifier_scale=3.0)
+    expected = run(pipeline, **kwargs)
     pipeline.optimize(compile=False)
-    torch.testing.assert_close(run(pipeline, **how), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(pipeline, **kwargs), expected, rtol=1e-4, atol=1e-4)
 
 
 @needs("torch", "2.13", "its random numbers in bfloat16 are others than in float32")
 def test_half_precision_pipelines_have_gradients_in_float32(make_guided):
     pipeline = make_guided()
     expected = run(pipeline, class_labels=2, classifier_scale=3.0)
-    seen = []
+    recorded = []
     gradient = NoisyClassifier.gradient
 
     def noted(self, x_t, *args):
-        seen.append((self.dtype, gradient(self, x_t, *args).dtype))
+        recorded.append((self.dtype, gradient(self, x_t, *args).dtype))
         return gradient(self, x_t, *args)
 
     pipeline.to(torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NoisyClassifier, "gradient", noted)
-        found = run(pipeline, class_labels=2, classifier_scale=3.0)
-    assert set(seen) == {(torch.float32, torch.float32)} and pipeline.classifier.dtype == torch.bfloat16
-    assert found.dtype == torch.bfloat16 and (found.float() - expected).abs().mean() < 0.1
+        actual = run(pipeline, class_labels=2, classifier_scale=3.0)
+    assert set(recorded) == {(torch.float32, torch.float32)} and pipeline.classifier.dtype == torch.bfloat16
+    assert actual.dtype == torch.bfloat16 and (actual.float() - expected).abs().mean() < 0.1
 
 
 BAD = [
@@ -377,12 +377,12 @@ def test_what_is_no_label(make_guided, labels):
 
 def test_guidance_in_inference_mode(make_guided):
     pipeline = make_guided(**NULL)
-    how = dict(class_labels=torch.tensor([1, 2]), classifier_scale=2.0, guidance_scale=2.0)
-    expected = run(pipeline, **how)
+    kwargs = dict(class_labels=torch.tensor([1, 2]), classifier_scale=2.0, guidance_scale=2.0)
+    expected = run(pipeline, **kwargs)
     with torch.inference_mode():
-        torch.testing.assert_close(run(pipeline, **how), expected)
-        how["class_labels"] = torch.tensor([1, 2])
-        torch.testing.assert_close(run(pipeline, **how), expected)
+        torch.testing.assert_close(run(pipeline, **kwargs), expected)
+        kwargs["class_labels"] = torch.tensor([1, 2])
+        torch.testing.assert_close(run(pipeline, **kwargs), expected)
 
 
 def test_half_precision_by_other_schedulers(make_guided):

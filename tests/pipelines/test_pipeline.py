@@ -93,10 +93,10 @@ def test_output_types(make_pipeline):
 
 
 def test_all_steps_unless_told(make_pipeline):
-    seen = []
+    recorded = []
     pipeline = make_pipeline(scheduler=VariationalDDPMScheduler(num_train_timesteps=7))
-    pipeline(callback_on_step_end=lambda pipe, i, t, tensors: seen.append((i, int(t))) or {})
-    assert seen == list(zip(range(7), range(6, -1, -1)))
+    pipeline(callback_on_step_end=lambda pipe, i, t, tensors: recorded.append((i, int(t))) or {})
+    assert recorded == list(zip(range(7), range(6, -1, -1)))
 
 
 def test_latents_are_used_and_set_the_size(make_pipeline):
@@ -109,11 +109,11 @@ def test_latents_are_used_and_set_the_size(make_pipeline):
 
 
 def test_callback_sees_changes_and_interrupts(make_pipeline):
-    pipeline, seen = make_pipeline(), []
+    pipeline, recorded = make_pipeline(), []
 
     def callback(pipe, i, t, tensors):
         assert set(tensors) == {"sample", "model_output"}
-        seen.append(i)
+        recorded.append(i)
         pipe._interrupt = i == 2
         return {"sample": torch.zeros_like(tensors["sample"])}
 
@@ -124,19 +124,21 @@ def test_callback_sees_changes_and_interrupts(make_pipeline):
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=names,
     )
-    assert seen == [0, 1, 2] and not images.any()
+    assert recorded == [0, 1, 2] and not images.any()
     assert run(pipeline, output_type="latent").any()  # the next call starts afresh
 
 
 @pytest.mark.parametrize(
-    ("labels", "each"), [(3, [3, 3]), ([3, 1], [3, 1]), (torch.tensor([3, 1]), [3, 1])], ids=["int", "list", "tensor"]
+    ("labels", "per_image"),
+    [(3, [3, 3]), ([3, 1], [3, 1]), (torch.tensor([3, 1]), [3, 1])],
+    ids=["int", "list", "tensor"],
 )
-def test_class_labels(make_pipeline, labels, each):
+def test_class_labels(make_pipeline, labels, per_image):
     """Image i is of label i: the images of the stock network that is called with these labels."""
     pipeline = make_pipeline(num_class_embeds=4, scheduler=VariationalDDPMScheduler(variance_type="fixed_large"))
     images = run(pipeline, class_labels=labels)
     stock = DDPMScheduler(variance_type="fixed_large")
-    expected = stock_images(pipeline.unet, stock, torch.tensor(each))
+    expected = stock_images(pipeline.unet, stock, torch.tensor(per_image))
     np.testing.assert_allclose(images, expected, atol=1 / 255)
     others = stock_images(pipeline.unet, stock, torch.tensor([0, 2]))
     np.testing.assert_allclose(run(pipeline, class_labels=[0, 2]), others, atol=1 / 255)
@@ -273,21 +275,21 @@ def test_a_saved_folder_opens_three_ways_in_a_new_process(make_pipeline, tmp_pat
     pipeline.save_pretrained(folder)
     here = run(pipeline, num_inference_steps=10)
 
-    told = open_elsewhere("package", folder, tmp_path / "package", tmp_path / "cache", steps=10)
-    assert "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler 17" in told
+    output = open_elsewhere("package", folder, tmp_path / "package", tmp_path / "cache", steps=10)
+    assert "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler 17" in output
     np.testing.assert_allclose(np.load(tmp_path / "package.npy"), here, atol=ROUNDING)
 
-    told = open_elsewhere("remote", folder, tmp_path / "remote", tmp_path / "cache", steps=10)
-    assert "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler 17" in told
+    output = open_elsewhere("remote", folder, tmp_path / "remote", tmp_path / "cache", steps=10)
+    assert "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler 17" in output
     np.testing.assert_allclose(np.load(tmp_path / "remote.npy"), here, atol=ROUNDING)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    again = Path(f"{tmp_path / 'remote'}_again")
-    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    resaved = Path(f"{tmp_path / 'remote'}_again")
+    assert files == sorted(path.relative_to(resaved) for path in resaved.rglob("*") if path.is_file())
     for name in files:
-        assert (folder / name).read_bytes() == (again / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (resaved / name).read_bytes(), name
 
-    told = open_elsewhere("stock", folder, tmp_path / "stock", tmp_path / "cache", steps=10)
-    assert "DDPMPipeline UNet2DModel DDPMScheduler None" in told and "told: []" in told
+    output = open_elsewhere("stock", folder, tmp_path / "stock", tmp_path / "cache", steps=10)
+    assert "DDPMPipeline UNet2DModel DDPMScheduler None" in output and "told: []" in output
     leading = run(pipeline, num_inference_steps=None, timesteps=range(900, -1, -100))  # as stock classes read "iddpm"
     np.testing.assert_allclose(np.load(tmp_path / "stock.npy"), leading, atol=1 / 255)
 
@@ -353,14 +355,16 @@ def test_the_card_counts_the_network_however_it_is_stored(make_pipeline, tmp_pat
 def test_progressive_is_the_same_sampling_seen_on_the_way(make_pipeline, eta):
     pipeline = make_pipeline()
     final = run(pipeline, 2, generator=seeded(), eta=eta, output_type="latent", num_inference_steps=7)
-    seen = list(pipeline.progressive(2, seeded(), 7, every=3, eta=eta))
+    recorded = list(pipeline.progressive(2, seeded(), 7, every=3, eta=eta))
     pipeline.scheduler.set_timesteps(7)
     steps = pipeline.scheduler.timesteps.tolist()
-    assert [t for t, *_ in seen] == [steps[0], steps[3], steps[6]]
-    assert torch.equal(seen[-1][2], final)
+    assert [t for t, *_ in recorded] == [steps[0], steps[3], steps[6]]
+    assert torch.equal(recorded[-1][2], final)
     start = torch.randn(2, *final.shape[1:], generator=seeded())
-    assert torch.equal(seen[0][1], start) and not any(tensor.requires_grad for _, *two in seen for tensor in two)
-    for t, x_t, x_start in seen:
+    assert torch.equal(recorded[0][1], start) and not any(
+        tensor.requires_grad for _, *two in recorded for tensor in two
+    )
+    for t, x_t, x_start in recorded:
         output = pipeline.unet(x_t, t).sample
         torch.testing.assert_close(pipeline.scheduler.p_mean_variance(output, x_t, t).pred_original_sample, x_start)
 
@@ -394,10 +398,10 @@ def test_interpolation(make_pipeline):
     far = mixed([0.0, 1.0], 999)
     assert (far[::2] - far[1::2]).abs().mean() < 0.2 * (a - b).abs().mean()
     assert pipeline.interpolate(a, b, [0.3], 100, num_inference_steps=20).images[0].mode == "L"
-    for weights, other, timestep, said in (
+    for weights, other, timestep, message in (
         ([1.2], b, 5, "weights"), ([], b, 5, "weights"), ([0.5], b[:1], 5, "images_b"), ([0.5], b, -1, "timestep=-1"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             mixed(weights, timestep, b=other)
 
 
@@ -408,9 +412,9 @@ def test_two_progressive_at_once(make_pipeline):
         pipeline.scheduler.set_timesteps(n)
         chains.append(pipeline.scheduler.timesteps.tolist())
     first, second = (pipeline.progressive(num_inference_steps=n) for n in (10, 4))
-    seen = [next(first)[0]]
+    recorded = [next(first)[0]]
     assert [t for t, *_ in second] == chains[1]
-    assert seen + [t for t, *_ in first] == chains[0]
+    assert recorded + [t for t, *_ in first] == chains[0]
 
 
 def test_refused_eta(make_pipeline):

@@ -70,7 +70,7 @@ def test_pipeline(hub, tmp_path, scheduler, parent):
     expected = draw(pipeline, 2)
     for cls in MyPipeline, DDPMImagePipeline:
         opened = cls.from_pretrained(tmp_path)
-        assert [type(each) for each in (opened, opened.unet, opened.scheduler)] == [cls, DDPMUNet, parent]
+        assert [type(part) for part in (opened, opened.unet, opened.scheduler)] == [cls, DDPMUNet, parent]
         np.testing.assert_allclose(draw(opened, 2), expected, atol=1e-5)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert "My" not in json.dumps(index) and index["unet"] == ["diffusers", "UNet2DModel"]
@@ -93,8 +93,8 @@ def test_super_resolution_and_cascade(hub, tmp_path):
     cascade = MyCascade(MyPipeline(network(), MyScheduler()), upsampler)
     cascade.save_pretrained(tmp_path / "cascade")
     for cls in MyCascade, CascadePipeline:
-        again = cls.from_pretrained(tmp_path / "cascade")
-        assert type(again) is cls and type(again.upsampler) is DDPMSuperResolutionPipeline
+        reopened = cls.from_pretrained(tmp_path / "cascade")
+        assert type(reopened) is cls and type(reopened.upsampler) is DDPMSuperResolutionPipeline
     assert "base/pipeline.py" in published_files(tmp_path / "cascade")
     cascade.push_to_hub("user/my-cascade")
     card = hub.files("user/my-cascade")["README.md"].decode()

@@ -26,8 +26,8 @@ def make_upsampler():
         in_channels, out_channels = 2 * channels + (noise > 0), channels * (2 if learned else 1)
         net = small_unet(sample_size=size, in_channels=in_channels, out_channels=out_channels, **unet)
         scheduler = VariationalDDPMScheduler(variance_type="learned_range" if learned else "fixed_small")
-        how = dict(low_resolution=low, conditioning_noise=noise)
-        pipeline = DDPMSuperResolutionPipeline(net, scheduler, **how)
+        kwargs = dict(low_resolution=low, conditioning_noise=noise)
+        pipeline = DDPMSuperResolutionPipeline(net, scheduler, **kwargs)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -59,11 +59,11 @@ def test_conditioning_noise_keeps_the_variance_and_tells_its_level():
 
 
 def test_the_network_sees_the_planes_of_each_image():
-    seen, planes = [], torch.randn(2, 3, 4, 4)
-    network = Conditioned(lambda x, t, **kwargs: seen.append((x, t, kwargs)), planes)
+    recorded, planes = [], torch.randn(2, 3, 4, 4)
+    network = Conditioned(lambda x, t, **kwargs: recorded.append((x, t, kwargs)), planes)
     x = torch.randn(4, 1, 4, 4)  # guided: both images twice
     network(x, 5, class_labels=None)
-    sample, t, kwargs = seen[0]
+    sample, t, kwargs = recorded[0]
     assert t == 5 and kwargs == {"class_labels": None}
     assert torch.equal(sample, torch.cat((x, torch.cat((planes, planes))), dim=1))
 
@@ -73,7 +73,7 @@ def test_the_network_sees_the_planes_of_each_image():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_steps_are_the_schedulers(make_upsampler, channels, noise, learned):
     pipeline, images = make_upsampler(channels, noise, learned), torch.rand(2, channels, 8, 8) * 2 - 1
-    found = run(pipeline, images)
+    actual = run(pipeline, images)
     x = torch.randn(2, channels, 16, 16, generator=(generator := seeded()))
     planes = F.interpolate(images, (16, 16), mode="bilinear")
     planes = torch.cat((planes, torch.zeros(2, 1, 16, 16)), 1) if noise else planes
@@ -82,9 +82,9 @@ def test_steps_are_the_schedulers(make_upsampler, channels, noise, learned):
     for t in scheduler.timesteps.tolist():
         output = pipeline.unet(torch.cat((x, planes), 1), t).sample
         x = scheduler.step(output, t, x, generator=generator).prev_sample
-    torch.testing.assert_close(found, x)
+    torch.testing.assert_close(actual, x)
     *_, (_, _, x_start) = pipeline.progressive(images, seeded(), 5)
-    torch.testing.assert_close(x_start, found)
+    torch.testing.assert_close(x_start, actual)
 
 
 def test_kinds_of_images(make_upsampler):
@@ -105,18 +105,18 @@ def test_the_image_matters_and_so_does_its_noise(make_upsampler):
     plain = run(pipeline, images)
     assert (run(pipeline, -images) - plain).abs().max() > 1e-3
     assert (run(pipeline, images, noise_level=0.5) - plain).abs().max() > 1e-3
-    each = [run(pipeline, images[i : i + 1], generator=[seeded(i)], noise_level=0.3) for i in range(2)]
+    separate = [run(pipeline, images[i : i + 1], generator=[seeded(i)], noise_level=0.3) for i in range(2)]
     both = run(pipeline, images, generator=[seeded(i) for i in range(2)], noise_level=0.3)
-    torch.testing.assert_close(torch.cat(each), both, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat(separate), both, rtol=0, atol=1e-4)
 
 
 def test_optimized_and_guided(make_upsampler):
     pipeline = make_upsampler(num_class_embeds=4, _ddpm_hf={"null_class": 3})
-    images, how = torch.rand(2, 1, 8, 8) * 2 - 1, dict(class_labels=[0, 2], guidance_scale=3.0)
-    expected = run(pipeline, images, **how)
+    images, kwargs = torch.rand(2, 1, 8, 8) * 2 - 1, dict(class_labels=[0, 2], guidance_scale=3.0)
+    expected = run(pipeline, images, **kwargs)
     assert (expected - run(pipeline, images, class_labels=[0, 2])).abs().max() > 1e-3
     pipeline.optimize(compile=False)
-    torch.testing.assert_close(run(pipeline, images, **how), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(pipeline, images, **kwargs), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_saved_and_opened(make_upsampler, tmp_path):
@@ -124,9 +124,9 @@ def test_saved_and_opened(make_upsampler, tmp_path):
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "DDPMSuperResolutionPipeline"] and index["unet"][1] == "UNet2DModel"
-    again = DDPMSuperResolutionPipeline.from_pretrained(tmp_path)
-    assert list(again.config.low_resolution) == [8, 4] and again.config.conditioning_noise == 0.5
-    torch.testing.assert_close(run(again, images, noise_level=0.2), run(pipeline, images, noise_level=0.2))
+    reopened = DDPMSuperResolutionPipeline.from_pretrained(tmp_path)
+    assert list(reopened.config.low_resolution) == [8, 4] and reopened.config.conditioning_noise == 0.5
+    torch.testing.assert_close(run(reopened, images, noise_level=0.2), run(pipeline, images, noise_level=0.2))
     with pytest.raises(ValueError, match="holds a DDPMSuperResolutionPipeline; open it with that class"):
         DDPMImagePipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="trust_remote_code"):  # no stock class would sample it
@@ -183,26 +183,26 @@ def test_mistakes(make_upsampler, make_pipeline):
 def test_cascade(make_upsampler, make_pipeline, tmp_path):
     base, upsampler = make_pipeline(num_class_embeds=3), make_upsampler(noise=0.5)
     cascade = CascadePipeline(base, upsampler)
-    how = dict(num_inference_steps=4, class_labels=[0, 2], upsampler_steps=5, noise_level=0.3, output_type="latent")
-    found = cascade(2, seeded(), **how).images
+    kwargs = dict(num_inference_steps=4, class_labels=[0, 2], upsampler_steps=5, noise_level=0.3, output_type="latent")
+    actual = cascade(2, seeded(), **kwargs).images
     generator = seeded()
     small = base(2, generator, 4, "latent", class_labels=[0, 2]).images.clamp(-1, 1)
-    torch.testing.assert_close(found, run(upsampler, small, generator=generator, noise_level=0.3))
+    torch.testing.assert_close(actual, run(upsampler, small, generator=generator, noise_level=0.3))
     assert cascade(1, class_labels=1, num_inference_steps=2, upsampler_steps=2).images[0].size == (16, 16)
     cascade.save_pretrained(tmp_path)
-    again = CascadePipeline.from_pretrained(tmp_path)
-    for stage in again.base, again.upsampler:
+    reopened = CascadePipeline.from_pretrained(tmp_path)
+    for stage in reopened.base, reopened.upsampler:
         stage.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(again(2, seeded(), **how).images, found, rtol=0, atol=1e-4)
-    assert again.folder == tmp_path and cascade.folder is None
-    given = CascadePipeline.from_pretrained(tmp_path, base=base)
-    assert given.base is base and given.upsampler is not upsampler and given.folder is None
+    torch.testing.assert_close(reopened(2, seeded(), **kwargs).images, actual, rtol=0, atol=1e-4)
+    assert reopened.folder == tmp_path and cascade.folder is None
+    with_base = CascadePipeline.from_pretrained(tmp_path, base=base)
+    assert with_base.base is base and with_base.upsampler is not upsampler and with_base.folder is None
 
 
 def test_cascade_of_two_class_conditional_stages(make_upsampler, make_pipeline):
     base, upsampler = make_pipeline(num_class_embeds=3), make_upsampler(num_class_embeds=3)
-    how = dict(num_inference_steps=3, upsampler_steps=3, output_type="latent")
-    a, b = (CascadePipeline(base, upsampler)(1, seeded(), class_labels=label, **how).images for label in (0, 1))
+    kwargs = dict(num_inference_steps=3, upsampler_steps=3, output_type="latent")
+    a, b = (CascadePipeline(base, upsampler)(1, seeded(), class_labels=label, **kwargs).images for label in (0, 1))
     assert (a - b).abs().max() > 1e-3
 
 
@@ -230,12 +230,12 @@ def test_what_the_second_stage_cannot_use_is_told_before_the_first(make_upsample
 
 
 def test_labels_go_to_the_stages_that_know_classes(make_upsampler, make_pipeline):
-    how = dict(num_inference_steps=2, upsampler_steps=2, output_type="latent")
+    kwargs = dict(num_inference_steps=2, upsampler_steps=2, output_type="latent")
     cascade = CascadePipeline(make_pipeline(), make_upsampler(num_class_embeds=3))
-    a, b = (cascade(1, seeded(), class_labels=label, **how).images for label in (0, 1))
+    a, b = (cascade(1, seeded(), class_labels=label, **kwargs).images for label in (0, 1))
     assert (a - b).abs().max() > 1e-3
     with pytest.raises(ValueError, match="class_labels were given, but neither stage has classes"):
-        CascadePipeline(make_pipeline(), make_upsampler())(1, class_labels=1, **how)
+        CascadePipeline(make_pipeline(), make_upsampler())(1, class_labels=1, **kwargs)
 
 
 def test_a_cascade_moves_with_both_stages(make_upsampler, make_pipeline):

@@ -318,13 +318,13 @@ def decoder_points(levels, dtype):
 def test_decoder_against_60_digits(levels, dtype):
     x, mean, log_scale = decoder_points(levels, dtype)
     mean, log_scale = mean.requires_grad_(), log_scale.requires_grad_()
-    found = discretized_gaussian_log_likelihood(x, mean, log_scale, levels)
-    gradients = torch.autograd.grad(found.sum(), (mean, log_scale))
+    actual = discretized_gaussian_log_likelihood(x, mean, log_scale, levels)
+    gradients = torch.autograd.grad(actual.sum(), (mean, log_scale))
     values = [tensor.tolist() for tensor in (x, mean, log_scale)]
     exact = torch.tensor([exact_log_likelihood(*point, levels) for point in zip(*values)], dtype=F64).T
-    assert found.dtype == dtype and exact[0].min() < -1e8
+    assert actual.dtype == dtype and exact[0].min() < -1e8
     # float32 holds 1e-6 nats below 8 nats only; beyond, its last digit
-    close(found.double(), exact[0], rtol={F64: 2e-15, torch.float32: 1.2e-7}[dtype], atol=1e-6)
+    close(actual.double(), exact[0], rtol={F64: 2e-15, torch.float32: 1.2e-7}[dtype], atol=1e-6)
     for gradient, expected in zip(gradients, exact[1:]):
         close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -566,8 +566,8 @@ def test_a_chain_can_be_left_again():
     scheduler, fresh, x_t = make(), make(), randn(SEED_X)
     scheduler.set_timesteps(10)
     scheduler.set_timesteps(1000)
-    found = [s.step(x_t, 5, x_t, torch.manual_seed(0)).prev_sample for s in (scheduler, fresh)]
-    assert torch.equal(*found)
+    actual = [s.step(x_t, 5, x_t, torch.manual_seed(0)).prev_sample for s in (scheduler, fresh)]
+    assert torch.equal(*actual)
 
 
 def calls(scheduler, x, t):
@@ -843,7 +843,7 @@ def test_tables_of_many_etas_are_not_kept():
         scheduler.step(x, 500, x, eta=eta)
         scheduler.step(x, torch.tensor([500]), x, eta=eta)
     gc.collect()
-    assert sum(type(each) is _Tables and "ddim" in each.tables for each in gc.get_objects()) <= 8
+    assert sum(type(instance) is _Tables and "ddim" in instance.tables for instance in gc.get_objects()) <= 8
     alphas_cumprod = scheduler.alphas_cumprod.numpy()
     # and eta 0 again, which has been dropped: x_0 (1 - sqrt(..)) of eq. 12
     x = x.double()

@@ -108,11 +108,11 @@ def test_decoder_with_the_variance_of_the_first_step():
     assert bits_per_dim(DDPMScheduler()._get_variance(0), -math.inf) > 1e15
     beta_0 = DDPMScheduler(variance_type="fixed_large")._get_variance(0)
     assert bits_per_dim(beta_0, floor) == pytest.approx(2.48, abs=0.01)
-    for found in (
+    for actual in (
         bits_per_dim(p.log_variance[0, 0, 0, 0].exp(), floor),
         scheduler.vlb_term(network(x_t, 0, "EPSILON"), x_start, x_t, 0)[0].item(),
     ):
-        assert found == pytest.approx(2.7424, abs=1e-4)  # 2.7553 with the reference's approximate CDF
+        assert actual == pytest.approx(2.7424, abs=1e-4)  # 2.7553 with the reference's approximate CDF
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_large_log", "learned"])
@@ -161,16 +161,16 @@ def test_250_of_1000_timesteps():
 def test_last_step_adds_no_noise(config, arguments, last, variance_type):
     x_t = randn(SEED_X)
     output = network(x_t, last, "EPSILON", variance_type.upper())
-    found = {}
+    results = {}
     for cls in VariationalDDPMScheduler, DDPMScheduler:
         scheduler = cls(variance_type=variance_type, **config)
         scheduler.set_timesteps(**arguments)
         assert scheduler.timesteps[-1] == last
         prev_sample, x_start = scheduler.step(output, last, x_t, generator=torch.manual_seed(0), return_dict=False)
-        found[cls] = prev_sample - x_start
-    assert found[VariationalDDPMScheduler].abs().max() < 1e-12
+        results[cls] = prev_sample - x_start
+    assert results[VariationalDDPMScheduler].abs().max() < 1e-12
     if variance_type == "fixed_large":
-        assert found[DDPMScheduler].std().item() == pytest.approx({99: 0.32, 1: 0.015}[last], rel=0.05)
+        assert results[DDPMScheduler].std().item() == pytest.approx({99: 0.32, 1: 0.015}[last], rel=0.05)
 
 
 def test_ddim_recomputes_epsilon_from_the_clipped_x_0():
@@ -270,15 +270,15 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_saved_and_loaded_it_steps_the_same(config, tmp_path):
     scheduler = VariationalDDPMScheduler(**config)
-    again = saved_and_loaded(scheduler, tmp_path)
+    reopened = saved_and_loaded(scheduler, tmp_path)
     sample = 2 * randn(SEED_X, torch.float32)
-    assert torch.equal(scheduler.betas, again.betas) and len(again) == len(scheduler)
+    assert torch.equal(scheduler.betas, reopened.betas) and len(reopened) == len(scheduler)
     for t in range(min(2, len(scheduler.betas))):
-        found = [s.step(0.1 * sample, t, sample, generator=torch.manual_seed(0)) for s in (scheduler, again)]
-        assert torch.equal(found[0].prev_sample, found[1].prev_sample)
+        actual = [s.step(0.1 * sample, t, sample, generator=torch.manual_seed(0)) for s in (scheduler, reopened)]
+        assert torch.equal(actual[0].prev_sample, actual[1].prev_sample)
         stock = DDPMScheduler(**config).step(0.1 * sample, t, sample, generator=torch.manual_seed(0))
-        torch.testing.assert_close(found[0].prev_sample, stock.prev_sample, rtol=0, atol=3e-3)
-    assert settings(scheduler) == settings(again)
+        torch.testing.assert_close(actual[0].prev_sample, stock.prev_sample, rtol=0, atol=3e-3)
+    assert settings(scheduler) == settings(reopened)
 
 
 def test_trained_betas(tmp_path):
@@ -323,8 +323,8 @@ def test_add_noise_and_velocity(steps):
         stock.set_timesteps(steps)
     for t in ours.timesteps[5:6], torch.tensor([0, 1, 998, 999]), torch.tensor([501] * 4, dtype=torch.int32):
         for name in "add_noise", "get_velocity":
-            found = getattr(ours, name)(x, noise, t)
-            torch.testing.assert_close(found, getattr(stock, name)(x, noise, t), rtol=0, atol=1e-5)
+            actual = getattr(ours, name)(x, noise, t)
+            torch.testing.assert_close(actual, getattr(stock, name)(x, noise, t), rtol=0, atol=1e-5)
             assert getattr(ours, name)(x.half(), noise.half(), t).dtype == torch.float16
     for t in 1000, -1001:
         with pytest.raises((IndexError, ValueError)):  # as diffusers' class
@@ -379,7 +379,7 @@ def test_variance_of_three_steps(cls):
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
 @pytest.mark.parametrize("steps", [None, 50], ids=["1000", "50"])
 def test_full_loop(prediction_type, variance_type, steps):
-    found = {}
+    results = {}
     for cls in VariationalDDPMScheduler, DDPMScheduler:
         scheduler = cls(prediction_type=prediction_type, variance_type=variance_type)
         if steps:
@@ -387,25 +387,25 @@ def test_full_loop(prediction_type, variance_type, steps):
         sample, generator = randn(SEED_X, torch.float32), torch.manual_seed(0)
         for t in scheduler.timesteps:
             sample = scheduler.step(toy_model(sample, t), t, sample, generator=generator).prev_sample
-        found[cls] = sample
-    assert found[DDPMScheduler].std() > 0.1
-    torch.testing.assert_close(*found.values(), rtol=0, atol=1e-3)
+        results[cls] = sample
+    assert results[DDPMScheduler].std() > 0.1
+    torch.testing.assert_close(*results.values(), rtol=0, atol=1e-3)
 
 
 def test_full_loop_learned_range():
-    found = {}
+    results = {}
     for cls in VariationalDDPMScheduler, DDPMScheduler:
         scheduler, sample, generator = cls(variance_type="learned_range"), randn(SEED_X).float(), torch.manual_seed(0)
         for t in scheduler.timesteps:
             output = torch.cat((toy_model(sample, t), torch.cos(sample)), dim=1)
             sample = scheduler.step(output, t, sample, generator=generator).prev_sample
-        found[cls] = sample
-    torch.testing.assert_close(*found.values(), rtol=0, atol=1e-3)
+        results[cls] = sample
+    torch.testing.assert_close(*results.values(), rtol=0, atol=1e-3)
 
 
 def test_full_loop_from_noised_images():
     """Image to image: the last timesteps of a chain, from `add_noise`."""
-    found = []
+    results = []
     for cls in VariationalDDPMScheduler, DDPMScheduler:
         scheduler, generator = cls(), torch.manual_seed(0)
         scheduler.set_timesteps(100)
@@ -413,8 +413,8 @@ def test_full_loop_from_noised_images():
         sample = scheduler.add_noise(images(torch.float32), randn(SEED_Q, torch.float32), timesteps[:1])
         for t in timesteps:
             sample = scheduler.step(toy_model(sample, t), t, sample, generator=generator).prev_sample
-        found.append(sample)
-    torch.testing.assert_close(*found, rtol=0, atol=1e-3)
+        results.append(sample)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-3)
 
 
 def test_clip_range_and_thresholding():
@@ -426,9 +426,9 @@ def test_clip_range_and_thresholding():
         ({"clip_sample": False, "thresholding": True, "sample_max_value": 2.0}, 1.0),
     ):
         ours, stock = (cls(prediction_type="sample", **config) for cls in (VariationalDDPMScheduler, DDPMScheduler))
-        found = ours.step(sample, 500, sample).pred_original_sample
-        assert found.abs().max().item() == pytest.approx(largest)
-        torch.testing.assert_close(found, stock.step(sample, 500, sample).pred_original_sample)
+        actual = ours.step(sample, 500, sample).pred_original_sample
+        assert actual.abs().max().item() == pytest.approx(largest)
+        torch.testing.assert_close(actual, stock.step(sample, 500, sample).pred_original_sample)
 
 
 # from_config and from_pretrained, to and from every class that diffusers calls compatible
@@ -493,9 +493,9 @@ def test_from_config_to_and_from(name, schedule, logged, tmp_path):
             assert worst(other.alphas_cumprod, ours.alphas_cumprod) < 1e-6
         assert len(other) == len(ours)
         other.set_timesteps(10)
-        again = VariationalDDPMScheduler.from_config(other.config)
-        assert state(again) == state(ours)
-        assert settings(again) == settings(ours)
+        converted = VariationalDDPMScheduler.from_config(other.config)
+        assert state(converted) == state(ours)
+        assert settings(converted) == settings(ours)
     # a saved file says no more which values are defaults: what was left at one may come back as the other class's
     assert state(saved_and_loaded(other, tmp_path, VariationalDDPMScheduler)) == state(ours)
     if name != "EDMEulerScheduler":  # it has no betas, and says so of any scheduler's config
@@ -551,8 +551,10 @@ def test_overrides(cls, tmp_path):
         expected = VariationalDDPMScheduler(**{"beta_schedule": "quad"} | OURS | overrides)
         assert state(VariationalDDPMScheduler.from_config(config, **overrides)) == state(expected)
         assert state(VariationalDDPMScheduler.from_pretrained(tmp_path, **overrides)) == state(expected)
-        again = VariationalDDPMScheduler.from_config(VariationalDDPMScheduler.from_config(config, **overrides).config)
-        assert state(again) == state(expected)
+        converted = VariationalDDPMScheduler.from_config(
+            VariationalDDPMScheduler.from_config(config, **overrides).config
+        )
+        assert state(converted) == state(expected)
 
 
 def test_override_of_trained_betas():

@@ -24,7 +24,7 @@ from support.golden_data import (
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
-def each(name, *kinds):
+def for_each_case(name, *kinds):
     return pytest.mark.parametrize("case", golden_cases(name, *kinds), ids=case_id)
 
 
@@ -52,7 +52,7 @@ def tables(scheduler):
     }
 
 
-@each("schedules")
+@for_each_case("schedules")
 def test_tables(case):
     scheduler = case_scheduler(case, variance_type="fixed_large")
     assert len(scheduler.chain) == case["num_steps"]
@@ -64,7 +64,7 @@ def test_tables(case):
     assert (scheduler.alphas_cumprod.dtype, scheduler.betas.dtype) == (torch.float64,) * 2
 
 
-@each("respacing_resampler", "space_timesteps")
+@for_each_case("respacing_resampler", "space_timesteps")
 def test_space_timesteps(case):
     if "error" in case:
         with pytest.raises(ValueError, match=str(case["section_counts"])):
@@ -74,7 +74,7 @@ def test_space_timesteps(case):
 
 
 @DTYPES
-@each("p_mean_variance", "q")
+@for_each_case("p_mean_variance", "q")
 def test_q(case, dtype):
     scheduler, t, x_start = case_scheduler(case), torch.tensor(case["t"]), images(dtype)
     x_t = scheduler.q_sample(x_start, t, randn(SEED_Q, dtype))
@@ -84,23 +84,23 @@ def test_q(case, dtype):
 
 
 @DTYPES
-@each("p_mean_variance", "p_mean")
+@for_each_case("p_mean_variance", "p_mean")
 def test_p_mean(case, dtype):
     x_t, t = randn(SEED_X, dtype), torch.tensor(case["t"])
     output = network(x_t, t, case["mean_type"])
-    found = [case_scheduler(case).p_mean_variance(output, x_t, t)]
-    found.append(
+    actual = [case_scheduler(case).p_mean_variance(output, x_t, t)]
+    actual.append(
         case_scheduler(case, clip_sample=not case["clip_denoised"]).p_mean_variance(
             output, x_t, t, clip_sample=case["clip_denoised"]
         )
     )
-    for p in found:
+    for p in actual:
         assert_fingerprint(p.mean, case["mean"], **tolerance(dtype, case["f32"]["mean"]))
         assert_fingerprint(p.pred_original_sample, case["pred_xstart"], **tolerance(dtype, case["f32"]["pred_xstart"]))
 
 
 @DTYPES
-@each("p_mean_variance", "p_variance")
+@for_each_case("p_mean_variance", "p_variance")
 def test_p_variance(case, dtype):
     x_t, t = randn(SEED_X, dtype), torch.tensor(case["t"])
     variants = [case["var_type"].lower()]
@@ -118,7 +118,7 @@ def test_p_variance(case, dtype):
 
 
 @DTYPES
-@each("likelihood_bound", "vb_terms_bpd")
+@for_each_case("likelihood_bound", "vb_terms_bpd")
 def test_bound_terms(case, dtype):
     scheduler, x_start, noise = case_scheduler(case), images(dtype), randn(SEED_Q, dtype)
     for i, t in enumerate(case["t"]):
@@ -133,7 +133,7 @@ def test_bound_terms(case, dtype):
 
 
 @DTYPES
-@each("likelihood_bound", "prior_bpd")
+@for_each_case("likelihood_bound", "prior_bpd")
 def test_prior(case, dtype):
     prior = case_scheduler(case).prior_bits_per_dim(images(dtype))
     expected = torch.tensor(case["per_image"], dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_prior(case, dtype):
 
 
 @DTYPES
-@each("sampling_steps", "p_sample", "ddim_sample", "ddim_reverse_sample")
+@for_each_case("sampling_steps", "p_sample", "ddim_sample", "ddim_reverse_sample")
 def test_one_step(case, dtype):
     scheduler, x_t, noise = case_scheduler(case), randn(SEED_X, dtype), randn(SEED_STEP, dtype)
     t = torch.tensor(scheduler.chain)[case["t_index"]]
@@ -155,7 +155,7 @@ def test_one_step(case, dtype):
 
 
 @DTYPES
-@each("sampling_steps", "ddim_sample_loop", "p_sample_loop")
+@for_each_case("sampling_steps", "ddim_sample_loop", "p_sample_loop")
 def test_sampling_loop(case, dtype):
     scheduler, x_t = case_scheduler(case), randn(SEED_X, dtype)
     for i, t in enumerate(scheduler.timesteps.tolist()):
@@ -167,6 +167,6 @@ def test_sampling_loop(case, dtype):
 
 def test_decoder():
     x, mean, log_scale, _, exact = torch.tensor(golden_cases("decoder_loglik"), dtype=torch.float64).T[:5]
-    found = discretized_gaussian_log_likelihood(x, mean, log_scale)
+    actual = discretized_gaussian_log_likelihood(x, mean, log_scale)
     assert exact.min() < -1e6 < math.log(1e-12)  # far beyond the reference's floor
-    torch.testing.assert_close(found, exact, rtol=1e-15, atol=1e-6)
+    torch.testing.assert_close(actual, exact, rtol=1e-15, atol=1e-6)

@@ -28,13 +28,13 @@ def test_golden_processes(case, dtype):
     score, other = -x, -0.5 * x * (1 + t.view(-1, 1, 1, 1)).to(dtype)
     mean, std = sde.marginal(x, t)
     f, G = sde.discretize(x, t)
-    found = {"marginal_mean": mean, "drift": sde.drift(x, t), "discretize_f": f}
+    actual = {"marginal_mean": mean, "drift": sde.drift(x, t), "discretize_f": f}
     for name, values in (("reverse", score), ("reverse_b", other)):
         for flow in (False, True):
             end = "_pflow" if flow else ""
-            found[f"{name}_drift{end}"] = sde.reverse_drift(x, t, values, flow)
-            found[f"{name}_discretize_f{end}"] = sde.reverse_discretize(x, t, values, flow)[0]
-    for name, values in found.items():
+            actual[f"{name}_drift{end}"] = sde.reverse_drift(x, t, values, flow)
+            actual[f"{name}_discretize_f{end}"] = sde.reverse_discretize(x, t, values, flow)[0]
+    for name, values in actual.items():
         assert values.dtype == dtype
         exact = dict(rtol=1e-9, atol=1e-11)
         tolerance = exact if dtype == torch.float64 else dict(rtol=0, atol=5 * case["f32"][name]["max_abs"] + 1e-6)
@@ -105,8 +105,8 @@ def test_the_score_from_every_prediction(sde, prediction_type):
     sde, x = sde(prediction_type=prediction_type), torch.randn(5, 1, 2, 2, dtype=torch.float64)
     for t in (0.01, 0.4, 1.0):
         scale, noise = sde.scale(t), sde.std(t)
-        found = sde.score(gaussian_network(sde, 0.3, 0.2)(x, sde.conditioning_times(t)), x, t)
-        torch.testing.assert_close(found, -(x - scale * 0.3) / (scale**2 * 0.04 + noise**2))
+        actual = sde.score(gaussian_network(sde, 0.3, 0.2)(x, sde.conditioning_times(t)), x, t)
+        torch.testing.assert_close(actual, -(x - scale * 0.3) / (scale**2 * 0.04 + noise**2))
 
 
 SCHEDULERS = [VPSDEScheduler, SubVPSDEScheduler, VESDEScheduler]
@@ -204,13 +204,13 @@ def test_the_steps_of_diffusers_score_sde_ve_scheduler():
     for i, t in enumerate(ours.timesteps):
         score = -x / (1 + t**2)
         expected = theirs.step_correct(score, x, torch.Generator().manual_seed(i)).prev_sample
-        found = ours.step_correct(score, t, x, torch.Generator().manual_seed(i))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1, t.item()))
+        actual = ours.step_correct(score, t, x, torch.Generator().manual_seed(i))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * max(1, t.item()))
         expected = theirs.step_pred(score, theirs.timesteps[i], x, torch.Generator().manual_seed(i))
-        found = ours.step(score, t, x, torch.Generator().manual_seed(i)).prev_sample
+        actual = ours.step(score, t, x, torch.Generator().manual_seed(i)).prev_sample
         last = i == n - 1
         x = expected.prev_sample_mean if last else expected.prev_sample
-        torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5 * max(1, t.item()))
+        torch.testing.assert_close(actual, x, rtol=1e-4, atol=1e-5 * max(1, t.item()))
 
 
 def test_langevin_steps_have_the_signal_to_noise_ratio():
@@ -220,12 +220,12 @@ def test_langevin_steps_have_the_signal_to_noise_ratio():
     t = scheduler.timesteps[40]
     sde = scheduler.sde
     output = -score * sde.std(sde.times(t))
-    found = scheduler.step_correct(output, t, x, variance_noise=noise)
+    actual = scheduler.step_correct(output, t, x, variance_noise=noise)
     alpha = 1 - sde.step_beta(sde.times(t.double()))  # of the trained process, however many steps are taken
     for image in range(4):  # Algorithm 5
         epsilon = 2 * alpha * (0.3 * noise[image].norm() / score[image].norm()) ** 2
         expected = x[image] + epsilon * score[image] + (2 * epsilon).sqrt() * noise[image]
-        torch.testing.assert_close(found[image], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual[image], expected, rtol=1e-4, atol=1e-4)
     zero = torch.zeros_like(x)
     assert torch.equal(scheduler.step_correct(zero, t, x), x)  # no score, no step
 
@@ -244,25 +244,27 @@ def test_annealed_langevin_dynamics_alone():
 def test_configs_are_saved_and_loaded(kind, tmp_path):
     scheduler = kind(predictor="ddim", correct_steps=3, snr=0.2, sampling_eps=0.01, num_train_timesteps=77)
     scheduler.save_pretrained(tmp_path)
-    again = kind.from_pretrained(tmp_path)
-    assert all(scheduler.config[key] == value for key, value in again.config.items())
-    for each in (scheduler, again):
-        each.set_timesteps(5)
-    assert torch.equal(scheduler.timesteps, again.timesteps) and scheduler._tables == again._tables
+    reopened = kind.from_pretrained(tmp_path)
+    assert all(scheduler.config[key] == value for key, value in reopened.config.items())
+    for configured in (scheduler, reopened):
+        configured.set_timesteps(5)
+    assert torch.equal(scheduler.timesteps, reopened.timesteps) and scheduler._tables == reopened._tables
 
 
 def test_configs_of_other_schedulers():
-    found = VPSDEScheduler.from_config(DDPMScheduler(num_train_timesteps=500, beta_start=2e-4, beta_end=0.03).config)
-    assert (found.config.beta_min, found.config.beta_max) == (pytest.approx(0.1), pytest.approx(15.0))
-    assert found.config.num_train_timesteps == 500
-    found = VPSDEScheduler.from_config(DDPMScheduler(num_train_timesteps=10_000).config)
-    assert found.config.beta_max == pytest.approx(200.0) and found.sde.scale(1.0) > 1e-22
+    converted = VPSDEScheduler.from_config(
+        DDPMScheduler(num_train_timesteps=500, beta_start=2e-4, beta_end=0.03).config
+    )
+    assert (converted.config.beta_min, converted.config.beta_max) == (pytest.approx(0.1), pytest.approx(15.0))
+    assert converted.config.num_train_timesteps == 500
+    converted = VPSDEScheduler.from_config(DDPMScheduler(num_train_timesteps=10_000).config)
+    assert converted.config.beta_max == pytest.approx(200.0) and converted.sde.scale(1.0) > 1e-22
     ours = VariationalDDPMScheduler(
         num_train_timesteps=500, beta_schedule="linear_scaled_by_T", prediction_type="sample"
     )
-    found = SubVPSDEScheduler.from_config(ours.config)
-    assert (found.config.beta_min, found.config.beta_max) == (pytest.approx(0.1), pytest.approx(20.0))
-    assert found.config.prediction_type == "sample"
+    converted = SubVPSDEScheduler.from_config(ours.config)
+    assert (converted.config.beta_min, converted.config.beta_max) == (pytest.approx(0.1), pytest.approx(20.0))
+    assert converted.config.prediction_type == "sample"
     for kind, other in (
         (SubVPSDEScheduler, VariationalDDPMScheduler(beta_schedule="cosine")),
         (SubVPSDEScheduler, DDPMScheduler(trained_betas=[0.1, 0.2])),
@@ -276,10 +278,10 @@ def test_configs_of_other_schedulers():
         VESDEScheduler.from_config(VPSDEScheduler().config)
     with pytest.raises(ValueError, match="^trained_betas=.*: alphas_cumprod must fall and stay above 0"):
         VPSDEScheduler.from_config(DDPMScheduler(rescale_betas_zero_snr=True).config)
-    found = VPSDEScheduler.from_config({"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02})
-    assert (found.config.beta_min, found.config.beta_max) == (pytest.approx(0.1), pytest.approx(20.0))
-    found = VPSDEScheduler.from_config({"beta_schedule": "squaredcos_cap_v2"})
-    assert found.config.trained_betas[-1] == pytest.approx(0.999)
+    converted = VPSDEScheduler.from_config({"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02})
+    assert (converted.config.beta_min, converted.config.beta_max) == (pytest.approx(0.1), pytest.approx(20.0))
+    converted = VPSDEScheduler.from_config({"beta_schedule": "squaredcos_cap_v2"})
+    assert converted.config.trained_betas[-1] == pytest.approx(0.999)
 
 
 @pytest.mark.parametrize(
@@ -302,8 +304,8 @@ def test_the_steps_of_a_chain_by_the_sde(other, tmp_path):
     torch.testing.assert_close(sde.timesteps, torch.arange(99.0, -1, -1), rtol=0, atol=1e-4)
     for t in (98, 50, 1):
         expected = chain.step(output, t, x, variance_noise=noise).prev_sample
-        found = sde.step(output, sde.timesteps[99 - t], x, variance_noise=noise).prev_sample
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        actual = sde.step(output, sde.timesteps[99 - t], x, variance_noise=noise).prev_sample
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_chain_in_fewer_steps_is_the_respaced_chain():
@@ -318,8 +320,8 @@ def test_a_chain_in_fewer_steps_is_the_respaced_chain():
     x, output, noise = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
     for t in (90, 50, 5):
         expected = chain.step(output, t, x, variance_noise=noise).prev_sample
-        found = sde.step(output, sde.timesteps[(95 - t) // 5], x, variance_noise=noise).prev_sample
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        actual = sde.step(output, sde.timesteps[(95 - t) // 5], x, variance_noise=noise).prev_sample
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [20, 250])
@@ -342,9 +344,9 @@ def test_clipping_is_the_ddpms():
     x, output = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
     for t in (95, 50, 5, 0):
         expected = chain.step(output, t, x, eta=0.0)
-        found = sde.step(output, sde.timesteps[(95 - t) // 5], x)
-        torch.testing.assert_close(found.prev_sample, expected.prev_sample, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.pred_original_sample, expected.pred_original_sample, rtol=1e-5, atol=1e-5)
+        actual = sde.step(output, sde.timesteps[(95 - t) // 5], x)
+        torch.testing.assert_close(actual.prev_sample, expected.prev_sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual.pred_original_sample, expected.pred_original_sample, rtol=1e-5, atol=1e-5)
 
 
 def test_sampling_may_end_anywhere():
@@ -471,17 +473,17 @@ def test_pipelines_are_saved_with_their_scheduler(scheduler, unet, tmp_path):
     pipe = DDPMImagePipeline(unet, scheduler)
     expected = seeded(pipe)
     pipe.save_pretrained(tmp_path / "pipe")
-    again = DDPMImagePipeline.from_pretrained(tmp_path / "pipe")
-    assert type(again.scheduler) is type(scheduler)
-    torch.testing.assert_close(seeded(again), expected, rtol=0, atol=10 * ROUNDING)  # not cut off at 1
+    reopened = DDPMImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert type(reopened.scheduler) is type(scheduler)
+    torch.testing.assert_close(seeded(reopened), expected, rtol=0, atol=10 * ROUNDING)  # not cut off at 1
     here = pipe(2, torch.Generator().manual_seed(0), 60, "np").images
-    told = open_elsewhere("remote", tmp_path / "pipe", tmp_path / "remote", tmp_path / "cache", steps=60)
-    assert f"DDPMImagePipeline DDPMUNet {type(scheduler).__name__}" in told
+    output = open_elsewhere("remote", tmp_path / "pipe", tmp_path / "remote", tmp_path / "cache", steps=60)
+    assert f"DDPMImagePipeline DDPMUNet {type(scheduler).__name__}" in output
     np.testing.assert_allclose(np.load(tmp_path / "remote.npy"), here, atol=ROUNDING)
     for path in (tmp_path / "pipe").rglob("*"):  # a pipeline opened as remote code, saved once more
         if path.is_file():
-            again = tmp_path / "remote_again" / path.relative_to(tmp_path / "pipe")
-            assert again.read_bytes() == path.read_bytes(), path
+            reopened = tmp_path / "remote_again" / path.relative_to(tmp_path / "pipe")
+            assert reopened.read_bytes() == path.read_bytes(), path
 
 
 def test_the_folders_of_diffusers_score_sde_ve_pipeline(tmp_path):
@@ -503,14 +505,14 @@ def test_the_folders_of_diffusers_score_sde_ve_pipeline(tmp_path):
     assert isinstance(ours.scheduler, VESDEScheduler) and isinstance(ours.unet, DDPMUNet)
     assert (ours.scheduler.config.sigma_max, ours.scheduler.config.correct_steps) == (2.0, 1)
     expected = theirs(1, 20, generator=torch.Generator().manual_seed(0), output_type="np").images
-    found = ours(1, torch.Generator().manual_seed(0), 20, "np").images
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    actual = ours(1, torch.Generator().manual_seed(0), 20, "np").images
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
     ours.save_pretrained(tmp_path / "ours")
-    for again in (DDPMImagePipeline(net, theirs.scheduler), DDPMImagePipeline.from_pretrained(tmp_path / "ours")):
-        again.set_progress_bar_config(disable=True)
-        again.to("cpu").optimize(compile=False)
-        found = again(1, torch.Generator().manual_seed(0), 20, "np").images
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    for pipeline in (DDPMImagePipeline(net, theirs.scheduler), DDPMImagePipeline.from_pretrained(tmp_path / "ours")):
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to("cpu").optimize(compile=False)
+        actual = pipeline(1, torch.Generator().manual_seed(0), 20, "np").images
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
     swapped = DDPMImagePipeline.from_pretrained(tmp_path / "ours", scheduler=VESDEScheduler(predictor="ddim"))
     assert swapped.scheduler.config.predictor == "ddim"
     with pytest.raises(ValueError, match="trust_remote_code"):  # stock classes would draw from noise of another size
@@ -522,8 +524,8 @@ def test_progress_and_interpolation(unet):
     net = DDPMUNet.from_config(unet.config, time_embedding_type="fourier").eval()
     pipe = DDPMImagePipeline(net, VESDEScheduler(sigma_max=4.0, num_train_timesteps=3))
     pipe.set_progress_bar_config(disable=True)
-    told = [t for t, _, _ in pipe.progressive(1, num_inference_steps=5)]
-    assert told == pipe_timesteps(pipe, 5) and 0 < told[-1] < 0.02
+    times = [t for t, _, _ in pipe.progressive(1, num_inference_steps=5)]
+    assert times == pipe_timesteps(pipe, 5) and 0 < times[-1] < 0.02
     images = torch.rand(2, 2, 1, 8, 8) * 2 - 1
     assert len(pipe.interpolate(*images, [0.5], 3.5, num_inference_steps=5, output_type="pt").images) == 2
     with pytest.raises(ValueError, match="^timestep=5 is beyond the process; choose one from 0 to (3.99|4)"):

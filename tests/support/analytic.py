@@ -12,17 +12,17 @@ class Mixture:
         self.sde, self.dtype = sde, torch.float64
         self.means, self.stds, self.weights = (torch.tensor(v, dtype=torch.float64) for v in (means, stds, weights))
 
-    def parts(self, x, t):
+    def components(self, x, t):
         scale, noise = self.sde.scale(t), self.sde.std(t)
         variance = scale**2 * self.stds**2 + noise**2
         centered = x[..., None] - scale * self.means
         return centered, variance, self.weights.log() - 0.5 * (centered**2 / variance + (2 * math.pi * variance).log())
 
     def log_prob(self, x, t):
-        return self.parts(x, t)[2].logsumexp(-1).flatten(1).sum(1)
+        return self.components(x, t)[2].logsumexp(-1).flatten(1).sum(1)
 
     def score(self, x, t):
-        centered, variance, logs = self.parts(x, t)
+        centered, variance, logs = self.components(x, t)
         return -(logs.softmax(-1) * centered / variance).sum(-1)
 
     def __call__(self, x, label, class_labels=None, return_dict=False):

@@ -66,6 +66,6 @@ def run_elsewhere(code, home, *argv, package=True, offline=False):
     return result.stdout
 
 
-def open_elsewhere(how, x, out, home, steps):
+def open_elsewhere(opener, x, out, home, steps):
     """Opens the folder or Hub id x as `how` says: stock, package, remote or branch."""
-    return run_elsewhere(OPEN, home, how, x, out, steps, package=how == "package", offline=Path(x).is_dir())
+    return run_elsewhere(OPEN, home, opener, x, out, steps, package=opener == "package", offline=Path(x).is_dir())

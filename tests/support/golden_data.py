@@ -26,8 +26,18 @@ def golden_cases(name, *kinds):
 
 
 def case_id(case):
-    said = "kind", "schedule", "T", "respacing", "mean_type", "var_type", "eta", "clip_denoised", "section_counts"
-    return "-".join(str(case[key]).replace(" ", "") for key in (*said, "t", "t_index") if key in case)
+    config_keys = (
+        "kind",
+        "schedule",
+        "T",
+        "respacing",
+        "mean_type",
+        "var_type",
+        "eta",
+        "clip_denoised",
+        "section_counts",
+    )
+    return "-".join(str(case[key]).replace(" ", "") for key in (*config_keys, "t", "t_index") if key in case)
 
 
 def randn(seed, dtype=torch.float64):
@@ -80,7 +90,7 @@ def assert_fingerprint(actual, stored, rtol=0.0, atol=0.0):
         expected = torch.tensor(stored["const"], dtype=torch.float64)
         torch.testing.assert_close(flat, expected[:, None].expand_as(flat), rtol=rtol, atol=atol)
         return
-    found = {"probe": flat[:, PROBED], "mean": flat.mean(1), "dot": (flat * WEIGHTS).mean(1)}
-    for name, value in found.items():
+    fingerprint = {"probe": flat[:, PROBED], "mean": flat.mean(1), "dot": (flat * WEIGHTS).mean(1)}
+    for name, value in fingerprint.items():
         expected = torch.tensor(stored[name], dtype=torch.float64)
         torch.testing.assert_close(value, expected, rtol=rtol, atol=atol, msg=partial("{}: {}".format, name))

@@ -70,8 +70,8 @@ class HubServer:
 
     def files(self, repo_id, branch="main", repo_type="model") -> dict[str, bytes]:
         repository = self.repositories[repo_type, repo_id]
-        found = repository["commits"][repository["branches"][branch]]
-        return {path: (self.blobs / entry["sha256"]).read_bytes() for path, entry in found.items()}
+        head = repository["commits"][repository["branches"][branch]]
+        return {path: (self.blobs / entry["sha256"]).read_bytes() for path, entry in head.items()}
 
     def fault(self, request):
         with self.lock:
@@ -193,22 +193,22 @@ class _Handler(BaseHTTPRequestHandler):
             for path, entry in sorted(files.items())
         ]
         date = "2026-01-01T00:00:00.000Z"
-        known = {
+        entry_info = {
             "id": repo_id,
             "modelId": repo_id,
             "author": repo_id.split("/")[0],
             "sha": commit,
             "siblings": siblings,
         }
-        known |= {"private": repository["private"], "gated": False, "disabled": False, "tags": [], "downloads": 0}
-        self._json({**known, "likes": 0, "lastModified": date, "createdAt": date, "cardData": {}})
+        entry_info |= {"private": repository["private"], "gated": False, "disabled": False, "tags": [], "downloads": 0}
+        self._json({**entry_info, "likes": 0, "lastModified": date, "createdAt": date, "cardData": {}})
 
     def _tree_entry(self, path, entry):
-        known = {"type": "file", "path": path, "size": entry["size"], "oid": entry["oid"]}
+        entry_info = {"type": "file", "path": path, "size": entry["size"], "oid": entry["oid"]}
         return (
-            {**known, "lfs": {"oid": entry["sha256"], "size": entry["size"], "pointerSize": 134}}
+            {**entry_info, "lfs": {"oid": entry["sha256"], "size": entry["size"], "pointerSize": 134}}
             if entry["lfs"]
-            else known
+            else entry_info
         )
 
     def tree(self, type, repo_id, revision, path=None):
@@ -219,22 +219,22 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Problem(404, f"{path} does not exist", "EntryNotFound")
         folders = {name[: name.index("/", len(prefix))] for name in inside if "/" in name[len(prefix) :]}
         recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
-        found = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
-        found += [
+        entries = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
+        entries += [
             self._tree_entry(name, entry)
             for name, entry in inside.items()
             if recursive or "/" not in name[len(prefix) :]
         ]
-        self._json(found)
+        self._json(entries)
 
     def paths_info(self, type, repo_id, revision):
         _, files = self._commit(self._repository(repo_id, type), revision)
         body = self.body.decode()
         asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
         asked = [asked] if isinstance(asked, str) else asked
-        found = [self._tree_entry(path, files[path]) for path in asked if path in files]
+        entries = [self._tree_entry(path, files[path]) for path in asked if path in files]
         folders = [path for path in asked if any(name.startswith(f"{path}/") for name in files)]
-        self._json(found + [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders])
+        self._json(entries + [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders])
 
     def refs(self, type, repo_id):
         repository = self._repository(repo_id, type)
@@ -272,8 +272,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer = []
         for file in json.loads(self.body)["files"]:
             path = file["path"]
-            known = files.get(path)
-            oid = known and (known["sha256"] if known["lfs"] else known["oid"])
+            entry_info = files.get(path)
+            oid = entry_info and (entry_info["sha256"] if entry_info["lfs"] else entry_info["oid"])
             mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **({"oid": oid} if oid else {})})
         self._json({"files": answer})
@@ -289,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
             objects.append({**asked, **({} if present else {"actions": {"upload": upload, "verify": verify}})})
         self._json({"transfer": "basic", "objects": objects})
 
-    def put(self, oid):
+    def store_upload(self, oid):
         if self.headers.get("Authorization"):
             raise _Problem(400, "Only one auth mechanism allowed")
         if hashlib.sha256(self.body).hexdigest() != oid:

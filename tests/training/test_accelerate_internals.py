@@ -21,21 +21,21 @@ def loader():
 
 
 def test_trackers():
-    known, installed = accelerate_internals.known_trackers(), accelerate_internals.installed_trackers()
-    assert "wandb" in known and set(installed) <= set(known), CHANGED.format("LOGGER_TYPE_TO_CLASS")
+    supported, installed = accelerate_internals.known_trackers(), accelerate_internals.installed_trackers()
+    assert "wandb" in supported and set(installed) <= set(supported), CHANGED.format("LOGGER_TYPE_TO_CLASS")
 
 
 def test_mixed_precision(accelerator):
-    found = accelerate_internals.has_mixed_precision(accelerator)
-    assert isinstance(found, bool) and found == (accelerator.mixed_precision != "no"), CHANGED.format("native_amp")
+    actual = accelerate_internals.has_mixed_precision(accelerator)
+    assert isinstance(actual, bool) and actual == (accelerator.mixed_precision != "no"), CHANGED.format("native_amp")
 
 
 def test_skipped_batches(accelerator, loader):
     prepared = accelerator.prepare(loader)
     prepared._non_blocking = True
-    rest = accelerate_internals.skip_batches(prepared, 2)
-    assert [batch.tolist() for batch in rest] == [[4, 5], [6, 7], [8, 9]], CHANGED.format("skip_first_batches")
-    assert rest._non_blocking is True, CHANGED.format("DataLoaderShard._non_blocking")
+    remaining = accelerate_internals.skip_batches(prepared, 2)
+    assert [batch.tolist() for batch in remaining] == [[4, 5], [6, 7], [8, 9]], CHANGED.format("skip_first_batches")
+    assert remaining._non_blocking is True, CHANGED.format("DataLoaderShard._non_blocking")
 
 
 def test_a_loader_of_its_own_part(accelerator, loader):

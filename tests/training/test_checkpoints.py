@@ -109,8 +109,8 @@ def test_files_that_are_not_those_written(run, capsys, change, problem):
         check_digests(newest)
     assert str(caught.value) == problem
     assert run.checkpoints.load(newest) == newest.with_name("0000001")
-    told, without = capsys.readouterr().err, not (newest.with_name("0000002.unreadable") / DIGESTS).exists()
-    assert ("an older version of this package wrote it, and can resume from it" in told) == without
+    output, without = capsys.readouterr().err, not (newest.with_name("0000002.unreadable") / DIGESTS).exists()
+    assert ("an older version of this package wrote it, and can resume from it" in output) == without
     assert (newest.with_name("0000002.unreadable")).is_dir() and not newest.exists()
 
 

@@ -80,12 +80,12 @@ def test_presets_name_their_source_and_load(preset, tmp_path):
     lines = path.read_text().splitlines()
     comment = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
     assert lines[0].startswith("#")
-    found = 0
+    count = 0
     for pattern, is_so in CLAIMS.items():
         for value in re.findall(pattern, comment):
-            found += 1
+            count += 1
             assert is_so(config, value), (pattern, value)
-    assert found >= 4 or not re.search(r"[A-Z]\w+ et al\.|& Dhariwal|Ho, Jain", comment)  # of a paper's settings
+    assert count >= 4 or not re.search(r"[A-Z]\w+ et al\.|& Dhariwal|Ho, Jain", comment)  # of a paper's settings
 
 
 def test_command_line_beats_the_file(tmp_path):
@@ -99,8 +99,8 @@ def test_command_line_beats_the_file(tmp_path):
     assert (config.steps, config.learning_rate, config.random_flip, config.image_size) == (9, 2e-4, True, [8, 16])
     assert config.unet == {"block_out_channels": [8, 16], "dropout": 0.5}
     assert load("--output_dir", "~/there/is/none").output_dir == str(Path.home() / "there/is/none")
-    told = load("--mixed_precision", "no", "--data", "2024", "--background", "#00ff00", "--license", "null")
-    assert (told.mixed_precision, told.data, told.background, told.license) == ("no", "2024", "#00ff00", None)
+    loaded = load("--mixed_precision", "no", "--data", "2024", "--background", "#00ff00", "--license", "null")
+    assert (loaded.mixed_precision, loaded.data, loaded.background, loaded.license) == ("no", "2024", "#00ff00", None)
     assert load("--output_dir", "runs: 3/a #2").output_dir == "runs: 3/a #2"
     assert load("--unet.norm_eps", "1e-5").unet["norm_eps"] == 1e-5
     assert load("--ema_decay", "0").ema_decay == 0.0 and load("--sample_steps", "null").sample_steps is None
@@ -214,20 +214,20 @@ def test_help(kind, program, capsys):
     """Each key with its default, those of the sections, and the presets; without the slow imports."""
     with pytest.raises(SystemExit) as end:
         load_config(["--steps", "x", "--help"], kind)
-    told = capsys.readouterr().out
-    assert end.value.code == 0 and f"usage: python training/{program}" in told
+    output = capsys.readouterr().out
+    assert end.value.code == 0 and f"usage: python training/{program}" in output
     for field in keys_of(kind):
-        assert f"\n  --{field.name} " in told
-    assert "--log_every INT                 steps between rows of metrics.jsonl (20)" in told
-    assert "--weight_decay NUMBER" in told and f"({'0.0' if kind is TrainConfig else '0.05'})" in told
+        assert f"\n  --{field.name} " in output
+    assert "--log_every INT                 steps between rows of metrics.jsonl (20)" in output
+    assert "--weight_decay NUMBER" in output and f"({'0.0' if kind is TrainConfig else '0.05'})" in output
     cls = DDPMUNet if kind is TrainConfig else NoisyClassifier
     for key, parameter in inspect.signature(cls).parameters.items():
         default = "required"
         if parameter.default is not inspect.Parameter.empty:
             default = json.dumps(parameter.default, separators=(",", ":")).replace('"', "")
-        assert key in kind.DERIVED or re.search(rf"[ ]{key}={re.escape(default)}\s", told), key
+        assert key in kind.DERIVED or re.search(rf"[ ]{key}={re.escape(default)}\s", output), key
     for path in kind.PRESETS.glob("*.yaml"):
-        assert re.search(rf"^  {path.stem} +\S", told, re.MULTILINE)
+        assert re.search(rf"^  {path.stem} +\S", output, re.MULTILINE)
     code = "import sys; sys.argv = ['x', '-h']; from ddpm_hf.training import command_line\n"
     code += "try: command_line.load_config(['-h'])\nexcept SystemExit: "
     code += "print('torch' in sys.modules, 'diffusers' in sys.modules)"
@@ -339,11 +339,11 @@ def test_the_checkpoint_to_resume(tmp_path):
     # from another run's checkpoint, and on from its own when it is killed
     config = load("--output_dir", new, "--resume", str(older), *steps)
     assert checkpoint_to_resume(config) == older
-    own = tmp_path / "new/checkpoints/0001000"
-    own.mkdir(parents=True)
-    for folder in (tmp_path / "new", own):
+    newest = tmp_path / "new/checkpoints/0001000"
+    newest.mkdir(parents=True)
+    for folder in (tmp_path / "new", newest):
         (folder / "config.yaml").write_text(as_yaml(config))
-    assert checkpoint_to_resume(config) == own
+    assert checkpoint_to_resume(config) == newest
 
     for argv, message in (
         (
@@ -390,10 +390,13 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path):
     argv = ["--unet.dropout", "0.5", "--scheduler.beta_schedule", "linear", "--unet.block_out_channels", "8,16"]
     with pytest.raises(ConfigError) as caught:
         load(*constant, *argv)
-    told = str(caught.value)  # the keys that differ alone, with both values
-    assert told.startswith("scheduler.beta_schedule='linear', but ") and "was trained with 'cosine' (2 more: " in told
-    assert "unet.dropout=0.5, but it had its default" in told and "[8, 16], but it had [32, 64]" in told
-    assert "norm_num_groups" not in told and f"--init_from {tmp_path}/run/pipeline --output_dir" in told
+    message = str(caught.value)  # the keys that differ alone, with both values
+    assert (
+        message.startswith("scheduler.beta_schedule='linear', but ")
+        and "was trained with 'cosine' (2 more: " in message
+    )
+    assert "unet.dropout=0.5, but it had its default" in message and "[8, 16], but it had [32, 64]" in message
+    assert "norm_num_groups" not in message and f"--init_from {tmp_path}/run/pipeline --output_dir" in message
     for folder in (tmp_path / "run", checkpoint):
         (folder / "config.yaml").write_text(other)
     with pytest.raises(ConfigError, match="learning_rate=0.5, but .* was trained with 0.001; .* --init_from"):
@@ -516,7 +519,7 @@ def test_presets_of_classifiers(preset):
     assert_holds_what_the_file_says(config, ClassifierConfig.PRESETS / f"{preset}.yaml", but=())
     assert config.classes == 10 and config.preset == preset
     diffusion = load("--config", preset)
-    betas, guided = (VariationalDDPMScheduler(**each.scheduler).betas for each in (config, diffusion))
+    betas, guided = (VariationalDDPMScheduler(**run_config.scheduler).betas for run_config in (config, diffusion))
     assert torch.equal(betas, guided)
     for key in ("data", "image_size", "channels"):
         assert getattr(config, key) == getattr(diffusion, key), key

@@ -70,8 +70,8 @@ def test_a_run_that_is_lost_stops_and_says_where(tmp_path):
 
 def test_a_machine_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    told = environment(Accelerator(cpu=True))
-    assert told["commit"] is None and told["processes"] == 1
+    facts = environment(Accelerator(cpu=True))
+    assert facts["commit"] is None and facts["processes"] == 1
 
 
 ALONE = SimpleNamespace(num_processes=1, is_main_process=True)
@@ -87,8 +87,8 @@ def test_a_signal_waits_for_the_end_of_a_step(number, capsys):
             os.kill(os.getpid(), number)
             assert interrupts.stop(2) == number and not received
             name = signal.Signals(number).name
-            again = "Ctrl-C" if number == signal.SIGINT else name
-            assert f"{name}: stopping after this step; {again} again stops immediately" in capsys.readouterr().err
+            signal_name = "Ctrl-C" if number == signal.SIGINT else name
+            assert f"{name}: stopping after this step; {signal_name} again stops immediately" in capsys.readouterr().err
             os.kill(os.getpid(), number)
             if number != signal.SIGINT:
                 assert not received  # passed on by a launcher
@@ -139,8 +139,8 @@ def test_a_measurement_that_fails_in_one_process_is_left_out_in_all(rank, monkey
     )
     interrupts = Interrupts(SimpleNamespace(num_processes=2, is_main_process=rank == 0))
     assert interrupts.run(torch.nn.Identity(), lambda: 7) is None
-    told = "a sheet or measurement is left out (2 of 3 samples are not finite); the run continues\n"
-    assert capsys.readouterr().err == (told if rank == 0 else "")
+    message = "a sheet or measurement is left out (2 of 3 samples are not finite); the run continues\n"
+    assert capsys.readouterr().err == (message if rank == 0 else "")
     monkeypatch.setattr("ddpm_hf.training.interrupts.gather_object", lambda mine: mine)
     assert interrupts.run(torch.nn.Identity(), lambda: torch.zeros(2).view(3)) is None
 
@@ -151,7 +151,7 @@ def test_values_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):
 
     def overflow(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
-        return output if self.training else tuple(each * math.nan for each in output)
+        return output if self.training else tuple(tensor * math.nan for tensor in output)
 
     monkeypatch.setattr(DDPMUNet, "forward", overflow)
     monkeypatch.setattr("ddpm_hf.training.log.Log.plot", lambda log: None)  # which takes most of the time
@@ -161,9 +161,9 @@ def test_values_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][2:]
     assert [[key for key in row if row[key] is not None] for row in rows] == [["step"], ["step"]]
     assert "samples_mean_grey" in rows[0] and {"bits_per_dim", "loss_held_out", "loss_train"} <= rows[1].keys()
-    told = capsys.readouterr().err
-    assert told.count("left out (2 of 2 samples are not finite") == 2  # of the averaged and the raw weights
-    assert told.count("left out (the bound's term of image") == 1 and not (tmp_path / "samples").exists()
+    printed = capsys.readouterr().err
+    assert printed.count("left out (2 of 2 samples are not finite") == 2  # of the averaged and the raw weights
+    assert printed.count("left out (the bound's term of image") == 1 and not (tmp_path / "samples").exists()
 
 
 class Trigger(io.StringIO):
@@ -237,14 +237,15 @@ def test_several_processes_ask_each_other_about_once_a_second(monkeypatch):
 def test_files_that_cannot_be_written_are_told(capsys):
     with warn_on_write_error("the pipeline could not be written"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
-    told = "the pipeline could not be written (Error while serializing: I/O error: No space left on device); the run continues"
-    assert told in capsys.readouterr().err
+    reason = "Error while serializing: I/O error: No space left on device"
+    message = f"the pipeline could not be written ({reason}); the run continues"
+    assert message in capsys.readouterr().err
 
 
 def test_a_problem_that_stays_is_told_once(capsys):
-    said = set()
+    reported = set()
     for full in (True, True, False, True):
-        with warn_on_write_error("metrics.jsonl could not be written", said):
+        with warn_on_write_error("metrics.jsonl could not be written", reported):
             if full:
                 raise OSError(28, "No space left on device")
     assert capsys.readouterr().err.count("No space left on device") == 2

@@ -156,9 +156,9 @@ def test_a_compiled_network_keeps_losses_and_gradients():
     compile_network(fast, config, torch.device("cpu"))
     assert list(fast.state_dict()) == list(unet.state_dict())
     assert any(type(module) is WinogradConv2d for module in fast.modules())
-    expected, found = gradients(unet), gradients(fast, channels_last(config, torch.device("cpu")))
-    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
-    assert (found[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
+    expected, actual = gradients(unet), gradients(fast, channels_last(config, torch.device("cpu")))
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert (actual[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
 
 
 @pytest.mark.slow
@@ -211,11 +211,11 @@ def test_dropout_of_a_compiled_network(layout):
     for distance in (1, 2, 3, 4):
         both = (flat[distance:] & flat[:-distance]).double().mean()
         assert abs(both - (1 - p) ** 2) < 6 * (p * (1 - p) / count) ** 0.5
-    again = []
+    outputs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        again.append(dropout(x))
-    assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
+        outputs.append(dropout(x))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
 def test_dropout_at_its_ends():

@@ -266,12 +266,12 @@ def test_processes_share_one_history():
     processes = [context.Process(target=_share_histories, args=(rank, port, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = dict(queue.get() for _ in processes)
+    histories = dict(queue.get() for _ in processes)
     for process in processes:
         process.join()
     size = torch.tensor([((1.0 + t) ** 2 + (11.0 + t) ** 2) ** 0.5 for t in range(4)], dtype=F64)
     expected = 0.999 * size / size.sum() + 0.001 / 4
-    assert found[0] == found[1] == pytest.approx(expected.tolist(), rel=1e-12)
+    assert histories[0] == histories[1] == pytest.approx(expected.tolist(), rel=1e-12)
 
 
 def test_mean_of_vlb_over_t_is_the_bound():
@@ -331,11 +331,11 @@ def test_score_matching_of_normal_data_in_closed_form(kind, prediction_type):
         t = torch.full((len(x_start),), at, dtype=torch.float64)
         scale, std, g = sde.scale(at), sde.std(at), sde.diffusion(at)
         expected = 1 - std**2 / (scale**2 * 0.25 + std**2)
-        found = ScoreObjective(sde)(network, x_start, t=t, noise=noise)
-        assert found.shape == (20000,)
-        torch.testing.assert_close(found.mean(), expected, rtol=0.03, atol=1e-9)
+        actual = ScoreObjective(sde)(network, x_start, t=t, noise=noise)
+        assert actual.shape == (20000,)
+        torch.testing.assert_close(actual.mean(), expected, rtol=0.03, atol=1e-9)
         weighted = ScoreObjective(sde, "likelihood")(network, x_start, t=t, noise=noise)
-        torch.testing.assert_close(weighted, found * (g / std) ** 2)
+        torch.testing.assert_close(weighted, actual * (g / std) ** 2)
     with pytest.raises(ValueError, match="^weighting='p2' is not known; choose one of variance, likelihood"):
         ScoreObjective(sde, "p2")
 
@@ -349,8 +349,8 @@ def test_an_epsilon_networks_score_matching_is_the_simple_loss():
         torch.testing.assert_close(label.double(), t.double(), rtol=0, atol=1e-9)
         return (output + x,)
 
-    found = ScoreObjective(sde)(network, x_start, t=sde.times(t), noise=noise)
-    torch.testing.assert_close(found, DiffusionObjective(scheduler)(network, x_start, t=t, noise=noise))
+    actual = ScoreObjective(sde)(network, x_start, t=sde.times(t), noise=noise)
+    torch.testing.assert_close(actual, DiffusionObjective(scheduler)(network, x_start, t=t, noise=noise))
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,8 @@ def test_what_a_killed_run_left_behind_is_removed(tmp_path, config, accelerator)
         (run / name).touch()
     with OutputFolder(config, accelerator) as folder:
         folder.begin()
-    found = {str(path.relative_to(run)) for path in run.rglob("*")}
-    assert found == {
+    files = {str(path.relative_to(run)) for path in run.rglob("*")}
+    assert files == {
         "pipeline", "pipeline/unet", "checkpoints", "checkpoints/0000010", "samples", "samples/0000010.png", "config.yaml",
         "environment.json",
     }  # fmt: skip
@@ -237,8 +237,10 @@ def test_a_resumed_run_forgets_what_came_after_the_checkpoint(tmp_path, config, 
             other.load_state_dict(state)
             other.begin(4, folder.path / "checkpoints/0000004")
             assert path.read_text() == whole
-            told = capsys.readouterr().err
-            assert told.count("of the 4 rows that were logged up to step 4") == lines and "resumed from step 4" in told
+            output = capsys.readouterr().err
+            assert (
+                output.count("of the 4 rows that were logged up to step 4") == lines and "resumed from step 4" in output
+            )
 
 
 def test_curves_are_bounded_and_are_means():
@@ -247,9 +249,9 @@ def test_curves_are_bounded_and_are_means():
         curves.add({"step": step, "loss": value, "none": None, "half": value if step % 2 else None})
         if step % 1000 == 0:
             curves.add({"step": step, "bits_per_dim": step / 1000})
-    found = [row for row in curves.rows() if "loss" in row]
-    assert len(found) == 10_007 // 16 + 1  # 1,000 of one, of two, of four, of eight rows became 500
-    for i, row in enumerate(found):
+    loss_rows = [row for row in curves.rows() if "loss" in row]
+    assert len(loss_rows) == 10_007 // 16 + 1  # 1,000 of one, of two, of four, of eight rows became 500
+    for i, row in enumerate(loss_rows):
         rows = values[16 * i : 16 * i + 16]
         assert row["step"] == min(16 * i + 16, 10_007) and row["none"] is None
         assert row["loss"] == pytest.approx(sum(rows) / len(rows), abs=1e-12)

@@ -101,8 +101,8 @@ def test_the_same_command_resumes_with_the_plan_of_the_run(tmp_path, monkeypatch
     run = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert run["minutes"] == 0.1 and run["steps"] == 6 and run["lr_schedule"] == "cosine"
     assert (tmp_path / "run/samples/0000006.png").is_file()
-    again = config_of(**keys)
-    assert again.planned and as_yaml(again) == (tmp_path / "run/config.yaml").read_text()
+    repeated = config_of(**keys)
+    assert repeated.planned and as_yaml(repeated) == (tmp_path / "run/config.yaml").read_text()
     train(**keys)  # nothing is left to do
     printed = capsys.readouterr().err
     assert "minutes are" not in printed and "resumed from" not in printed

@@ -66,8 +66,8 @@ def test_a_hub_that_fails_is_told_once(hub, publisher, capsys):
         publisher.push(step)
         if publisher.thread:
             publisher.thread.join()
-    told = capsys.readouterr().err
-    assert told.count("the Hub answered 500") == 1 and "the run continues, the next checkpoint is pushed" in told
+    output = capsys.readouterr().err
+    assert output.count("the Hub answered 500") == 1 and "the run continues, the next checkpoint is pushed" in output
     with pytest.raises(
         HubError, match="the Hub answered 500.*to try again: python training/push.py .*pipeline --repo_id"
     ):
@@ -78,8 +78,8 @@ def test_a_hub_that_fails_is_told_once(hub, publisher, capsys):
     assert publisher.reported is None and hub.files(publisher.config.push_to_hub)
     for number in (1, 2):
         publisher._warn(HubError(f"the Hub answered 429 (Request ID: Root={number}) and no more"))
-    told = capsys.readouterr().err
-    assert told.count("the Hub answered 429") == 1
+    output = capsys.readouterr().err
+    assert output.count("the Hub answered 429") == 1
 
 
 def test_what_the_hub_refuses_is_told_before_anything_starts(hub, tmp_path, capsys):

@@ -26,7 +26,7 @@ from support.versions import needs
 
 
 def resolved(*argv, kind=None):
-    config, _ = load_config([str(each) for each in argv], *([kind] if kind else []))
+    config, _ = load_config([str(argument) for argument in argv], *([kind] if kind else []))
     return resolve(config)
 
 
@@ -102,8 +102,13 @@ def test_what_is_given_stays(tmp_path):
     assert (config.image_size, config.label_column, config.classes, config.batch_size) == (16, None, None, 3)
     assert (config.held_out, config.eval_every, config.unet["dropout"]) == (0, 0, 0)
     assert config.unet["norm_num_groups"] == 8 and config.unet["down_block_types"] == ["AttnDownBlock2D", "DownBlock2D"]
-    own = ["--unet.down_block_types", "DownBlock2D,DownBlock2D", "--unet.up_block_types", "[UpBlock2D, UpBlock2D]"]
-    assert resolved(*arguments, *own).unet == {
+    block_types = [
+        "--unet.down_block_types",
+        "DownBlock2D,DownBlock2D",
+        "--unet.up_block_types",
+        "[UpBlock2D, UpBlock2D]",
+    ]
+    assert resolved(*arguments, *block_types).unet == {
         "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
         "num_class_embeds": 2,
     }  # fmt: skip
@@ -166,8 +171,8 @@ def test_own_pictures_from_nothing_to_a_pipeline(tmp_path):
     assert pipeline.unet.config.num_class_embeds == 2 and tuple(pipeline.unet.config.sample_size) == (8, 8)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["held_out"] == 0.05
     pictures(tmp_path / "data/a", 1, (300, 300))
-    again = script("train.py", *arguments, "--steps", 3, "--learning_rate", 0.01)
-    assert "image_size" not in again.stderr
+    resumed = script("train.py", *arguments, "--steps", 3, "--learning_rate", 0.01)
+    assert "image_size" not in resumed.stderr
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["learning_rate"] for row in rows if "learning_rate" in row] == [0.0002, 0.01]
     assert [row["step"] for row in rows if "bits_per_dim" in row] == [2, 3]
@@ -178,8 +183,8 @@ def test_own_pictures_from_nothing_to_a_pipeline(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path, make_pipeline):
-    def save(name="pipeline", **how):
-        make_pipeline(**how).save_pretrained(tmp_path / name)
+    def save(name="pipeline", **components):
+        make_pipeline(**components).save_pretrained(tmp_path / name)
         return tmp_path / name
 
     return save
@@ -221,8 +226,10 @@ def test_the_process_is_the_pipelines(tmp_path, saved):
 
 
 def test_a_stock_pipeline(tmp_path):
-    how = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, down_block_types=["DownBlock2D"] * 2)
-    unet = UNet2DModel(16, **how, up_block_types=["UpBlock2D"] * 2)
+    kwargs = dict(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, down_block_types=["DownBlock2D"] * 2
+    )
+    unet = UNet2DModel(16, **kwargs, up_block_types=["UpBlock2D"] * 2)
     for scheduler in (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), DDIMScheduler(beta_end=0.03)):
         DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "stock")
         config = resolved("--init_from", tmp_path / "stock", "--output_dir", tmp_path / "run")
@@ -277,12 +284,12 @@ def test_names_of_strangers_are_shortened(tmp_path, make_pipeline):
 @needs("accelerate", "1.9", "it has no trackio")
 def test_what_trackers_are_given(tmp_path):
     """By the names that accelerate's trackers take: project, and a run's name that is its folder's unless given."""
-    given = []
-    accelerator = types.SimpleNamespace(init_trackers=lambda *arguments: given.append(arguments))
+    calls = []
+    accelerator = types.SimpleNamespace(init_trackers=lambda *arguments: calls.append(arguments))
     for extra, name in (([], "run"), (["--tracker_run", "second"], "second")):
         config, _ = load_config(["--output_dir", str(tmp_path / "run"), "--tracker_project", "mine", *extra])
         open_trackers(config, accelerator)
-        project, values, names = given.pop()
+        project, values, names = calls.pop()
         assert project == "mine" and values["seed"] == "0" and names["wandb"] == {"name": name}
     for tracker, arguments in names.items():  # each class passes them on, or takes them itself
         assert tracker in accelerate.tracking.LOGGER_TYPE_TO_CLASS
@@ -307,8 +314,8 @@ def test_resuming_what_began_with_a_pipeline(tmp_path, saved):
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(as_yaml(config))
     folder.rename(tmp_path / "away")
-    again = resolved(*arguments, "--unet.dropout", 0.3)
-    assert as_yaml(again) == as_yaml(config) and checkpoint_to_resume(again).name == "0000005"
+    repeated = resolved(*arguments, "--unet.dropout", 0.3)
+    assert as_yaml(repeated) == as_yaml(config) and checkpoint_to_resume(repeated).name == "0000005"
     assert as_yaml(resolved(*arguments)) == as_yaml(config)  # not said again, as it was
     for extra, message in (
         (["--unet.dropout", "0.1"], "^unet.dropout=0.1, but .*0000005 was trained with 0.3; "),

@@ -77,8 +77,8 @@ def test_means_and_spreads_of_channels():
     x = torch.stack(
         (torch.full((2, 4, 4), 0.5), torch.tensor([-1.0, 1.0]).repeat(2, 4, 2), torch.zeros(2, 4, 4)), dim=1
     )
-    told = channel_statistics("samples", x.mean((0, 2, 3)), (x**2).mean((0, 2, 3)))
-    assert told == {
+    statistics = channel_statistics("samples", x.mean((0, 2, 3)), (x**2).mean((0, 2, 3)))
+    assert statistics == {
         "samples_mean_red": 0.5, "samples_mean_green": 0.0, "samples_mean_blue": 0.0,
         "samples_std_red": 0.0, "samples_std_green": 1.0, "samples_std_blue": 0.0,
     }  # fmt: skip
@@ -119,25 +119,34 @@ class LikeThis(torch.nn.Module):
 def test_images_learned_by_heart_are_told(accelerator):
     """Of a network that knows the noise of its own images, and predicts zero for others."""
     scheduler = VariationalDDPMScheduler(num_train_timesteps=10)
-    seen, held_out = torch.full((6, 1, 4, 4), 0.5), torch.full((5, 1, 4, 4), -0.5)
+    trained, held_out = torch.full((6, 1, 4, 4), 0.5), torch.full((5, 1, 4, 4), -0.5)
     visited = []
 
     def unet(x_t, t, class_labels=None, return_dict=False):
         abar = scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1)
         noise = (x_t - abar.sqrt() * 0.5) / (1 - abar).sqrt()
-        known = (noise.mean((1, 2, 3)).abs() < 4) & (noise.std((1, 2, 3)) < 3) & torch.tensor(len(visited) % 2 == 1)
+        is_remembered = (
+            (noise.mean((1, 2, 3)).abs() < 4) & (noise.std((1, 2, 3)) < 3) & torch.tensor(len(visited) % 2 == 1)
+        )
         visited.append(t)
-        return (torch.where(known.view(-1, 1, 1, 1), noise, 0.0),)
+        return (torch.where(is_remembered.view(-1, 1, 1, 1), noise, 0.0),)
 
     config = TrainConfig(batch_size=2, seed=3)
     signals = Interrupts(accelerator)
-    told = held_out_loss(config, signals, LikeThis(unet), DiffusionObjective(scheduler), (held_out, None), (seen, None))
-    assert told["loss_train"] < 1e-6 and told["loss_held_out"] == pytest.approx(1, abs=0.2)
-    assert 0 < told["loss_gap_standard_error"] < 0.2
+    losses = held_out_loss(
+        config, signals, LikeThis(unet), DiffusionObjective(scheduler), (held_out, None), (trained, None)
+    )
+    assert losses["loss_train"] < 1e-6 and losses["loss_held_out"] == pytest.approx(1, abs=0.2)
+    assert 0 < losses["loss_gap_standard_error"] < 0.2
     first, second = torch.cat(visited[::2]), torch.cat(visited[1::2])
     assert torch.equal(first, second) and torch.equal(first.bincount(), torch.full((10,), 4))  # 5 images at 8 timesteps
     same = held_out_loss(
-        config, signals, LikeThis(lambda x, t, **_: (x,)), DiffusionObjective(scheduler), (seen, None), (seen, None)
+        config,
+        signals,
+        LikeThis(lambda x, t, **_: (x,)),
+        DiffusionObjective(scheduler),
+        (trained, None),
+        (trained, None),
     )
     assert same["loss_train"] == same["loss_held_out"] and same["loss_gap_standard_error"] == 0
 
@@ -147,15 +156,17 @@ def test_shares_of_processes_make_the_whole(accelerator, monkeypatch):
     images = (torch.rand(5, 1, 4, 4), None), (torch.rand(5, 1, 4, 4), None)
     unet = LikeThis(lambda x, t, **_: (x,))
     whole = held_out_loss(config, Interrupts(accelerator), unet, objective, *images)
-    parts = []
+    gathered = []
     for rank in range(2):
-        monkeypatch.setattr("ddpm_hf.training.interrupts.gather_object", lambda found: parts.extend(found) or found)
+        monkeypatch.setattr(
+            "ddpm_hf.training.interrupts.gather_object", lambda objects: gathered.extend(objects) or objects
+        )
         share = types.SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
         held_out_loss(config, Interrupts(share), unet, objective, *images)
-    monkeypatch.setattr("ddpm_hf.training.interrupts.gather_object", lambda found: parts)
-    again = held_out_loss(config, Interrupts(accelerator), unet, objective, *images)
+    monkeypatch.setattr("ddpm_hf.training.interrupts.gather_object", lambda objects: gathered)
+    repeated = held_out_loss(config, Interrupts(accelerator), unet, objective, *images)
     for key in ("loss_train", "loss_held_out", "loss_gap_standard_error"):
-        assert again[key] == pytest.approx(whole[key], rel=1e-5)
+        assert repeated[key] == pytest.approx(whole[key], rel=1e-5)
 
 
 def test_a_sheet_of_pairs_is_as_large_as_its_images():
@@ -169,5 +180,7 @@ def test_plots_without_matplotlib(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = script(name, "--config", "digits", "--dry_run", check=False)
     assert refused.returncode == 1 and refused.stdout == ""
-    told = 'training runs need matplotlib; pip install "ddpm-hf[train]", or pip install -e ".[train]" in a checkout\n'
-    assert refused.stderr == f"{name}: {told}"
+    message = (
+        'training runs need matplotlib; pip install "ddpm-hf[train]", or pip install -e ".[train]" in a checkout\n'
+    )
+    assert refused.stderr == f"{name}: {message}"

@@ -130,8 +130,8 @@ CASES = [
     (DDPMUNet, run_network, NETWORK, None),
     (DDPMUNet, run_network, TABLES, ("num_train_timesteps", "num_class_embeds", "class_embed_type")),
     (NoisyClassifier, run_network, CLASSIFIER, None),
-    *((VariationalDDPMScheduler, run_scheduler, dict(num_train_timesteps=6, prediction_type=each), None)
-      for each in ("epsilon", "previous")),
+    *((VariationalDDPMScheduler, run_scheduler, dict(num_train_timesteps=6, prediction_type=prediction_type), None)
+      for prediction_type in ("epsilon", "previous")),
     *((kind, run_sde, {}, None) for kind in (VPSDEScheduler, SubVPSDEScheduler, VESDEScheduler)),
     (DiffusionObjective, run_objective, dict(loss="hybrid"), ("loss", "vlb_weight", "weighting")),
     (LossSecondMomentTimesteps, run_timesteps, {}, ("history_per_timestep", "uniform_probability")),
@@ -141,14 +141,14 @@ CASES = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "run", "base", "keys"), CASES, ids=[each[0].__name__ for each in CASES])
+@pytest.mark.parametrize(("kind", "run", "base", "keys"), CASES, ids=[entry[0].__name__ for entry in CASES])
 def test_every_argument(kind, run, base, keys):
     parameters = list(inspect.signature(kind.__init__).parameters)[1:]
     faults = []
     for key in keys or parameters:
         for value in VALUES:
             try:
-                finite = all(torch.as_tensor(each).isfinite().all() for each in run(kind, {**base, key: value}))
+                finite = all(torch.as_tensor(entry).isfinite().all() for entry in run(kind, {**base, key: value}))
             except ValueError as error:
                 message = str(error)
                 if key not in message or "\n" in message or len(message) > 400:

@@ -25,16 +25,16 @@ def missing_path(name: str) -> str | None:
 
 def nearest_path(path: Path) -> Path | None:
     """The existing path that differs from `path` in the spelling of one part; None if there is none."""
-    parts = [path, *path.parents]
-    missing, folder = next((part, part.parent) for part in parts if part.parent.is_dir() or part == part.parent)
+    candidates = [path, *path.parents]
+    missing, folder = next((part, part.parent) for part in candidates if part.parent.is_dir() or part == part.parent)
     try:
         names = os.listdir(folder)
     except OSError:  # not a folder, or not readable
         return None
-    rest = path.relative_to(missing)
-    names = [name for name in names if name[:1] != "." and os.path.lexists(folder / name / rest)]
+    remainder = path.relative_to(missing)
+    names = [name for name in names if name[:1] != "." and os.path.lexists(folder / name / remainder)]
     close = difflib.get_close_matches(missing.name, names, n=1)
-    return folder / close[0] / rest if close else None
+    return folder / close[0] / remainder if close else None
 
 
 def can_be_on_the_hub(name: str) -> bool:

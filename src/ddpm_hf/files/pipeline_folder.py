@@ -143,9 +143,9 @@ def read_shards(path: Path, folder: Path) -> dict[str, str]:
     return shards
 
 
-def check_target(folder: Path, parts: Iterable[str] = ()) -> None:
+def check_target(folder: Path, part_names: Iterable[str] = ()) -> None:
     """Raises ValueError if saving to `folder` and its sub-folders `parts` would write through a link."""
-    for place in (folder, *(folder / part for part in parts)):
+    for place in (folder, *(folder / part for part in part_names)):
         paths = list(place.iterdir()) if place.is_dir() else []
         links = [path for path in paths if path.name in CONFIGS or path.suffix == ".py" or variant_of(path.name)]
         link = next((path for path in (*links, place) if path.is_symlink() and path != folder), None)

@@ -37,7 +37,7 @@ def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
                 chain.pop()
                 break
         status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), None)
-        again = "nothing is lost, push it again later"
+        retry = "nothing is lost, push it again later"
         refused = status in (400, 401, 403, 404)
         if isinstance(error, HFValidationError):
             refused = True
@@ -58,10 +58,10 @@ def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
         elif status is not None and status < 500:
             message = f"{repo_id}: the Hub refused it ({status}): {' '.join(str(error).split())}"
         elif status is not None:
-            message = f"{repo_id}: the Hub answered {status}; {again}"
+            message = f"{repo_id}: the Hub answered {status}; {retry}"
         elif any(map(is_about_connection, chain)):
             message = (
-                f"{repo_id}: {constants.ENDPOINT} was not reached or broke off ({type(chain[-1]).__name__}); {again}"
+                f"{repo_id}: {constants.ENDPOINT} was not reached or broke off ({type(chain[-1]).__name__}); {retry}"
             )
         else:
             raise

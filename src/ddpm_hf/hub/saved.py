@@ -81,7 +81,7 @@ def class_of_part(part: str, class_name: str) -> type[SavedConfig] | None:
     """Returns the class of this package that opens a part saved under this class name; None if there is none."""
     classes = SCHEDULERS if part == "scheduler" else (NETWORKS[part],)
     names = ((cls, (cls.__name__, cls.stock_class, *cls.stands_for)) for cls in classes)
-    return next((cls for cls, its_names in names if class_name in its_names), None)
+    return next((cls for cls, names_of_class in names if class_name in names_of_class), None)
 
 
 def scheduler_class(class_name: str) -> type | None:

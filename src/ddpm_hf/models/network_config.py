@@ -134,7 +134,7 @@ def _check_number_of_levels(config):
 
 def _check_block_types(config, network):
     levels = len(config["block_out_channels"])
-    for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+    for key, block_types in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
         if key not in config:
             continue
         names = plain_names(config[key])
@@ -142,9 +142,11 @@ def _check_block_types(config, network):
             raise ValueError(
                 f"{key} has {len(names)} entries and block_out_channels {levels}; give one for each level in both"
             )
-        unknown = next((name for name in names if name not in known), None)
+        unknown = next((name for name in names if name not in block_types), None)
         if unknown is not None:
-            raise ValueError(f"{key} names {shown(unknown)}, not supported by {network}; supported: {', '.join(known)}")
+            raise ValueError(
+                f"{key} names {shown(unknown)}, not supported by {network}; supported: {', '.join(block_types)}"
+            )
 
 
 def _check_number_of_parameters(config):

@@ -102,8 +102,8 @@ class CheckedModel(GuardedConfig, ModelMixin, ConfigMixin):
         config = {key: value for key, value in self.config.items() if key != "_use_default_values"}  # as it is written
         with torch.device("meta"):
             expected = type(self).from_config(config).state_dict()
-        own = self.state_dict()
-        added, missing = own.keys() - expected.keys(), expected.keys() - own.keys()
+        present = self.state_dict()
+        added, missing = present.keys() - expected.keys(), expected.keys() - present.keys()
         if added or missing:
             raise ValueError(
                 f"the network and its config differ by {_counted(added or missing)}: merge or remove "

@@ -22,9 +22,11 @@ def label_ids(names: list[str], class_names: list[str] | None, argument: str = "
         if class_names is None:
             raise ValueError(f"{argument}={shown(name)}: the names of the classes are not known; give numbers")
         if name not in class_names:
-            lower = {known.lower(): known for known in class_names}
+            lower = {class_name.lower(): class_name for class_name in class_names}
             near = difflib.get_close_matches(str(name).lower(), lower)
-            near = [lower[key] for key in near] or [known for key, known in lower.items() if str(name).lower() in key]
+            near = [lower[key] for key in near] or [
+                class_name for key, class_name in lower.items() if str(name).lower() in key
+            ]
             hint = f"did you mean {' or '.join(map(shown, near[:3]))}?" if near else f"known: {shown(class_names)}"
             raise ValueError(f"{argument}={shown(name)} is not the name of a class; {hint}")
     return [class_names.index(name) for name in names]

@@ -177,19 +177,19 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     # configuration
 
     def _make_config_stock(self, betas, beta_schedule, trained_betas, variance_type, levels):
-        own, stock = {"levels": levels}, {"num_train_timesteps": len(betas), "variance_type": variance_type}
+        extra, stock = {"levels": levels}, {"num_train_timesteps": len(betas), "variance_type": variance_type}
         for key, replacements in STOCK_VALUES.items():
             value = stock.get(key, self.config[key])
             if value in replacements:
-                own[key], stock[key] = value, replacements[value][0]
+                extra[key], stock[key] = value, replacements[value][0]
         if trained_betas is not None or beta_schedule in OWN_SCHEDULES or self.config.rescale_betas_zero_snr:
             stock["trained_betas"] = betas.tolist()
             if trained_betas is None:
-                own["trained_betas"] = None  # to be computed from the schedule's name
-        config = {**self.config, **stock, "_ddpm_hf": own}
+                extra["trained_betas"] = None  # to be computed from the schedule's name
+        config = {**self.config, **stock, "_ddpm_hf": extra}
         del config["levels"]
         if "_use_default_values" in config:
-            explicit = {"levels", *PROCESS_KEYS, *own}
+            explicit = {"levels", *PROCESS_KEYS, *extra}
             config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in explicit]
         self._internal_dict = FrozenDict(config)
 

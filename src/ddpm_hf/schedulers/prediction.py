@@ -127,5 +127,5 @@ def _inverse(scale):
 
 
 def _unknown(prediction_type):
-    known = ", ".join(dict.fromkeys((*PREDICTION_TYPES, *SDE_PREDICTIONS)))
-    return ValueError(f"prediction_type={prediction_type!r} is not known here; choose one of {known}")
+    names = ", ".join(dict.fromkeys((*PREDICTION_TYPES, *SDE_PREDICTIONS)))
+    return ValueError(f"prediction_type={prediction_type!r} is not known here; choose one of {names}")

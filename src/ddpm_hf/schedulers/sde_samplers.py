@@ -233,10 +233,10 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
             config_dict["_use_default_values"] = []
             if variance_exploding and "sigma_min" in config_dict:  # ScoreSdeVeScheduler's
                 config_dict.setdefault("centered", False)
-        own = {"beta_min", "sigma_min"} & set(config_dict)
-        if own == {"beta_min" if variance_exploding else "sigma_min"}:
-            raise ValueError(f"{cls.__name__} cannot be built from a config with {own.pop()}")
-        if {"beta_start", "beta_schedule"} & set(config_dict) and not own:
+        sde_keys = {"beta_min", "sigma_min"} & set(config_dict)
+        if sde_keys == {"beta_min" if variance_exploding else "sigma_min"}:
+            raise ValueError(f"{cls.__name__} cannot be built from a config with {sde_keys.pop()}")
+        if {"beta_start", "beta_schedule"} & set(config_dict) and not sde_keys:
             schedule, T = config_dict.get("beta_schedule", "linear"), config_dict.get("num_train_timesteps", 1000)
             T = check_argument("num_train_timesteps", T, int, SDE_RANGES["N"])
             # the config also holds the betas of a schedule whose name other classes do not know

@@ -198,13 +198,13 @@ def _check_continuous(config):
     processes = ("ddpm", "vp", "subvp", "ve")
     if config.process not in processes:
         raise ConfigError(f"process={shown(config.process)} is not known{nearest(config.process, processes)}")
-    for key, known in (
+    for key, allowed in (
         ("loss", ("simple",)),
         ("weighting", (None, "likelihood")),
         ("timesteps", ("uniform", "importance")),
     ):
-        if getattr(config, key) not in known:
-            choices = ", ".join("null" if choice is None else choice for choice in known)
+        if getattr(config, key) not in allowed:
+            choices = ", ".join("null" if choice is None else choice for choice in allowed)
             raise ConfigError(
                 f"{key}={shown(getattr(config, key))} is for discrete timesteps; with process={config.process} take {choices}"
             )

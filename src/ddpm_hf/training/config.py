@@ -267,10 +267,10 @@ def image_size(config: RunConfig) -> tuple[int, int]:
     return sides(config.image_size)
 
 
-def nearest(key, known) -> str:
+def nearest(key, names) -> str:
     """The end of an error message about an unknown key: the one that was meant, or all that there are."""
-    key, known = str(key)[:60], list(known)
-    initials = {"".join(word[:1] for word in name.split("_")): name for name in reversed(known) if "_" in name}
-    close = [name for name in (ALIASES.get(key), initials.get(key)) if name in known]
-    close += difflib.get_close_matches(key, known, n=1) or [name for name in known if key in name.split("_")]
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    key, names = str(key)[:60], list(names)
+    initials = {"".join(word[:1] for word in name.split("_")): name for name in reversed(names) if "_" in name}
+    close = [name for name in (ALIASES.get(key), initials.get(key)) if name in names]
+    close += difflib.get_close_matches(key, names, n=1) or [name for name in names if key in name.split("_")]
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"

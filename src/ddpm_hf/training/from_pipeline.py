@@ -44,8 +44,8 @@ def _process(saved):
         raise ValueError(f"its {shown(name)} is not the scheduler of a process that can be trained")
     scheduler = cls.from_config(saved)
     values = {**scheduler.config, **scheduler.config.get("_ddpm_hf", {})}
-    known = inspect.signature(type(scheduler)).parameters
-    return process, scheduler, {key: value for key, value in values.items() if key in known and value is not None}
+    parameters = inspect.signature(type(scheduler)).parameters
+    return process, scheduler, {key: value for key, value in values.items() if key in parameters and value is not None}
 
 
 def _network_of(path):
@@ -170,8 +170,8 @@ def _sampling_keys(config, subject, scheduler, keys):
         applied["variance_type"] = explicit.pop("variance_type")
     if LEVELS.get(config.data) and "levels" not in applied:
         applied["levels"] = LEVELS[config.data]
-    known = inspect.signature(type(scheduler)).parameters
-    applied |= {key: explicit.pop(key) for key in explicit.keys() - known.keys()}  # refused later
+    parameters = inspect.signature(type(scheduler)).parameters
+    applied |= {key: explicit.pop(key) for key in explicit.keys() - parameters.keys()}  # refused later
     betas = {key: explicit.pop(key) for key in BETAS & explicit.keys()} if hasattr(scheduler, "betas") else {}
     if betas:
         schedule = {key: value for key, value in keys.items() if key != "trained_betas"}
@@ -179,7 +179,7 @@ def _sampling_keys(config, subject, scheduler, keys):
         if len(explicit_betas) == len(scheduler.betas) and torch.allclose(explicit_betas, scheduler.betas, rtol=1e-4):
             betas = {}  # the same betas, described in other words
     for key, value in {**explicit, **betas}.items():
-        trained = keys.get(key, known[key].default)
+        trained = keys.get(key, parameters[key].default)
         if key in betas and "trained_betas" in keys:
             trained = "betas of its own"
         if _as_list(value) != _as_list(trained):

@@ -61,10 +61,10 @@ class Interrupts:
         if self.received is None:
             self.received, self.received_at = number, time.monotonic()
             if self.accelerator.is_main_process:
-                again = "Ctrl-C" if number == signal.SIGINT else name_of(number)
+                signal_name = "Ctrl-C" if number == signal.SIGINT else name_of(number)
                 with contextlib.suppress(RuntimeError):  # it came while something else was printing
                     print_above_progress_bar(
-                        f"{name_of(number)}: stopping after this step; {again} again stops immediately"
+                        f"{name_of(number)}: stopping after this step; {signal_name} again stops immediately"
                     )
         # a launcher passes on what its group of processes has received too
         elif number == signal.SIGINT or time.monotonic() - self.received_at > 2:

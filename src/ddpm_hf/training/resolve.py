@@ -96,8 +96,8 @@ def show_settings_of_run(config: RunConfig) -> None:
 
 def _with_checked_keys(config, section, cls):
     """Convert the values of a section to the types of its class. Raises ConfigError for an unknown key or invalid value."""
-    keys, known = getattr(config, section), inspect.signature(cls).parameters
+    keys, parameters = getattr(config, section), inspect.signature(cls).parameters
     for key in keys:
-        if key not in known:
-            raise ConfigError(f"unknown key {shown(f'{section}.{key}')}{nearest(key, known)}")
+        if key not in parameters:
+            raise ConfigError(f"unknown key {shown(f'{section}.{key}')}{nearest(key, parameters)}")
     return dataclasses.replace(config, **{section: cls.__init__.check(keys, f"{section}.")})

@@ -22,10 +22,10 @@ RUN_NAMES = {
 
 def check_trackers(names: list[str]) -> None:
     """Raise ConfigError for a tracker that accelerate does not know, or that is not installed."""
-    known, installed = known_trackers(), installed_trackers()
+    supported, installed = known_trackers(), installed_trackers()
     for name in names:
-        if name not in known:
-            raise ConfigError(f"trackers={shown(names)}: {shown(name)} is not known{nearest(name, known)}")
+        if name not in supported:
+            raise ConfigError(f"trackers={shown(names)}: {shown(name)} is not known{nearest(name, supported)}")
         if name not in installed:
             raise ConfigError(f"trackers={shown(names)}: {shown(name)} is not installed; pip install {name}")
 
