@@ -372,7 +372,7 @@ ROUTES = [
     ("POST", f"/api/{TYPE}/{ID}/preupload/{REVISION}", "preupload"),
     ("POST", f"/api/{TYPE}/{ID}/commit/{REVISION}", "commit"),
     ("POST", f"/(?:datasets/)?{ID}\\.git/info/lfs/objects/batch", "lfs_batch"),
-    ("PUT", r"/signed/(?P<oid>[0-9a-f]{64})", "put"),
+    ("PUT", r"/signed/(?P<oid>[0-9a-f]{64})", "store_upload"),
     ("POST", f"/{ID}/verify", "verify"),
     ("GET HEAD", f"/(?P<type>datasets/)?{ID}/resolve/{REVISION}/(?P<path>.+)", "resolve"),
 ]
