@@ -21,7 +21,10 @@ def main(command: str, argv: list[str], program: str) -> None:
         config, dry_run = load_config(argv if is_script else with_data_option(argv, kind), kind, program)
         names = {"data": "data set", "eval_data": "data set", "init_from": "pipeline", "pipeline": "pipeline"}
         for key, kind_of_folder in names.items() if os.environ.get("RANK", "0") == "0" else ():
-            if getattr(config, key, None):
+            is_opened = (
+                kind_of_folder == "data set" or not config.resolved
+            )  # a resumed run has its base pipeline's values
+            if getattr(config, key, None) and is_opened:
                 check_path(program, getattr(config, key), kind_of_folder)
         for module in ("datasets", "matplotlib", "psutil"):
             require_extra(module, "train", "training runs")
