@@ -1,7 +1,7 @@
-"""A folder of images, or of files that hold images, as a data set: which files are read, their splits and their labels.
+"""Opens a folder of images, or of files that hold images, as a data set with splits and labels.
 
-`datasets` alone infers splits from words within names, so that a class called "train" becomes the whole data set, and it skips
-files silently. Here every image in a folder becomes a row, or a warning says why it does not.
+The "imagefolder" of `datasets` infers splits from words within names, so that a class called "train" becomes the whole data
+set, and it skips files silently. Here every image in a folder becomes a row, or a warning says why it does not.
 """
 
 import collections
@@ -96,12 +96,12 @@ def open_folder(source: str, split: str, streaming: bool) -> datasets.Dataset | 
 
 
 def as_stream(rows: datasets.Dataset) -> datasets.IterableDataset:
-    """The same rows in the same order as a stream, in shards that processes and workers divide among themselves."""
+    """Returns the same rows in the same order as a stream, in shards that processes and workers divide among themselves."""
     return rows.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(rows))))
 
 
 def picture_endings() -> set[str]:
-    """The endings, such as ".png", of files that Pillow and its registered plugins can decode."""
+    """Returns the endings, such as ".png", of files that Pillow and its registered plugins can decode."""
 
     def decodes(format):
         opener = Image.OPEN.get("JPEG" if format == "MPO" else format, [None])[0]
@@ -112,7 +112,7 @@ def picture_endings() -> set[str]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Sorts names of labels; by value if all are integers, so that label 2 of "0", "1", ..., "11" is "2"."""
+    """Sorts names of labels: by value if all are integers ("2" before "11"), otherwise alphabetically."""
     names = sorted(names)
     if all(re.fullmatch(r"[+-]?[0-9]{1,1000}", name) for name in names):
         names.sort(key=int)
@@ -120,7 +120,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def check_tars(paths: Iterable[str]) -> None:
-    """Raises ValueError for a .tar that is truncated or damaged, at which its reader would stop without an error."""
+    """Raises ValueError for a truncated or damaged .tar, of which a reader would silently read only the beginning."""
     for path in paths:
         if _ending(path) != ".tar":
             continue
@@ -138,7 +138,7 @@ def check_tars(paths: Iterable[str]) -> None:
 def load_tables(
     kind: str, data_files: str | dict, split: str, streaming: bool
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Opens files with a loader of `TABLES`; members of a .tar that only Pillow knows as images are images, too."""
+    """Opens files with a loader of `TABLES`. Members of a .tar are images if Pillow can decode them."""
     rows = datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming)
     if kind == "webdataset":
         endings = picture_endings()
@@ -172,7 +172,7 @@ def _top(path):
 
 
 def _walk(root):
-    """The files and folders below a folder, sorted, as paths relative to it; without hidden ones and `SYSTEM_FOLDERS`."""
+    """Returns the files and the folders below a folder as sorted relative paths, without hidden ones and `SYSTEM_FOLDERS`."""
     files, folders, queue = [], [], [""]
     while queue:
         folder = queue.pop()
@@ -211,7 +211,7 @@ def _warn_of_empty_folders(source, folders, paths):
 
 
 def _splits_of_folders(source, paths):
-    """Split -> paths, by the top-level folders; {} unless all of these are named after a split."""
+    """Returns split -> paths by the top-level folders; {} unless all of these are named after a split."""
     names = {_top(path) for path in paths} - {""}
     if not names or not all(name.lower() in SPLITS for name in names):
         return {}
@@ -225,7 +225,7 @@ def _splits_of_folders(source, paths):
 
 
 def _split_words(names):
-    """The splits that are named by whole words within names."""
+    """Returns the splits that whole words within the names stand for."""
     return {SPLITS[word] for name in names for word in re.split("[^a-z]+", name.lower()) if word in SPLITS}
 
 
@@ -247,7 +247,7 @@ def _open_tables(source, root, kind, paths, split, streaming):
 
 
 def _open_images(source, root, paths, metadata):
-    """Split -> its rows."""
+    """Returns split -> rows."""
     split_folders = _splits_of_folders(source, paths)
     tops = sorted({_top(path) for path in paths} - {""})
     if not split_folders and len(_split_words(tops)) > 1:
@@ -276,7 +276,7 @@ def _open_images(source, root, paths, metadata):
 
 
 def _labels(source, folders):
-    """Folder -> label. folders: image -> folder, "" for an image outside of the folders of classes."""
+    """Returns folder -> label. `folders` maps an image to its folder, or to "" if it is outside of the class folders."""
     labeled = sorted(set(folders.values()) - {""})
     unlabeled = [path for path, folder in folders.items() if not folder]
     if labeled and unlabeled:
@@ -291,7 +291,7 @@ def _labels(source, folders):
 
 
 def _rows(root, paths, labels, names):
-    """A data set that holds only the paths of its images, and their labels if there are `names` of classes."""
+    """Returns a data set with the paths of its images, and with their labels if there are `names` of classes."""
     features, files = {"image": datasets.Image()}, pa.array([f"{root}/{path}" for path in paths], pa.string())
     columns = [pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), files], ["bytes", "path"])]
     if names:
@@ -304,7 +304,7 @@ def _rows(root, paths, labels, names):
 
 
 def _described_rows(source, root, paths, metadata, split):
-    """The rows that metadata files list; only those of `split`, if it is given and a file lists images of several splits."""
+    """Returns the rows that metadata files list; those of `split` only, unless it is None."""
     try:
         data_files = [glob.escape(f"{root}/{path}") for path in metadata]
         rows = datasets.load_dataset("imagefolder", data_files=data_files, split="train")
@@ -335,7 +335,7 @@ def _is_below(path, root):
 
 
 def _select(splits, split, source):
-    """The rows of a split or slice. splits: name -> rows."""
+    """Returns the rows of a split or slice. `splits` maps the name of a split to its rows."""
     try:
         spans = datasets.ReadInstruction.from_spec(split).to_absolute(
             {name: len(rows) for name, rows in splits.items()}

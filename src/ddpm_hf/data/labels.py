@@ -1,4 +1,4 @@
-"""The labels of a data set as classes 0, 1, ...: the class of each value of a label column, and the names of the classes."""
+"""Numbers the labels of a data set as classes 0, 1, ..., and names the classes."""
 
 import contextlib
 import dataclasses
@@ -14,11 +14,11 @@ class LabelColumn:
     """A label column of a data set, and the class of each of its values."""
 
     name: str
-    ids: dict | None  # value -> class, see `label_ids`; None: the values are the classes
-    num_classes: int | None
+    ids: dict | None  # value -> class, see `label_ids`; None if the values are the classes
+    num_classes: int | None  # classes are 0 to num_classes - 1; None for no limit
 
     def class_of(self, label) -> int:
-        """The class of the label of one image. Raises ValueError for a label that is missing or has no class."""
+        """Returns the class of one image's label. Raises ValueError if the label is missing or has no class."""
         label_id = label if self.ids is None else self.ids.get(label)
         if isinstance(label_id, int) and 0 <= label_id < (self.num_classes or label_id + 1):
             return int(label_id)
@@ -39,19 +39,19 @@ def label_ids(
     num_classes: int | None = None,
     class_names: list[str] | None = None,
 ) -> dict | None:
-    """The class 0, 1, ... of each value of a label column.
+    """Returns the class 0, 1, ... of each value of a label column.
 
     Args:
         label_column: its name; None for a data set without labels.
-        num_classes: the most classes that there may be; integers below it are classes already.
-        class_names: names of the classes where another data set has numbered them; values are matched by their names.
+        num_classes: the largest number of classes; integers below it are taken as classes.
+        class_names: names of the classes 0, 1, ... of another data set; values get the class of the same name.
 
     Returns:
-        value -> class, in the order of classes; None where the values are the classes already, and for a stream, whose values
-        are not known before it is read, unless their type or `class_names` has them.
+        value -> class, in the order of classes; None if the values are the classes already. Also None for a stream, whose
+        values are unknown before it is read, unless the type of the column or `class_names` lists them.
 
     Raises:
-        ValueError: labels that are missing, more than `num_classes`, or not among `class_names`.
+        ValueError: a missing label, more labels than `num_classes`, or a label that is not among `class_names`.
     """
     if label_column is None:
         return None
@@ -84,10 +84,10 @@ def label_ids(
 def label_names(
     dataset: datasets.Dataset | datasets.IterableDataset, label_column: str | None, num_classes: int | None = None
 ) -> list[str] | None:
-    """The names of the classes 0, 1, ... that `training_set` gives to the labels of a column.
+    """Returns the names of the classes 0, 1, ... that `training_set` makes of a label column.
 
-    They are the texts of the column, the names of a `ClassLabel`, or the numbers themselves. None without a label column; and
-    for a stream, unless the column's type has the names or, for integers, `num_classes` is given.
+    They are the texts of the column, the names of a `ClassLabel`, or the numbers themselves. The result is None without a
+    label column, and for a stream unless the column's type has the names or, for integers, `num_classes` is given.
     """
     if label_column is None:
         return None
@@ -116,14 +116,14 @@ def _label_feature(dataset, label_column):
 
 
 def _names_by_type(feature):
-    """The names of the values 0, 1, ... of a column, if its type has them; else None."""
+    """Returns the names of the values 0, 1, ... of a column if its type has names, else None."""
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
     return ["False", "True"] if feature.dtype == "bool" else None
 
 
 def _present_values(dataset, label_column, type_names):
-    """The different values of a column. Raises ValueError if it has none for a row: None, NaN, or -1 of a `ClassLabel`."""
+    """Returns the distinct values of a column. Raises ValueError for a missing value: None, NaN, or -1 in a `ClassLabel`."""
 
     def is_missing(value):
         return value is None or value != value or (type_names is not None and value < 0)
@@ -138,7 +138,7 @@ def _present_values(dataset, label_column, type_names):
 
 
 def _parse_value(name, feature):
-    """The value of a column of this type whose name is `name`."""
+    """Converts the name of a class to a value of the column's type."""
     if "int" in feature.dtype:
         with contextlib.suppress(ValueError):
             return int(name)

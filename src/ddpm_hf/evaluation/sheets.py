@@ -66,7 +66,7 @@ def as_sheet(images: list[Image.Image], columns: int | None = None, captions: li
     """Join images into one picture with grey gaps, square if columns is None; small images are enlarged to show their pixels.
 
     Args:
-        captions: a text above each image, "" for none; a row that repeats the row above is not drawn again.
+        captions: a text above each image, "" for none; a row equal to the row above is left out.
     """
     scale = max(1, 64 // min(images[0].size))
     images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]

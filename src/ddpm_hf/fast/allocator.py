@@ -7,13 +7,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep freed memory for the next call of the network, from now on and for the whole process.
+    """Makes the C library keep freed memory for the next call of the network, in the whole process from now on.
 
     Otherwise glibc returns large blocks to the kernel, and every page of the next block costs a fault and is zeroed: 9 % of the
     time of a training step of the cifar10 network (docs/speed.md). The process keeps its peak memory until it ends.
 
     Returns:
-        Whether the C library can do so: it is glibc, on Linux.
+        True if the C library can do so, which glibc on Linux can.
     """
     if sys.platform != "linux":
         return False

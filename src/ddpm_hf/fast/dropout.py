@@ -13,7 +13,7 @@ torch.library.define(OP, "(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondet
 
 @torch.library.impl(OP, "CompositeExplicitAutograd")
 def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """A bool mask, of the shape and layout of x, that is False with probability p, rounded to a multiple of 2**-16."""
+    """Draws a bool mask with the shape and layout of x; an element is False with probability p, rounded to 2**-16."""
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     mask = torch.empty_like(x, dtype=torch.bool)  # dense, whatever x is
     torch.ge(words.view(torch.int16)[: x.numel()], round(p * 2**16) - 2**15, out=mask.as_strided((x.numel(),), (1,)))
@@ -26,7 +26,7 @@ def _(x, p):
 
 
 class FastDropout(nn.Dropout):
-    """`nn.Dropout` with masks by `dropout_mask`: the same distribution, other random numbers."""
+    """`nn.Dropout` with the masks of `dropout_mask`: the same distribution, but other random numbers."""
 
     def forward(self, x):
         kept = 1 - round(self.p * 2**16) / 2**16
@@ -36,7 +36,7 @@ class FastDropout(nn.Dropout):
 
 
 def use_fast_dropout(network: nn.Module) -> None:
-    """Turns every dropout of a network into `FastDropout`, in place; modules without parameters only change their class."""
+    """Turns every dropout of a network into `FastDropout`, in place, by changing the class of the module."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.__class__ = FastDropout

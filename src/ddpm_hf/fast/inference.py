@@ -1,4 +1,4 @@
-"""The network for sampling: products that can be combined are combined ahead of time, the rest is left to the compiler."""
+"""The network for sampling: some matrix products are combined in advance, and the compiler optimizes the rest."""
 
 import copy
 import functools
@@ -45,7 +45,7 @@ class InferenceUNet(nn.Module):
     - on the CPU, freed memory stays with the process for the next call (`keep_freed_memory`);
     - weights and activations are in channels-last layout on the CPU, and in half precision on every device;
     - the rest is compiled. In half precision on the CPU the compiler also packs the weights into its code, in the layout that
-      oneDNN reads; a network made again because its weights have changed (`updated`) does without.
+      oneDNN reads; a network that `updated` made because weights had changed is not packed.
 
     Args:
         unet: the network; it is not changed. If its weights change later, call `updated`.
@@ -122,7 +122,7 @@ class InferenceUNet(nn.Module):
         self.report = f"network for inference in {str(self.compute_dtype).removeprefix('torch.')}: {'; '.join(done)}"
 
     def is_current(self, unet: nn.Module) -> bool:
-        """Whether it was made from this network with its present weights. It reads all of them: call it once a sampling.
+        """Whether this module was made from `unet` with its present weights. It reads all weights: call it once per sampling.
 
         Raises:
             ValueError: adapters, hooks or offloading have been added to the network.
@@ -132,10 +132,10 @@ class InferenceUNet(nn.Module):
         return unet is self.source[0] and _fingerprint(unet) == self.fingerprint
 
     def updated(self, unet: DDPMUNet) -> "InferenceUNet":
-        """A network for inference with the present weights of `unet`.
+        """Returns a network for inference with the present weights of `unet`.
 
-        That is this one if only the weights have changed: they are copied in place. It is a new one if `unet` has another
-        config, dtype or device, or if the compiler has packed the weights into its code.
+        If only the weights have changed, it is this module, and they are copied in place. It is a new module if `unet` has
+        another config, dtype or device, or if the compiler has packed the weights into its code.
 
         Raises:
             ValueError: as the constructor.
@@ -157,9 +157,9 @@ class InferenceUNet(nn.Module):
         return self
 
     def at_timesteps(self, timesteps: torch.Tensor | list) -> Callable:
-        """The network for one caller that will call it at these timesteps, one number for all images, in this order.
+        """Returns the network as a function for one caller, who will call it at these timesteps in this order.
 
-        The time projections of 64 of them are computed at once.
+        A timestep is one number for all images. The time projections of 64 timesteps are computed at once.
         """
         return functools.partial(self._call, _ProjectionCache(self, timesteps))
 
@@ -209,7 +209,7 @@ class InferenceUNet(nn.Module):
         return self.paths[shape](sample, projections)
 
     def _path(self, sample, projections):
-        """The function for samples of this shape: compiled by a first call, or the uncompiled one if that fails."""
+        """Returns the function for samples of this shape: compiled, by a first call; uncompiled if compiling fails."""
         try:
             with packing_weights(self.packs):
                 self.compiled(sample, projections)
@@ -231,7 +231,7 @@ class InferenceUNet(nn.Module):
 
 
 class _ProjectionCache:
-    """The time projections of single timesteps, for one caller; those of the next 64 of `timesteps` are computed at once."""
+    """Returns the time projections of a timestep, for one caller; those of the next 64 timesteps are computed at once."""
 
     def __init__(self, network, timesteps):
         self.network, self.timesteps, self.rows = network, torch.as_tensor(timesteps).tolist(), {}
@@ -320,13 +320,13 @@ def _check_plain(unet):
 
 
 def _architecture(unet):
-    """Equal for networks whose weights have the same names and shapes."""
+    """Returns a value that is equal for networks whose weights have the same names and shapes."""
     return type(unet), {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 
 @torch.no_grad()
 def _fingerprint(unet):
-    """Norm and sum of each parameter: the versions of tensors do not show what EMA and fused optimizers change in place."""
+    """Returns norm and sum of each parameter; EMA and fused optimizers change weights without raising `Tensor._version`."""
     parameters = list(unet.parameters())
     numbers = [number.float() for p in parameters for number in (torch.linalg.vector_norm(p), p.sum())]
     return unet.dtype, unet.device, torch.stack(numbers).nan_to_num().tolist()  # NaN is not equal to itself

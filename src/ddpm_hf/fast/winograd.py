@@ -50,7 +50,7 @@ def _image(values, shape):
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution and its two gradients by tiles; for the backward pass only the input and the weights are kept."""
+    """A 3x3 convolution and its two gradients by tiles. Only input and weights are kept for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -71,7 +71,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1, by tiles where that is faster; `use_winograd` makes them.
+    """A 3x3 convolution with padding 1, by tiles where that is faster. `use_winograd` makes these modules.
 
     `at_points` holds the transformed weights if these no longer change. Otherwise it is None, and tiles are used in training
     mode only.

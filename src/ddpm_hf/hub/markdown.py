@@ -1,4 +1,4 @@
-"""Text of strangers in a Markdown file: all that puts it there, so that it stays text."""
+"""Escapes text from others for Markdown files, so that it stays text."""
 
 import json
 import re

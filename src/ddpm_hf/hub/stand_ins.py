@@ -1,4 +1,4 @@
-"""What a published pipeline.py has in place of the package's classes of the same names; see `source.py`."""
+"""Small replacements, in a published pipeline.py, for classes and functions of the package; see `source.py`."""
 
 import inspect
 import os
@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 def brought_by_package(name):
-    """A method that only the package has. Raises ImportError when it is called."""
+    """Returns a method that raises ImportError when it is called: only the package has it."""
 
     def method(self, *args, **kwargs):
         pipeline = type(self).__name__ if isinstance(self, DiffusionPipeline) else "DDPMImagePipeline"
@@ -24,21 +24,21 @@ def brought_by_package(name):
 
 
 def check_argument(name, value, annotation, allowed=None):
-    """Returns a value. With the package, it is checked."""
+    """Returns the value unchecked; the package checks it."""
     return value
 
 
 def check_config(config, network):
-    """Nothing. With the package, the config of a network is checked."""
+    """Does nothing; the package checks the config of a network."""
 
 
 def check_label_names(names):
-    """Returns names of labels. With the package, they are checked."""
+    """Returns the names of labels unchecked; the package checks them."""
     return names
 
 
 def classifier_gradient(pipeline, class_labels, classifier_scale, batch_size):
-    """None, for no guidance by a classifier. Raises ValueError if there shall be one: this file is of a pipeline without."""
+    """Returns None, for no guidance. Raises ValueError if a scale is given: the pipeline was saved without a classifier."""
     if classifier_scale is not None:
         raise ValueError(
             f"classifier_scale={classifier_scale} needs a classifier, which this pipeline was saved without"
@@ -46,23 +46,23 @@ def classifier_gradient(pipeline, class_labels, classifier_scale, batch_size):
 
 
 class GuardedConfig:
-    """A network or a scheduler of this file. With the package, configs are checked while they are opened and saved."""
+    """Base class of networks and schedulers. The package also checks configs when it opens and saves them."""
 
     published_source = Path(__file__).read_bytes()  # now: diffusers puts the next file of this name in its place
 
 
 class CheckedModel(GuardedConfig, ModelMixin, ConfigMixin):
-    """A network of this file. With the package, weights are checked while they are opened and saved."""
+    """Base class of networks. The package also checks weights when it opens and saves them."""
 
 
 class PackagedPipeline:
-    """A pipeline of this file. With the package, it can also be published."""
+    """Base class of pipelines. With the package, they can also be published."""
 
     published_source = Path(__file__).read_bytes()
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As diffusers' method; of [module, class], as our folders name a class, the class: it is this one."""
+        """Reads the index as diffusers' method does. Where it names a class as [module, class], keeps the name of the class."""
         config = super().load_config(pretrained_model_name_or_path, **kwargs)
         index = config[0] if isinstance(config, tuple) else config
         if isinstance(index["_class_name"], list):
@@ -70,7 +70,7 @@ class PackagedPipeline:
         return config
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Writes `model_index.json`, and beside it this file; beside the config of a part, the file of its class."""
+        """Writes `model_index.json` and this file; beside the config of a part, the file with its class."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         for name, part in {".": self, **self.components}.items():
             if getattr(part, "source_name", None) is not None:
@@ -82,15 +82,16 @@ class PackagedPipeline:
 
 
 class PackagedImagePipeline(PackagedPipeline):
-    """A pipeline of this file. With the package, it can also be published and made faster."""
+    """Base class of image pipelines. With the package, they can also be published and made faster."""
 
     optimize = brought_by_package("optimize")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As diffusers' method; all parts by the classes of this file if no stock class opens one of them.
+        """Opens a folder or repository as diffusers' method does.
 
-        So a cascade opens its stages: diffusers would ask for `trust_remote_code` once more.
+        If no stock class can open one of the parts, all parts are opened with the classes of this file. A cascade opens its
+        stages in this way, because diffusers would ask for `trust_remote_code` once more.
         """
         path, download_names = pretrained_model_name_or_path, ("cache_dir", "local_files_only", "revision", "token")
         download_kwargs = {name: kwargs[name] for name in download_names if name in kwargs}
@@ -114,4 +115,4 @@ class PackagedImagePipeline(PackagedPipeline):
 
 
 class PackagedCascade(PackagedPipeline):
-    """A pipeline of pipelines of this file. With the package, it can also be published."""
+    """Base class of a pipeline of pipelines. With the package, it can also be published."""

@@ -20,7 +20,7 @@ class Average(EMAModel):
 
 @contextlib.contextmanager
 def evaluating(network: torch.nn.Module, average: Average | None = None) -> Iterator[None]:
-    """Within the block the network is in evaluation mode, with the averaged weights where there is an `average`.
+    """Within the block the network is in evaluation mode, with the averaged weights if there is an `average`.
 
     It is not compiled there: sheets and evaluations have shapes that are seldom seen twice.
     """

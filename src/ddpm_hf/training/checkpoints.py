@@ -125,7 +125,7 @@ class Checkpoints:
         return outcomes[0][0]
 
     def load(self, path: Path) -> Path:
-        """Load the checkpoint `path`, or if it is damaged the newest older one; return the path of the one that was loaded.
+        """Load the checkpoint `path`, or the newest intact one before it if it is damaged; return the path that was loaded.
 
         Damaged checkpoints are reported; those in the run's own folder are renamed to `<step>.unreadable`.
 

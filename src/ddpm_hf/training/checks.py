@@ -1,4 +1,4 @@
-"""Checks of a run's configuration, each key by itself and all of them together. Imports nothing slow."""
+"""Checks of a run's config: of single keys and of their combinations. Imports nothing slow."""
 
 import os
 import re
@@ -56,12 +56,12 @@ RANGES: dict[str, str | tuple[str, ...]] = {
 
 
 def types_of(annotation) -> tuple:
-    """The types that the annotation of a key allows."""
+    """Return the types that a type annotation allows: those of a union, or the one."""
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
 def typed(key: str, value, annotation):
-    """The value in the type of its key; raises ConfigError where that cannot be."""
+    """Convert the value of a key to its annotated type; raise ConfigError if that is impossible."""
     if annotation is dict and value is None:
         return {}
     try:

@@ -253,7 +253,7 @@ def values_of(config: RunConfig) -> dict[str, Any]:
 
 
 def sections_of(config: RunConfig | type[RunConfig]) -> tuple[str, str]:
-    """The keys that hold keys of their own."""
+    """Return the sections: keys that hold further keys."""
     return config.NETWORK, "scheduler"
 
 
@@ -268,7 +268,7 @@ def image_size(config: RunConfig) -> tuple[int, int]:
 
 
 def nearest(key, names) -> str:
-    """The end of an error message about an unknown key: the one that was meant, or all that there are."""
+    """Return the end of an error message about an unknown name: a similar name, or all allowed names."""
     key, names = str(key)[:60], list(names)
     initials = {"".join(word[:1] for word in name.split("_")): name for name in reversed(names) if "_" in name}
     close = [name for name in (ALIASES.get(key), initials.get(key)) if name in names]

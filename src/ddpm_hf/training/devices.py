@@ -1,6 +1,6 @@
-"""The accelerator of a run: processes, device, precision and compiler.
+"""Sets up the accelerator of a run: processes, device, precision and compiler.
 
-Where accelerate would ignore a setting in silence there is an error.
+Settings that accelerate would silently ignore raise an error here.
 """
 
 import gc
@@ -19,10 +19,10 @@ from ddpm_hf.training.messages import print_above_progress_bar
 
 
 def open_accelerator(config: RunConfig) -> Accelerator:
-    """The accelerator of a run, as its launcher and its config ask for it.
+    """Open the accelerator of a run with the settings of its launcher and its config.
 
     Raises:
-        ConfigError: a setting of the launcher that this machine or this loop cannot follow.
+        ConfigError: a setting that this machine or this training loop does not support.
     """
     processes = int(os.environ.get("WORLD_SIZE") or 1)
     _check_launcher(config, processes)
@@ -98,7 +98,7 @@ def is_compiled(config: RunConfig) -> bool:
 
 
 def compile_network(network: torch.nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Compiles a network in place, for one shape; on the CPU with a dropout of its own, in float32 with Winograd's tiles."""
+    """Compile a network in place, for one input shape. On the CPU it gets `FastDropout`, in float32 also Winograd's tiles."""
     if device.type == "cpu":
         use_fast_dropout(network)
         if config.mixed_precision == "no":
@@ -107,23 +107,23 @@ def compile_network(network: torch.nn.Module, config: RunConfig, device: torch.d
 
 
 def channels_last(config: RunConfig, device: torch.device) -> bool:
-    """Whether weights and activations are in this layout; "auto": where it is the faster one (benchmarks/training_step.py)."""
+    """Whether weights and activations are in channels-last layout; "auto": whether that is faster (benchmarks/training_step.py)."""
     if config.channels_last != "auto":
         return config.channels_last == "true"
     return is_compiled(config) if device.type == "cpu" else config.mixed_precision != "no"
 
 
 def _use_all_cores(accelerator):
-    """On the CPU, gives each process its share of the cores: launchers set one thread where nothing is said."""
+    """On the CPU, give each process its share of the cores: launchers set one thread by default."""
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
 
 
 def leave() -> None:
-    """End the group of processes, once nothing refers to the network any more.
+    """End the group of processes. Call it when nothing refers to the network any more.
 
-    Where DDP is the last to let go of gloo's group, torch 2.13 waits for gloo's threads, which may be waiting for it.
+    If DDP held the last reference to gloo's group, torch 2.13 would wait for gloo's threads, which may be waiting for it.
     """
     gc.collect()
     PartialState().destroy_process_group()

@@ -1,4 +1,4 @@
-"""The images of a run: those that it trains on, and those that are held out."""
+"""Opens the images of a run: those that it trains on, and the held-out ones."""
 
 import dataclasses
 import itertools
@@ -24,17 +24,17 @@ if not sys.stderr.isatty():
 
 
 def levels_of(config: RunConfig) -> int:
-    """Grey levels of the data."""
+    """Return the number of grey levels of the data."""
     return config.scheduler.get("levels", 256)
 
 
 def pixels_by(config: RunConfig) -> Callable[[Image.Image], torch.Tensor]:
-    """The function from a PIL image to its pixels, the same for training and held-out images."""
+    """Return the function that turns a PIL image into pixels, for training and held-out images; see `image_to_pixels`."""
     return image_to_pixels(image_size(config), config.channels, levels_of(config), config.background, config.crop)
 
 
 def check_pixels(config: RunConfig) -> None:
-    """Raise ValueError for an unknown background or crop, and for grey levels that the data does not have."""
+    """Raise ValueError or ConfigError for an unknown background or crop, and for grey levels that the data does not have."""
     pixels_by(config)
     try:
         check_levels(config.data, levels_of(config))
@@ -44,10 +44,12 @@ def check_pixels(config: RunConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingImages:
-    """The data set that a run trains on, as it is opened; no image is read yet.
+    """The opened data set that a run trains on; no image has been read.
 
-    `class_names` are those of the labels 0, 1, ..., or None; `split_size` counts the images of the split, those set aside by
-    held_out among them, and is None for a stream.
+    Attributes:
+        images: the images to train on, without the held-out ones.
+        class_names: names of the labels 0, 1, ...; None if there are none.
+        split_size: number of images of the split, including the held-out ones; None for a stream.
     """
 
     images: datasets.Dataset | datasets.IterableDataset
@@ -55,7 +57,7 @@ class TrainingImages:
     split_size: int | None
 
     def facts(self, config: RunConfig) -> dict:
-        """What must be the same when a run resumes; held_out divides a split of another size differently."""
+        """Return what must not change before a run resumes: class names and, with held_out, the size of the divided split."""
         size = {"size_of_the_split": self.split_size} if config.held_out else {}
         return {"class_names": self.class_names, **size}
 
@@ -89,14 +91,18 @@ def record_data(network, config: RunConfig, class_names: list[str] | None) -> No
 
 
 def count_images(images) -> int | None:
-    """The number of images, unreadable ones among them; None for a stream."""
+    """Return the number of images, including unreadable ones; None for a stream."""
     return len(images) if hasattr(images, "__len__") else None
 
 
 def open_data(config: RunConfig, data: TrainingImages, process: int = 0, processes: int = 1):
-    """The training set, with its first image read; of a stream, which is shuffled, this process's part.
+    """Open the training set, of which the first image is read; a stream is shuffled and divided among the processes.
 
-    A class may have no image: the names of classes may come from the pipeline that a classifier is for.
+    A class may be without images: class names may come from the pipeline that a classifier guides.
+
+    Args:
+        data: the opened images.
+        process, processes: number of this process, from 0, and of all processes.
 
     Raises:
         ConfigError: as `open_images`.
@@ -117,14 +123,14 @@ def open_data(config: RunConfig, data: TrainingImages, process: int = 0, process
 
 
 def _training_set(config, images, class_names, **options):
-    """The images as pixels, with their labels."""
+    """Return the images as a `training_set`."""
     columns = config.image_column, config.label_column, config.classes, class_names
     limits = dict(max_broken=config.max_broken, max_image_pixels=config.max_image_pixels)
     return training_set(images, pixels_by(config), *columns, **limits, **options)
 
 
 def some_training_images(config: RunConfig, data: TrainingImages) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x_start (eval_images, C, H, W) and labels, or None, of images that are trained on.
+    """Read `eval_images` of the training images: x_start (N, C, H, W) in [-1, 1] and labels (N,), or None without labels.
 
     Raises:
         ConfigError: as `open_images`.
@@ -134,7 +140,7 @@ def some_training_images(config: RunConfig, data: TrainingImages) -> tuple[torch
 
 
 def held_out_images(config: RunConfig, class_names: list[str] | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x_start (eval_images, C, H, W) and labels, or None, of held-out images.
+    """Read `eval_images` held-out images: x_start (N, C, H, W) in [-1, 1] and labels (N,), or None without labels.
 
     Raises:
         ConfigError: as `open_images`.
@@ -167,7 +173,7 @@ def _some_images(config, images, class_names):
 
 
 def some_items(dataset, count: int) -> dict[str, torch.Tensor]:
-    """A batch of at most `count` items of a training set, at random but always the same; of a stream the first ones."""
+    """Return a batch of up to `count` items of a training set: always the same random ones; the first ones of a stream."""
     if not hasattr(dataset, "__getitem__"):  # a stream is shuffled already
         return default_collate(list(itertools.islice(dataset, count)))
     rows = np.random.default_rng(0).permutation(len(dataset))[:count]  # data is often sorted

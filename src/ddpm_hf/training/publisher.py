@@ -95,7 +95,7 @@ class Publisher:
         """Push the last pipeline after any push in progress; return the address of the commit.
 
         Raises:
-            HubError, ValueError: it could not be pushed; the message has the command that tries again.
+            HubError, ValueError: the push failed; the message has the command that repeats it.
         """
         with self.lock:
             self.waiting, thread = None, self.thread
