@@ -65,7 +65,7 @@ def test_the_process_through_a_chain(schedule):
     assert error.abs().max() < 1e-3
 
 
-def mixed(x, label, class_labels=None, return_dict=False):
+def mixed(x, c_noise, class_labels=None, return_dict=False):
     """A network whose pixels depend on each other."""
     y = torch.tanh(x.flatten(1) @ torch.linspace(-1, 1, 81, dtype=x.dtype).view(9, 9)).view(x.shape)
     return (0.3 * y + 0.5 * x,)
@@ -111,8 +111,8 @@ class Levels:
         self.sde, self.dtype = process_of(scheduler), torch.float64
         self.values = 2 * torch.arange(scheduler.levels, dtype=torch.float64) / (scheduler.levels - 1) - 1
 
-    def __call__(self, x, label, class_labels=None, return_dict=False):
-        t = self.sde.times(label)
+    def __call__(self, x, c_noise, class_labels=None, return_dict=False):
+        t = self.sde.times(c_noise)
         scale, noise = (v.reshape(-1, 1, 1, 1) for v in (self.sde.scale(t), self.sde.std(t)))
         logs = -0.5 * ((x[..., None] - scale[..., None] * self.values) / noise[..., None]) ** 2
         x_start = (logs.softmax(-1) * self.values).sum(-1)
@@ -253,7 +253,7 @@ def test_a_chain_that_clips_is_clipped_as_an_ode_too():
 def test_images_from_0_to_1_are_clipped_to_that():
     process = VESDEScheduler(centered=False, clip_sample=True, prediction_type="epsilon")
     noise = 50 * torch.randn(8, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    actual = decode(lambda x, label, **kwargs: (-x / label,), process, noise, rtol=1e-3, atol=1e-3).sample / 2 + 0.5
+    actual = decode(lambda x, c_noise, **kwargs: (-x / c_noise,), process, noise, rtol=1e-3, atol=1e-3).sample / 2 + 0.5
     assert abs(actual.min()) < 0.1 and abs(actual.max() - 1) < 0.1  # noise of 0.01 is left in them
 
 
@@ -397,12 +397,12 @@ def test_a_solver_that_is_stopped_says_how_far_it_came():
     with pytest.raises(OdeStopped, match=r"^the ODE from t=1e-05 to 1 has reached t=0\.\d+ after max_evaluations=20;"):
         ode_log_likelihood(net, sde, x, max_evaluations=20)
 
-    def broken(x, label, class_labels=None, return_dict=False):
-        output = net(x, label)[0]
-        return (torch.where(sde.times(label) > 0.5, output[:1] * math.nan, output),)
+    def broken(x, c_noise, class_labels=None, return_dict=False):
+        output = net(x, c_noise)[0]
+        return (torch.where(sde.times(c_noise) > 0.5, output[:1] * math.nan, output),)
 
     for clip in (False, True):
         with pytest.raises(OdeStopped, match=r"^the ODE has a state that is not finite at t="):
             encode(broken, sde, x, clip_sample=clip)
         with pytest.raises(OdeStopped, match=r"^the ODE has a state that is not finite at t="):
-            ode_log_likelihood(lambda x, label, **kwargs: (x * 1e300 * 1e300,), sde, x + 0.1, clip_sample=clip)
+            ode_log_likelihood(lambda x, c_noise, **kwargs: (x * 1e300 * 1e300,), sde, x + 0.1, clip_sample=clip)

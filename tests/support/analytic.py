@@ -25,8 +25,8 @@ class Mixture:
         centered, variance, logs = self.components(x, t)
         return -(logs.softmax(-1) * centered / variance).sum(-1)
 
-    def __call__(self, x, label, class_labels=None, return_dict=False):
-        t = self.sde.times(label)
+    def __call__(self, x, c_noise, class_labels=None, return_dict=False):
+        t = self.sde.times(c_noise)
         score, scale, noise = self.score(x, t), self.sde.scale(t), self.sde.std(t)
         x_start = (x + noise**2 * score) / scale
         return (

@@ -261,9 +261,9 @@ def _open_images(source, root, paths, metadata):
         return not (split_folders and _top(path)) or SPLITS.get(_top(path).lower()) == split
 
     metadata = {split: [path for path in metadata if describes(path, split)] for split in by_split}
-    class_level = 1 if split_folders else 0  # where folders of classes begin in a path
+    class_depth = 1 if split_folders else 0  # where folders of classes begin in a path
     undescribed = [path for split, paths in by_split.items() if not metadata[split] for path in paths]
-    folders = {path: "/".join(path.split("/")[class_level:-1]) for path in undescribed}
+    folders = {path: "/".join(path.split("/")[class_depth:-1]) for path in undescribed}
     labels = _labels(source, folders)
     names = in_order(set(labels.values()))
     rows = {}

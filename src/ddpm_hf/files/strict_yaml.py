@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "bool")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    level = values = 0
+    depth = values = 0
 
     def fetch_flow_collection_start(self, token):
         if self.flow_level == MAX_DEPTH:
@@ -79,13 +79,13 @@ class _Loader(yaml.SafeLoader):
             self._refuse("anchors and aliases are not supported", event)
         if getattr(event, "tag", None) is not None:
             self._refuse("tags are not supported", event)
-        if self.level == MAX_DEPTH:
+        if self.depth == MAX_DEPTH:
             self._refuse(TOO_DEEP, event)
         if self.values == MAX_VALUES:
             self._refuse(f"more than {MAX_VALUES} values", event)
-        self.level, self.values = self.level + 1, self.values + 1
+        self.depth, self.values = self.depth + 1, self.values + 1
         node = super().compose_node(parent, index)
-        self.level -= 1
+        self.depth -= 1
         return node
 
     def construct_mapping(self, node, deep=False):

@@ -30,10 +30,10 @@ def condition_planes(
     """
     if noise_level is None:
         return F.interpolate(images, size, mode="bilinear", align_corners=False)
-    level = noise_level.to(images).view(-1, 1, 1, 1)
+    std = noise_level.to(images).view(-1, 1, 1, 1)
     noise = randn_tensor(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-    planes = F.interpolate(images * (1 - level**2).sqrt() + level * noise, size, mode="bilinear", align_corners=False)
-    return torch.cat((planes, level.expand(-1, 1, *size)), dim=1)
+    planes = F.interpolate(images * (1 - std**2).sqrt() + std * noise, size, mode="bilinear", align_corners=False)
+    return torch.cat((planes, std.expand(-1, 1, *size)), dim=1)
 
 
 class Conditioned:

@@ -133,14 +133,14 @@ def _check_number_of_levels(config):
 
 
 def _check_block_types(config, network):
-    levels = len(config["block_out_channels"])
+    level_count = len(config["block_out_channels"])
     for key, block_types in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
         if key not in config:
             continue
         names = plain_names(config[key])
-        if len(names) != levels:
+        if len(names) != level_count:
             raise ValueError(
-                f"{key} has {len(names)} entries and block_out_channels {levels}; give one for each level in both"
+                f"{key} has {len(names)} entries and block_out_channels {level_count}; give one for each level in both"
             )
         unknown = next((name for name in names if name not in block_types), None)
         if unknown is not None:

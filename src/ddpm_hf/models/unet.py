@@ -87,10 +87,10 @@ class Encoder(NetworkMetadata, SavedConfig, CheckedModel):
         """The activated time and class embedding: (B, embedding width), or (1, ...) for one t (1,) without labels."""
         emb = self.time_embedding(self.time_proj(t))
         if self.class_embedding is not None:
-            labels = class_labels.to(t.device)
+            classes = class_labels.to(t.device)
             if self.config.class_embed_type == "timestep":
-                labels = self.time_proj(labels)
-            emb = emb + self.class_embedding(labels).to(emb.dtype)
+                classes = self.time_proj(classes)
+            emb = emb + self.class_embedding(classes).to(emb.dtype)
         return self.act(emb)  # once here, not in each residual block
 
     def encode(self, sample: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

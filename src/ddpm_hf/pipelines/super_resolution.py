@@ -206,5 +206,5 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
             )
         images = images.to(self.execution_device, self.unet.dtype)
         size = sides(self.unet.config.sample_size)
-        level = torch.full((len(images),), float(noise_level)) if conditioning_noise > 0 else None
-        return condition_planes(images, size, level, generator if noise_level > 0 else None)
+        noise_levels = torch.full((len(images),), float(noise_level)) if conditioning_noise > 0 else None
+        return condition_planes(images, size, noise_levels, generator if noise_level > 0 else None)

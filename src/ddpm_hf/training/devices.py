@@ -107,7 +107,7 @@ def compile_network(network: torch.nn.Module, config: RunConfig, device: torch.d
 
 
 def channels_last(config: RunConfig, device: torch.device) -> bool:
-    """Whether weights and activations are in channels-last layout; "auto": whether that is faster (benchmarks/training_step.py)."""
+    """Whether weights and activations are in channels-last layout; "auto": if that is faster (benchmarks/training_step.py)."""
     if config.channels_last != "auto":
         return config.channels_last == "true"
     return is_compiled(config) if device.type == "cpu" else config.mixed_precision != "no"

@@ -23,12 +23,12 @@ def conditioned(config: TrainConfig, unet, x_start: torch.Tensor):
     """
     if not config.low_resolution:
         return unet
-    level = None
+    noise_level = None
     if config.conditioning_noise:
-        level = torch.rand(len(x_start), device=x_start.device) * config.conditioning_noise
+        noise_level = torch.rand(len(x_start), device=x_start.device) * config.conditioning_noise
     return Conditioned(
         unet,
-        condition_planes(downsample(x_start, sides(config.low_resolution)), x_start.shape[2:], level),  # type: ignore[arg-type]
+        condition_planes(downsample(x_start, sides(config.low_resolution)), x_start.shape[2:], noise_level),  # type: ignore[arg-type]
     )
 
 
