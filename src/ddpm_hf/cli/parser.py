@@ -99,18 +99,19 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def check_path(program: str, name: str, kind: str) -> None:
+def check_path(program: str, name: str, kind: str, subject: str = "") -> None:
     """Say at once that a folder does not exist: the Hub, which is asked for its name then, may take long to answer.
 
     Args:
         kind: what it is a folder of, "pipeline" or "data set".
+        subject: begins the error's message.
 
     Raises:
         UserError: the name cannot be an id on the Hub either.
     """
     problem = None if name in BUILT_IN else missing_path(name)
     if problem and not can_be_on_the_hub(name):
-        raise UserError(problem)
+        raise UserError(f"{subject}{problem}")
     if problem:
         end = "" if problem.endswith("?") else "."
         print(f"{program}: {problem}{end} Looking for a {kind} of this name on the Hub", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ def main(command: str, argv: list[str], program: str) -> None:
                 kind_of_folder == "data set" or not config.resolved
             )  # a resumed run has its base pipeline's values
             if getattr(config, key, None) and is_opened:
-                check_path(program, getattr(config, key), kind_of_folder)
+                check_path(program, getattr(config, key), kind_of_folder, subject=f"{key}={getattr(config, key)!r}: ")
         for module in ("datasets", "matplotlib", "psutil"):
             require_extra(module, "train", "training runs")
     except UserError as error:
