@@ -100,7 +100,7 @@ OPEN = """
     generator = torch.Generator().manual_seed(0)
     if kind == "CascadePipeline":
         kwargs = dict(num_inference_steps=3, upsampler_steps=3, class_labels=[1, 2], noise_level=0.2, output_type="np")
-        images = pipe(2, generator, **how).images
+        images = pipe(2, generator, **kwargs).images
     else:
         images = pipe(torch.load(small), generator, 3, "np", class_labels=[1, 2], noise_level=0.2).images
     np.save(out, images)
