@@ -332,17 +332,19 @@ import sys
 import diffusers
 from ddpm_hf import DDPMImagePipeline
 
-x, repo, out, *hows = sys.argv[1:]
-for i, how in enumerate(hows):
-    if how == "package":
+x, repo, out, *openers = sys.argv[1:]
+for i, opener in enumerate(openers):
+    if opener == "package":
         pipe = DDPMImagePipeline.from_pretrained(x)
-    elif how == "remote":
+    elif opener == "remote":
         pipe = diffusers.DiffusionPipeline.from_pretrained(x, custom_pipeline=x, trust_remote_code=True)
     else:
         pipe = diffusers.DiffusionPipeline.from_pretrained(x)
         pipe = DDPMImagePipeline(pipe.unet, pipe.scheduler)
     x = f"{out}/{i}"
     pipe.save_pretrained(x)
+if opener == "remote":  # the package publishes
+    pipe = DDPMImagePipeline.from_pretrained(x)
 pipe.push_to_hub(repo)
 """
 ORDERS = [(first, second) for first in ("stock", "package", "remote") for second in ("stock", "package", "remote")]
