@@ -46,8 +46,8 @@ def main():
                     continue
                 shown = x.clamp(-1, 1)
                 cells.append(f"{(x.abs() > 1).float().mean():.2f}, {shown.mean():+.2f}, {shown.std():.2f}")
-            told = ", ".join(f"{key} {value}" for key, value in change.items())
-            print(f"| {name} | {told} | " + " | ".join(cells) + " |", flush=True)
+            settings = ", ".join(f"{key} {value}" for key, value in change.items())
+            print(f"| {name} | {settings} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

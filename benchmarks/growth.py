@@ -102,8 +102,8 @@ def in_a_process(sweep, value):
     command = [sys.executable, __file__, "--point", sweep, str(value)]
     if sweep == "processes":
         command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(value)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
-    points = [json.loads(line) for line in told if line.startswith("{")]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    points = [json.loads(line) for line in lines if line.startswith("{")]
     # the slowest process is the step's time; the memory is that of all
     return {"seconds": max(p["seconds"] for p in points), "MB": sum(p["MB"] for p in points)}
 

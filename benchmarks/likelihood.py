@@ -116,7 +116,7 @@ def main():
         "estimate_root_mean_square_error": statistics.fmean((m - full.mean) ** 2 for m in means) ** 0.5,
         "estimate_mean": statistics.fmean(means),
         "estimate_standard_deviation": statistics.stdev(means),
-        "estimate_told_error": statistics.fmean(e.sampling_error**2 for e in ours) ** 0.5,
+        "estimate_reported_error": statistics.fmean(e.sampling_error**2 for e in ours) ** 0.5,
         "uniform_root_mean_square_error": statistics.fmean((m - full.mean) ** 2 for m in uniform) ** 0.5,
     }
     write(report, f"likelihood_{Path(arguments.data).name}.json")

@@ -47,7 +47,7 @@ def test_a_compiled_module_gives_the_original():
         assert without_compiler(torch.compile(module)) is module and without_compiler(module) is module
 
 
-def test_the_compiler_is_told_to_pack_weights():
+def test_the_compiler_packs_weights():
     with checking("torch._inductor.config.freezing"), torch.no_grad():
         from torch._dynamo.utils import is_parameter_freezing
 

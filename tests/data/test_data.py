@@ -618,7 +618,7 @@ def test_few_levels_are_scaled_too():
         assert pixels.shape == (1, 16, 16) and pixels.max() <= 16
 
 
-def test_wrong_levels_are_told():
+def test_wrong_levels_are_reported():
     with pytest.raises(ValueError, match="pixel of 200"):
         image_transform((2, 2), 1, levels=17)(Image.new("L", (2, 2), 200))
 

@@ -86,21 +86,21 @@ def test_what_a_run_writes(trained):
 OPEN = """
     import sys
     import numpy as np, torch
-    how, x, out = sys.argv[1:]
-    if how != "package":
+    opener, x, out = sys.argv[1:]
+    if opener != "package":
         sys.modules["ddpm_hf"] = None
     from diffusers import DiffusionPipeline
-    if how == "package":
+    if opener == "package":
         from ddpm_hf import DDPMImagePipeline as DiffusionPipeline
-    remote = {"custom_pipeline": x, "trust_remote_code": True} if how == "remote" else {}
+    remote = {"custom_pipeline": x, "trust_remote_code": True} if opener == "remote" else {}
     pipe = DiffusionPipeline.from_pretrained(x, **remote)
     print(type(pipe).__name__, *sorted(type(part).__name__ for part in pipe.components.values()))
-    if how != "stock":
+    if opener != "stock":
         guided = {"class_labels": [1, 2], "classifier_scale": 3.0, "guidance_scale": 2.0}
         generator = torch.Generator().manual_seed(0)
         images = pipe(2, generator=generator, num_inference_steps=5, output_type="np", **guided).images
         np.save(out, images)
-    if how == "remote":
+    if opener == "remote":
         pipe.save_pretrained(out + "_again")
         try:
             pipe.optimize(compile=False)
@@ -247,7 +247,7 @@ def test_preprocessing_is_that_of_the_pipeline(trained, tmp_path):
     assert (config.background, config.crop) == ("#123456", "none")
 
 
-def test_a_pipeline_that_cannot_be_guided_is_told_at_once(trained, tmp_path):
+def test_a_pipeline_that_cannot_be_guided_is_reported_at_once(trained, tmp_path):
     shutil.copytree(trained / "base/pipeline", tmp_path / "base")
     (tmp_path / "base/unet/diffusion_pytorch_model.safetensors").unlink()
     result = script(

@@ -55,7 +55,7 @@ def is_there(path):
 
 
 def end_when(process, path, number=signal.SIGKILL):
-    """Ends the run and all its processes when path is there; returns what it told."""
+    """Ends the run and all its processes when path is there; returns what it printed."""
     while not is_there(path):
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.0005)

@@ -88,11 +88,17 @@ def test_going_on_and_fine_tuning(trained, tmp_path):
 OPEN = """
     import sys
     import numpy as np, torch
-    how, kind, x, out, small = sys.argv[1:]
-    if how == "remote":
+    opener, kind, x, out, small = sys.argv[1:]
+    if opener == "remote":
         sys.modules["ddpm_hf"] = None
+        import logging
         from diffusers import DiffusionPipeline
+        warnings = []
+        handler = logging.Handler()
+        handler.emit = lambda record: warnings.append(record.getMessage())
+        logging.getLogger("diffusers").addHandler(handler)
         pipe = DiffusionPipeline.from_pretrained(x, trust_remote_code=True)
+        assert not [message for message in warnings if "Expected types" in message], warnings
     else:
         import ddpm_hf
         pipe = getattr(ddpm_hf, kind).from_pretrained(x)

@@ -370,7 +370,7 @@ def test_images_that_cannot_be_read(tmp_path, extra, caplog):
 
 
 @pytest.mark.parametrize("extra", ["", "--memory_gb 0 --num_workers 1", "--memory_gb 0", "--streaming true"])
-def test_rows_that_are_no_data_are_told_in_one_line(tmp_path, extra):
+def test_rows_that_are_no_data_are_reported_in_one_line(tmp_path, extra):
     rows = {"image": [Image.new("L", (8, 8), i) for i in range(16)], "label": list(range(16))}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     cases = [
@@ -453,7 +453,7 @@ def test_class_conditional(tmp_path):
     assert (ours - swapped).abs().amax((1, 2, 3)).min() > 1e-4 * ours.std()  # labels matter to each image
 
 
-def test_what_the_data_does_not_hold_is_told_in_one_line(tmp_path):
+def test_what_the_data_does_not_hold_is_reported_in_one_line(tmp_path):
     for extra, message in (
         (["--batch_size", "5000"], "batch_size=5000 is more than the 1437 images"),
         (["--split", "validation"], "split='validation'"),

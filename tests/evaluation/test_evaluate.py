@@ -106,7 +106,7 @@ def test_a_subset_is_random_and_fixed(make_pipeline, tmp_path):
     assert torch.equal(left, x_start[1:10])
 
 
-def test_the_subset_and_the_command_are_told(run_folder, tmp_path):
+def test_the_subset_and_the_command_are_reported(run_folder, tmp_path):
     rows = save_rows(tmp_path / "rows with 'spaces'.parquet", NAMES, [0] * 8 + [1] * 8 + [2] * 8)
     output = evaluate(run_folder, "--data", rows, "--images", 5, "--seed", 3, "--batch_size", 2).stdout
     report = report_of(run_folder)
@@ -154,7 +154,7 @@ def test_what_the_run_set_aside_is_measured(run_folder, tmp_path):
     ],
 )
 def test_data_if_left_out_is_that_of_the_training(tmp_path, run_facts, data):
-    """Of a local folder only the last name is told, so there it must be given."""
+    """Of a local folder the record has only the last name, so it must be given."""
     if run_facts:
         (tmp_path / "training.json").write_text(json.dumps(TOLD | run_facts))
     if data:

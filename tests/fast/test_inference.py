@@ -72,7 +72,7 @@ def test_nothing_is_left_as_it_was():
     assert "8 time projections" in fast.report and "4 attention" in fast.report and "folded into 1" in fast.report
 
 
-def test_timesteps_that_were_told_and_others():
+def test_announced_timesteps_and_others():
     unet = network().eval()
     fast, x = InferenceUNet(unet, compile=False), torch.randn(2, 3, 8, 8)
     calls, project = [], fast.project

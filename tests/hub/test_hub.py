@@ -69,7 +69,7 @@ def test_who_opens_what(hub, saved, tmp_path, opener):
     # stock classes read "iddpm" spacing as "leading"
     here = images_of(pipe, timesteps=range(950, -1, -50)) if opener == "stock" else images_of(pipe)
     output = open_elsewhere(opener, f"user/opened-{opener}", tmp_path / "out", tmp_path / "home", steps=20)
-    assert classes(opener) in output and "told: []" in output
+    assert classes(opener) in output and "messages: []" in output
     images = np.load(tmp_path / "out.npy")
     if opener == "stock":  # steps in its own order
         np.testing.assert_allclose(images, here, atol=1 / 255)
@@ -147,7 +147,7 @@ def test_a_pipeline_pushes_itself(hub, saved, make_pipeline, tmp_path):
     log = len(hub.repositories["model", "user/itself"]["log"])
     pipeline.push_to_hub("user/itself")
     assert hub.files("user/itself") == files and len(hub.repositories["model", "user/itself"]["log"]) == log
-    # other weights: what was told of the old ones goes
+    # other weights: the numbers of the old ones are removed
     other = make_pipeline(scheduler=pipeline.scheduler)
     other.unet.conv_in.bias.data.add_(1)
     other.push_to_hub("user/itself", commit_message="Other weights")
@@ -487,18 +487,20 @@ EVALUATION = {
 }  # fmt: skip
 
 
-def test_numbers_of_other_weights_are_not_told(hub, saved):
+def test_numbers_of_other_weights_are_left_out(hub, saved):
     evaluation = {**EVALUATION, "weights": weights_digest(saved)}
     (saved / "evaluation.json").write_text(json.dumps(evaluation))
     (saved / "evaluation.png").write_bytes(b"x")
     write_model_card(saved)
-    push_folder(saved, "user/told", license="mit")
-    files = hub.files("user/told")
+    push_folder(saved, "user/other-weights", license="mit")
+    files = hub.files("user/other-weights")
     assert b"| total | 3.0000 |" in files["README.md"] and "evaluation.png" in files
     pipeline = DDPMImagePipeline.from_pretrained(saved)
     pipeline.unet.conv_in.bias.data.fill_(3)
-    pipeline.save_pretrained(saved, push_to_hub=True, repo_id="user/told")  # beside the numbers of the old ones
-    files = hub.files("user/told")
+    pipeline.save_pretrained(
+        saved, push_to_hub=True, repo_id="user/other-weights"
+    )  # beside the numbers of the old ones
+    files = hub.files("user/other-weights")
     card = ModelCard(files["README.md"].decode())
     assert "Not measured" in card.text and card.data.license == "mit"  # which stays
     assert not [name for name in files if name.startswith("evaluation")]
@@ -552,16 +554,16 @@ def test_the_card_shows_calls_that_run(hub, saved, make_pipeline):
     assert 'from_pretrained("user/classes")' in card and "pipe(batch_size=4)" not in card
 
 
-@pytest.mark.parametrize("how", [{}, {"num_class_embeds": 3}])
-def test_the_calls_of_a_local_card(tmp_path, monkeypatch, make_pipeline, how):
+@pytest.mark.parametrize("labels", [{}, {"num_class_embeds": 3}])
+def test_the_calls_of_a_local_card(tmp_path, monkeypatch, make_pipeline, labels):
     """Its repository is a placeholder; with the folder in its place every example runs, and ends in a picture."""
     folder = tmp_path / "run/pipeline"
-    make_pipeline(scheduler=VariationalDDPMScheduler(4), **how).save_pretrained(folder)
+    make_pipeline(scheduler=VariationalDDPMScheduler(4), **labels).save_pretrained(folder)
     card = model_card(folder, remote_code=False)
-    assert card.data.pipeline_tag == (None if how else "unconditional-image-generation")
+    assert card.data.pipeline_tag == (None if labels else "unconditional-image-generation")
     assert card.data.model_name == "run" and "\n# run\n" in card.text
     blocks = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
-    assert len(blocks) == (1 if how else 2) and all(
+    assert len(blocks) == (1 if labels else 2) and all(
         block.count('("USER/run"') == block.count("pipe = ") for block in blocks
     )
     last = blocks[-1]

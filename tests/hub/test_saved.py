@@ -403,7 +403,7 @@ def test_commands_are_calls_of_the_script_alone():
         assert evaluation_command(other) is None
 
 
-def test_a_subset_is_told_in_the_card(saved):
+def test_the_card_names_a_subset(saved):
     (saved / "evaluation.json").write_text(json.dumps({**EVALUATION, "subset": {"of": 100, "seed": 0, "rows": "x"}}))
     assert "Over 4 images, a fixed random subset of the 100 of split `test` of `digits`" in card_text(saved)
 

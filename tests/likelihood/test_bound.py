@@ -546,7 +546,7 @@ def test_labels_as_a_list(tiny):
 
 
 def test_the_estimates_error_counts_the_decoders_noise():
-    """A chain whose decoder varies much: the errors told are of the size of the spread, and alike."""
+    """A chain whose decoder varies much: the reported errors are of the size of the spread, and alike."""
     scheduler = VariationalDDPMScheduler(num_train_timesteps=30, beta_start=0.3, beta_end=0.6)
     x_start = torch.zeros(16, 1, 2, 2)
 

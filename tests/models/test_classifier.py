@@ -154,7 +154,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_it_learns_and_is_sure_where_there_is_little_noise():
-    """Two classes of constant images: near t = 0 they are told apart, at pure noise they are not."""
+    """Two classes of constant images: distinguishable near t = 0, not at pure noise."""
     torch.manual_seed(1)
     classifier, scheduler = NoisyClassifier(**BASE | dict(num_classes=2)), VariationalDDPMScheduler()
     optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3)

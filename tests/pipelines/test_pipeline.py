@@ -92,7 +92,7 @@ def test_output_types(make_pipeline):
     assert isinstance(grey(1, num_inference_steps=1, return_dict=False), tuple)
 
 
-def test_all_steps_unless_told(make_pipeline):
+def test_all_steps_by_default(make_pipeline):
     recorded = []
     pipeline = make_pipeline(scheduler=VariationalDDPMScheduler(num_train_timesteps=7))
     pipeline(callback_on_step_end=lambda pipe, i, t, tensors: recorded.append((i, int(t))) or {})
@@ -289,7 +289,7 @@ def test_a_saved_folder_opens_three_ways_in_a_new_process(make_pipeline, tmp_pat
         assert (folder / name).read_bytes() == (resaved / name).read_bytes(), name
 
     output = open_elsewhere("stock", folder, tmp_path / "stock", tmp_path / "cache", steps=10)
-    assert "DDPMPipeline UNet2DModel DDPMScheduler None" in output and "told: []" in output
+    assert "DDPMPipeline UNet2DModel DDPMScheduler None" in output and "messages: []" in output
     leading = run(pipeline, num_inference_steps=None, timesteps=range(900, -1, -100))  # as stock classes read "iddpm"
     np.testing.assert_allclose(np.load(tmp_path / "stock.npy"), leading, atol=1 / 255)
 
@@ -439,7 +439,7 @@ def test_sampling_leaves_the_schedulers_chain_alone(make_pipeline):
         pipeline.interpolate(a, a, [0.5], 1000)
 
 
-def test_a_card_changed_by_hand_is_told_from_ours(make_pipeline, tmp_path):
+def test_a_card_changed_by_hand_differs_from_ours(make_pipeline, tmp_path):
     make_pipeline().save_pretrained(tmp_path)
     (tmp_path / "README.md").unlink(missing_ok=True)
     assert not has_our_card(tmp_path)

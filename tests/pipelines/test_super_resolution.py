@@ -206,7 +206,7 @@ def test_cascade_of_two_class_conditional_stages(make_upsampler, make_pipeline):
     assert (a - b).abs().max() > 1e-3
 
 
-def test_what_the_second_stage_cannot_use_is_told_before_the_first(make_upsampler, make_pipeline):
+def test_what_the_second_stage_cannot_use_is_reported_before_the_first(make_upsampler, make_pipeline):
     base, upsampler = make_pipeline(num_class_embeds=3), make_upsampler(noise=0.5)
     cascade, calls = CascadePipeline(base, upsampler), []
     base.unet.register_forward_hook(lambda *args: calls.append(1))

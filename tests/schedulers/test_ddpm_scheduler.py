@@ -827,7 +827,7 @@ def test_a_step_of_q_forward_is_the_marginal(scheduler, x_start, noise, data):
 @PROPERTY
 @given(schedulers(), pixels, st.sampled_from([None, 0, 0.5, 1]), st.integers(0, 2**31))
 def test_any_chain_lands_on_a_known_x_0(scheduler, x_start, eta, seed):
-    """With the true noise told at each step, sampling down any chain from any noise ends at x_0."""
+    """With the true noise as output at each step, sampling down any chain from any noise ends at x_0."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(x_start.shape, dtype=F64, generator=generator)
     for t in scheduler.timesteps.tolist():

@@ -82,7 +82,7 @@ def test_vp_is_the_limit_of_the_ddpm_chain():
 
 
 def gaussian_network(sde, mean, std):
-    """The exact network for data N(mean, std^2), of the process's prediction type, told labels."""
+    """The exact network for data N(mean, std^2), of the process's prediction type, called with labels."""
 
     def network(x, label):
         t = sde.times(float(label))
@@ -520,7 +520,7 @@ def test_the_folders_of_diffusers_score_sde_ve_pipeline(tmp_path):
 
 
 def test_progress_and_interpolation(unet):
-    """What the network is told, as it is."""
+    """The conditioning time, unchanged."""
     net = DDPMUNet.from_config(unet.config, time_embedding_type="fourier").eval()
     pipe = DDPMImagePipeline(net, VESDEScheduler(sigma_max=4.0, num_train_timesteps=3))
     pipe.set_progress_bar_config(disable=True)

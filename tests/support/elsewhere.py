@@ -16,8 +16,8 @@ ROUNDING = 1e-5  # of images: weights read anew may lie elsewhere in memory, and
 OPEN = """
     import logging, sys, warnings
     import numpy as np, torch
-    how, x, out, steps = sys.argv[1:]
-    if how != "package":
+    opener, x, out, steps = sys.argv[1:]
+    if opener != "package":
         sys.modules["ddpm_hf"] = None  # not importable
     import diffusers
     records = []
@@ -29,23 +29,23 @@ OPEN = """
         "package": {},
         "remote": {"custom_pipeline": x, "trust_remote_code": True},
         "branch": {"revision": "remote-code", "trust_remote_code": True},
-    }[how]
+    }[opener]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if how == "package":
+        if opener == "package":
             from ddpm_hf import DDPMImagePipeline as Opened
         else:
             Opened = diffusers.DiffusionPipeline
         pipe = Opened.from_pretrained(x, **kwargs)
-    told = [m for m in records if "trust" not in m.lower()]
-    told += [str(w.message) for w in caught if issubclass(w.category, UserWarning) and "diffusers" in w.filename]
+    messages = [m for m in records if "trust" not in m.lower()]
+    messages += [str(w.message) for w in caught if issubclass(w.category, UserWarning) and "diffusers" in w.filename]
     generator = torch.Generator().manual_seed(0)
     images = pipe(batch_size=2, generator=generator, num_inference_steps=int(steps), output_type="np").images
     np.save(out, images)
     torch.save(pipe.unet.state_dict(), out + ".pt")
     print(type(pipe).__name__, type(pipe.unet).__name__, type(pipe.scheduler).__name__, getattr(pipe.scheduler, "levels", None))
-    print("told:", told)
-    if how == "remote":
+    print("messages:", messages)
+    if opener == "remote":
         pipe.save_pretrained(out + "_again")
 """
 
@@ -67,5 +67,5 @@ def run_elsewhere(code, home, *argv, package=True, offline=False):
 
 
 def open_elsewhere(opener, x, out, home, steps):
-    """Opens the folder or Hub id x as `how` says: stock, package, remote or branch."""
+    """Opens the folder or Hub id x by `opener`: stock, package, remote or branch."""
     return run_elsewhere(OPEN, home, opener, x, out, steps, package=opener == "package", offline=Path(x).is_dir())

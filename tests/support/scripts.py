@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def script(name, *argv, check=True, launcher=None, **environment):
-    """The exit status and what was told of training/<name> with these arguments; an error fails the test if `check`.
+    """The exit status and the output of training/<name> with these arguments; an error fails the test if `check`.
 
     It runs in this process, which has imported all that a new one would take seconds for; with a `launcher`, such as
     ["python"], in a process of its own, which reaches no Hub unless its `environment` says so.

@@ -149,7 +149,7 @@ def test_command_line_beats_the_file(tmp_path):
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(argv, message):
+def test_mistakes_are_reported_in_one_line(argv, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load(*argv)
     assert "\n" not in str(caught.value)

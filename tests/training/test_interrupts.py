@@ -1,4 +1,4 @@
-"""Runs that are told to end, that diverge, and that cannot write."""
+"""Runs that are interrupted, that diverge, and that cannot write."""
 
 import contextlib
 import copy
@@ -234,7 +234,7 @@ def test_several_processes_ask_each_other_about_once_a_second(monkeypatch):
     assert interrupts.stop(step) == signal.SIGTERM
 
 
-def test_files_that_cannot_be_written_are_told(capsys):
+def test_files_that_cannot_be_written_are_reported(capsys):
     with warn_on_write_error("the pipeline could not be written"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
     reason = "Error while serializing: I/O error: No space left on device"
@@ -242,7 +242,7 @@ def test_files_that_cannot_be_written_are_told(capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_problem_that_stays_is_told_once(capsys):
+def test_a_problem_that_stays_is_reported_once(capsys):
     reported = set()
     for full in (True, True, False, True):
         with warn_on_write_error("metrics.jsonl could not be written", reported):

@@ -52,7 +52,7 @@ def hold(path):
     return process
 
 
-def test_another_run_is_told_and_a_killed_one_taken_over(tmp_path, config, accelerator):
+def test_another_run_is_reported_and_a_killed_one_taken_over(tmp_path, config, accelerator):
     process = hold(tmp_path / "run/.lock")
     try:
         with pytest.raises(ConfigError) as caught, OutputFolder(config, accelerator):

@@ -60,7 +60,7 @@ def test_nothing_waits_and_the_newest_goes(hub, publisher, make_pipeline, tmp_pa
     assert not publisher.copies.exists()
 
 
-def test_a_hub_that_fails_is_told_once(hub, publisher, capsys):
+def test_a_hub_that_fails_is_reported_once(hub, publisher, capsys):
     hub.faults[:] = [dict(match="POST .*/commit/main", do=500, times=3)]
     for step in (1, 2):
         publisher.push(step)
@@ -82,7 +82,7 @@ def test_a_hub_that_fails_is_told_once(hub, publisher, capsys):
     assert output.count("the Hub answered 429") == 1
 
 
-def test_what_the_hub_refuses_is_told_before_anything_starts(hub, tmp_path, capsys):
+def test_what_the_hub_refuses_is_reported_before_anything_starts(hub, tmp_path, capsys):
     hub.faults[:] = []
     hub.create("other/there")  # which the Hub answers as if it were one's own
     hub.commit(hub.create("user/data"), "main", {"a.csv": hub.entry("a.csv", b"1")}, "data")

@@ -116,7 +116,7 @@ class LikeThis(torch.nn.Module):
         self.forward = function
 
 
-def test_images_learned_by_heart_are_told(accelerator):
+def test_memorized_images_are_reported(accelerator):
     """Of a network that knows the noise of its own images, and predicts zero for others."""
     scheduler = VariationalDDPMScheduler(num_train_timesteps=10)
     trained, held_out = torch.full((6, 1, 4, 4), 0.5), torch.full((5, 1, 4, 4), -0.5)

@@ -17,8 +17,8 @@ class CascadePipeline(NamedClasses, SavedPipeline, PackagedCascade, DiffusionPip
     A saved folder has a sub-folder for each stage, which is itself a saved pipeline.
 
     Args:
-        base: draws images of the upsampler's input size.
-        upsampler: enlarges them.
+        base: a `DDPMImagePipeline` that draws images of the upsampler's input size.
+        upsampler: a `DDPMSuperResolutionPipeline` that enlarges them.
 
     Raises:
         ValueError: the stages differ in image size, channels or classes.
@@ -27,7 +27,8 @@ class CascadePipeline(NamedClasses, SavedPipeline, PackagedCascade, DiffusionPip
     stock_class = None
     stage_classes = {"base": DDPMImagePipeline, "upsampler": DDPMSuperResolutionPipeline}
 
-    def __init__(self, base: DDPMImagePipeline, upsampler: DDPMSuperResolutionPipeline):
+    # not annotated with our classes: diffusers warns of stages whose classes come from a repository
+    def __init__(self, base: DiffusionPipeline, upsampler: DiffusionPipeline):
         super().__init__()
         size, low = base.unet.config.sample_size, tuple(upsampler.config.low_resolution)
         if size is not None and sides(size) != low:
