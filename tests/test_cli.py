@@ -94,6 +94,28 @@ def examples_of(parser):
         (["evaluate", "x", "--zzz"], "ddpm-hf evaluate: unknown option '--zzz'; see --help"),
         (["sample"], "ddpm-hf sample: the following arguments are required: PIPELINE"),
         (["push", "x"], "ddpm-hf push: the following arguments are required: --repo_id"),
+        (
+            ["train", "--data", "a", "b"],
+            "ddpm-hf train: --data a and --data b were given; a run has one data set; give one",
+        ),
+        (
+            ["train", "a", "--data=b"],
+            "ddpm-hf train: --data a and --data b were given; a run has one data set; give one",
+        ),
+        (
+            ["train", "LICENSE"],
+            "ddpm-hf train: data='LICENSE': 'LICENSE' is a file; give its folder, '.', or a .parquet",
+        ),
+        (
+            ["train", "digits", "--eval_data", "docs/emoji32.png"],
+            "'docs/emoji32.png' is a file; give its folder, 'docs'",
+        ),
+        (
+            ["evaluate", "src", "--data", "docs/emoji32.png"],
+            "'docs/emoji32.png' is a file; give its folder, 'docs', or",
+        ),
+        (["train", "docs", "--unet.dropuot", "0"], "unknown key 'unet.dropuot'; did you mean 'dropout'?"),
+        (["train", "docs", "--minutes", "0"], "minutes=0 must be a number in (0, 1000000] or null"),
         (["evaluate", "x", "--dequantization", "no"], "argument --dequantization: invalid choice: 'no'"),
     ],
 )

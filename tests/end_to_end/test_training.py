@@ -127,7 +127,7 @@ def test_fine_tuning(trained, tmp_path):
         (["--channels", 3], f"channels=3, but init_from='{tmp_path / 'stock'}' has 1; leave it out"),
         (["--scheduler.variance_type", "learned"], "scheduler.variance_type='learned', but the network of init_from="),
         (["--unet.layers_per_block", 1], "unet.layers_per_block=1, but the network of init_from="),
-        (["--label_column", "label"], "label_column='label' and unet.num_class_embeds=None go together"),
+        (["--label_column", "label"], "label_column='label' and unet.num_class_embeds=null go together"),
         (["--image_size", 7], "image_size=7 must be a multiple of 2"),
         (["--init_from", tmp_path], "init_from="),
         (["--init_from", tmp_path / "empty"], "init_from="),

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from ddpm_hf.command_help import command_words, format_examples, help_width
 from ddpm_hf.errors import UserError
 from ddpm_hf.files.missing import can_be_on_the_hub, missing_path
-
-BUILT_IN = ("digits", "mnist")  # of data.sources, which is slow to import
+from ddpm_hf.files.paths import BUILT_IN_DATA as BUILT_IN, unreadable_file
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,8 +106,10 @@ def check_path(program: str, name: str, kind: str, subject: str = "") -> None:
         subject: begins the error's message.
 
     Raises:
-        UserError: the name cannot be an id on the Hub either.
+        UserError: the name cannot be an id on the Hub either, or a data set is a file of another kind, such as a picture.
     """
+    if kind == "data set" and (problem := unreadable_file(name)):
+        raise UserError(f"{subject}{problem}")
     problem = None if name in BUILT_IN else missing_path(name)
     if problem and not can_be_on_the_hub(name):
         raise UserError(f"{subject}{problem}")

@@ -106,8 +106,9 @@ def label_names(
 
 def _label_feature(dataset, label_column):
     if label_column not in dataset.column_names:
+        hint = "; for no labels give null" if label_column.lower() == "none" else ""
         raise ValueError(
-            f"label_column={shown(label_column)} is not in the data; it has {listed(dataset.column_names)}"
+            f"label_column={shown(label_column)} is not in the data; it has {listed(dataset.column_names)}{hint}"
         )
     feature = dataset.features[label_column]
     if not isinstance(feature, (datasets.Value, datasets.ClassLabel)):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddpm_hf.arguments import listed, shown
 from ddpm_hf.data.folders import TABLES, as_stream, check_tars, load_tables, open_folder
+from ddpm_hf.files.paths import unreadable_file
 
 DIGITS_TEST_IMAGES = 360
 
@@ -78,6 +79,7 @@ def load_images(
     Raises:
         ValueError: an unknown split; files that are truncated or damaged, of several kinds, or behind links to folders.
         FileNotFoundError: no such source, or a folder without images.
+        NotADirectoryError: a file of another kind, such as a picture.
         PermissionError: a folder that may not be read.
         ImportError: "digits" or "mnist" without their package.
     """
@@ -100,6 +102,8 @@ def _load(source, split, streaming):
         check_tars([source] if os.path.isfile(source) and not streaming else [])
         escaped = glob.escape(source)  # `datasets` reads a path as a pattern
         return load_tables(TABLES[ending], escaped, split, streaming)
+    if problem := unreadable_file(source):
+        raise NotADirectoryError(problem)
     return datasets.load_dataset(source, split=split, streaming=streaming)
 
 

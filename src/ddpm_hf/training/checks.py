@@ -17,7 +17,9 @@ from ddpm_hf.training.config import (
     image_size,
     keys_of,
     nearest,
+    null_for_none,
     sections_of,
+    shown_value,
 )
 
 MAX_WORKERS_PER_CORE = 16
@@ -67,7 +69,9 @@ def typed(key: str, value, annotation):
     try:
         return check_argument(key, value, annotation, RANGES.get(key))
     except ValueError as error:
-        raise ConfigError(f"{error}{', in quotes' if str in types_of(annotation) else ''}") from None
+        raise ConfigError(
+            f"{null_for_none(str(error))}{', in quotes' if str in types_of(annotation) else ''}"
+        ) from None
 
 
 def check(config: RunConfig) -> None:
@@ -102,7 +106,7 @@ def _check_values(config):
         try:
             check_argument(field.name, value, field.type, RANGES.get(field.name))
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(null_for_none(str(error))) from None
         longest = 500 if field.name == "split" else 2000  # as hub/records.py reads it again
         if isinstance(value, str) and (len(value) > longest or UNWRITABLE.search(value)):
             raise ConfigError(
@@ -206,7 +210,8 @@ def _check_continuous(config):
         if getattr(config, key) not in allowed:
             choices = ", ".join("null" if choice is None else choice for choice in allowed)
             raise ConfigError(
-                f"{key}={shown(getattr(config, key))} is for discrete timesteps; with process={config.process} take {choices}"
+                f"{key}={shown_value(getattr(config, key))} is for discrete timesteps; with "
+                f"process={config.process} take {choices}"
             )
     if config.low_resolution:
         raise ConfigError(f"low_resolution is for process=ddpm, not for {config.process}")
@@ -249,6 +254,6 @@ def _check_network(config, size):
         )
     if (config.label_column is None) != (config.unet.get("num_class_embeds") is None):
         raise ConfigError(
-            f"label_column={shown(config.label_column)} and unet.num_class_embeds={shown(config.classes)} go "
+            f"label_column={shown_value(config.label_column)} and unet.num_class_embeds={shown_value(config.classes)} go "
             "together: give both for a class-conditional network, or neither"
         )

@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 from ddpm_hf.arguments import shown
+from ddpm_hf.files.paths import normal_name
 from ddpm_hf.files.strict_yaml import parse_yaml, read_yaml
 from ddpm_hf.training.checks import check, typed, types_of
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, TrainConfig, keys_of, nearest, sections_of
@@ -72,18 +73,30 @@ def _make_config(kind, values, explicit, preset, program=""):
         values[key] = typed(key, value, annotations[key])
     for key in ("data", "eval_data", "init_from", "pipeline", "output_dir"):
         if values.get(key):
-            values[key] = os.path.expanduser(values[key])
+            values[key] = normal_name(values[key])
     if preset is None and "output_dir" not in values:
         values["output_dir"] = _output_dir_for(values.get("data", "digits"), kind)
     config = kind(**values, preset=preset, explicit=frozenset(explicit), program=program)
     config = dataclasses.replace(config, resolved=preset is not None and not config.base_pipeline)
     check(config)
+    _check_section_keys(config)
     config = with_plan_of_run(config)
     if checkpoint := find_checkpoint(config):
         config = with_values_of_run(config, checkpoint)
-        check(config)
     check_same_run(config, checkpoint)
+    if checkpoint:
+        check(config)
     return config
+
+
+def _check_section_keys(config):
+    """Raise ConfigError for a key that a section does not have with any process; `resolve` checks those of the run's own."""
+    for section in sections_of(config):
+        known = section_keys(type(config), section)
+        of_process = section_keys(type(config), section, getattr(config, "process", "ddpm")) or known
+        for key in getattr(config, section):
+            if key not in known | {*config.DERIVED}:
+                raise ConfigError(f"unknown key {shown(f'{section}.{key}')}{nearest(key, sorted(of_process))}")
 
 
 def _output_dir_for(data, kind):
@@ -123,10 +136,9 @@ def _read_arguments(argv, kind):
                 text = "true"
             else:
                 raise ConfigError(f"--{key} has no value")
-        if key == "config" and key in arguments:
-            raise ConfigError(
-                f"--config {arguments[key]} and --config {text} were given; name one as `base:` of the other"
-            )
+        if key in ("config", "data") and key in arguments:
+            remedy = "name one as `base:` of the other" if key == "config" else "a run has one data set; give one"
+            raise ConfigError(f"--{key} {arguments[key]} and --{key} {text} were given; {remedy}")
         arguments[key] = text
     return arguments, dry_run
 

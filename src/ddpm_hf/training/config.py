@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ddpm_hf.arguments import sides
+from ddpm_hf.arguments import shown, sides
 from ddpm_hf.errors import UserError
 from ddpm_hf.files.strict_yaml import dump_yaml
 from ddpm_hf.training.other_scripts import ALIASES
@@ -260,6 +260,16 @@ def sections_of(config: RunConfig | type[RunConfig]) -> tuple[str, str]:
 def as_yaml(config: RunConfig) -> str:
     """The whole config as config.yaml holds it."""
     return dump_yaml(values_of(config))
+
+
+def shown_value(value: Any) -> str:
+    """A value as messages about keys show it: `shown`, and null where Python has None."""
+    return "null" if value is None else shown(value)
+
+
+def null_for_none(message: str) -> str:
+    """A message of `check_argument` about a key, with null where it says None."""
+    return message.replace("=None ", "=null ", 1).removesuffix(" or None") + " or null" * message.endswith(" or None")
 
 
 def image_size(config: RunConfig) -> tuple[int, int]:

@@ -139,7 +139,7 @@ def _with_labels(config, images, classes, facts):
             columns = ["label"]
         column = columns[0] if len(columns) == 1 else None
     config = dataclasses.replace(config, label_column=column)
-    if column is None or column not in images.column_names:
+    if column is None or (column not in images.column_names and not is_explicit):
         return config
     if f"{section}.{config.CLASSES}" not in config.explicit and not (classes and section == "unet"):
         names = label_names(images, column)

@@ -13,7 +13,7 @@ from ddpm_hf.hub.saved import class_of_part
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
 from ddpm_hf.schedulers.ddpm import FIXED_VARIANCES, VariationalDDPMScheduler
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig
+from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, shown_value
 from ddpm_hf.training.errors import PIPELINE_ERRORS, as_config_error
 from ddpm_hf.training.low_resolution import in_channels
 from ddpm_hf.training.processes import PROCESSES
@@ -127,7 +127,7 @@ def _network_keys(config, subject, unet):
         if f"unet.{key}" in config.explicit:
             if key in keys.keys() - {"dropout"} and _as_list(value) != keys[key]:
                 raise ConfigError(
-                    f"unet.{key}={shown(value)}, but the network of {subject} has {shown(keys[key])}; leave it out"
+                    f"unet.{key}={shown_value(value)}, but the network of {subject} has {shown_value(keys[key])}; leave it out"
                 )
             keys[key] = value
     return keys
@@ -153,7 +153,7 @@ def _with_values_of(config, subject, values):
         elif present != value and not (
             present and value and key in ("image_size", "low_resolution") and sides(present) == sides(value)
         ):
-            raise ConfigError(f"{key}={shown(present)}, but {subject} has {shown(value)}; leave it out")
+            raise ConfigError(f"{key}={shown_value(present)}, but {subject} has {shown_value(value)}; leave it out")
     return config
 
 
@@ -184,7 +184,7 @@ def _sampling_keys(config, subject, scheduler, keys):
             trained = "betas of its own"
         if _as_list(value) != _as_list(trained):
             raise ConfigError(
-                f"scheduler.{key}={shown(value)}, but the network of {subject} was trained with {shown(trained)}; leave it "
-                "out: the process is the pipeline's"
+                f"scheduler.{key}={shown_value(value)}, but the network of {subject} was trained with "
+                f"{shown_value(trained)}; leave it out: the process is the pipeline's"
             )
     return applied

@@ -9,7 +9,15 @@ from ddpm_hf.arguments import shown
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.training.checks import check
-from ddpm_hf.training.config import ClassifierConfig, ConfigError, RunConfig, keys_of, nearest, sections_of
+from ddpm_hf.training.config import (
+    ClassifierConfig,
+    ConfigError,
+    RunConfig,
+    keys_of,
+    nearest,
+    null_for_none,
+    sections_of,
+)
 from ddpm_hf.training.from_data import with_values_for_data
 from ddpm_hf.training.from_pipeline import with_base_pipeline, with_guided_pipeline
 from ddpm_hf.training.messages import print_above_progress_bar
@@ -100,4 +108,7 @@ def _with_checked_keys(config, section, cls):
     for key in keys:
         if key not in parameters:
             raise ConfigError(f"unknown key {shown(f'{section}.{key}')}{nearest(key, parameters)}")
-    return dataclasses.replace(config, **{section: cls.__init__.check(keys, f"{section}.")})
+    try:
+        return dataclasses.replace(config, **{section: cls.__init__.check(keys, f"{section}.")})
+    except ValueError as error:
+        raise ConfigError(null_for_none(str(error))) from None

@@ -8,9 +8,10 @@ from pathlib import Path
 from ddpm_hf.arguments import shown
 from ddpm_hf.files.digests import DIGESTS, check_digests
 from ddpm_hf.files.guarded import read_json
+from ddpm_hf.files.paths import is_same_source
 from ddpm_hf.files.strict_yaml import read_yaml
 from ddpm_hf.training.checks import typed
-from ddpm_hf.training.config import ConfigError, RunConfig, TrainConfig, keys_of, sections_of, values_of
+from ddpm_hf.training.config import ConfigError, RunConfig, TrainConfig, keys_of, sections_of, shown_value, values_of
 
 # Keys that may differ when a run is resumed; with a constant learning-rate schedule also its steps and learning rate.
 MAY_CHANGE = {
@@ -152,18 +153,30 @@ def already_complete(config: RunConfig) -> str:
     """How a run that has trained all its steps can go on, in words."""
     if config.minutes is None and config.lr_schedule.startswith("constant"):
         remedy = "raise steps to continue"
-    elif isinstance(config, TrainConfig):
-        weights = Path(config.output_dir, config.RESULT)
-        remedy = f"to train longer start a new run from its weights: --init_from {weights} --output_dir <another>"
     else:
-        remedy = "to train longer start a new run with more steps and another output_dir"
+        remedy = _train_longer(config, Path(config.output_dir))
     return f"already complete ({config.steps:,} step{'s' if config.steps > 1 else ''}); {remedy}"
+
+
+def _train_longer(config, run):
+    """How a run whose steps cannot be raised can be continued, in words."""
+    if isinstance(config, TrainConfig):
+        weights = run / config.RESULT
+        return f"to train longer start a new run from its weights: --init_from {weights} --output_dir <another>"
+    return "to train longer start a new run with more steps and another output_dir"
+
+
+SOURCES = {"data", "init_from", "pipeline"}  # keys that may be paths
 
 
 def _compare_with(config, path):
     """Raise ConfigError if the config differs from that of the checkpoint or run in the folder `path`."""
     defaults = values_of(type(config)())
     before, now = (flat(values, config) for values in ({**defaults, **_run_of(path)}, values_of(config)))
+    before |= {key: now[key] for key in SOURCES & now.keys() if is_same_source(before[key], now[key])}
+    run = path.parents[1] if path.parent.name == "checkpoints" else path
+    _compare_classes(config, run, before, now)
+    _compare_minutes(config, run, before, now)
     may_change = MAY_CHANGE
     if config.lr_schedule.startswith("constant"):
         may_change = may_change | {"steps", "learning_rate"}
@@ -177,10 +190,42 @@ def _compare_with(config, path):
     ]
     if changed:
         more = f" ({len(changed) - 1} more: {'; '.join(changed[1:4])})".replace(f"{path} was trained with", "it had")
-        remedy, run = "another output_dir", path.parents[1] if path.parent.name == "checkpoints" else path
+        remedy = "another output_dir"
         if isinstance(config, TrainConfig) and path != Path(config.output_dir):
             remedy = f"start a new run from its weights: --init_from {run / 'pipeline'} --output_dir <another>"
         raise ConfigError(f"{changed[0]}{more if len(changed) > 1 else ''}; give that, or {remedy}")
+
+
+def _compare_classes(config, run, before, now):
+    """Raise ConfigError for a run with classes that would go on without them, or the other way round."""
+    was, is_now = (values.get("label_column") for values in (before, now))
+    if not config.resolved or (was is None) == (is_now is None):
+        return
+    classes = before.get(f"{config.NETWORK}.{config.CLASSES}")
+    was_trained = "without classes" if was is None else f"with {classes} classes (label_column={shown_value(was)})"
+    raise ConfigError(
+        f"label_column={shown_value(is_now)}, but {run} was trained {was_trained}; give another --output_dir"
+    )
+
+
+def _compare_minutes(config, run, before, now):
+    """Raise ConfigError where one of the two was planned by `minutes`, or both by different ones: the plans differ, too."""
+    was, is_now = before.get("minutes"), now["minutes"]
+    if was == is_now:
+        return
+    if was is None:
+        raise ConfigError(
+            f"minutes={is_now:g}, but {run} was trained with steps={before['steps']}; leave --minutes out, or give "
+            "another --output_dir"
+        )
+    given, trained = ("null" if minutes is None else f"{minutes:g}" for minutes in (is_now, was))
+    start = f"minutes={given}, but {run} was trained with {trained}"
+    if is_now is None and "steps" in config.explicit:
+        start = f"steps={config.steps}, but {run} was trained with minutes={trained}"
+    raise ConfigError(
+        f"{start}; a run planned by minutes cannot be lengthened: give --minutes {trained} to resume it; "
+        f"{_train_longer(config, run)}"
+    )
 
 
 def flat(values: dict, config: RunConfig) -> dict:
@@ -195,7 +240,7 @@ def flat(values: dict, config: RunConfig) -> dict:
 def _shown(values, key):
     if key not in values:
         return "its default"
-    text = repr(values[key])
+    text = "null" if values[key] is None else repr(values[key])
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 

@@ -21,9 +21,10 @@ CLASSES = {
 }
 
 
-def section_keys(kind: type[RunConfig], section: str) -> set[str]:
-    """The keys that a section takes, with any of the processes."""
-    return {key for source in CLASSES[section].values() for key in signature(*source)} - {*kind.DERIVED}
+def section_keys(kind: type[RunConfig], section: str, process: str | None = None) -> set[str]:
+    """The keys that a section takes with a process, or with any of them."""
+    sources = [source for names, source in CLASSES[section].items() if process is None or process in names.split(", ")]
+    return {key for source in sources for key in signature(*source)} - {*kind.DERIVED}
 
 
 @functools.cache
