@@ -56,6 +56,21 @@ def test_a_folder_becomes_a_model(pets, monkeypatch):
     assert pipeline.class_names == ["cat", "dog"] and pipeline.channels == 3
     repeated = command(*words)  # nothing is left to do
     assert repeated.stdout == result.stdout and "minutes are" not in repeated.stderr
+    card = (pets / "runs/my-pets/pipeline/README.md").read_text()
+    value, error = bits.split()[1], bits.split()[3]
+    assert (
+        f"\n{value} ± {error} (standard error) bits/dim over 2 held-out images, measured during training after" in card
+    )
+    measured = command("evaluate", "runs/my-pets", "--data", "my pets/", "--estimate", 8).stdout  # the run's own folder
+    assert "my pets/ has no split 'test': measuring the images of 'train' that the run held out" in measured
+    assert "bits/dim over 2 images that held_out=0.05 sets aside of 40 (my pets/, train)" in measured
+    (again,) = [
+        line for line in (pets / "runs/my-pets/pipeline/README.md").read_text().splitlines() if line[:9] == "`ddpm-hf "
+    ]
+    words = shlex.split(again.strip("`"))
+    assert words[:5] == ["ddpm-hf", "evaluate", "runs/my-pets/pipeline", "--data", "my pets"]
+    total = [line for line in measured.splitlines() if "total" in line]
+    assert total == [line for line in command(*words[1:]).stdout.splitlines() if "total" in line]
 
 
 def test_digits(pets):

@@ -144,6 +144,62 @@ def test_what_the_run_set_aside_is_measured(run_folder, tmp_path):
     assert report_of(run_folder)["images"] == 24 and "--held_out 0.0" in report_of(run_folder)["command"]
 
 
+def test_the_command_of_the_card_works_where_it_was_given(run_folder, tmp_path, monkeypatch):
+    """Relative paths are as they were given; of a path elsewhere only the last name is told, and the Hub has its own."""
+    save_rows(tmp_path / "rows.parquet", NAMES, [0, 1, 2])
+    for folder, pipeline, data in (
+        (tmp_path, "run/pipeline", "rows.parquet"),
+        (tmp_path / "here", "../run", "../rows.parquet"),
+    ):
+        monkeypatch.chdir(folder)
+        evaluate(pipeline, "--data", data)
+        words = f"training/evaluate.py {pipeline.removesuffix('/pipeline')}/pipeline --data {data} --split train "
+        assert words in (run_folder / "README.md").read_text() and words in report_of(run_folder)["command"]
+    assert "training/evaluate.py user/ants --data ../rows.parquet --split train " in card_text(run_folder, "user/ants")
+    monkeypatch.chdir(tmp_path)
+    for pipeline, words in ((run_folder, "run/pipeline"), (".", "here")):
+        arguments = make_parser().parse_args([str(pipeline), "--data", "digits"])
+        monkeypatch.chdir(tmp_path if pipeline == run_folder else tmp_path / "here")
+        assert command_of(make_parser(), arguments) == f"ddpm-hf evaluate {words} --data digits"
+
+
+def test_the_split_if_left_out(run_folder, tmp_path):
+    """It is test, or what the run held out of the only split; other data needs --split."""
+
+    def measure(*argv, **kwargs):
+        return script("evaluate.py", run_folder, "--steps", 12, "--estimate", 8, *argv, **kwargs)
+
+    rows = save_rows(tmp_path / "rows.parquet", NAMES, [0] * 8 + [1] * 8 + [2] * 8)
+    result = measure("--data", rows, check=False)
+    assert result.returncode == 1 and "evaluate.py: give --split: without it, " in result.stderr.splitlines()[-1]
+    assert "train" in result.stderr.splitlines()[-1]
+    record = TOLD | {"data": "rows.parquet", "held_out": 0.25, "images": 24}
+    (run_folder / "training.json").write_text(json.dumps(record))
+    printed = measure("--data", rows).stdout
+    assert f"{rows} has no split 'test': measuring the images of 'train' that the run held out\n" in printed
+    assert "bits/dim over 6 images that held_out=0.25 sets aside of 24 (" in printed
+    report = report_of(run_folder)
+    assert report["split"] == "train" and "--split train --held_out 0.25" in report["command"]
+    result = measure("--data", rows, "--split", "test", check=False)
+    assert result.returncode == 1 and "give --split" not in result.stderr
+    (run_folder / "training.json").write_text(json.dumps(record | {"held_out": 0.0}))
+    assert "give --split: without it, " in measure("--data", rows, check=False).stderr
+    for split, label in (("train", "ant"), ("test", "bee")):
+        (tmp_path / "pictures" / split / label).mkdir(parents=True)
+        Image.new("L", (8, 8), 9).save(tmp_path / "pictures" / split / label / "0.png")
+    (run_folder / "training.json").write_text(json.dumps(record | {"data": "pictures"}))
+    printed = measure("--data", tmp_path / "pictures").stdout
+    assert f"bits/dim over 1 images ({tmp_path / 'pictures'}, test)" in printed
+
+
+def test_data_without_labels(run_folder, tmp_path):
+    (tmp_path / "flat").mkdir()
+    Image.new("L", (8, 8), 9).save(tmp_path / "flat/0.png")
+    result = evaluate(run_folder, "--data", tmp_path / "flat", check=False)
+    message = f"{tmp_path / 'flat'} has no class labels (columns: image), but the network is class-conditional; "
+    assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("run_facts", "data"),
     [
@@ -391,6 +447,7 @@ def test_a_folder_of_somebody_else(folder_of_a_stranger):
         (["--tolerance", "0"], 2, "argument --tolerance: 0 must be a number, 1e-12 to 1"),
         (["--seed", "1e3"], 2, "argument --seed: 1e3 must be an integer"),
         (["--steps", "9" * 400], 1, "steps"),
+        (["--steps", "2000"], 1, "evaluate.py: --steps 2000 must be an integer, 1 to 1000"),
         (["--device", "gpu"], 1, "--device gpu cannot be used"),
         (["--levels", "17"], 1, "levels=17, but the data has a pixel of 2"),
         (["--label_column", "sort"], 1, "label_column='sort' is not in the data; it has image, kind"),

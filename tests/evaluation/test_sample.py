@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import DDPMSuperResolutionPipeline, VariationalDDPMScheduler
+from ddpm_hf import CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipeline, VariationalDDPMScheduler
 from ddpm_hf.evaluation.sheets import as_sheet, captions_of
 from support.scripts import script
 
@@ -133,6 +133,10 @@ def test_mistakes_before_the_pipeline_is_opened(tmp_path, monkeypatch, argv, sta
         (["--class_label", "Bees"], "--class_label='Bees' is not the name of a class; did you mean 'bee'?"),
         (["--class_label", "zebra"], "--class_label='zebra' is not the name of a class; known: ['ant', 'bee', 'cat']"),
         (["--class_label", "3"], "give integers from 0 to 2"),
+        (["--class_label", "3"], ": --class_label 3: give integers from 0 to 2, one for each image"),
+        (["--steps", "2000"], ": --steps 2000 must be an integer, 1 to 1000"),
+        (["--guidance_scale", "2"], ": --guidance_scale 2.0 needs a network trained with label dropout"),
+        (["--classifier_scale", "2"], ": --classifier_scale 2.0 needs a classifier"),
         (["--noise_level", "0.5"], "--noise_level 0.5 is of an upsampler"),
     ],
 )
@@ -141,6 +145,38 @@ def test_mistakes_before_anything_is_drawn(folder, tmp_path, monkeypatch, argv, 
     result = sample(folder, *argv, check=False)
     assert result.returncode > 0 and message in result.stderr.splitlines()[-1], result.stderr
     assert os.listdir(tmp_path) == ["pipeline"]
+
+
+@pytest.mark.parametrize("label", ["3", "ant"])
+def test_a_class_of_a_pipeline_without_classes(make_pipeline, tmp_path, monkeypatch, label):
+    monkeypatch.chdir(tmp_path)
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    result = sample("pipeline", "--class_label", label, check=False)
+    assert result.stderr.endswith(f": --class_label {label}: this pipeline has no classes; leave it out\n")
+    assert result.returncode == 2 and os.listdir(tmp_path) == ["pipeline"]
+
+
+def test_the_option_of_a_scheduler_that_has_none(make_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline = make_pipeline()
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    result = sample("pipeline", "--eta", "0", check=False)
+    assert (
+        result.stderr
+        == "sample.py: --eta 0.0: EulerDiscreteScheduler has none; leave it out or use another scheduler\n"
+    )
+
+
+def test_the_folder_of_a_run(make_pipeline, tmp_path):
+    """The commands take its pipeline; from_pretrained names it."""
+    make_pipeline().save_pretrained(tmp_path / "run/pipeline")
+    for name in ("run", "run/pipeline"):
+        sample(tmp_path / name, "--count", 1, "--out", tmp_path / f"{len(name)}.png")
+    assert (tmp_path / "3.png").read_bytes() == (tmp_path / "12.png").read_bytes()
+    for cls in (DDPMImagePipeline, CascadePipeline):
+        with pytest.raises(OSError, match=r"run; did you mean .*/run/pipeline\?$"):
+            cls.from_pretrained(tmp_path / "run")
 
 
 def test_a_format_without_transparency(make_pipeline, tmp_path, monkeypatch):

@@ -134,7 +134,9 @@ def test_pushing_again_sends_what_is_missing(hub, saved):
     card = ModelCard(hub.files("user/again")["README.md"].decode())
     result = card.data.eval_results[0]
     assert (result.metric_value, result.dataset_name, result.dataset_split) == (3.0, "digits", "test")
-    assert result.metric_args == {"command": evaluation["command"]} and f"`{evaluation['command']}`" in card.text
+    command = "python training/evaluate.py user/again --images 4"
+    assert result.metric_args == {"command": command} and f"`{command}`" in card.text
+    assert f"`{evaluation['command']}`" in (saved / "README.md").read_text()  # of the folder
     (saved / "README.md").write_text("---\nlibrary_name: diffusers\n---\nMine\n")
     push_folder(saved, "user/again")
     assert hub.files("user/again")["README.md"].endswith(b"Mine\n")

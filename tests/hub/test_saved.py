@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from ddpm_hf import (
     CascadePipeline,
@@ -406,6 +407,41 @@ def test_commands_are_calls_of_the_script_alone():
 def test_the_card_names_a_subset(saved):
     (saved / "evaluation.json").write_text(json.dumps({**EVALUATION, "subset": {"of": 100, "seed": 0, "rows": "x"}}))
     assert "Over 4 images, a fixed random subset of the 100 of split `test` of `digits`" in card_text(saved)
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "way"),
+    [
+        (16, "an unbiased estimate of the variational bound from 16 network\nevaluations per image"),
+        (1000, "the variational bound with all 1000 terms"),
+    ],
+)
+def test_what_the_training_measured_is_in_the_card(saved, evaluations, way):
+    """Until it is measured by evaluate.py; a number of other weights is not told."""
+    held_out = {"step": 7, "images": 64, "total": 7.0541, "standard_error": 0.1142}
+    record = TRAINING | {"eval_evaluations": evaluations, "held_out_bits_per_dim": held_out}
+    (saved / "training.json").write_text(json.dumps(record | {"weights": weights_digest(saved)}))
+    (saved / "evaluation.json").unlink()
+    card = card_text(saved)
+    start = "7.054 ± 0.114 (standard error) bits/dim over 64 held-out images, measured during training after step 7: "
+    assert f"{start}{way}. `ddpm-hf evaluate` measures" in card and "Not measured" not in card
+    (saved / "evaluation.json").write_text(json.dumps(EVALUATION))
+    assert "7.054 ±" not in card_text(saved) and "| total | 3.0000 |" in card_text(saved)
+    (saved / "evaluation.json").unlink()
+    (saved / "training.json").write_text(json.dumps(record | {"weights": "other"}))
+    assert "Not measured" in card_text(saved) and "7.054 ±" not in card_text(saved)
+    for wrong in ({"step": 7}, held_out | {"total": "x"}, held_out | {"images": "<b>"}, [7]):
+        (saved / "training.json").write_text(json.dumps(record | {"held_out_bits_per_dim": wrong}))
+        with pytest.raises(ValueError, match="held_out_bits_per_dim=.* must be"):
+            card_text(saved)
+
+
+def test_the_task_of_an_evaluation(saved, make_pipeline, tmp_path):
+    (saved / "evaluation.json").write_text(json.dumps(EVALUATION))
+    assert ModelCard(card_text(saved)).data.eval_results[0].task_type == "image-generation"  # of a class
+    make_pipeline().save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain/evaluation.json").write_text(json.dumps(EVALUATION))
+    assert ModelCard(card_text(tmp_path / "plain")).data.eval_results[0].task_type == "unconditional-image-generation"
 
 
 def test_class_names_are_in_the_card(saved, make_pipeline, tmp_path):

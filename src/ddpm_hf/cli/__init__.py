@@ -23,7 +23,7 @@ EXAMPLES = [
     ("train my_folder/ --minutes 30", "as many steps as fit into half an hour"),
     ("train --config digits", "a preset"),
     ("sample runs/my_folder/pipeline", "a sheet of samples"),
-    ("evaluate runs/my_folder/pipeline --data my_folder/ --split train", "bits/dim of the held-out images"),
+    ("evaluate runs/my_folder/pipeline --data my_folder/", "bits/dim of the held-out images"),
     ("push runs/my_folder/pipeline --repo_id user/name", "publish it on the Hub"),
 ]
 

@@ -5,7 +5,16 @@ import math
 import shlex
 from pathlib import Path
 
-from ddpm_hf.cli.parser import SEED, Parser, check_path, choose_device, hide_progress_in_logs, number
+from ddpm_hf.cli.parser import (
+    SEED,
+    Parser,
+    check_path,
+    choose_device,
+    find_pipeline,
+    hide_progress_in_logs,
+    naming_options,
+    number,
+)
 from ddpm_hf.extras import require_extra
 
 DEQUANTIZATIONS = ("uniform", "decoder")  # of likelihood.ode, which is slow to import
@@ -28,7 +37,7 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
         ],
     )
     add = parser.group("pipeline and output")
-    add("pipeline", metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub")
+    add("pipeline", metavar="PIPELINE", help="folder of a saved pipeline or of its run, or its id on the Hub")
     add("--out", metavar="FOLDER", help="folder to write to (a run's own pipeline; for others nothing is written)")
     add("--histogram", metavar="SPLIT", help="compare with a per-pixel histogram of this split")
     add("-h", "--help", action="help", help="show this and stop")
@@ -38,7 +47,7 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
         metavar="DATA",
         help="digits, mnist, a folder, a .parquet, .arrow or .tar file, or a Hub id (that of the training)",
     )
-    add("--split", metavar="SPLIT", default="test", help="split of --data (%(default)s)")
+    add("--split", metavar="SPLIT", help="split of --data (test, or what the run held out of its only split)")
     add(
         "--held_out",
         type=number(float, 0, 1),
@@ -90,7 +99,7 @@ def main(argv: list[str], program: str) -> None:
         require_extra("matplotlib", "eval", "plots")
     if arguments.ode:
         require_extra("torchdiffeq", "ode", "likelihoods by the ODE")
-    check_path(program, arguments.pipeline, "pipeline")
+    arguments.pipeline = find_pipeline(program, arguments.pipeline)
     if arguments.data is not None:
         check_path(program, arguments.data, "data set")
 
@@ -111,7 +120,7 @@ def main(argv: list[str], program: str) -> None:
     dataset, total, rest = open_data(arguments, pipeline, levels)
     check_record(parser, arguments)
     reading = {name: getattr(arguments, name) for name in READING}
-    x_start, labels = images.read_tensor(dataset, unet, levels, arguments.images, **reading)
+    x_start, labels = images.read_tensor(dataset, unet, levels, arguments.images, **reading, source=arguments.data)
     if rest is not None:
         histogram_images, _ = images.read_tensor(rest, unet, levels, **reading, with_labels=False)
     if arguments.optimize:
@@ -161,7 +170,8 @@ def open_chain(parser: Parser, arguments: argparse.Namespace, scheduler) -> None
         parser.error(f"--first {arguments.first} is of a chain; {name} has none")
     if not continuous:
         check_scheduler(scheduler)
-        set_chain(scheduler, arguments.steps, arguments.first)
+        with naming_options(arguments, {"num_inference_steps": "--steps"}):
+            set_chain(scheduler, arguments.steps, arguments.first)
     if arguments.ode and arguments.first and arguments.dequantization == "uniform":
         raise ValueError(f"--first {arguments.first} is of --dequantization decoder; leave it out")
 
@@ -169,19 +179,19 @@ def open_chain(parser: Parser, arguments: argparse.Namespace, scheduler) -> None
 def open_data(arguments: argparse.Namespace, pipeline, levels: int) -> tuple:
     """The images to measure, the size of their split, and those of the histogram or None.
 
-    Sets --data and --held_out where they were left out.
+    Sets --data, --split and --held_out where they were left out.
     """
     from ddpm_hf.data.dataset import held_out_rows
     from ddpm_hf.data.sources import check_levels, load_images
-    from ddpm_hf.evaluation.report_folder import data_of, held_out_of
+    from ddpm_hf.evaluation.report_folder import data_of, held_out_of, open_split
 
     if arguments.data is None:
         arguments.data = data_of(arguments.pipeline, pipeline.folder)
     check_levels(arguments.data, levels)
-    dataset = load_images(arguments.data, arguments.split)
+    folder = pipeline.folder or arguments.pipeline
+    dataset, arguments.split = open_split(arguments.data, arguments.split, folder)
     total, rest = len(dataset), None
     if arguments.held_out is None:
-        folder = pipeline.folder or arguments.pipeline
         arguments.held_out = held_out_of(folder, arguments.data, arguments.split, total) or None
     if arguments.histogram:
         rest = load_images(arguments.data, arguments.histogram)
@@ -215,13 +225,14 @@ def recorded_texts(parser: Parser, arguments: argparse.Namespace) -> dict[str, s
 def command_of(parser: Parser, arguments: argparse.Namespace) -> str:
     """Return a shell command that repeats a measurement: data, split and every option that is not its default.
 
-    --out is left out, as it changes nothing. Local paths are shortened to their last name; readers put in their own.
+    --out is left out, as it changes nothing. Of absolute paths outside of the current folder only the last name is given.
     """
-    from ddpm_hf.data.sources import public_name
+    from ddpm_hf.data.sources import public_path
 
-    words = [*parser.command, public_name(arguments.pipeline)]
-    for name, value in (vars(arguments) | {"data": public_name(arguments.data)}).items():
-        if name in ("pipeline", "out") or (value == parser.get_default(name) and name not in ("data", "split")):
+    words = [*parser.command, public_path(arguments.pipeline)]
+    for name, value in (vars(arguments) | {"data": public_path(arguments.data)}).items():
+        is_needed = name in ("data", "split") and value is not None
+        if name in ("pipeline", "out") or (value == parser.get_default(name) and not is_needed):
             continue
         if value is True:
             words.append(f"--{name}")

@@ -1,16 +1,18 @@
 """Options of a command: one line each in --help, and one line for a mistake, with the nearest name. Imports nothing slow."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import math
+import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ddpm_hf.command_help import command_words, format_examples, help_width
 from ddpm_hf.errors import UserError
-from ddpm_hf.files.missing import can_be_on_the_hub, missing_path
+from ddpm_hf.files.missing import can_be_on_the_hub, missing_path, pipeline_of_run
 from ddpm_hf.files.paths import BUILT_IN_DATA as BUILT_IN, unreadable_file
 
 
@@ -116,6 +118,33 @@ def check_path(program: str, name: str, kind: str, subject: str = "") -> None:
     if problem:
         end = "" if problem.endswith("?") else "."
         print(f"{program}: {problem}{end} Looking for a {kind} of this name on the Hub", file=sys.stderr, flush=True)
+
+
+def find_pipeline(program: str, name: str) -> str:
+    """The folder or Hub id of the pipeline that a command is given; for the folder of a run, its pipeline/.
+
+    Raises as `check_path`.
+    """
+    check_path(program, name, "pipeline")
+    return str(pipeline_of_run(name) or name)
+
+
+@contextlib.contextmanager
+def naming_options(arguments: argparse.Namespace, options: dict[str, str]) -> Iterator[None]:
+    """Within this context an error about an argument of a call names the option that set it.
+
+    Args:
+        options: argument -> option, such as "num_inference_steps" -> "--steps".
+    """
+    try:
+        yield
+    except ValueError as error:
+        name, equals, message = str(error).partition("=")
+        value = getattr(arguments, options.get(name, "").removeprefix("--"), None)
+        if not equals or value is None:
+            raise
+        end = re.sub(r"^(\[.*?\]|[^\s:;,]+)", "", message)  # without the argument's value
+        raise UserError(f"{options[name]} {value}{end}") from error
 
 
 def hide_progress_in_logs() -> None:

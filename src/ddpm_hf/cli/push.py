@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ddpm_hf.cli.parser import Parser, hide_progress_in_logs
 from ddpm_hf.errors import UserError
-from ddpm_hf.files.missing import nearest_path
+from ddpm_hf.files.missing import nearest_path, pipeline_of_run
 
 
 def make_parser(program: str = "ddpm-hf push") -> Parser:
@@ -46,8 +46,6 @@ def main(argv: list[str], program: str) -> None:
     from ddpm_hf.hub.upload import push_folder
 
     hide_progress_in_logs()
-    if not (folder / "model_index.json").is_file() and (folder / "pipeline").is_dir():
-        folder = folder / "pipeline"
     options["private"] = options["private"] or None  # leave it to the owner's default
-    info = push_folder(folder, options.pop("repo_id"), **options)
+    info = push_folder(pipeline_of_run(folder) or folder, options.pop("repo_id"), **options)
     print(f"published {info.pr_url or info.commit_url}")

@@ -3,8 +3,25 @@
 import argparse
 from pathlib import Path
 
-from ddpm_hf.cli.parser import SEED, Parser, check_path, choose_device, hide_progress_in_logs, number
+from ddpm_hf.cli.parser import (
+    SEED,
+    Parser,
+    check_path,
+    choose_device,
+    find_pipeline,
+    hide_progress_in_logs,
+    naming_options,
+    number,
+)
 from ddpm_hf.extras import require_extra
+
+# argument of a pipeline -> the option that sets it, for messages
+OPTIONS = {
+    "num_inference_steps": "--steps",
+    "class_labels": "--class_label",
+    "timestep": "--interpolate",
+    **{name: f"--{name}" for name in ("eta", "guidance_scale", "classifier_scale", "noise_level")},
+}
 
 
 def make_parser(program: str = "ddpm-hf sample") -> Parser:
@@ -22,7 +39,7 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
         ],
     )
     add = parser.group("pipeline and output")
-    add("pipeline", metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub")
+    add("pipeline", metavar="PIPELINE", help="folder of a saved pipeline or of its run, or its id on the Hub")
     add("--out", metavar="FILE", default="samples.png", help="file to write, in the format of its ending (%(default)s)")
     add("-h", "--help", action="help", help="show this and stop")
     add = parser.group("what to draw")
@@ -69,7 +86,7 @@ def main(argv: list[str], program: str) -> None:
         parser.error("--progressive and --interpolate make two sheets; give one of them")
     check_out(arguments.out)
     device = choose_device(arguments.device)
-    check_path(program, arguments.pipeline, "pipeline")
+    arguments.pipeline = find_pipeline(program, arguments.pipeline)
     if arguments.data is not None:
         check_path(program, arguments.data, "data set")
 
@@ -83,8 +100,8 @@ def main(argv: list[str], program: str) -> None:
     pipeline.set_progress_bar_config(disable=None)  # no bars in logs
     stages = [pipeline.base, pipeline.upsampler] if hasattr(pipeline, "upsampler") else [pipeline]
     check_picture(arguments.out, stages[0].channels)
+    check_combinations(parser, arguments, pipeline, stages)
     label = parse_class_label(pipeline, arguments.class_label, "--class_label")
-    check_combinations(parser, arguments, pipeline)
     if arguments.optimize:
         for stage in stages:
             print(stage.optimize())
@@ -95,7 +112,8 @@ def main(argv: list[str], program: str) -> None:
         guidance_scale=arguments.guidance_scale,
         classifier_scale=arguments.classifier_scale,
     )
-    sheet = draw(pipeline, arguments, label, sampling)
+    with naming_options(arguments, OPTIONS):
+        sheet = draw(pipeline, arguments, label, sampling)
     save_picture(sheet.picture(), arguments.out)
     print(f"wrote {arguments.out}")
 
@@ -119,7 +137,7 @@ def check_out(out: str) -> None:
     picture_format(path)
 
 
-def check_combinations(parser: Parser, arguments: argparse.Namespace, pipeline) -> None:
+def check_combinations(parser: Parser, arguments: argparse.Namespace, pipeline, stages: list) -> None:
     """End the command with a message for options that the pipeline does not have."""
     from ddpm_hf.pipelines.cascade import CascadePipeline
     from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
@@ -129,6 +147,8 @@ def check_combinations(parser: Parser, arguments: argparse.Namespace, pipeline) 
             parser.error(f"--progressive and --interpolate are not for a {type(pipeline).__name__}")
     elif arguments.noise_level:
         parser.error(f"--noise_level {arguments.noise_level} is of an upsampler, which this pipeline does not have")
+    if arguments.class_label is not None and not any(stage.takes_labels or stage.classifier for stage in stages):
+        parser.error(f"--class_label {arguments.class_label}: this pipeline has no classes; leave it out")
 
 
 def draw(pipeline, arguments: argparse.Namespace, class_label: int | None, sampling: dict):

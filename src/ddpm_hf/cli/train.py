@@ -1,6 +1,5 @@
 """`ddpm-hf train` and `ddpm-hf train-classifier`: data -> a trained model."""
 
-import json
 import os
 import re
 import shlex
@@ -94,11 +93,11 @@ def _data_options(config):
 
 def measured_text(run: Path) -> str | None:
     """The last held-out bits/dim of a run's metrics.jsonl in words; None if there is none."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    measured = [row for row in rows if row.get("bits_per_dim") is not None]
-    if not measured:
+    from ddpm_hf.training.saving import last_measurement
+
+    row = last_measurement(run)
+    if row is None:
         return None
-    row = measured[-1]
     error = row.get("bits_per_dim_standard_error")
     spread = f" +- {error:.3f}" if error is not None else ""
     return f"bits/dim     {row['bits_per_dim']:.3f}{spread} of held-out images, after step {row['step']:,}"

@@ -136,6 +136,20 @@ def check_levels(source: str, levels: int) -> None:
         )
 
 
+def public_path(source: str) -> str:
+    """The name of a data set or pipeline in a recorded command: a relative path as it is.
+
+    Of an absolute path it is the part below the current folder, or only the last name outside of it.
+    """
+    if source in BUILT_IN or not os.path.exists(source):
+        return source
+    path = os.path.relpath(source)
+    if path in BUILT_IN:  # which it would be without the dot
+        return os.path.join(os.curdir, path)
+    is_outside = os.path.isabs(source) and path.startswith(os.pardir)
+    return public_name(source) if is_outside or path == os.curdir else path.encode(errors="replace").decode()
+
+
 def public_name(source: str) -> str:
     """The name of a data set for a model card: a Hub id, a built-in name, or only the last name of a local path."""
     if source in BUILT_IN or not os.path.exists(source):

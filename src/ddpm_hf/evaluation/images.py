@@ -21,7 +21,7 @@ def load_tensor(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Open a data set with `load_images` and read it with `read_tensor`."""
     check_levels(source, levels)
-    return read_tensor(load_images(source, split), unet, levels, count, **kwargs)
+    return read_tensor(load_images(source, split), unet, levels, count, source=source, **kwargs)
 
 
 def read_tensor(
@@ -36,6 +36,7 @@ def read_tensor(
     max_image_pixels: int | None = None,
     channels: int | None = None,
     with_labels: bool = True,
+    source: str = "the data",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Read images prepared as in the network's training (`unet.preprocessing`), with labels matched to `unet.class_names`.
 
@@ -47,6 +48,7 @@ def read_tensor(
         max_broken, max_image_pixels: see `training_set`.
         channels: channels of the images; None means those of the network's input.
         with_labels: False reads the images alone.
+        source: what errors call the data.
 
     Returns:
         x_start (N, C, H, W), float32 in [-1, 1], and labels (N,) int64 for a class-conditional network, else None.
@@ -63,7 +65,7 @@ def read_tensor(
     to_pixels, resized = image_to_pixels(size, channels or unet.config.in_channels, levels, **rules), set()
     if image_column is None and trained.get("image_column") in dataset.column_names:
         image_column = trained["image_column"]
-    label_column = label_column_of(dataset, unet, label_column) if with_labels else None
+    label_column = label_column_of(dataset, unet, label_column, source) if with_labels else None
 
     def convert(image):
         if levels <= 256 and image.mode.startswith("I;16"):
@@ -108,13 +110,13 @@ def subset_rows(total: int) -> np.ndarray:
     return np.random.default_rng(SUBSET_SEED).permutation(total)
 
 
-def label_column_of(dataset: datasets.Dataset, unet, column: str | None = None) -> str | None:
+def label_column_of(dataset: datasets.Dataset, unet, column: str | None = None, source: str = "the data") -> str | None:
     """Return the label column for a class-conditional network, None for an unconditional one.
 
     It is `column` if given, else the training's if the data has it, else the only `ClassLabel` column, else "label".
 
     Raises:
-        ValueError: there is no such column, or `column` is given for an unconditional network.
+        ValueError: there is no such column, or `column` is given for an unconditional network. The message names `source`.
     """
     if unet.class_embedding is None:
         if column is not None:
@@ -126,6 +128,11 @@ def label_column_of(dataset: datasets.Dataset, unet, column: str | None = None) 
     for name in (unet.preprocessing.get("label_column"), labeled[0] if len(labeled) == 1 else None, "label"):
         if name in dataset.column_names:
             return name
+    if not any(isinstance(feature, (datasets.ClassLabel, datasets.Value)) for feature in dataset.features.values()):
+        raise ValueError(
+            f"{source} has no class labels (columns: {listed(dataset.column_names)}), but the network is class-conditional; "
+            "give data with labels, such as a folder with a sub-folder for each class"
+        )
     raise ValueError(
         f"the network is class-conditional: give label_column, the labels among {listed(dataset.column_names)}"
     )

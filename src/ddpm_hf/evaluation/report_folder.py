@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
+import datasets
+
 from ddpm_hf.arguments import shown
-from ddpm_hf.data.sources import BUILT_IN, is_hub_id, public_name
+from ddpm_hf.data.sources import BUILT_IN, is_hub_id, load_images, public_name
 from ddpm_hf.evaluation.likelihood_report import LikelihoodReport, plot_terms, terms_table
 from ddpm_hf.files.atomic import is_writable, write_text
 from ddpm_hf.hub.card import evaluation_command, has_our_card, write_model_card
@@ -56,6 +59,34 @@ def held_out_of(pipeline: str | Path, data: str, split: str, images: int | None 
         )
         return 0.0
     return record["held_out"]
+
+
+def open_split(data: str, split: str | None, pipeline: str | Path) -> tuple[datasets.Dataset, str]:
+    """Open the images to measure.
+
+    Args:
+        split: a split, or None for "test". If the data has no such split, None takes the split of which the training of the
+            pipeline held images out, with a message on stdout.
+
+    Returns:
+        All images of the split, and its name.
+
+    Raises:
+        ValueError: the data has no such split, or training.json is invalid.
+    """
+    if split is not None:
+        return load_images(data, split), split
+    try:
+        return load_images(data, "test"), "test"
+    except ValueError as error:
+        if not re.match(r"split='test' is not|Unknown split|Bad split", str(error)):
+            raise
+        record = _training_record(pipeline)
+        trained_split = record.get("split") or "test"
+        if not held_out_of(pipeline, data, trained_split):
+            raise ValueError(f"give --split: without it, {error}") from None
+    print(f"{data} has no split 'test': measuring the images of {trained_split!r} that the run held out")
+    return load_images(data, trained_split), trained_split
 
 
 def _training_record(pipeline):

@@ -1,4 +1,4 @@
-"""Mistyped paths: what to say of a folder that does not exist, before its name is looked for on the Hub."""
+"""Mistyped paths: what to say of a folder that does not exist, before its name is looked for on the Hub; folders of runs."""
 
 import difflib
 import os
@@ -35,6 +35,13 @@ def nearest_path(path: Path) -> Path | None:
     names = [name for name in names if name[:1] != "." and os.path.lexists(folder / name / remainder)]
     close = difflib.get_close_matches(missing.name, names, n=1)
     return folder / close[0] / remainder if close else None
+
+
+def pipeline_of_run(folder: str | os.PathLike) -> Path | None:
+    """The saved pipeline in the folder of a run; None for any other folder, that of a pipeline included."""
+    pipeline = Path(folder) / "pipeline"
+    is_run = (pipeline / "model_index.json").is_file() and not (Path(folder) / "model_index.json").is_file()
+    return pipeline if is_run else None
 
 
 def can_be_on_the_hub(name: str) -> bool:

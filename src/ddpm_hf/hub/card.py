@@ -103,9 +103,8 @@ def model_card(
     classes = component_classes(index, folder, kind.components)
     name = final_name(folder.absolute())
     name = repo_id or (folder.absolute().parent.name if name == "pipeline" else name)
-    repo_id = repo_id or f"USER/{name}"
     low = check_values(index, {"low_resolution": SIDES | NULL}, folder / "model_index.json")["low_resolution"]
-    values, data = _values_of_cascade(folder) if kind is CASCADE else _values_of_pipeline(folder, classes, low)
+    values, data = _values_of_cascade(folder) if kind is CASCADE else _values_of_pipeline(folder, classes, low, repo_id)
     card_data = ModelCardData(
         license=license,
         library_name="diffusers",
@@ -121,7 +120,7 @@ def model_card(
         **values,
         cascade=kind is CASCADE,
         title=title(name),
-        repo_id=json.dumps(repo_id),
+        repo_id=json.dumps(repo_id or f"USER/{name}"),
         pipeline_class=kind.name,
         remote_code=remote_code,
         citations="\n\n".join(CITATIONS[key] for key in values["cited"]),
@@ -136,8 +135,12 @@ def _values_of_cascade(folder):
     return {"low": _size(low), "size": _size(size), "cited": ["ho2020denoising", "dhariwal2021diffusion"]}, {}
 
 
-def _values_of_pipeline(folder, classes, low):
-    """Returns the template's values for a pipeline of one network, and the data for the card's header."""
+def _values_of_pipeline(folder, classes, low, repo_id):
+    """Returns the template's values for a pipeline of one network, and the data for the card's header.
+
+    Args:
+        repo_id: the repository in which the card is published; None for a card that stays in the folder.
+    """
     network, scheduler = _network(folder / "unet", DDPMUNet, folder), _scheduler(folder)
     stock_prediction, process = scheduler["prediction_type"] or "epsilon", _continuous_process(scheduler)
     own_settings = scheduler.get("_ddpm_hf") or {}
@@ -163,10 +166,15 @@ def _values_of_pipeline(folder, classes, low):
         "dhariwal2021diffusion": classifier is not None,
         "ho2021classifier": network.null_class is not None,
     }
+    # of the Hub's tasks only the first two exist; the third is used for images of a class
+    task = "image-to-image" if low else "unconditional-image-generation"
+    if not low and network.class_embedding is not None:
+        task = "image-generation"
+    command = evaluation and evaluation_command(evaluation["command"], repo_id)
     data_id = (training or {}).get("hub_dataset") or ""
     data = {
         "datasets": [data_id] if REPOSITORY.fullmatch(data_id) else None,
-        "eval_results": [_result(evaluation)] if evaluation else None,
+        "eval_results": [_result(evaluation, task, command)] if evaluation else None,
     }
     return {
         "images": "images of any size" if size is None else f"{_size(size)} images",
@@ -190,7 +198,8 @@ def _values_of_pipeline(folder, classes, low):
         "ema_decay": training and _decay_at(training["steps"], training["ema_decay"]),
         "configuration": training and fenced_json(training),
         "evaluation": evaluation,
-        "command": evaluation and evaluation_command(evaluation["command"]),
+        "held_out": training and training["held_out_bits_per_dim"],
+        "command": command,
         "code": code,
         "cited": [key for key, is_cited in cited.items() if is_cited],
     }, data
@@ -264,14 +273,20 @@ def _continuous_process(scheduler):
 EVALUATION_PROGRAMS = (["ddpm-hf", "evaluate"], ["python", "training/evaluate.py"])
 
 
-def evaluation_command(text: str | None) -> str | None:
-    """Returns the evaluation command quoted for a shell; None unless it is a call of one of `EVALUATION_PROGRAMS`."""
+def evaluation_command(text: str | None, repo_id: str | None = None) -> str | None:
+    """Returns the evaluation command quoted for a shell; None unless it is a call of one of `EVALUATION_PROGRAMS`.
+
+    Args:
+        repo_id: the repository that takes the place of the pipeline's folder; None leaves it.
+    """
     try:
         words = shlex.split(text or "")
     except ValueError:
         return None
     options = [word for word in words[3:] if word.startswith("--")]
     is_call = words[:2] in EVALUATION_PROGRAMS and len(words) > 2 and text.isprintable()
+    if repo_id is not None:
+        words[2:3] = [repo_id]
     return shlex.join(words) if is_call and all(re.fullmatch(r"--\w+(=.*)?", word) for word in options) else None
 
 
@@ -280,11 +295,10 @@ def card_text(folder: str | os.PathLike, repo_id: str | None = None, **kwargs) -
     return _signed(str(model_card(folder, repo_id, **kwargs)))
 
 
-def _result(evaluation):
+def _result(evaluation, task, command):
     """Converts an evaluation to an entry of the Hub's model-index."""
-    command = evaluation_command(evaluation["command"])
     return EvalResult(
-        task_type="unconditional-image-generation",
+        task_type=task,
         dataset_type=printable(evaluation["data"]),
         dataset_name=printable(evaluation["data"]),
         dataset_split=printable(evaluation["split"]),

@@ -40,6 +40,17 @@ VERSIONS = Kind(
 SUBSET = Kind("the number of images {of: ...}", lambda value: isinstance(value, dict) and COUNT.fits(value.get("of")))
 
 
+HELD_OUT = Kind(
+    "the bits/dim of held-out images {step: ..., images: ..., total: ..., standard_error: ...}",
+    lambda value: (
+        isinstance(value, dict)
+        and all(COUNT.fits(value.get(key)) for key in ("step", "images"))
+        and NUMBER.fits(value.get("total"))
+        and (NUMBER | NULL).fits(value.get("standard_error"))
+    ),
+)
+
+
 COMMAND = Kind("one line of at most 4,000 characters", lambda value: isinstance(value, str) and len(value) <= 4000)
 
 
@@ -52,6 +63,7 @@ TRAINING = {
     **{"held_out": SHARE | NULL, "images": COUNT | NULL},
     **{"seed": INTEGER, "loss": WORD, "weighting": WORD | NULL, "preset": TEXT | NULL, "weights": WORD | NULL},
     **{"hub_dataset": TEXT | NULL, "label_names": NAMES | NULL, "versions": VERSIONS | NULL},
+    **{"eval_evaluations": COUNT | NULL, "held_out_bits_per_dim": HELD_OUT | NULL},
 }
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from ddpm_hf.fast.inference import InferenceUNet
 from ddpm_hf.files.diffusers_internals import ConfigReader, constructor_arguments
 from ddpm_hf.files.guarded import is_inside, naming, read_json
+from ddpm_hf.files.missing import pipeline_of_run
 from ddpm_hf.files.pipeline_folder import (
     check_part,
     check_target,
@@ -70,6 +71,14 @@ class PackagedPipeline(ConfigReader):
     def read_json_file(cls, path: Path) -> dict:
         """Reads the index of a pipeline. Raises as `read_json`."""
         return read_json(path)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Reads the index of a folder or repository as diffusers' method does. Raises OSError for the folder of a run, too."""
+        if close := pipeline_of_run(pretrained_model_name_or_path):
+            folder = pretrained_model_name_or_path
+            raise FileNotFoundError(f"no file named model_index.json in {folder}; did you mean {close}?")
+        return super().load_config(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(
         self,

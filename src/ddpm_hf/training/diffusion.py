@@ -134,10 +134,11 @@ class DiffusionTask(Task):
                 self.publisher.push(step)
 
     def save(self, step):
-        names, size = self.data.class_names, self.data.split_size
+        facts = dict(class_names=self.data.class_names, split_size=self.data.split_size)
+        facts["held_out_images"] = self.held_out and len(self.held_out[0])
         with evaluating(self.network, self.average):
             pipeline = make_pipeline(self.config, self.network, self.scheduler)
-            save_pipeline(pipeline, self._folder, config=self.config, step=step, class_names=names, split_size=size)
+            save_pipeline(pipeline, self._folder, config=self.config, step=step, **facts)
 
     def saved_as(self):
         return str(self._folder)

@@ -1,5 +1,6 @@
 """The pipeline that a run saves: weights, the record of their training, pictures and a model card."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ def save_pipeline(
     step: int,
     class_names: list[str] | None = None,
     split_size: int | None = None,
+    held_out_images: int | None = None,
 ) -> None:
     """Save a pipeline atomically after `step` steps of training.
 
@@ -33,10 +35,12 @@ def save_pipeline(
         config: the run's config.
         class_names: class names of labels 0, 1, ... in the data.
         split_size: number of images in the training split, held-out images included.
+        held_out_images: number of images whose bits/dim the run measures; None if it does not.
     """
     with replacing_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)
         record = _record(config, step, temporary) | {"images": split_size, "label_names": class_names}
+        record["held_out_bits_per_dim"] = held_out_images and _held_out_bits_per_dim(folder.parent, held_out_images)
         write_text(temporary / "training.json", json.dumps(record, indent=2) + "\n")
         pictures = {"training.png": "curves.png", "samples.png": f"samples/{step:07d}.png"}  # of these weights
         for name, source in pictures.items():
@@ -61,3 +65,24 @@ def _record(config, step, folder):
     record["versions"] = {module.__name__: module.__version__ for module in MODULES}
     record["steps"] = step
     return record
+
+
+def _held_out_bits_per_dim(run, images):
+    """Return the last measurement in a run's metrics.jsonl; None if there is none."""
+    row = last_measurement(run)
+    if row is None:
+        return None
+    error = row.get("bits_per_dim_standard_error")
+    return {"step": row["step"], "images": images, "total": row["bits_per_dim"], "standard_error": error}
+
+
+def last_measurement(run: Path) -> dict | None:
+    """Return the last row of a run's metrics.jsonl that has held-out bits/dim; None if there is none."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # the disk was full
+            row = json.loads(line)
+            if row.get("bits_per_dim") is not None:
+                return row
+    return None
