@@ -35,7 +35,7 @@ def test_a_folder_becomes_a_model(pets, monkeypatch):
     words = ["train", "my pets/", "--minutes", "0.05", *TINY.split()]
     result = command(*words)
     printed = result.stderr.splitlines()
-    assert printed[0] == "ddpm-hf train: data='my pets/': 40 images"
+    assert printed[0] == "ddpm-hf train: data='my pets': 40 images"
     for fact in (
         "image_size=16 (their shorter side is 16 pixels)",
         "channels=3 (there are colors)",
