@@ -124,9 +124,10 @@ def ode_log_likelihood(
     dimensions, columns = x[0].numel(), 1 if trace == "exact" else probes
 
     def solve(batch, network, bar):
-        probe_vectors = None if trace == "exact" else _draw_probes(batch, trace, probes, generator)
-        slope = _LikelihoodOde(network, sde, limits, batch, probe_vectors)
         state = to_float64(batch.flatten(1))
+        # on the device of the state: on Apple's GPUs, which have no float64, that is the CPU
+        probe_vectors = None if trace == "exact" else _draw_probes(state.view(batch.shape), trace, probes, generator)
+        slope = _LikelihoodOde(network, sde, limits, batch, probe_vectors)
         state = torch.cat((state, state.new_zeros(len(batch), columns)), dim=1)
         return solve_ode(slope, state, begin=begin, end=1.0, options=options, bar=bar, dimensions=dimensions)
 
