@@ -117,12 +117,12 @@ def main(argv: list[str], program: str) -> None:
     unet, scheduler = pipeline.unet, pipeline.scheduler
     open_chain(parser, arguments, scheduler)
     levels = scheduler.levels if arguments.levels is None else arguments.levels
-    dataset, total, rest = open_data(arguments, pipeline, levels)
+    dataset, total, histogram_dataset = open_data(arguments, pipeline, levels)
     check_record(parser, arguments)
     reading = {name: getattr(arguments, name) for name in READING}
     x_start, labels = images.read_tensor(dataset, unet, levels, arguments.images, **reading, source=arguments.data)
-    if rest is not None:
-        histogram_images, _ = images.read_tensor(rest, unet, levels, **reading, with_labels=False)
+    if histogram_dataset is not None:
+        histogram_images, _ = images.read_tensor(histogram_dataset, unet, levels, **reading, with_labels=False)
     if arguments.optimize:
         unet = InferenceUNet(unet)
         print(unet.report)
@@ -143,7 +143,7 @@ def main(argv: list[str], program: str) -> None:
     values, description = describe(parser, arguments, report, len(x_start), len(dataset), total)
     values["levels"] = levels
     lines = list(report.lines)
-    if rest is not None:
+    if histogram_dataset is not None:
         values["per_pixel_histogram"], line = compare_with_histogram(
             report, histogram_images, x_start, levels, arguments.histogram
         )
@@ -177,9 +177,9 @@ def open_chain(parser: Parser, arguments: argparse.Namespace, scheduler) -> None
 
 
 def open_data(arguments: argparse.Namespace, pipeline, levels: int) -> tuple:
-    """The images to measure, the size of their split, and those of the histogram or None.
+    """Return the images to measure, the size of their split, and the images of the histogram (None without one).
 
-    Sets --data, --split and --held_out where they were left out.
+    Also sets --data, --split and --held_out if they were left out.
     """
     from ddpm_hf.data.dataset import held_out_rows
     from ddpm_hf.data.sources import check_levels, load_images
@@ -190,16 +190,16 @@ def open_data(arguments: argparse.Namespace, pipeline, levels: int) -> tuple:
     check_levels(arguments.data, levels)
     folder = pipeline.folder or arguments.pipeline
     dataset, arguments.split = open_split(arguments.data, arguments.split, folder)
-    total, rest = len(dataset), None
+    total, histogram_dataset = len(dataset), None
     if arguments.held_out is None:
         arguments.held_out = held_out_of(folder, arguments.data, arguments.split, total) or None
     if arguments.histogram:
-        rest = load_images(arguments.data, arguments.histogram)
+        histogram_dataset = load_images(arguments.data, arguments.histogram)
         if arguments.held_out and arguments.histogram == arguments.split:
-            rest = rest.select(held_out_rows(arguments.held_out, len(rest))[1])
+            histogram_dataset = histogram_dataset.select(held_out_rows(arguments.held_out, len(histogram_dataset))[1])
     if arguments.held_out:
         dataset = dataset.select(held_out_rows(arguments.held_out, total)[0])
-    return dataset, total, rest
+    return dataset, total, histogram_dataset
 
 
 def check_record(parser: Parser, arguments: argparse.Namespace) -> None:

@@ -46,20 +46,20 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """As argparse; --some-option is --some_option, and an unknown option is answered with the nearest one."""
         words = [_with_underscores(word) for word in args or []]
-        known = [name for action in self._actions for name in action.option_strings]
+        option_names = [name for action in self._actions for name in action.option_strings]
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
-            if name.startswith("--") and not any(option.startswith(name) for option in known):
-                self.error(f"unknown option {name[:60]!r}{did_you_mean(name[:60], known) or '; see --help'}")
+            if name.startswith("--") and not any(option.startswith(name) for option in option_names):
+                self.error(f"unknown option {name[:60]!r}{did_you_mean(name[:60], option_names) or '; see --help'}")
         return super().parse_args(words, namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
+def did_you_mean(name: str, valid_names: list[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest valid name, or nothing."""
+    close = difflib.get_close_matches(name, valid_names, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

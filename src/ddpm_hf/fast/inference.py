@@ -57,7 +57,7 @@ class InferenceUNet(nn.Module):
         pack: whether the compiler may pack weights, see above; False if they will change.
 
     Attributes:
-        report: one line on what was done.
+        report: one line that lists the optimizations.
 
     Raises:
         ValueError: not a `DDPMUNet`, or one with adapters, hooks or offloading, which would be ignored.
@@ -86,15 +86,15 @@ class InferenceUNet(nn.Module):
         for block in blocks:
             start, end = end, end + block.time_emb_proj.out_features
             block.time_emb_proj = _ProjectionColumns(start, end)
-        done = [f"{len(blocks)} time projections in one product for {TIMESTEPS_AT_ONCE} steps"]
+        optimizations = [f"{len(blocks)} time projections in one product for {TIMESTEPS_AT_ONCE} steps"]
         attentions = _replace(net, SelfAttention, FusedAttention)
-        done += [f"q, k, v in one product in {attentions} attention blocks"] if attentions else []
+        optimizations += [f"q, k, v in one product in {attentions} attention blocks"] if attentions else []
         folded = _replace(net, Upsample, FoldedUpsample) if on_cpu else 0
-        done += [f"upsampling folded into {folded} convolutions"] if folded else []
+        optimizations += [f"upsampling folded into {folded} convolutions"] if folded else []
         wide = use_winograd(net, min_channels=256, frozen=True) if on_cpu and not half else 0
-        done += [f"{wide} convolutions by Winograd's tiles"] if wide else []
+        optimizations += [f"{wide} convolutions by Winograd's tiles"] if wide else []
         self.layout = torch.channels_last if on_cpu or half else torch.contiguous_format
-        done += ["channels last"] if self.layout is torch.channels_last else []
+        optimizations += ["channels last"] if self.layout is torch.channels_last else []
         for name, module in net.named_children():
             if name not in (
                 "time_proj",
@@ -103,7 +103,7 @@ class InferenceUNet(nn.Module):
             ):  # timesteps are embedded in the network's dtype
                 module.to(dtype=self.compute_dtype, memory_format=self.layout)
         self.net = net
-        done += ["freed memory kept"] if on_cpu and keep_freed_memory() else []
+        optimizations += ["freed memory kept"] if on_cpu and keep_freed_memory() else []
 
         self.compiled: Callable | None = None
         self.paths: dict[tuple, Callable] = {}  # shapes -> the function that takes samples of this shape
@@ -118,8 +118,9 @@ class InferenceUNet(nn.Module):
                 isolation = {"isolate_recompiles": True}
             self.compiled = torch.compile(self._denoise, dynamic=False, fullgraph=True, options=options, **isolation)
             packed = ", weights packed," if self.packs else ""
-            done.append(f"compiled{packed} at the first call of each shape")
-        self.report = f"network for inference in {str(self.compute_dtype).removeprefix('torch.')}: {'; '.join(done)}"
+            optimizations.append(f"compiled{packed} at the first call of each shape")
+        dtype_name = str(self.compute_dtype).removeprefix("torch.")
+        self.report = f"network for inference in {dtype_name}: {'; '.join(optimizations)}"
 
     def is_current(self, unet: nn.Module) -> bool:
         """Whether this module was made from `unet` with its present weights. It reads all weights: call it once per sampling.

@@ -87,13 +87,13 @@ def push_folder(
         to_main = revision in (None, constants.DEFAULT_REVISION) and not create_pr
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = _tree(api, repo_id, revision)
-        _check_repository(api, repo_id, revision, there, [kind])
+        online_files = _tree(api, repo_id, revision)
+        _check_repository(api, repo_id, revision, online_files, [kind])
         old = ""
-        if "README.md" in there:
+        if "README.md" in online_files:
             path = api.hf_hub_download(repo_id, "README.md", revision=revision)
             old = Path(path).read_text(encoding="utf-8", errors="replace")
-    removed, changed = _left_behind(files, there)
+    removed, changed = _outdated_files(files, online_files)
     text = _card_text(
         folder, repo_id, license, local=files.get("README.md"), online=old, changed=changed, to_main=to_main
     )
@@ -139,21 +139,26 @@ def _tree(api, repo_id, revision):
     return {info.path: info for info in infos if isinstance(info, RepoFile)}
 
 
-def _left_behind(files, there):
-    """Returns the files to remove from the repository, and whether the weights that its card describes change."""
+def _outdated_files(files, online_files):
+    """Return the files to remove from the repository, and whether the weights that its card describes change."""
     weights = {name: path for name, path in files.items() if variant_of(name)}
-    same = all(name in there and there[name].size == path.stat().st_size for name, path in weights.items()) and all(
-        there[name].lfs.sha256 == file_sha256(path) for name, path in weights.items() if there[name].lfs
+    same = all(
+        name in online_files and online_files[name].size == path.stat().st_size for name, path in weights.items()
+    ) and all(
+        online_files[name].lfs.sha256 == file_sha256(path) for name, path in weights.items() if online_files[name].lfs
     )
-    sent, others = {variant_of(name) for name in weights}, {name for name in there if variant_of(name)} - weights.keys()
-    beside = "diffusion_pytorch_model" not in sent and any(variant_of(name) not in sent for name in others)
-    removed = {name for name in others if variant_of(name) in sent or not (same or beside)}
-    if not beside:  # a classifier, or a scheduler's source, that is no more
-        removed |= {name for name in there if "classifier" in name.split("/")[:-1]} - files.keys()
-        removed |= {f"scheduler/{source}.py" for source in SOURCES} & there.keys() - files.keys()
-    if not beside and (not same or "README.md" in files):
-        removed |= {name for name in there if RECORD.fullmatch(name)} - files.keys()
-    return removed, not (same or beside)
+    sent_variants = {variant_of(name) for name in weights}
+    others = {name for name in online_files if variant_of(name)} - weights.keys()
+    adds_variant = "diffusion_pytorch_model" not in sent_variants and any(
+        variant_of(name) not in sent_variants for name in others
+    )
+    removed = {name for name in others if variant_of(name) in sent_variants or not (same or adds_variant)}
+    if not adds_variant:  # the folder may have lost its classifier or its scheduler's source
+        removed |= {name for name in online_files if "classifier" in name.split("/")[:-1]} - files.keys()
+        removed |= {f"scheduler/{source}.py" for source in SOURCES} & online_files.keys() - files.keys()
+    if not adds_variant and (not same or "README.md" in files):
+        removed |= {name for name in online_files if RECORD.fullmatch(name)} - files.keys()
+    return removed, not (same or adds_variant)
 
 
 def _keep_remote_code(api, repo_id, commit, index, commit_message):
@@ -171,12 +176,12 @@ def _keep_remote_code(api, repo_id, commit, index, commit_message):
     api.create_commit(repo_id, operations, commit_message=commit_message, revision=REMOTE_CODE)
 
 
-def _check_repository(api, repo_id, revision, there, kinds):
+def _check_repository(api, repo_id, revision, online_files, kinds):
     """Raises HubError if the repository holds anything but pipelines of these kinds."""
-    if "model_index.json" in there:
+    if "model_index.json" in online_files:
         path = api.hf_hub_download(repo_id, "model_index.json", revision=revision)
         name = read_json(Path(path)).get("_class_name")
         if all(name not in kind.index_names for kind in kinds):
             raise HubError(f"{repo_id} holds a {name} already; choose another name for the repository", True)
-    elif there.keys() - {".gitattributes", "README.md", "LICENSE"}:
+    elif online_files.keys() - {".gitattributes", "README.md", "LICENSE"}:
         raise HubError(f"{repo_id} holds something that is no pipeline; choose another name for the repository", True)

@@ -147,15 +147,15 @@ def _check_variant(folder, variant):
     names = os.listdir(folder)
     pattern = re.compile(
         r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors"
-    )  # the last: of before 2024
-    there = sorted({match[1] or match[2] or "" for match in map(pattern.fullmatch, names) if match})
-    others = ", ".join(repr(name) for name in there if name)
-    if (variant or "") in there:
+    )  # the second group: file names from before 2024
+    variants = sorted({match[1] or match[2] or "" for match in map(pattern.fullmatch, names) if match})
+    others = ", ".join(repr(name) for name in variants if name)
+    if (variant or "") in variants:
         return
     if variant is None and others:
-        raise ValueError(f"{folder} holds weights of the variant {others} only; open it with variant={there[0]!r}")
-    if there:
-        usual = ["the usual weights (leave variant out)"] if "" in there else []
+        raise ValueError(f"{folder} holds weights of the variant {others} only; open it with variant={variants[0]!r}")
+    if variants:
+        usual = ["the usual weights (leave variant out)"] if "" in variants else []
         raise ValueError(
             f"{folder} has no weights of variant={variant!r}; it holds {', '.join(usual + [others] * (others != ''))}"
         )

@@ -51,10 +51,10 @@ def discretized_gaussian_log_likelihood(
     lower = (centered - half_bin) * inverse_scale
     # By symmetry each bin is taken to the left of the mean, where the difference of two log Phi does not cancel.
     flip = centered > 0
-    left, right = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
-    log_right = torch.special.log_ndtr(right)
-    # log(Phi(right) - Phi(left))
-    inner = log_right + torch.log(-torch.expm1(torch.special.log_ndtr(left) - log_right))
+    bin_start, bin_end = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    log_cdf_end = torch.special.log_ndtr(bin_end)
+    # log(Phi(bin_end) - Phi(bin_start))
+    inner = log_cdf_end + torch.log(-torch.expm1(torch.special.log_ndtr(bin_start) - log_cdf_end))
     log_likelihood = torch.where(
         x < -1 + half_bin,
         torch.special.log_ndtr(upper),

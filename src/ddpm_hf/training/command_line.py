@@ -106,11 +106,11 @@ def _output_dir_for(data, kind):
 
 
 def _read_arguments(argv, kind):
-    """key -> text, and whether there is --dry_run."""
+    """Return the text of each key, and whether --dry_run was given."""
     annotations = {field.name: field.type for field in keys_of(kind)}
-    arguments, rest, dry_run = {}, list(argv), False
-    while rest:
-        word = rest.pop(0)
+    arguments, words, dry_run = {}, list(argv), False
+    while words:
+        word = words.pop(0)
         if not re.match(r"--[A-Za-z]", word):
             raise ConfigError(f"cannot read {shown(word)}; arguments are --key value, see --help")
         key, equals, text = word[2:].partition("=")
@@ -130,8 +130,8 @@ def _read_arguments(argv, kind):
         if key != "config" and section not in annotations:
             raise _unknown(key, kind)
         if not equals:
-            if rest and not re.match(r"--[A-Za-z]", rest[0]):
-                text = rest.pop(0)
+            if words and not re.match(r"--[A-Za-z]", words[0]):
+                text = words.pop(0)
             elif annotations.get(key) is bool:
                 text = "true"
             else:
@@ -172,7 +172,7 @@ def _read_config(source, kind, chain_of_bases=()):
     path = kind.PRESETS / f"{source}.yaml" if is_preset else Path(os.path.expanduser(source))
     source_text = f"config {shown(source)}" if not chain_of_bases else f"base of {chain_of_bases[-1]}: {shown(source)}"
     if not os.path.isfile(path):
-        known = sorted(preset.stem for preset in kind.PRESETS.glob("*.yaml"))
+        presets = sorted(preset.stem for preset in kind.PRESETS.glob("*.yaml"))
         if os.path.isdir(source):
             hint = f"is a folder; its pictures are given by --data {source}"
             if (Path(source) / "config.yaml").is_file():
@@ -180,10 +180,10 @@ def _read_config(source, kind, chain_of_bases=()):
         elif not is_preset:
             hint = "does not exist"
         else:
-            close = difflib.get_close_matches(source, known, n=1)
+            close = difflib.get_close_matches(source, presets, n=1)
             hint = "is neither a .yaml file nor a preset; "
             hint += f"did you mean {close[0]!r}? " if close else ""
-            hint += f"presets: {', '.join(known)}"
+            hint += f"presets: {', '.join(presets)}"
         raise ConfigError(f"{source_text} {hint}")
     if path.resolve() in (file.resolve() for file in chain_of_bases):
         raise ConfigError(f"{source_text} leads back to itself: {' -> '.join(map(str, (*chain_of_bases, path)))}")
