@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
-# one process, every choice named so that accelerate asks for no configuration; it finds a GPU by itself
+# one process; with every option given, accelerate needs no configuration file. It finds a GPU by itself
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: demo test test-device test-oldest test-slow bench lint format clean
@@ -19,16 +19,16 @@ demo: $(READY)
 	$(LAUNCH) -m ddpm_hf train --config digits --output_dir $(DEMO)
 	$(BIN)/ddpm-hf sample $(DEMO)/pipeline --count 64 --steps 250 --out $(DEMO)/samples.png
 	$(BIN)/ddpm-hf evaluate $(DEMO)/pipeline --data digits --split test --images 64 --histogram train \
-	    --first 14  # steps of less noise are far finer than one of 17 grey levels; 14 is the best for the training split
+	    --first 14  # below t = 14 the steps are much finer than one of the 17 grey levels; chosen on the training split
 	$(BIN)/python -W ignore -c "from diffusers import DiffusionPipeline as P; \
 	    print('opened by plain diffusers as', type(P.from_pretrained('$(DEMO)/pipeline')).__name__)"
 	@echo "look at $(DEMO)/samples.png, $(DEMO)/curves.png and $(DEMO)/pipeline/evaluation.png"
 
-# a process for each core; a file's tests share what they have trained, and the long files come first
+# one process per core; the tests of a file share their trained networks, and the long files come first
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# on an accelerator that is simulated, "cuda" and "mps"; the first call compiles it, in a minute
+# on a simulated accelerator, "cuda" and "mps"; the first call compiles it, which takes a minute
 test-device: $(READY)
 	for device in cuda mps; do \
 	    SIMULATED_ACCELERATOR=$$device $(BIN)/python -m pytest -n auto --dist loadfile tests/device || exit 1; done
@@ -36,8 +36,8 @@ test-device: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# the core of the suite on the oldest versions that pyproject.toml allows; where bundled wheels of torch need it, with an index of
-# CPU wheels in PIP_EXTRA_INDEX_URL
+# the core of the suite on the oldest versions that pyproject.toml allows; for torch without CUDA, set PIP_EXTRA_INDEX_URL to an
+# index of CPU wheels
 OLDEST := .venv-oldest
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -48,10 +48,10 @@ test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest tests/schedulers tests/models tests/pipelines tests/likelihood tests/hub tests/evaluation \
 	    tests/training tests/data tests/end_to_end/test_training.py
 
-# an hour and more on two cores; of lucidrains' package: benchmarks/lucidrains.py, in an environment of its own
+# more than an hour on two cores; benchmarks/lucidrains.py needs a separate environment, see its first lines
 bench: $(READY)
-	for what in scheduler_step cold_start sampling network training_step growth profiles; do \
-	    $(BIN)/python benchmarks/$$what.py || exit 1; done
+	for benchmark in scheduler_step cold_start sampling network training_step growth profiles; do \
+	    $(BIN)/python benchmarks/$$benchmark.py || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
-"""Start-up time of a new process: seconds to import the package, and to the first image of a saved pipeline; ours and stock.
+"""Compare the start-up time of a new process, ours and stock: import, and first image of a saved pipeline.
 
     python benchmarks/cold_start.py
 
-The pipeline is the digits network with ten steps. Each call is a process of its own, and the two take turns. The package is
-byte-compiled first, as pip does with packages that it installs, diffusers among them.
+The pipeline is the digits network with ten steps. Every measurement starts a new process, and the two packages take turns. Our
+package is byte-compiled first, as pip has done with diffusers.
 """
 
 import compileall
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from measure import in_turns, medians, ratio, record
-from networks import pair
+from networks import make_pair
 
 import ddpm_hf
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler
@@ -31,13 +31,13 @@ DRAW = (
 )
 
 
-def measure(what, programs, rounds=9):
+def measure(task, programs, rounds=9):
     calls = {
         name: lambda program=program: subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
         for name, program in programs.items()
     }
     seconds = in_turns(calls, rounds, warmup=1)
-    row = {"what": what, **medians(seconds, "s"), "times stock": ratio(seconds, "stock", "ours")}
+    row = {"what": task, **medians(seconds, "s"), "times stock": ratio(seconds, "stock", "ours")}
     record("cold_start", "A new process", row, keys=("what",))
 
 
@@ -45,7 +45,7 @@ def main():
     compileall.compile_dir(Path(ddpm_hf.__file__).parent, quiet=1)
     measure("import", IMPORTS)
     with tempfile.TemporaryDirectory() as folder:
-        DDPMImagePipeline(pair("digits")[1], VariationalDDPMScheduler()).save_pretrained(folder)
+        DDPMImagePipeline(make_pair("digits")[1], VariationalDDPMScheduler()).save_pretrained(folder)
         draw = DRAW.format(folder)
         measure("first image", {name: program + draw for name, program in FIRST_IMAGE.items()})
 

@@ -1,15 +1,15 @@
-"""A DDPM checkpoint in continuous time: samplers by network calls, the ODE's bits/dim beside the bound, encodings.
+"""Use a DDPM checkpoint in continuous time: samplers by network calls, the ODE's bits/dim against the bound, encodings.
 
     python benchmarks/continuous.py digits
     python benchmarks/continuous.py mnist
-    python benchmarks/continuous.py digits --only processes      # networks trained in continuous time, VP beside sub-VP
+    python benchmarks/continuous.py digits --only processes      # networks trained in continuous time, VP and sub-VP
 
-The network is the unconditional one of benchmarks/guidance.py, which is trained if it does not exist. So is the judge: a sample
-is recognized if the judge gives a class a probability of at least 0.9, and the Fréchet distance is taken in its last features.
-To compare latents, a second network is trained on the same data with another seed. Writes to benchmarks/results:
-continuous_<data>.json and .md (samplers), continuous_likelihood.json and .md, continuous_encodings.json and .md,
-continuous_processes.json and .md, the curves continuous_<data>.png, the pictures continuous_<data>_encodings.png,
-continuous_<data>_trajectories.png, continuous_<data>_ways.png.
+The network is the unconditional one of benchmarks/guidance.py; it is trained if it does not exist. The judge is that of
+benchmarks/guidance.py too: a sample is recognized if the judge gives one class a probability of at least 0.9, and the
+Fréchet distance compares the judge's last features. To compare latents, a second network is trained on the same data
+with another seed. Writes to benchmarks/results: continuous_<data>.json and .md (samplers), continuous_likelihood.json
+and .md, continuous_encodings.json and .md, continuous_processes.json and .md, the curves continuous_<data>.png, the
+pictures continuous_<data>_encodings.png, continuous_<data>_trajectories.png, continuous_<data>_ways.png.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 
 import torch
 from digits import pixels
-from guidance import LEVELS, ROOT, RUNS, judge_of, run
+from guidance import LEVELS, ROOT, RUNS, open_or_train, train_judge
 from measure import RESULTS, record
 from tqdm.auto import tqdm
 
@@ -39,7 +39,7 @@ from ddpm_hf.data.pixels import pixels_to_tensor
 from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.evaluation.sheets import as_images, as_sheet, save_figure, save_picture
 
-# name -> its scheduler's settings, and network calls a step; None: the chain's own
+# sampler -> the settings of its VPSDEScheduler; None for the chain's own scheduler
 SAMPLERS = {
     "chain, ancestral": None,
     "chain, DDIM": None,
@@ -49,7 +49,7 @@ SAMPLERS = {
     "ODE, Euler": {"predictor": "probability_flow"},
     "ODE, DDIM": {"predictor": "ddim"},
 }
-# in continuous time, by preset digits-vp: process, weighting of the loss, times
+# (process, loss weighting) -> training options, on the preset digits-vp
 LIKELIHOOD = ["--weighting", "likelihood", "--timesteps", "importance"]
 PROCESSES = {
     ("vp", "variance"): [],
@@ -57,78 +57,80 @@ PROCESSES = {
     ("subvp", "variance"): ["--process", "subvp"],
     ("subvp", "likelihood"): ["--process", "subvp", *LIKELIHOOD],
 }
-CLIPPED = {"digits": (True, False), "mnist": (True,)}  # the x_0 of the likelihood's ODE; the bound's is
+CLIPPED = {"digits": (True, False), "mnist": (True,)}  # whether the ODE's x_0 is clipped; the bound always clips it
 CALLS = (10, 20, 50, 100, 200)
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-5)
-AT_ONCE = 250
+BATCH_SIZE = 250
 
 
-def networks(data):
-    """The unconditional pipeline of guidance.py, and one of another seed."""
+def open_pipelines(data):
+    """Open the unconditional pipeline of guidance.py, and one trained with another seed."""
     return [
-        run([*RUNS[data]["unconditional"], "--seed", seed], ROOT / "runs/guidance" / data / name)
+        open_or_train([*RUNS[data]["unconditional"], "--seed", seed], ROOT / "runs/guidance" / data / name)
         for name, seed in (("unconditional", 0), ("unconditional-1", 1))
     ]
 
 
-def shape_of(pipe):
+def sample_shape(pipe):
     return pipe.channels, *sides(pipe.unet.config.sample_size)
 
 
-def quality(judge, real, x_start):
-    """Fréchet distance of samples from real features, and the share of them that the judge is sure of."""
+def sample_quality(judge, real, x_start):
+    """Return the Fréchet distance of samples from the real features, and the share that the judge recognizes."""
     with torch.no_grad():
         features = judge.features(x_start.clamp(-1, 1).float())
-        sure = judge.logits(features).softmax(1).max(1).values
+        confidence = judge.logits(features).softmax(1).max(1).values
     return {
         "Fréchet distance": frechet_distance(real, features) if features.isfinite().all() else math.nan,
-        "recognised": (sure >= 0.9).double().mean().item(),
+        "recognised": (confidence >= 0.9).double().mean().item(),
         "samples": len(x_start),
     }
 
 
-def samplers(data, pipe, judge, real, count, most):
+def measure_samplers(data, pipe, judge, real, count, max_calls):
+    """Record the quality of `count` samples for each sampler, by its number of network calls."""
     network, chain = InferenceUNet(pipe.unet), pipe.scheduler
-    noise = torch.randn(count, *shape_of(pipe), generator=torch.Generator().manual_seed(0))
-    pipe = DDPMImagePipeline(pipe.unet, chain)  # the caller's keeps its scheduler
+    noise = torch.randn(count, *sample_shape(pipe), generator=torch.Generator().manual_seed(0))
+    pipe = DDPMImagePipeline(pipe.unet, chain)  # a copy, because its scheduler is replaced below
     pipe.set_progress_bar_config(disable=True)
     pipe.optimize()
 
-    def tell(name, calls, x_start, **more):
-        row = {"sampler": name, "network calls": calls, **quality(judge, real, x_start), **more}
+    def record_sampler(name, calls, x_start, **extra_columns):
+        row = {"sampler": name, "network calls": calls, **sample_quality(judge, real, x_start), **extra_columns}
         record(f"continuous_{data}", f"Samplers on {data}", row, keys=("sampler", "network calls", "tolerance"))
         return row
 
     rows = []
     for name, settings in SAMPLERS.items():
-        for calls in (calls for calls in CALLS if calls <= most):
+        for calls in (calls for calls in CALLS if calls <= max_calls):
             steps = calls // 2 if settings and settings.get("correct_steps") else calls
             pipe.scheduler = chain if settings is None else VPSDEScheduler.from_config(chain.config, **settings)
             try:
                 pipe.scheduler.set_timesteps(steps)
-            except ValueError as error:  # too few for the betas
+            except ValueError as error:  # too few steps for these betas
                 print(f"{name}: {error}")
                 continue
-            how = {"eta": 0.0} if name == "chain, DDIM" else {}
-            generator, found = torch.Generator().manual_seed(1), []
-            for part in noise.split(AT_ONCE):
-                found.append(pipe(len(part), generator, steps, "latent", latents=part, **how).images)
-            rows.append(tell(name, calls, torch.cat(found)))
+            step_kwargs = {"eta": 0.0} if name == "chain, DDIM" else {}
+            generator, samples = torch.Generator().manual_seed(1), []
+            for latents in noise.split(BATCH_SIZE):
+                samples.append(pipe(len(latents), generator, steps, "latent", latents=latents, **step_kwargs).images)
+            rows.append(record_sampler(name, calls, torch.cat(samples)))
     for tolerance in TOLERANCES:
         try:
-            found = decode(network, chain, noise, rtol=tolerance, atol=tolerance, batch_size=AT_ONCE)
+            decoded = decode(network, chain, noise, rtol=tolerance, atol=tolerance, batch_size=BATCH_SIZE)
         except OdeStopped as error:
             print(f"ODE, adaptive, {tolerance:g}: {error}")
             continue
-        calls = round(found.evaluations.double().mean().item())
-        rows.append(tell("ODE, adaptive", calls, found.sample, tolerance=tolerance))
+        calls = round(decoded.evaluations.double().mean().item())
+        rows.append(record_sampler("ODE, adaptive", calls, decoded.sample, tolerance=tolerance))
     return rows
 
 
-def likelihood(data, pipe, x_start):
+def measure_likelihood(data, pipe, x_start):
+    """Record the ODE's bits/dim and the bound of the same images, with their errors and times."""
     chain = VariationalDDPMScheduler.from_config(pipe.scheduler.config)
     generator = torch.Generator().manual_seed(0)
-    for first in (0, 20):  # where the chain begins, see `bits_per_dim`
+    for first in (0, 20):  # the chain's first timestep, see `bits_per_dim`
         chain.set_timesteps(timesteps=range(len(chain.alphas_cumprod) - 1, first - 1, -1))
         start = time.perf_counter()
         bound = bits_per_dim(InferenceUNet(pipe.unet), chain, x_start, generator=generator, batch_size=256)
@@ -136,7 +138,7 @@ def likelihood(data, pipe, x_start):
         for clip in CLIPPED[data]:
             start = time.perf_counter()
             ode = ode_bits_per_dim(pipe.unet, chain, x_start, clip_sample=clip, generator=generator, probes=2)
-            ode_s, less = time.perf_counter() - start, (bound.total - ode.total).double()
+            ode_s, difference = time.perf_counter() - start, (bound.total - ode.total).double()
             row = {
                 "data": data,
                 "images": len(x_start),
@@ -147,8 +149,8 @@ def likelihood(data, pipe, x_start):
                 "ODE": ode.mean,
                 "error of that": ode.standard_error,
                 "of the probes": (ode.probe_error.square().sum().sqrt() / len(x_start)).item(),
-                "bound less ODE": less.mean().item(),
-                "error of the difference": (less.std() / len(x_start) ** 0.5).item(),
+                "bound less ODE": difference.mean().item(),
+                "error of the difference": (difference.std() / len(x_start) ** 0.5).item(),
                 "network calls": int(ode.evaluations[0]),
                 "bound s": bound_s,
                 "ODE s": ode_s,
@@ -157,14 +159,16 @@ def likelihood(data, pipe, x_start):
             record("continuous_likelihood", "bits/dim of one checkpoint", row, keys=keys)
 
 
-def processes(data, judge, real, x_start, count):
-    """Networks trained in continuous time: the ODE's bits/dim of uniformly dequantized images, and samples of 200 steps."""
+def measure_processes(data, judge, real, x_start, count):
+    """Train networks in continuous time; record the ODE's bits/dim of dequantized images, and the quality of samples."""
     for (process, weighting), arguments in PROCESSES.items():
         folder = ROOT / "runs/continuous" / f"{process}-{weighting}"
-        pipe = run(["--config", "digits-vp", *arguments], folder)
+        pipe = open_or_train(["--config", "digits-vp", *arguments], folder)
         generator = torch.Generator().manual_seed(0)
         ode = ode_bits_per_dim(pipe.unet, pipe.scheduler, x_start, generator=generator, probes=2)
-        found = [pipe(min(AT_ONCE, count - i), generator, 200, "latent").images for i in range(0, count, AT_ONCE)]
+        samples = [
+            pipe(min(BATCH_SIZE, count - i), generator, 200, "latent").images for i in range(0, count, BATCH_SIZE)
+        ]
         row = {
             "data": data,
             "process": process,
@@ -174,70 +178,74 @@ def processes(data, judge, real, x_start, count):
             "error": ode.standard_error,
             "of the probes": (ode.probe_error.square().sum().sqrt() / len(x_start)).item(),
             "network calls": round(ode.evaluations.double().mean().item()),
-            **quality(judge, real, torch.cat(found)),
+            **sample_quality(judge, real, torch.cat(samples)),
         }
         record("continuous_processes", "Trained in continuous time", row, keys=("data", "process", "weighting"))
 
 
-def encodings(data, pipe, other, x_start):
-    """Encoded, decoded, by how many calls; latents of two networks; a sheet of both with interpolations."""
-    chain, network, second = pipe.scheduler, InferenceUNet(pipe.unet), InferenceUNet(other.unet)
+def measure_encodings(data, pipe, second_pipe, x_start):
+    """Record the errors of encoding and decoding, and the similarity of two networks' latents; save a sheet of images."""
+    chain, network, second = pipe.scheduler, InferenceUNet(pipe.unet), InferenceUNet(second_pipe.unet)
     latents = {}
-    for name, how in (
+    for name, ode_kwargs in (
         ("adaptive, 1e-5", {}),
         ("adaptive, 1e-3", {"rtol": 1e-3, "atol": 1e-3}),
         ("DDIM, 50", {"num_inference_steps": 50}),
         ("DDIM, 250", {"num_inference_steps": 250}),
     ):
-        up = encode(network, chain, x_start, **how)
-        down = decode(network, chain, up.sample, **how)
-        latents[name] = up.sample
+        encoded = encode(network, chain, x_start, **ode_kwargs)
+        decoded = decode(network, chain, encoded.sample, **ode_kwargs)
+        latents[name] = encoded.sample
         row = {
             "data": data,
             "way": name,
-            "network calls there": int(up.evaluations[0]),
-            "and back": int(down.evaluations[0]),
-            "root mean square error": (down.sample - x_start).square().mean().sqrt().item(),
-            "largest": (down.sample - x_start).abs().max().item(),
-            "std of latents": up.sample.std().item(),
+            "network calls there": int(encoded.evaluations[0]),
+            "and back": int(decoded.evaluations[0]),
+            "root mean square error": (decoded.sample - x_start).square().mean().sqrt().item(),
+            "largest": (decoded.sample - x_start).abs().max().item(),
+            "std of latents": encoded.sample.std().item(),
         }
         record("continuous_encodings", "Encoded and decoded", row, keys=("data", "way"))
-    ours, theirs = latents["adaptive, 1e-5"], encode(second, chain, x_start).sample
-    alike = torch.nn.functional.cosine_similarity(ours.flatten(1), theirs.flatten(1))
-    strangers = torch.nn.functional.cosine_similarity(ours.flatten(1), theirs.roll(1, 0).flatten(1))
-    row = {"data": data, "way": "two networks", "cosine of their latents": alike.mean().item()}
-    row["of two images"] = strangers.mean().item()
+    first_latents, second_latents = latents["adaptive, 1e-5"], encode(second, chain, x_start).sample
+    same_image_cosine = torch.nn.functional.cosine_similarity(first_latents.flatten(1), second_latents.flatten(1))
+    other_image_cosine = torch.nn.functional.cosine_similarity(
+        first_latents.flatten(1), second_latents.roll(1, 0).flatten(1)
+    )
+    row = {"data": data, "way": "two networks", "cosine of their latents": same_image_cosine.mean().item()}
+    row["of two images"] = other_image_cosine.mean().item()
     record("continuous_encodings", "Encoded and decoded", row, keys=("data", "way"))
 
     weights = [i / 8 for i in range(9)]
-    mixed = interpolate_latents(ours[:6], ours[6:12], weights)
-    between = decode(network, chain, mixed).sample.unflatten(0, (6, 9))
-    back = decode(network, chain, ours[:6]).sample
-    by_other = decode(second, chain, ours[:6]).sample
-    shown = torch.cat((x_start[:6, None], ours[:6, None] / 3, back[:, None], by_other[:, None], between), dim=1)
-    sheet = as_sheet(as_images(shown.flatten(0, 1).clamp(-1, 1)), 13)
+    mixed_latents = interpolate_latents(first_latents[:6], first_latents[6:12], weights)
+    interpolations = decode(network, chain, mixed_latents).sample.unflatten(0, (6, 9))
+    by_first = decode(network, chain, first_latents[:6]).sample
+    by_second = decode(second, chain, first_latents[:6]).sample
+    columns = torch.cat(
+        (x_start[:6, None], first_latents[:6, None] / 3, by_first[:, None], by_second[:, None], interpolations), dim=1
+    )
+    sheet = as_sheet(as_images(columns.flatten(0, 1).clamp(-1, 1)), 13)
     save_picture(sheet, RESULTS / f"continuous_{data}_encodings.png")
 
 
-def trajectories(data, pipe):
-    """The same noise down the SDE and the ODE: images on the way, and pixels against t."""
+def plot_trajectories(data, pipe):
+    """Plot the middle pixel against t from the same noise, by SDE and ODE, and save a sheet of the images at some times."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     chain, figure, axes = pipe.scheduler, *plt.subplots(1, 2, figsize=(13, 4), layout="constrained", sharey=True)
-    noise = torch.randn(1, *shape_of(pipe), generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(1, *sample_shape(pipe), generator=torch.Generator().manual_seed(3))
     strips, steps = [], 400
     middle = noise.shape[-1] // 2
     for axis, (name, predictor) in zip(axes, (("SDE", "reverse_diffusion"), ("ODE", "ddim"))):
         pipe.scheduler = VPSDEScheduler.from_config(chain.config, predictor=predictor)
         for seed in range(3):
-            way = list(pipe.progressive(1, torch.Generator().manual_seed(seed), steps, latents=noise))
-            t = [label / (len(chain.alphas_cumprod) - 1) for label, *_ in way]
-            line = [x_t[0, 0, middle, middle].item() for _, x_t, _ in way]
-            axis.plot(t, line, linewidth=0.8, label=f"seed {seed}" if name == "SDE" else None)
-            strips.append(torch.cat([x_t for _, x_t, _ in way[:: steps // 10]] + [way[-1][2]]))
+            trajectory = list(pipe.progressive(1, torch.Generator().manual_seed(seed), steps, latents=noise))
+            times = [t / (len(chain.alphas_cumprod) - 1) for t, *_ in trajectory]
+            middle_pixels = [x_t[0, 0, middle, middle].item() for _, x_t, _ in trajectory]
+            axis.plot(times, middle_pixels, linewidth=0.8, label=f"seed {seed}" if name == "SDE" else None)
+            strips.append(torch.cat([x_t for _, x_t, _ in trajectory[:: steps // 10]] + [trajectory[-1][2]]))
         axis.set(xlabel="t", ylabel="the middle pixel of x_t", title=f"{name}, from one x_T, three seeds")
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
@@ -248,17 +256,18 @@ def trajectories(data, pipe):
 
 
 def plot(rows, path):
+    """Plot Fréchet distance and the share of recognized samples against network calls."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-    for axis, what in zip(axes, ("Fréchet distance", "recognised")):
+    for axis, metric in zip(axes, ("Fréchet distance", "recognised")):
         for name in dict.fromkeys(row["sampler"] for row in rows):
-            points = sorted((row["network calls"], row[what]) for row in rows if row["sampler"] == name)
+            points = sorted((row["network calls"], row[metric]) for row in rows if row["sampler"] == name)
             axis.plot(*zip(*points), marker="o", markersize=4, label=name)
-        axis.set(xlabel="network calls", ylabel=what, xscale="log")
+        axis.set(xlabel="network calls", ylabel=metric, xscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     axes[0].legend(fontsize="small")
@@ -269,37 +278,37 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", choices=list(RUNS))
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--calls", type=int, default=max(CALLS), help="of a sampler at the most")
-    parser.add_argument("--images", type=int, default=64, help="of the likelihood")
+    parser.add_argument("--calls", type=int, default=max(CALLS), help="largest number of network calls of a sampler")
+    parser.add_argument("--images", type=int, default=64, help="test images for the likelihood")
     parser.add_argument("--only", choices=["samplers", "likelihood", "encodings", "processes"])
     arguments = parser.parse_args()
     data = arguments.data
     if arguments.only == "processes" and data != "digits":
-        parser.error("--only processes is of the digits")
+        parser.error("--only processes needs the data set digits")
 
-    def tensors(split):
+    def load_split(split):
         images, labels = pixels(split, data)
         return pixels_to_tensor(torch.from_numpy(images)[:, None], LEVELS[data]), torch.from_numpy(labels)
 
-    (x_train, y_train), (x_test, _) = tensors("train"), tensors("test")
-    parts = [arguments.only] if arguments.only else ["encodings", "likelihood", "samplers"]
-    pipe, other = networks(data) if parts != ["processes"] else (None, None)
-    for part in tqdm(parts):
-        if part in ("samplers", "processes"):
-            judge = judge_of(x_train, y_train)
+    (x_train, y_train), (x_test, _) = load_split("train"), load_split("test")
+    tasks = [arguments.only] if arguments.only else ["encodings", "likelihood", "samplers"]
+    pipe, second_pipe = open_pipelines(data) if tasks != ["processes"] else (None, None)
+    for task in tqdm(tasks):
+        if task in ("samplers", "processes"):
+            judge = train_judge(x_train, y_train)
             with torch.no_grad():
                 order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(0))
                 real = judge.features(x_train[order[: arguments.samples]])
-        if part == "processes":
-            processes(data, judge, real, x_test[: arguments.images], arguments.samples)
-        elif part == "samplers":
-            rows = samplers(data, pipe, judge, real, arguments.samples, arguments.calls)
+        if task == "processes":
+            measure_processes(data, judge, real, x_test[: arguments.images], arguments.samples)
+        elif task == "samplers":
+            rows = measure_samplers(data, pipe, judge, real, arguments.samples, arguments.calls)
             plot(rows, RESULTS / f"continuous_{data}.png")
-        elif part == "likelihood":
-            likelihood(data, pipe, x_test[: arguments.images])
+        elif task == "likelihood":
+            measure_likelihood(data, pipe, x_test[: arguments.images])
         else:
-            encodings(data, pipe, other, x_test[:64])
-            trajectories(data, pipe)
+            measure_encodings(data, pipe, second_pipe, x_test[:64])
+            plot_trajectories(data, pipe)
 
 
 if __name__ == "__main__":

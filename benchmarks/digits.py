@@ -1,4 +1,4 @@
-"""The quality of the digits: our training, and the same training with diffusers' classes in a plain loop.
+"""Compare the quality of digits from our training and from the same training with diffusers' classes in a plain loop.
 
     python benchmarks/digits.py train-diffusers runs/digits-diffusers    # UNet2DModel and DDPMScheduler, the digits preset
     python benchmarks/digits.py judge runs/demo/pipeline                 # 500 samples to an SVM; bits/dim of the test split
@@ -32,13 +32,13 @@ LEVELS = 17
 
 
 def pixels(split, data="digits"):
-    """(N, H, W) grey levels, and labels."""
+    """Return the grey levels (N, H, W) and the labels of a split."""
     data = load_images(data, split)
     return np.stack([np.asarray(image) for image in data["image"]]), np.array(data["label"])
 
 
 def train_diffusers(folder, seed):
-    """The digits preset's data, network, steps, optimizer, learning rates and EMA, with nothing of ddpm_hf."""
+    """Train with the data and settings of the digits preset, but with the classes of diffusers and a plain loop."""
     config, _ = load_config(["--config", "digits", "--output_dir", folder])
     torch.manual_seed(seed)
     unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **config.unet)
@@ -74,22 +74,23 @@ def train_diffusers(folder, seed):
     DDPMPipeline(unet, scheduler).save_pretrained(folder)
 
 
-def judge(folder, samples, seed, stock, variance_types):
+def judge_pipeline(folder, samples, seed, stock, variance_types):
+    """Print the share of samples that the judge accepts, and the bits/dim of the test split."""
     train, train_labels = pixels("train")
     test, _ = pixels("test")
     svm = SVC(gamma=0.001, probability=True, random_state=0).fit(train.reshape(-1, 64), train_labels)
     threshold = np.quantile(svm.predict_proba(test.reshape(-1, 64)).max(1), 0.05)
 
-    cls = DDPMPipeline if stock else DDPMImagePipeline
+    pipeline_class = DDPMPipeline if stock else DDPMImagePipeline
     generator = torch.Generator().manual_seed(seed)
-    arrays = cls.from_pretrained(folder)(
+    arrays = pipeline_class.from_pretrained(folder)(
         samples, generator=generator, num_inference_steps=1000, output_type="np"
     ).images
-    drawn = tensor_to_pixels(torch.from_numpy(arrays) * 2 - 1, LEVELS).numpy().reshape(-1, 64)
-    probabilities = svm.predict_proba(drawn)
+    sample_pixels = tensor_to_pixels(torch.from_numpy(arrays) * 2 - 1, LEVELS).numpy().reshape(-1, 64)
+    probabilities = svm.predict_proba(sample_pixels)
     report = {
         "folder": str(folder),
-        "sampled_by": cls.__name__,
+        "sampled_by": pipeline_class.__name__,
         "samples": samples,
         "share_above_5_percent_quantile": float((probabilities.max(1) > threshold).mean()),
         "quantile": float(threshold),
@@ -107,24 +108,27 @@ def judge(folder, samples, seed, stock, variance_types):
         report[f"bits_per_dim_{variance_type}"] = result.mean
         report[f"standard_error_{variance_type}"] = result.standard_error
         report[f"decoder_{variance_type}"] = result.terms[:, 0].mean().item()
-    to_levels = (torch.from_numpy(part)[:, None] for part in (train, test))
-    report["per_pixel_histogram"] = histogram_bits_per_dim(*to_levels, LEVELS).mean().item()
+    splits = (torch.from_numpy(images)[:, None] for images in (train, test))
+    report["per_pixel_histogram"] = histogram_bits_per_dim(*splits, LEVELS).mean().item()
     print(json.dumps(report, indent=2))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["train-diffusers", "judge"])
+    parser.add_argument("task", choices=["train-diffusers", "judge"])
     parser.add_argument("folder")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--variance_types", nargs="*", default=["fixed_large", "fixed_small"], help="judge: of the bound"
+        "--variance_types",
+        nargs="*",
+        default=["fixed_large", "fixed_small"],
+        help="judge: variance types for the bound",
     )
     parser.add_argument("--stock", action="store_true", help="judge: draw the samples with diffusers' DDPMPipeline")
     arguments = parser.parse_args()
-    if arguments.what == "judge":
-        judge(arguments.folder, arguments.samples, arguments.seed, arguments.stock, arguments.variance_types)
+    if arguments.task == "judge":
+        judge_pipeline(arguments.folder, arguments.samples, arguments.seed, arguments.stock, arguments.variance_types)
     else:
         train_diffusers(arguments.folder, arguments.seed)
 

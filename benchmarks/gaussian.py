@@ -1,9 +1,10 @@
-"""The bound where the likelihood is known: for Gaussian pixels and their optimal denoiser, compared with the entropy.
+"""Compare the bound with the exact likelihood of Gaussian pixels, for which the optimal denoiser is known.
 
     python benchmarks/gaussian.py
 
-Writes benchmarks/results/gaussian.json and .md, for several T. "learned" is the exact variance of p(x_{t-1} | x_t): the reverse
-process is then exact, and the bound equals the entropy for every T. The fixed variances are those of the paper, section 3.2.
+Writes benchmarks/results/gaussian.json and .md, for several T. "learned" is the exact variance of p(x_{t-1} | x_t).
+With it the reverse process is exact, and the bound equals the entropy for every T. The fixed variances are those of
+section 3.2 of the paper.
 """
 
 import json
@@ -21,20 +22,22 @@ STEPS = (10, 100, 1000, 4000)
 VARIANCES = ("learned", "fixed_small", "fixed_large")
 
 
-def optimal_network(scheduler, learned):
-    """E[epsilon | x_t] of pixels N(MEAN, STD^2), and the log variance of x_{t-1} given x_t."""
+def optimal_network(scheduler, learns_variance):
+    """Return a network that predicts E[epsilon | x_t] of pixels N(MEAN, STD^2), and the exact log variance if it learns one."""
     alpha_bar = scheduler.alphas_cumprod
-    before = torch.cat((torch.ones(1, dtype=torch.float64), alpha_bar[:-1]))
+    alpha_bar_previous = torch.cat((torch.ones(1, dtype=torch.float64), alpha_bar[:-1]))
     gain = alpha_bar.sqrt() * STD**2 / (alpha_bar * STD**2 + 1 - alpha_bar)
-    # precisions add: of x_{t-1} on its own, and of x_t given it
-    precision = 1 / (before * STD**2 + 1 - before) + alpha_bar / (before - alpha_bar)
+    # precisions add: that of x_{t-1}, and that of x_t given x_{t-1}
+    precision = 1 / (alpha_bar_previous * STD**2 + 1 - alpha_bar_previous) + alpha_bar / (
+        alpha_bar_previous - alpha_bar
+    )
 
     def unet(x, t, class_labels=None, return_dict=True):
         t = torch.as_tensor(t).view(-1, 1, 1, 1)
-        root = alpha_bar[t].sqrt()
-        x_start = MEAN + gain[t] * (x - root * MEAN)
-        epsilon = (x - root * x_start) / (1 - alpha_bar[t]).sqrt()
-        return (torch.cat((epsilon, -precision[t].log().expand_as(x)), dim=1) if learned else epsilon,)
+        sqrt_alpha_bar = alpha_bar[t].sqrt()
+        x_start = MEAN + gain[t] * (x - sqrt_alpha_bar * MEAN)
+        epsilon = (x - sqrt_alpha_bar * x_start) / (1 - alpha_bar[t]).sqrt()
+        return (torch.cat((epsilon, -precision[t].log().expand_as(x)), dim=1) if learns_variance else epsilon,)
 
     return unet
 
@@ -45,9 +48,9 @@ def main():
     half = (LEVELS - 1) / 2
     x_start = (x_start * half).round() / half
     z = (x_start - MEAN) / STD
-    # of these images: the density's negative logarithm times the width of a grey level
+    # exact: minus the logarithm of the density times the width of a grey level
     nats = 0.5 * z**2 + 0.5 * math.log(2 * math.pi * STD**2) + math.log(half)
-    truth = nats.flatten(1).mean(1) / math.log(2)
+    exact_bits = nats.flatten(1).mean(1) / math.log(2)
     rows = []
     for T in STEPS:
         for variance_type in VARIANCES:
@@ -58,20 +61,20 @@ def main():
                 levels=LEVELS,
             )
             unet = optimal_network(scheduler, variance_type == "learned")
-            found = bits_per_dim(
+            bound = bits_per_dim(
                 unet, scheduler, x_start, clip_sample=False, generator=generator, batch_size=1024, progress_bar=True
             )
-            gap = found.total - truth
+            gap = bound.total - exact_bits
             rows.append(
                 {
                     "T": T,
                     "schedule": scheduler.config.beta_schedule,
                     "variance": variance_type,
-                    "bound": found.mean,
-                    "true": truth.mean().item(),
+                    "bound": bound.mean,
+                    "true": exact_bits.mean().item(),
                     "gap": gap.mean().item(),
                     "standard_error_of_gap": standard_error(gap),
-                    "prior": found.prior.mean().item(),
+                    "prior": bound.prior.mean().item(),
                 }
             )
     keys = list(rows[0])

@@ -1,13 +1,13 @@
-"""The noise of the objectives' gradients (IDDPM, figure 4), and how much importance sampling of timesteps reduces it.
+"""Measure the gradient noise of the objectives (IDDPM, figure 4), and how much importance sampling of t reduces it.
 
     python benchmarks/objectives.py digits --only hybrid-linear
     python benchmarks/gradient_noise.py runs/objectives/digits/hybrid-linear/pipeline --data digits
 
-For one network with learned variance, computes the gradients of `batches` batches for each loss. With S the trace of the
-covariance of one image's gradient and G the mean gradient, the noise scale is S / |G|^2 (McCandlish et al. 2018): the batch
-size, in images, at which noise and signal are equally large. Uniform and importance-sampled vlb have the same G, so the ratio
-of their S says how many times larger a batch uniform sampling needs. Errors are by the jackknife over batches. Appends to
-benchmarks/results/gradient_noise.json.
+Computes the gradients of `--batches` batches for each loss, for one network with learned variance. The noise scale is S
+/ |G|^2 (McCandlish et al. 2018), where S is the trace of the covariance of one image's gradient and G is the mean
+gradient. At this batch size, in images, noise and signal are equally large. Uniform and importance-sampled vlb have the
+same G, so the ratio of their S is the factor by which uniform sampling needs larger batches. Errors are jackknife
+errors over batches. Adds its results to benchmarks/results/gradient_noise.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from ddpm_hf.training.timesteps import LossSecondMomentTimesteps, UniformTimeste
 
 ROOT = Path(__file__).parents[1]
 
-KINDS = {
+OBJECTIVES = {
     "hybrid": ("hybrid", UniformTimesteps),
     "vlb": ("vlb", UniformTimesteps),
     "vlb-importance": ("vlb", LossSecondMomentTimesteps),
@@ -32,7 +32,7 @@ KINDS = {
 
 
 def gradient_products(unet, objective, timesteps, x_start, batches, batch_size, description):
-    """(batches, batches) float64: the inner products of the batches' gradients."""
+    """Return the inner products of the batches' gradients, a float64 tensor (batches, batches)."""
     gradients = torch.empty(batches, sum(p.numel() for p in unet.parameters()))
     for row in tqdm(gradients, desc=description):
         images = x_start[torch.randint(len(x_start), (batch_size,))]
@@ -44,37 +44,37 @@ def gradient_products(unet, objective, timesteps, x_start, batches, batch_size, 
 
 
 def fill_history(unet, objective, timesteps, x_start):
-    """Ten losses of every timestep, so that importance sampling begins."""
+    """Record ten losses for each timestep, which importance sampling needs before it can start."""
     with torch.no_grad():
         for t in torch.tensor(objective.scheduler.chain).repeat(10).split(256):
             images = x_start[torch.randint(len(x_start), (len(t),))]
             timesteps.update(t, objective(unet, images, t=t))
 
 
-def noise(products, batch_size):
-    """S and |G|^2, each without bias."""
+def noise_and_signal(products, batch_size):
+    """Return unbiased estimates of S and |G|^2."""
     count = len(products)
-    of_one = products.diagonal().mean()
-    of_two = (products.sum() - products.diagonal().sum()) / (count * (count - 1))
-    return batch_size * (of_one - of_two), of_two
+    same_batch = products.diagonal().mean()
+    different_batches = (products.sum() - products.diagonal().sum()) / (count * (count - 1))
+    return batch_size * (same_batch - different_batches), different_batches
 
 
 def noise_scale(products, batch_size):
-    covariance_trace, squared_mean = noise(products, batch_size)
+    covariance_trace, squared_mean = noise_and_signal(products, batch_size)
     return covariance_trace / squared_mean
 
 
 def trace_ratio(uniform, importance, batch_size):
-    return noise(uniform, batch_size)[0] / noise(importance, batch_size)[0]
+    return noise_and_signal(uniform, batch_size)[0] / noise_and_signal(importance, batch_size)[0]
 
 
 def with_error(statistic, *products, batch_size):
-    """A statistic of products of gradients, and its standard error."""
+    """Return a statistic of gradient products and its jackknife standard error."""
     count = len(products[0])
     rows = torch.arange(count)
-    kept = [rows[rows != row] for row in rows]
-    without = torch.stack([statistic(*(p[k][:, k] for p in products), batch_size) for k in kept])
-    error = ((count - 1) * without.var(correction=0)).sqrt()
+    kept_rows = [rows[rows != row] for row in rows]
+    leave_one_out = torch.stack([statistic(*(p[kept][:, kept] for p in products), batch_size) for kept in kept_rows])
+    error = ((count - 1) * leave_one_out.var(correction=0)).sqrt()
     return {"value": statistic(*products, batch_size).item(), "error": error.item()}
 
 
@@ -92,21 +92,21 @@ def main():
         unet, scheduler = pipeline.unet, pipeline.scheduler
         x_start, _ = load_tensor(arguments.data, "train", unet, scheduler.levels, with_labels=False)
         products = {}
-        for name, (loss, sampler) in KINDS.items():
+        for name, (loss, sampler) in OBJECTIVES.items():
             objective, timesteps = DiffusionObjective(scheduler, loss), sampler(scheduler)
             if sampler is LossSecondMomentTimesteps:
                 fill_history(unet, objective, timesteps, x_start)
             products[name] = gradient_products(unet, objective, timesteps, x_start, arguments.batches, batch_size, name)
-        found = {"images": arguments.batches * batch_size}
+        results = {"images": arguments.batches * batch_size}
         for name, product in products.items():
-            found[name] = {"noise_scale": with_error(noise_scale, product, batch_size=batch_size)}
-            found[name]["covariance_trace"] = noise(product, batch_size)[0].item()
+            results[name] = {"noise_scale": with_error(noise_scale, product, batch_size=batch_size)}
+            results[name]["covariance_trace"] = noise_and_signal(product, batch_size)[0].item()
         pair = products["vlb"], products["vlb-importance"]
-        found["uniform_over_importance_trace"] = with_error(trace_ratio, *pair, batch_size=batch_size)
+        results["uniform_over_importance_trace"] = with_error(trace_ratio, *pair, batch_size=batch_size)
         report = json.loads(path.read_text()) if path.is_file() else {}
-        report["/".join(Path(folder).parts[-3:-1])] = found
+        report["/".join(Path(folder).parts[-3:-1])] = results
         write_text(path, json.dumps(report, indent=2) + "\n")
-        print(folder, json.dumps(found, indent=2))
+        print(folder, json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cost of bits/dim: the estimate, all terms, and uniform timesteps; timesteps in batches, and one per call.
+"""Compare ways to compute bits/dim: estimate, all terms, uniform timesteps; timesteps in batches, or one per call.
 
     python benchmarks/likelihood.py runs/demo/pipeline --data digits
     python benchmarks/likelihood.py runs/mnist/pipeline --data mnist --images 200
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 @torch.no_grad()
 def uniform_estimate(unet, scheduler, x_start, count, generator):
-    """The mean over images of `count` terms at timesteps drawn uniformly, times T, and L_T: unbiased, nothing else."""
+    """Return L_T plus T times the mean of `count` terms at uniformly drawn timesteps: unbiased, no variance reduction."""
     total = scheduler.prior_bits_per_dim(x_start)
     for _ in range(count):
         t = torch.randint(len(scheduler.chain), (len(x_start),), generator=generator)
@@ -37,8 +37,8 @@ def uniform_estimate(unet, scheduler, x_start, count, generator):
 
 
 @torch.no_grad()
-def one_step_a_call(unet, scheduler, x_start):
-    """The plain loop: all images at one timestep a call."""
+def one_timestep_per_call(unet, scheduler, x_start):
+    """Return the bound of each image, computed in a plain loop with one timestep per network call."""
     total = scheduler.prior_bits_per_dim(x_start)
     for t in scheduler.chain:
         x_t = scheduler.q_sample(x_start, t, torch.randn_like(x_start))
@@ -47,10 +47,10 @@ def one_step_a_call(unet, scheduler, x_start):
 
 
 def wall_times(unet, scheduler, x_start, batch_size, rounds=3, steps=100):
-    """Medians, on a chain of `steps`, of rounds in which the plain loop and ours take turns; the chain is left so."""
+    """Time the plain loop and `bits_per_dim` in turns, on a chain of `steps`, which the scheduler keeps."""
     scheduler.set_timesteps(steps)
     calls = {
-        "plain": lambda: one_step_a_call(unet, scheduler, x_start),
+        "plain": lambda: one_timestep_per_call(unet, scheduler, x_start),
         "ours": lambda: bits_per_dim(unet, scheduler, x_start, batch_size=batch_size),
     }
     seconds = in_turns(calls, rounds, warmup=1)
@@ -66,18 +66,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pipeline")
     parser.add_argument("--data", default="digits")
-    parser.add_argument("--images", type=int, help="of the test split; all if left out")
-    parser.add_argument("--evaluations", type=int, default=50, help="network evaluations an image")
+    parser.add_argument("--images", type=int, help="number of test images (default: all)")
+    parser.add_argument("--evaluations", type=int, default=50, help="network evaluations per image")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--time", action="store_true", help="wall times of 64 images and of one, and nothing else")
+    parser.add_argument("--time", action="store_true", help="measure only wall times, for 64 images and for one")
     arguments = parser.parse_args()
     pipeline = DDPMImagePipeline.from_pretrained(arguments.pipeline)
     unet, scheduler, evaluations = pipeline.unet, pipeline.scheduler, arguments.evaluations
     x_start, _ = load_tensor(arguments.data, "test", unet, scheduler.levels, with_labels=False)
     x_start = x_start[: arguments.images]  # the built-in data sets are in random order
 
-    def seeded(seed):
+    def make_generator(seed):
         return torch.Generator().manual_seed(seed)
 
     if arguments.time:
@@ -88,22 +88,22 @@ def main():
         write(report, f"likelihood_time_{Path(arguments.data).name}.json")
         return
     full = bits_per_dim(
-        unet, scheduler, x_start, generator=seeded(0), batch_size=arguments.batch_size, progress_bar=True
+        unet, scheduler, x_start, generator=make_generator(0), batch_size=arguments.batch_size, progress_bar=True
     )
-    ours, uniform = [], []
+    estimates, uniform_estimates = [], []
     for seed in tqdm(range(1, arguments.repeats + 1), desc="estimates"):
-        ours.append(
+        estimates.append(
             estimate_bits_per_dim(
                 unet,
                 scheduler,
                 x_start,
                 num_evaluations=evaluations,
-                generator=seeded(seed),
+                generator=make_generator(seed),
                 batch_size=arguments.batch_size,
             )
         )
-        uniform.append(uniform_estimate(unet, scheduler, x_start, evaluations, seeded(seed)))
-    means = [estimate.mean for estimate in ours]
+        uniform_estimates.append(uniform_estimate(unet, scheduler, x_start, evaluations, make_generator(seed)))
+    means = [estimate.mean for estimate in estimates]
 
     report = {
         "data": arguments.data,
@@ -116,8 +116,8 @@ def main():
         "estimate_root_mean_square_error": statistics.fmean((m - full.mean) ** 2 for m in means) ** 0.5,
         "estimate_mean": statistics.fmean(means),
         "estimate_standard_deviation": statistics.stdev(means),
-        "estimate_reported_error": statistics.fmean(e.sampling_error**2 for e in ours) ** 0.5,
-        "uniform_root_mean_square_error": statistics.fmean((m - full.mean) ** 2 for m in uniform) ** 0.5,
+        "estimate_reported_error": statistics.fmean(e.sampling_error**2 for e in estimates) ** 0.5,
+        "uniform_root_mean_square_error": statistics.fmean((m - full.mean) ** 2 for m in uniform_estimates) ** 0.5,
     }
     write(report, f"likelihood_{Path(arguments.data).name}.json")
 

@@ -1,13 +1,13 @@
-"""Comparison with lucidrains' denoising-diffusion-pytorch with as many parameters: a training step and sampling, float32.
+"""Compare with lucidrains' denoising-diffusion-pytorch at equal parameter count: a training step and sampling, float32.
 
     python -m venv lucid
     lucid/bin/pip install torch==2.14.1 torchvision==0.29.1 denoising-diffusion-pytorch ".[train]"
     lucid/bin/python benchmarks/lucidrains.py
 
-That package needs torchvision, which constraints.txt does not have, so both run in an environment of their own. Its network is
-the `Unet` of its README (dim_mults 1, 2, 4, 8) with the width whose number of parameters is nearest to ours; its training step
-is that of its `Trainer`. The two networks have the same size, but other blocks and attention at other resolutions, so the FLOP
-of a forward pass of one image are given, too.
+That package needs torchvision, which constraints.txt does not include, so this benchmark needs a separate environment. Its
+network is the `Unet` of its README (dim_mults 1, 2, 4, 8); its width is chosen so that the number of parameters is nearest to
+ours. Its training step is that of its `Trainer`. The two networks differ in their blocks and in the resolutions with attention,
+so the table also gives the FLOP of a forward pass of one image.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from ema_pytorch import EMA
 from measure import flops, in_turns, medians, ratio, record
-from networks import config_of
+from networks import network_config
 from training_step import our_step
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
@@ -26,19 +26,19 @@ STEPS = 50
 
 
 def nearest_unet(parameters, side):
-    """Their network with the number of parameters nearest to this."""
-    best = min(range(8, 136, 8), key=lambda dim: abs(count(Unet(dim, dim_mults=(1, 2, 4, 8))) - parameters))
-    return GaussianDiffusion(Unet(best, dim_mults=(1, 2, 4, 8)), image_size=side, timesteps=STEPS)
+    """Return their model with the width whose number of parameters is nearest to `parameters`."""
+    width = min(range(8, 136, 8), key=lambda dim: abs(count_parameters(Unet(dim, dim_mults=(1, 2, 4, 8))) - parameters))
+    return GaussianDiffusion(Unet(width, dim_mults=(1, 2, 4, 8)), image_size=side, timesteps=STEPS)
 
 
 def our_unet(name):
-    """Without dropout, as theirs is."""
-    unet = DDPMUNet(**config_of(name) | {"dropout": 0.0})
+    """Return our network without dropout, because theirs has none."""
+    unet = DDPMUNet(**network_config(name) | {"dropout": 0.0})
     unet.reset_parameters("torch")
     return unet
 
 
-def count(net):
+def count_parameters(net):
     return sum(p.numel() for p in net.parameters())
 
 
@@ -61,16 +61,27 @@ def their_step(diffusion, images):
 def measure(name, train_batch, sample_batch, rounds):
     ours = our_unet(name)
     side = ours.config.sample_size
-    theirs = nearest_unet(count(ours), side)
+    theirs = nearest_unet(count_parameters(ours), side)
     images = torch.rand(train_batch, 3, side, side)
-    one, t = torch.randn(1, 3, side, side), torch.tensor([500])
-    work = {"GFLOP": flops(lambda: ours(one, t)) / 1e9, "their GFLOP": flops(lambda: theirs.model(one, t)) / 1e9}
-    shared = {"network": name, "parameters": count(ours), "their parameters": count(theirs.model), **work}
+    image, t = torch.randn(1, 3, side, side), torch.tensor([500])
+    forward_flop = {
+        "GFLOP": flops(lambda: ours(image, t)) / 1e9,
+        "their GFLOP": flops(lambda: theirs.model(image, t)) / 1e9,
+    }
+    shared = {
+        "network": name,
+        "parameters": count_parameters(ours),
+        "their parameters": count_parameters(theirs.model),
+        **forward_flop,
+    }
 
-    full, x_start = contextlib.nullcontext(), images * 2 - 1
-    calls = {"theirs": their_step(theirs.train(), images), "ours": our_step(ours.train(), x_start, False, full, False)}
-    calls["ours compiled"] = our_step(our_unet(name).train(), x_start, True, full, False)
-    row(shared, f"training step, {train_batch} images", in_turns(calls, rounds))
+    no_autocast, x_start = contextlib.nullcontext(), images * 2 - 1
+    calls = {
+        "theirs": their_step(theirs.train(), images),
+        "ours": our_step(ours.train(), x_start, False, no_autocast, False),
+    }
+    calls["ours compiled"] = our_step(our_unet(name).train(), x_start, True, no_autocast, False)
+    record_row(shared, f"training step, {train_batch} images", in_turns(calls, rounds))
 
     plain = DDPMImagePipeline(our_unet(name).eval(), VariationalDDPMScheduler(STEPS))
     fast = DDPMImagePipeline(plain.unet, VariationalDDPMScheduler(STEPS))
@@ -83,16 +94,16 @@ def measure(name, train_batch, sample_batch, rounds):
         "ours": lambda: plain(sample_batch, output_type="np"),
         "ours compiled": lambda: fast(sample_batch, output_type="np"),
     }
-    row(shared, f"{STEPS} steps of sampling, {sample_batch} images", in_turns(calls, rounds, warmup=1))
+    record_row(shared, f"{STEPS} steps of sampling, {sample_batch} images", in_turns(calls, rounds, warmup=1))
 
 
-def row(shared, what, seconds):
+def record_row(shared, task, seconds):
     ratios = {f"{name}, times theirs": ratio(seconds, "theirs", name) for name in ("ours", "ours compiled")}
     keys = ("network", "what")
     record(
         "lucidrains",
         "Against denoising-diffusion-pytorch",
-        {"what": what, **shared, **medians(seconds, "s")} | ratios,
+        {"what": task, **shared, **medians(seconds, "s")} | ratios,
         keys,
     )
 

@@ -1,54 +1,56 @@
-"""The network's forward pass: ours against diffusers' `UNet2DModel`, eager and compiled, float32 and bfloat16.
+"""Time the network's forward pass: ours against diffusers' `UNet2DModel`, eager and compiled, float32 and bfloat16.
 
     python benchmarks/network.py [--networks digits quarter cifar10] [--precisions float32]
 
-Stock is the model as in diffusers' documentation, in bfloat16 under autocast; ours is `InferenceUNet` with the same weights, as
-`pipe.optimize()` makes it. The variants in a row take turns, each in a process of its own, because settings of the allocator
-affect a whole process. FLOP/s count the convolutions and matrix products of the plain network, even where fewer are computed,
-and are given as shares of the machine's best measured rate.
+Stock is the model as in diffusers' documentation, under autocast for bfloat16. Ours is `InferenceUNet` with the same
+weights, as made by `pipe.optimize()`. The variants of a row take turns, each in its own process, because allocator
+settings affect the whole process. FLOP/s count the convolutions and matrix products of the plain network, even if a
+variant computes fewer; the table gives them as a share of the machine's measured peak rate.
 """
 
 import argparse
 
 import torch
 from diffusers import UNet2DModel
-from measure import flops, has_bfloat16, in_turns_apart, medians, peak_rate, ratio, record
-from networks import NETWORKS, network, pair
+from measure import flops, has_bfloat16, in_turns_in_processes, medians, peak_rate, ratio, record
+from networks import NETWORKS, make_network, make_pair
 
 from ddpm_hf import InferenceUNet
 
-KINDS = ("stock", "stock compiled", "DDPMUNet", "ours", "ours compiled")
+VARIANTS = ("stock", "stock compiled", "DDPMUNet", "ours", "ours compiled")
 
 
-def make_call(kind, name, batch_size, precision):
-    """One call is one forward pass of a network of its own; returns the output."""
-    stock, ours = pair(name)
+def make_call(variant, name, batch_size, precision):
+    """Return a call that runs one forward pass of a new network and returns the output."""
+    stock, ours = make_pair(name)
     side, channels = stock.config.sample_size, stock.config.in_channels
     x, t = torch.randn(batch_size, channels, side, side), torch.tensor(500)
-    half = precision == "bfloat16"
-    if kind.startswith("ours"):
-        unet, half = InferenceUNet(ours, torch.bfloat16 if half else None, kind == "ours compiled"), False
+    dtype, autocasts = torch.bfloat16 if precision == "bfloat16" else None, False
+    if variant.startswith("ours"):
+        unet = InferenceUNet(ours, dtype, variant == "ours compiled")
     else:
-        unet = {"stock": stock, "stock compiled": torch.compile(stock), "DDPMUNet": ours}[kind]
+        autocasts = dtype is not None
+        unet = {"stock": stock, "stock compiled": torch.compile(stock), "DDPMUNet": ours}[variant]
 
     @torch.no_grad()
     def call():
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
             return unet(x, t, return_dict=False)[0]
 
     return call
 
 
 def measure(name, batch_size, precision, rounds):
-    stock = network(name, UNet2DModel)
+    """Return a row of results: times, ratios, share of the peak rate, and errors against stock's float32 output."""
+    stock = make_network(name, UNet2DModel)
     side, channels = stock.config.sample_size, stock.config.in_channels
-    makers = {kind: (make_call, kind, name, batch_size, precision) for kind in KINDS}
+    makers = {variant: (make_call, variant, name, batch_size, precision) for variant in VARIANTS}
     repeat = max(2, min(20, int(200 / batch_size / channels / side)))
-    seconds, _, outputs = in_turns_apart(makers, rounds, warmup=3, repeat=repeat)
-    exact = make_call("stock", name, batch_size, "float32")()
-    errors = {kind: (output.float() - exact).abs().max().item() for kind, output in outputs.items()}
+    seconds, _, outputs = in_turns_in_processes(makers, rounds, warmup=3, repeat=repeat)
+    reference = make_call("stock", name, batch_size, "float32")()
+    errors = {variant: (output.float() - reference).abs().max().item() for variant, output in outputs.items()}
     x = torch.randn(batch_size, channels, side, side)
-    work = flops(lambda: stock(x, 500)) / min(seconds["ours compiled"])
+    flop_rate = flops(lambda: stock(x, 500)) / min(seconds["ours compiled"])
     return {
         "network": name,
         "batch": batch_size,
@@ -57,7 +59,7 @@ def measure(name, batch_size, precision, rounds):
         "eager, times stock": ratio(seconds, "stock", "ours"),
         "compiled, times stock": ratio(seconds, "stock", "ours compiled"),
         "compiled, times stock compiled": ratio(seconds, "stock compiled", "ours compiled"),
-        "share of peak": work / peak_rate(torch.bfloat16 if precision == "bfloat16" else torch.float32),
+        "share of peak": flop_rate / peak_rate(torch.bfloat16 if precision == "bfloat16" else torch.float32),
         "error stock": errors["stock"],
         "error ours": max(errors["ours"], errors["ours compiled"]),
     }

@@ -1,4 +1,4 @@
-"""The networks of the benchmarks: those of two presets, and the cifar10 network at a quarter of its width."""
+"""Networks of the benchmarks: those of the presets digits and cifar10, and cifar10 at a quarter of its width."""
 
 import torch
 from diffusers import UNet2DModel
@@ -13,24 +13,24 @@ NETWORKS = {
 }
 
 
-def config_of(name: str) -> dict:
-    """The arguments of `UNet2DModel` or `DDPMUNet` for a network of this list."""
-    run, _ = load_config(["--config", NETWORKS[name]["preset"], "--resume", "never"])
-    own = {"sample_size": run.image_size, "in_channels": run.channels, "out_channels": run.channels}
-    return own | run.unet | NETWORKS[name].get("unet", {})
+def network_config(name: str) -> dict:
+    """Return the arguments of `UNet2DModel` or `DDPMUNet` for a network of NETWORKS."""
+    config, _ = load_config(["--config", NETWORKS[name]["preset"], "--resume", "never"])
+    data_shape = {"sample_size": config.image_size, "in_channels": config.channels, "out_channels": config.channels}
+    return data_shape | config.unet | NETWORKS[name].get("unet", {})
 
 
-def network(name: str, cls: type) -> torch.nn.Module:
-    """A network of this list as an instance of `cls`, with torch's initial weights from seed 0, so that it is not zero."""
+def make_network(name: str, cls: type) -> torch.nn.Module:
+    """Make a network of NETWORKS as an instance of `cls`. It gets torch's initial weights, so that its output is not zero."""
     torch.manual_seed(0)
-    unet = cls(**config_of(name))
+    unet = cls(**network_config(name))
     if hasattr(unet, "reset_parameters"):
         unet.reset_parameters("torch")
     return unet
 
 
-def pair(name: str) -> tuple[UNet2DModel, DDPMUNet]:
-    """Stock's network of this list and ours with the same weights, in evaluation mode."""
-    stock, ours = network(name, UNet2DModel).eval(), network(name, DDPMUNet).eval()
+def make_pair(name: str) -> tuple[UNet2DModel, DDPMUNet]:
+    """Make stock's and our network of NETWORKS, with the same weights, in evaluation mode."""
+    stock, ours = make_network(name, UNet2DModel).eval(), make_network(name, DDPMUNet).eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours

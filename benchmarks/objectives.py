@@ -1,12 +1,12 @@
-"""Comparison of objectives: held-out bits/dim and samples of the same network, trained on the same data for as many steps.
+"""Compare training objectives: held-out bits/dim and samples of one network, trained on the same data for equal steps.
 
     python benchmarks/objectives.py digits
     python benchmarks/objectives.py mnist --only simple-fixed_large-cosine hybrid-cosine
 
-Ten trainings for each data set, of its preset made small enough for one CPU core (SMALL below), saved to
-runs/objectives/<data>/<name>. Writes benchmarks/results/objectives_<data>.json and .md after each training, and skips trainings
-whose results for the same settings are there. For comparison with bits/dim: a per-pixel histogram of the training split, and
-PNG and lossless WebP of the test images.
+Trains ten networks for each data set (eleven for mnist) with the preset reduced to the size for one CPU core (SMALL below), and
+saves them in runs/objectives/<data>/<name>. Writes benchmarks/results/objectives_<data>.json and .md after each training. Skips
+a training if the results contain it with the same settings. Other codes for comparison with bits/dim: a per-pixel histogram of
+the training split, and PNG and lossless WebP of the test images.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SMALL = {
 SCHEDULES = {
     "linear": ["--scheduler.beta_schedule", "linear"],
     "cosine": ["--scheduler.beta_schedule", "cosine"],
-    # a first step finer than a grey level of 256
+    # the first step is finer than one of 256 grey levels
     "linear-from-1e-5": ["--scheduler.beta_schedule", "linear", "--scheduler.beta_start", "1e-5"],
 }
 OBJECTIVES = {
@@ -58,47 +58,57 @@ OBJECTIVES = {
 
 
 def file_bits_per_dim(images, levels, **options):
-    """Bits per pixel of the images as files, one each, without what an empty file of the format needs."""
+    """Return the bits per pixel of the images, each saved to a file, minus the size of a file with one pixel."""
 
-    def size(array):
+    def file_size(array):
         file = io.BytesIO()
         Image.fromarray(array).save(file, **options)
         return file.getbuffer().nbytes
 
-    empty = size(np.zeros((1, 1), dtype=np.uint8))
+    overhead = file_size(np.zeros((1, 1), dtype=np.uint8))
     scale = 255 // (levels - 1)
-    return 8 * sum(size((image * scale).astype(np.uint8)) - empty for image in images) / images.size
+    return 8 * sum(file_size((image * scale).astype(np.uint8)) - overhead for image in images) / images.size
 
 
 def begin_chain_at(scheduler, first):
+    """Set the chain of all timesteps from `first` on."""
     scheduler.set_timesteps(timesteps=list(range(scheduler.config.num_train_timesteps - 1, first - 1, -1)))
 
 
 def best_first_timestep(unet, scheduler, x_start, levels):
-    """Where a chain should begin on data of few grey levels, by its bound on the given (training) images."""
-    found = {}
+    """Return the first timestep with the smallest bound on these training images; it matters for few grey levels."""
+    bounds = {}
     for first in (0, 4, 8, 12, 16, 24, 32):
         begin_chain_at(scheduler, first)
-        how = dict(num_evaluations=30, generator=torch.Generator().manual_seed(0), batch_size=256, levels=levels)
-        found[first] = estimate_bits_per_dim(unet, scheduler, x_start, **how).mean
-    return min(found, key=found.get)
+        estimate = estimate_bits_per_dim(
+            unet,
+            scheduler,
+            x_start,
+            num_evaluations=30,
+            generator=torch.Generator().manual_seed(0),
+            batch_size=256,
+            levels=levels,
+        )
+        bounds[first] = estimate.mean
+    return min(bounds, key=bounds.get)
 
 
 def measure(folder, train_images, test_images, levels, samples, judge):
+    """Return the bits/dim of a pipeline by number of steps, and the share of its samples that the judge accepts."""
     pipeline = DDPMImagePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     x_start = pixels_to_tensor(torch.from_numpy(test_images)[:, None], levels)
 
-    def how():
+    def bound_kwargs():
         return dict(generator=torch.Generator().manual_seed(0), batch_size=256)
 
-    full = best = estimate_bits_per_dim(unet, scheduler, x_start, num_evaluations=100, **how())
-    some = pixels_to_tensor(torch.from_numpy(train_images[:64])[:, None], levels)
-    first = best_first_timestep(unet, scheduler, some, levels)
+    full = best = estimate_bits_per_dim(unet, scheduler, x_start, num_evaluations=100, **bound_kwargs())
+    x_train = pixels_to_tensor(torch.from_numpy(train_images[:64])[:, None], levels)
+    first = best_first_timestep(unet, scheduler, x_train, levels)
     if first > 0:
         begin_chain_at(scheduler, first)
-        best = estimate_bits_per_dim(unet, scheduler, x_start, num_evaluations=100, **how())
+        best = estimate_bits_per_dim(unet, scheduler, x_start, num_evaluations=100, **bound_kwargs())
     report = {
         "first_timestep": first,
         "bits_per_dim_from_first": best.mean,
@@ -110,20 +120,25 @@ def measure(folder, train_images, test_images, levels, samples, judge):
     }
     for steps in (100, 50, 25):
         scheduler.set_timesteps(steps)
-        report[f"bits_per_dim_{steps}"] = bits_per_dim(unet, scheduler, x_start, **how()).mean
-        drawn = pipeline(samples, torch.Generator().manual_seed(0), steps, output_type="pt").images
-        report[f"samples_{steps}"] = judge(tensor_to_pixels(drawn * 2 - 1, levels).numpy())
+        report[f"bits_per_dim_{steps}"] = bits_per_dim(unet, scheduler, x_start, **bound_kwargs()).mean
+        images = pipeline(samples, torch.Generator().manual_seed(0), steps, output_type="pt").images
+        report[f"samples_{steps}"] = judge(tensor_to_pixels(images * 2 - 1, levels).numpy())
     return report
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", choices=["digits", "mnist"])
-    parser.add_argument("--images", type=int, default=128, help="test images of bits/dim")
+    parser.add_argument("--images", type=int, default=128, help="number of test images for bits/dim")
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--only", nargs="*", help="names, for example simple-fixed_large-cosine")
+    parser.add_argument("--only", nargs="*", help="names of trainings, for example simple-fixed_large-cosine")
     parser.add_argument(
-        "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a key of training"
+        "--set",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        help="set a training option for all trainings",
     )
     arguments = parser.parse_args()
 
@@ -132,22 +147,22 @@ def main():
         common += [f"--{key}", value]
     levels = LEVELS[arguments.data]
     (train_images, labels), (test, _) = pixels("train", arguments.data), pixels("test", arguments.data)
-    flat = 16 / (levels - 1)  # the support vector machine of benchmarks/digits.py was chosen for 17 levels
+    svm_scale = 16 / (levels - 1)  # the support vector machine of benchmarks/digits.py was chosen for 17 levels
     svm = SVC(gamma=0.001 * 64 / train_images[0].size, probability=True, random_state=0)
-    svm.fit(train_images.reshape(len(train_images), -1) * flat, labels)
-    threshold = np.quantile(svm.predict_proba(test.reshape(len(test), -1) * flat).max(1), 0.05)
+    svm.fit(train_images.reshape(len(train_images), -1) * svm_scale, labels)
+    threshold = np.quantile(svm.predict_proba(test.reshape(len(test), -1) * svm_scale).max(1), 0.05)
 
-    def judge(drawn):
-        return float((svm.predict_proba(drawn.reshape(len(drawn), -1) * flat).max(1) > threshold).mean())
+    def judge(images):
+        return float((svm.predict_proba(images.reshape(len(images), -1) * svm_scale).max(1) > threshold).mean())
 
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
     path = results / f"objectives_{arguments.data}.json"
     test_images = test[: arguments.images]
-    parts = (torch.from_numpy(part)[:, None] for part in (train_images, test_images))
-    beside = {
+    splits = (torch.from_numpy(images)[:, None] for images in (train_images, test_images))
+    other_codes = {
         "images": len(test_images),
-        "per_pixel_histogram": histogram_bits_per_dim(*parts, levels).mean().item(),
+        "per_pixel_histogram": histogram_bits_per_dim(*splits, levels).mean().item(),
         "png": file_bits_per_dim(test_images, levels, format="PNG", optimize=True),
         "webp": file_bits_per_dim(test_images, levels, format="WEBP", lossless=True, quality=100, method=6),
     }
@@ -159,34 +174,34 @@ def main():
         settings = [*common, *OBJECTIVES[objective], *SCHEDULES[schedule]]
         if arguments.only and name not in arguments.only:
             continue
-        asked = {"settings": settings, "images": len(test_images), "samples": arguments.samples}
-        if asked.items() <= known(path)["runs"].get(name, {}).items():
+        request = {"settings": settings, "images": len(test_images), "samples": arguments.samples}
+        if request.items() <= read_report(path)["runs"].get(name, {}).items():
             continue
         folder = ROOT / "runs" / "objectives" / arguments.data / name
-        found = asked | trained(settings, folder)
-        found |= measure(folder / "pipeline", train_images, test_images, levels, arguments.samples, judge)
-        report = known(path) | beside  # read again: another process may do the other half of the runs
-        report["runs"][name] = found
+        results = request | train_if_needed(settings, folder)
+        results |= measure(folder / "pipeline", train_images, test_images, levels, arguments.samples, judge)
+        report = read_report(path) | other_codes  # read again: another process may add results of other trainings
+        report["runs"][name] = results
         write_text(path, json.dumps(report, indent=2) + "\n")
         write_text(path.with_suffix(".md"), table(report))
-        print(name, json.dumps(found), flush=True)
-    print(table(known(path)))
+        print(name, json.dumps(results), flush=True)
+    print(table(read_report(path)))
 
 
-def known(path):
+def read_report(path):
     return json.loads(path.read_text()) if path.is_file() else {"runs": {}}
 
 
-def trained(settings, folder):
-    """Trains into `folder`, unless what stands there was trained by the same config; the seconds that it took."""
+def train_if_needed(settings, folder):
+    """Train into `folder`, unless it holds a training with the same config; return the seconds of the training."""
     config, _ = load_config([*settings, "--output_dir", str(folder)])
-    took, written = folder / "training_seconds.json", folder / "config.yaml"
-    if not (took.is_file() and written.read_text() == as_yaml(config)):
-        took.unlink(missing_ok=True)
+    seconds_file, config_file = folder / "training_seconds.json", folder / "config.yaml"
+    if not (seconds_file.is_file() and config_file.read_text() == as_yaml(config)):
+        seconds_file.unlink(missing_ok=True)
         start = time.perf_counter()
         train(config)
-        write_text(took, json.dumps({"training_seconds": round(time.perf_counter() - start)}))
-    return json.loads(took.read_text())
+        write_text(seconds_file, json.dumps({"training_seconds": round(time.perf_counter() - start)}))
+    return json.loads(seconds_file.read_text())
 
 
 COLUMNS = {
@@ -206,9 +221,9 @@ def table(report):
     lines = ["| objective and schedule | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
     for name, run in report["runs"].items():
         lines.append(f"| {name} | " + " | ".join(cell(run) for cell in COLUMNS.values()) + " |")
-    beside = (f"{name.replace('_', ' ')} {report[name]:.3f}" for name in ("per_pixel_histogram", "png", "webp"))
-    told = f"Bits/dim of others on the same {report['images']} test images: {', '.join(beside)}."
-    return "\n".join([*lines, "", told, ""])
+    other_codes = (f"{name.replace('_', ' ')} {report[name]:.3f}" for name in ("per_pixel_histogram", "png", "webp"))
+    comparison = f"Bits/dim of others on the same {report['images']} test images: {', '.join(other_codes)}."
+    return "\n".join([*lines, "", comparison, ""])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The cost of EMA, log, checkpoints and data loader, as shares of the time of a training step.
+"""Measure the cost of EMA, log, checkpoints and data loader, as shares of the time of a training step.
 
     python benchmarks/training_overhead.py --config cifar10 --batch_size 16
 
-Takes the arguments of training/train.py. Each part is timed alone, after one call that is not timed; the clock stops when the
-device has finished.
+Takes the arguments of training/train.py. Each part is timed separately, after one warm-up call. The timer waits until
+the device has finished.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from ddpm_hf.training.log import Log
 from ddpm_hf.training.output import OutputFolder
 
 
-def seconds(call, repeats):
-    """The median time of a call."""
+def median_seconds(call, repeats):
+    """Return the median seconds of a call after one warm-up call."""
     return statistics.median(in_turns({"": call}, repeats, warmup=1)[""])
 
 
@@ -49,41 +49,45 @@ def main():
         output = stack.enter_context(OutputFolder(config, accelerator))
         finite, log = FiniteSteps(device, 25), Log(config, output, accelerator, 1000)
         checkpoints = Checkpoints(config, accelerator, own=dict(at=Position(), log=log), ema=ema, finite=finite)
-        seen, steps = {}, iter(range(1, 100))
+        last_step, steps = {}, iter(range(1, 100))
 
         def step():
             x_start = pixels_to_batch(next(stream)["pixels"], 256, config.random_flip)
             t, weights = timesteps.sample(len(x_start), device)
             losses = objective(unet, x_start, None, t)
             accelerator.backward((weights * losses).mean())
-            seen["norm"] = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-            seen.update(x_start=x_start, t=t, losses=losses.detach(), weights=weights)
+            last_step["norm"] = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+            last_step.update(x_start=x_start, t=t, losses=losses.detach(), weights=weights)
             optimizer.step()
             optimizer.zero_grad()
 
-        def logged():
-            log.add(seen["x_start"], seen["t"], seen["losses"], seen["weights"])
-            log.step(config.log_every, seen["norm"], steps_skipped=finite.skipped, learning_rate=0.1, ema_decay=0.9)
-
-        whole = seconds(step, 5)
-        parts = {
-            "EMA": seconds(lambda: ema.step(unet.parameters()), 10),
-            "skipping of steps that are not finite": seconds(
-                lambda: finite.check(seen["norm"], optimizer.optimizer), 10
-            ),
-            f"log, a row every {config.log_every} steps": seconds(
-                lambda: log.add(seen["x_start"], seen["t"], seen["losses"], seen["weights"]), 10
+        def write_log_row():
+            log.add(last_step["x_start"], last_step["t"], last_step["losses"], last_step["weights"])
+            log.step(
+                config.log_every, last_step["norm"], steps_skipped=finite.skipped, learning_rate=0.1, ema_decay=0.9
             )
-            + seconds(logged, 10) / config.log_every,
-            f"checkpoint every {config.checkpoint_every} steps": seconds(lambda: checkpoints.save(next(steps)), 2)
+
+        step_seconds = median_seconds(step, 5)
+        costs = {
+            "EMA": median_seconds(lambda: ema.step(unet.parameters()), 10),
+            "skipping of steps that are not finite": median_seconds(
+                lambda: finite.check(last_step["norm"], optimizer.optimizer), 10
+            ),
+            f"log, a row every {config.log_every} steps": median_seconds(
+                lambda: log.add(last_step["x_start"], last_step["t"], last_step["losses"], last_step["weights"]), 10
+            )
+            + median_seconds(write_log_row, 10) / config.log_every,
+            f"checkpoint every {config.checkpoint_every} steps": median_seconds(
+                lambda: checkpoints.save(next(steps)), 2
+            )
             / config.checkpoint_every,
-            "loader of a set in memory": seconds(lambda: next(stream), 50),
+            "loader of a set in memory": median_seconds(lambda: next(stream), 50),
         }
         log.bar.close()
-    print(f"\na step of {config.batch_size} images on {device}: {1000 * whole:.1f} ms")
-    for name, value in parts.items():
-        print(f"{name:40} {1000 * value:9.3f} ms  {value / whole:8.3%}")
-    print(f"{'together':40} {1000 * sum(parts.values()):9.3f} ms  {sum(parts.values()) / whole:8.3%}")
+    print(f"\na step of {config.batch_size} images on {device}: {1000 * step_seconds:.1f} ms")
+    for name, value in costs.items():
+        print(f"{name:40} {1000 * value:9.3f} ms  {value / step_seconds:8.3%}")
+    print(f"{'together':40} {1000 * sum(costs.values()):9.3f} ms  {sum(costs.values()) / step_seconds:8.3%}")
 
 
 if __name__ == "__main__":

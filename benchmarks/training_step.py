@@ -1,11 +1,11 @@
-"""A training step, forward to EMA: ours against diffusers' `train_unconditional.py`, eager and compiled, and peak memory.
+"""Time a training step, forward to EMA, and its peak memory: ours and diffusers' `train_unconditional.py`.
 
     python benchmarks/training_step.py [--networks quarter] [--precisions float32]
 
 Stock is the step of that script's loop with its default optimizer and EMA. Ours is the step of training/train.py, eager and
-with `--compile true` (and `--channels_last auto`), without its log and its check of finite steps (for these see
-benchmarks/training_overhead.py). All take turns, each in a process of its own, because settings of the allocator affect a whole
-process. Peak memory is the largest resident set in the steps after the first, minus that before the network was made.
+with `--compile true` (and `--channels_last auto`), without the log and the check for finite steps (for these see
+benchmarks/training_overhead.py). The variants take turns, each in its own process, because allocator settings affect the whole
+process. Peak memory is the largest resident set in the steps after the first one, minus that before the network was made.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from measure import has_bfloat16, in_turns_apart, medians, ratio, record
-from networks import network
+from measure import has_bfloat16, in_turns_in_processes, medians, ratio, record
+from networks import make_network
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_hf import DDPMUNet, DiffusionObjective, UniformTimesteps, VariationalDDPMScheduler
@@ -24,20 +24,20 @@ from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.training.devices import channels_last, compile_network
 
 BATCH_SIZES = {"digits": 64, "quarter": 32, "cifar10": 16}
-KINDS = ("stock", "stock compiled", "ours", "ours compiled")
+VARIANTS = ("stock", "stock compiled", "ours", "ours compiled")
 
 
-def make_step(kind, name, precision):
-    """One call is one step of a network of its own."""
-    unet = network(name, UNet2DModel if kind.startswith("stock") else DDPMUNet).train()
+def make_step(variant, name, precision):
+    """Return a call that runs one training step of a new network."""
+    unet = make_network(name, UNet2DModel if variant.startswith("stock") else DDPMUNet).train()
     size, channels = unet.config.sample_size, unet.config.in_channels
     x_start = torch.rand(BATCH_SIZES[name], channels, size, size) * 2 - 1
-    compiled, half = kind.endswith("compiled"), precision == "bfloat16"
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
-    return (stock_step if kind.startswith("stock") else our_step)(unet, x_start, compiled, autocast, half)
+    compiled, is_bfloat16 = variant.endswith("compiled"), precision == "bfloat16"
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16)
+    return (stock_step if variant.startswith("stock") else our_step)(unet, x_start, compiled, autocast, is_bfloat16)
 
 
-def stock_step(unet, x_start, compiled, autocast, half):
+def stock_step(unet, x_start, compiled, autocast, is_bfloat16):
     scheduler = DDPMScheduler()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -59,8 +59,8 @@ def stock_step(unet, x_start, compiled, autocast, half):
     return step
 
 
-def our_step(unet, x_start, compiled, autocast, half):
-    device, config = x_start.device, TrainConfig(compile=compiled, mixed_precision="bf16" if half else "no")
+def our_step(unet, x_start, compiled, autocast, is_bfloat16):
+    device, config = x_start.device, TrainConfig(compile=compiled, mixed_precision="bf16" if is_bfloat16 else "no")
     keep_freed_memory()
     if channels_last(config, device):
         unet.to(memory_format=torch.channels_last)
@@ -85,7 +85,9 @@ def our_step(unet, x_start, compiled, autocast, half):
 
 
 def measure(name, precision, rounds):
-    seconds, memory, _ = in_turns_apart({kind: (make_step, kind, name, precision) for kind in KINDS}, rounds, warmup=2)
+    seconds, memory, _ = in_turns_in_processes(
+        {variant: (make_step, variant, name, precision) for variant in VARIANTS}, rounds, warmup=2
+    )
     return {
         "network": name,
         "batch": BATCH_SIZES[name],

@@ -1,4 +1,4 @@
-"""Write docs/options.md, the table of all options of all commands: python docs/make_options.py"""
+"""Write docs/options.md, the tables of the options of all commands: python docs/make_options.py"""
 
 import dataclasses
 import inspect
@@ -39,17 +39,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def value(default) -> str:
-    """A default as it is written on the command line."""
+def format_value(default) -> str:
+    """Format a default value as on the command line."""
     return f"`{json.dumps(default).replace(chr(34), '')}`"
 
 
-def rows_of(kind) -> dict[str, list[list[str]]]:
-    """Group -> a row for each key of a config: option, default, meaning."""
+def option_rows(config_class) -> dict[str, list[list[str]]]:
+    """Return the rows (option, default, meaning) of a config's keys, by group."""
     groups = {}
-    for field in keys_of(kind):
+    for field in keys_of(config_class):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        text = f"*{value(default)}*" if field.metadata["from_data"] else value(default)
+        text = f"*{format_value(default)}*" if field.metadata["from_data"] else format_value(default)
         row = [f"`--{field.name}`", text, field.metadata["help"]]
         groups.setdefault(field.metadata["group"], []).append(row)
     return groups
@@ -74,27 +74,31 @@ def section_table(owner: type) -> str:
     derived = {"self", *TrainConfig.DERIVED, *ClassifierConfig.DERIVED}
     parameters = inspect.signature(owner.__init__).parameters.values()
     rows = [
-        [f"`{each.name}`", "required" if each.default is each.empty else value(each.default)]
-        for each in parameters
-        if each.name not in derived
+        [f"`{parameter.name}`", "required" if parameter.default is parameter.empty else format_value(parameter.default)]
+        for parameter in parameters
+        if parameter.name not in derived
     ]
     return table(["key", "default"], rows)
 
 
 def page() -> str:
-    keys, classifier_keys = rows_of(TrainConfig), rows_of(ClassifierConfig)
-    own = {name: [row for row in rows if row not in keys.get(name, [])] for name, rows in classifier_keys.items()}
-    common = {row[0] for rows in classifier_keys.values() for row in rows} - {
-        row[0] for rows in own.values() for row in rows
+    keys, classifier_keys = option_rows(TrainConfig), option_rows(ClassifierConfig)
+    classifier_only = {
+        name: [row for row in rows if row not in keys.get(name, [])] for name, rows in classifier_keys.items()
     }
-    only = "It takes these keys of `ddpm-hf train`, with the same defaults: " + ", ".join(sorted(common)) + ". Its own:"
-    parts = [HEAD, "## ddpm-hf train", config_tables(keys), "## ddpm-hf train-classifier", only]
-    parts += [config_tables({name: rows for name, rows in own.items() if rows})]
+    common = {row[0] for rows in classifier_keys.values() for row in rows} - {
+        row[0] for rows in classifier_only.values() for row in rows
+    }
+    introduction = (
+        "It takes these keys of `ddpm-hf train`, with the same defaults: " + ", ".join(sorted(common)) + ". Its own:"
+    )
+    blocks = [HEAD, "## ddpm-hf train", config_tables(keys), "## ddpm-hf train-classifier", introduction]
+    blocks += [config_tables({name: rows for name, rows in classifier_only.items() if rows})]
     for name, make_parser in COMMANDS.items():
-        parts += [f"## ddpm-hf {name}", parser_table(make_parser())]
+        blocks += [f"## ddpm-hf {name}", parser_table(make_parser())]
     for name, owner in SECTIONS.items():
-        parts += [f"## Keys of {name}", section_table(owner)]
-    return "\n".join(part if part.endswith("\n") else f"{part}\n" for part in parts)
+        blocks += [f"## Keys of {name}", section_table(owner)]
+    return "\n".join(block if block.endswith("\n") else f"{block}\n" for block in blocks)
 
 
 if __name__ == "__main__":

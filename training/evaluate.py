@@ -1,13 +1,14 @@
-"""A saved pipeline and a data set -> bits/dim: the variational bound of Ho, Jain, Abbeel 2020, term by term, or the ODE's.
+"""Measure the bits/dim of a saved pipeline on a data set: the bound of Ho, Jain, Abbeel 2020, or the ODE's likelihood.
 
     python training/evaluate.py runs/digits/pipeline --data digits --split test
     python training/evaluate.py google/ddpm-cifar10-32 --data uoft-cs/cifar10 --split test --estimate 50 --out measured
     python training/evaluate.py runs/digits-vp/pipeline --data digits --ode      # Score-SDE, section 4.3
 
-Takes any DDPM folder or Hub id, diffusers' own included; networks of continuous time have --ode alone. Background, crop,
-columns and names of the labels are those of the training, as the pipeline's config has them. Prints a table; writes
-evaluation.json and, where every term was computed, each of them as evaluation.csv and the plot evaluation.png: into --out, or
-beside the weights of a run of train.py, whose model card is brought up to date unless it was changed by hand.
+Accepts any DDPM folder or Hub id, also those saved by diffusers. Continuous-time pipelines need --ode. Images and
+labels are read as in training: background, crop, columns and class names come from the pipeline's config. Prints a
+table and writes evaluation.json into --out. If every term of the bound was computed, also writes evaluation.csv and the
+plot evaluation.png. Without --out, the files of a pipeline trained by train.py go beside its weights, and its model
+card is updated, unless it was edited by hand.
 """
 
 import sys

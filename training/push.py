@@ -1,9 +1,9 @@
-"""A saved pipeline -> the Hub: weights, configs, source, card, pictures and numbers, in one commit.
+"""Publish a saved pipeline on the Hub in one commit: weights, configs, source, model card, pictures and results.
 
     python training/push.py runs/digits/pipeline --repo_id user/digits --license apache-2.0
 
-Nothing else of the run is sent. The card is written anew for that name, unless it was changed by hand. Can be repeated: what
-the repository has is not sent again.
+Other files of the run are not uploaded. The model card is rewritten for the repository, unless it was edited by hand. The
+command can be repeated; files that the repository already has are not uploaded again.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Trains a DDPM (Ho, Jain, Abbeel 2020, Algorithm 1) and saves it as a pipeline that diffusers opens.
+"""Train a DDPM (Ho, Jain, Abbeel 2020, Algorithm 1) and save it as a pipeline that diffusers can load.
 
-    accelerate launch training/train.py --data path/to/pictures        # the settings follow the pictures
+    accelerate launch training/train.py --data path/to/pictures        # settings chosen for the pictures
     accelerate launch training/train.py --config digits                # a preset, or a YAML file
     accelerate launch training/train.py --config cifar10 --data path/to/images --image_size 64 --output_dir runs/mine
-    python training/train.py --config mnist --steps 100 --dry_run      # shows what it would do
+    python training/train.py --config mnist --steps 100 --dry_run      # shows the settings without training
 
---help lists the keys: each is one of a YAML file too.
+--help lists the options. Each is also a key of the YAML file.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Trains a classifier of noisy images for classifier guidance (Dhariwal & Nichol 2021, section 4: "ADM") and saves it.
+"""Train a classifier of noisy images for classifier guidance (ADM: Dhariwal & Nichol 2021, section 4) and save it.
 
     accelerate launch training/train_classifier.py --config digits --pipeline runs/digits-classes/pipeline
     python training/train_classifier.py --config mnist --steps 100 --dry_run
 
-With --pipeline it is trained on that pipeline's process, and saved with it as <output_dir>/pipeline too. --help lists the keys:
-each is one of a YAML file too.
+With --pipeline the classifier is trained on that pipeline's diffusion process, and both are also saved together as
+<output_dir>/pipeline. --help lists the options. Each is also a key of the YAML file.
 """
 
 import sys
