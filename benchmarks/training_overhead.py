@@ -48,7 +48,7 @@ def main():
         stream = batches(open_loader(PixelTensors(pixels), config, accelerator), config, Position())
         output = stack.enter_context(OutputFolder(config, accelerator))
         finite, log = FiniteSteps(device, 25), Log(config, output, accelerator, 1000)
-        checkpoints = Checkpoints(config, accelerator, own=dict(at=Position(), log=log), ema=ema, finite=finite)
+        checkpoints = Checkpoints(config, accelerator, per_process=dict(at=Position(), log=log), ema=ema, finite=finite)
         last_step, steps = {}, iter(range(1, 100))
 
         def step():
