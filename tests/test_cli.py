@@ -184,8 +184,14 @@ def test_options_may_have_hyphens():
     assert plain.out == "a-b.png"
 
 
-def test_options_may_be_shortened_as_in_argparse():
-    assert sample.make_parser().parse_args(["x", "--guid", "2"]).guidance_scale == 2
+@pytest.mark.parametrize("name", PARSERS)
+def test_options_are_not_shortened(capsys, name):
+    """As in `train`; the message names the whole option."""
+    for option in [action.option_strings[-1] for action in PARSERS[name]()._actions if action.option_strings]:
+        with pytest.raises(SystemExit) as end:
+            PARSERS[name]().parse_args(["x", option[:-1], "2"])
+        message = capsys.readouterr().err
+        assert end.value.code == 2 and f"unknown option {option[:-1]!r}; did you mean '{option[:4]}" in message
 
 
 def test_choices_are_those_of_the_package():

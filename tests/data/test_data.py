@@ -411,6 +411,28 @@ def test_images_of_one_name_are_counted_one_by_one():
     assert len(list(training_set(stream, to_pixels, max_broken=0.1))) == 36
 
 
+def test_all_broken_images_are_named(tmp_path, caplog):
+    """Up to ten, in one message, and each in one warning, however often the folder is read."""
+    for i in range(40):
+        Image.new("L", (4, 4), i).save(tmp_path / f"{i:02}.png")
+    for i in (3, 14, 25, 36, 38):
+        (tmp_path / f"{i:02}.png").write_bytes(b"broken")
+    data, to_pixels = load_images(str(tmp_path)), image_to_pixels((4, 4))
+    for memory in (0, 2**30):
+        with pytest.raises(ValueError) as caught:
+            list(training_set(data, to_pixels, max_broken=0.05, memory=memory))
+        message = str(caught.value)
+        assert message.startswith(f"5 of 40 images cannot be read, the last {tmp_path}/38.png (")
+        others = ", ".join(f"{tmp_path}/{name}.png" for name in ("03", "14", "25", "36"))
+        assert f"), the others {others}; remove them, or raise max_broken=0.05" in message
+    assert [record.message.partition(" ")[0][-6:] for record in caplog.records] == ["03.png", "14.png"]
+    for i in range(20, 40):
+        (tmp_path / f"{i:02}.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="^at least 10 of 40 images cannot be read, ") as caught:
+        training_set(data, to_pixels)
+    assert str(caught.value).count(f"{tmp_path}/") == 11  # one also in its reason
+
+
 BROKEN = {
     "PNG": {},
     "JPEG": {},

@@ -1,6 +1,8 @@
 """ddpm-hf train with a folder of pictures: what it finds, what it says, and what it ends with."""
 
+import io
 import json
+import re
 import shlex
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from ddpm_hf import DDPMImagePipeline
 from ddpm_hf.cli.train import summary_lines, with_data_option
+from ddpm_hf.errors import UserError
 from ddpm_hf.training import plan as planning
 from ddpm_hf.training.config import TrainConfig
 from support.scripts import command
@@ -47,10 +50,12 @@ def test_a_folder_becomes_a_model(pets, monkeypatch):
         assert f"  {fact}" in printed
     assert any(line.startswith("ddpm-hf train: 0.05 minutes are ") for line in printed)
     run = yaml.safe_load((pets / "runs/my-pets/config.yaml").read_text())
-    bits, sheet, more, publish = result.stdout.splitlines()[-4:]
+    assert sum("M parameters, output_dir=runs/my-pets" in line for line in printed) == 1
+    bits, sheet, more, evaluate, publish = result.stdout.splitlines()[-5:]
     assert bits.startswith("bits/dim ") and bits.endswith(f" of held-out images, after step {run['steps']:,}")
     assert (pets / sheet.split()[1]).is_file() and sheet.split()[1].endswith(f"{run['steps']:07d}.png")
     assert more.partition(" ")[2].strip() == "ddpm-hf sample runs/my-pets/pipeline"
+    assert evaluate.endswith(" ddpm-hf evaluate runs/my-pets/pipeline --data 'my pets' --split train")
     assert publish.endswith(" ddpm-hf push runs/my-pets/pipeline --repo_id USER/my-pets")
     pipeline = DDPMImagePipeline.from_pretrained("runs/my-pets/pipeline")
     assert pipeline.class_names == ["cat", "dog"] and pipeline.channels == 3
@@ -77,7 +82,7 @@ def test_digits(pets):
     result = command("train", "digits", "--steps", "2", "--eval_every", "0", *TINY.split())
     assert "data='digits': 1,437 images\n  image_size=8" in result.stderr and "with 10 classes" in result.stderr
     lines = result.stdout.splitlines()  # nothing was measured
-    assert "bits/dim     ddpm-hf evaluate runs/digits/pipeline" in lines
+    assert "evaluate     ddpm-hf evaluate runs/digits/pipeline" in lines
     command(*lines[-3].split()[2:], "--count", 4, "--steps", 2)
     command(*lines[-2].split()[2:], "--images", 4, "--estimate", 8)
 
@@ -85,7 +90,10 @@ def test_digits(pets):
 def test_a_trial_of_few_steps_and_the_run_after_it(pets):
     """A short run ends with a sheet and a measurement, too, and leaves nothing behind that a longer one would suffer from."""
     trial = command("train", "my pets", "--steps", "2", *TINY.split())
-    assert [line.split()[0] for line in trial.stdout.splitlines()[-4:]] == ["bits/dim", "samples", "sample", "publish"]
+    names = ["bits/dim", "samples", "sample", "evaluate", "publish"]
+    assert [line.split()[0] for line in trial.stdout.splitlines()[-5:]] == names
+    command(*shlex.split(trial.stdout.splitlines()[-2])[2:], "--estimate", 8)  # of the held-out images
+    assert json.loads((pets / "runs/my-pets/pipeline/evaluation.json").read_text())["images"] == 2
     run = pets / "runs/my-pets"
     assert sheets(run) == ["0000002.png"] and (run / "pipeline/samples.png").is_file()
     rerun = command("train", "my pets", "--steps", "2", *TINY.split())
@@ -124,6 +132,85 @@ def test_the_commands_that_it_ends_with_are_quoted(tmp_path):
     assert sample == ["sample", "ddpm-hf", "sample", str(folder)]
     assert evaluate[1:] == ["ddpm-hf", "evaluate", str(folder), "--data", "my pets", "--split", "train[:90%]"]
     assert publish[1:] == ["ddpm-hf", "push", str(folder), "--repo_id", "USER/it-s-HOME"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "options"),
+    [
+        (dict(data="digits"), []),
+        (dict(data="digits", eval_every=5), []),
+        (dict(data="digits", held_out=0.1, eval_every=5), ["--split", "train"]),
+        (dict(data="pets", eval_every=5), ["--data", "pets"]),
+        (dict(data="pets", held_out=0.1, eval_every=5), ["--data", "pets", "--split", "train"]),
+        (dict(data="pets", eval_data="cats", eval_split="train", eval_every=5), ["--data", "cats", "--split", "train"]),
+        (dict(data="digits", process="vp"), ["--ode"]),
+    ],
+)
+def test_the_images_that_the_command_evaluates(tmp_path, keys, options):
+    (tmp_path / "metrics.jsonl").write_text("")
+    lines = [shlex.split(line) for line in summary_lines(TrainConfig(**keys), tmp_path / "pipeline")]
+    assert lines[1] == ["evaluate", "ddpm-hf", "evaluate", str(tmp_path / "pipeline"), *options]
+
+
+def test_an_upsampler_has_no_likelihood_to_evaluate(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    lines = summary_lines(TrainConfig(low_resolution=4), tmp_path / "pipeline")
+    assert [line.split()[0] for line in lines] == ["sample", "publish"]
+
+
+@pytest.mark.parametrize("argv", [[], ["--config", "digits-classes"]])
+def test_a_run_with_a_preset_begins_with_one_line(pets, monkeypatch, argv):
+    """Without arguments, too; nothing has been read or trained by then."""
+    monkeypatch.setattr("ddpm_hf.training.loop.open_accelerator", lambda config: fail_with(UserError("no device")))
+    (line, end) = command("train", *argv, check=False).stderr.splitlines()
+    preset, classes = ("digits-classes", ", 10 classes") if argv else ("digits", "")
+    assert line.startswith(f"ddpm-hf train: preset {preset}, data='digits', image_size=8, channels=1{classes}, ")
+    assert re.search(rf", \d+\.\d\d M parameters, steps=\d+, batch_size=64, output_dir=runs/{preset}$", line)
+    assert end == "ddpm-hf train: no device"
+
+
+def fail_with(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--scheduler.beta_schedule cosin", "scheduler.beta_schedule='cosin' is not known"),
+        ("--lr_schedule cosin", "lr_schedule='cosin' is not known; did you mean 'cosine'?"),
+        ("--background whit", "background='whit' is not a color"),
+        ("--process vq", "process='vq' is not known"),
+        ("--loss simpel", "loss='simpel' is not known"),
+        ("--unet.dropout 7", "unet.dropout=7 must be"),
+    ],
+)
+def test_a_bad_value_is_one_line(pets, words, message):
+    """And nothing about what was found in the data."""
+    (line,) = command("train", "my pets", *words.split(), check=False).stderr.splitlines()
+    assert line.startswith(f"ddpm-hf train: {message}")
+
+
+def test_a_mistyped_folder_that_is_not_on_the_hub_either(pets, hub):
+    (pets / "flat").mkdir()
+    first, last = command("train", "flatt", check=False).stderr.splitlines()
+    hint = "there is no folder or file 'flatt' here; did you mean 'flat'?"
+    assert first == f"ddpm-hf train: {hint} Looking for a data set of this name on the Hub"
+    assert last.startswith(f"ddpm-hf train: data='flatt': {hint} On the Hub: ")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_progress_bar_names_the_work_at_the_end(pets, monkeypatch):
+    """Which begins when no training step is left."""
+    monkeypatch.setattr("support.scripts.io.StringIO", Terminal)
+    printed = command("train", "my pets", "--steps", "2", *TINY.split()).stderr
+    sampling, measuring = (
+        printed.index(f"{work}: ") for work in ("sampling a sheet of 64 images", "measuring 2 held-out images")
+    )
+    assert 0 < sampling < measuring
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,26 @@ def test_lines_where_there_is_no_terminal(config, accelerator, capsys):
     assert " images/s, 00:00 left" in lines[0]
 
 
+def test_the_error_bar_is_the_standard_error_that_is_printed(tmp_path, monkeypatch):
+    """And legends stand above the panels, where they hide no points."""
+    panels = []
+    monkeypatch.setattr("ddpm_hf.training.plots.save_figure", lambda figure, path: panels.extend(figure.axes))
+    errors = dict(bits_per_dim_sampling_error=0.06, bits_per_dim_standard_error=0.11)
+    rows = [{"step": step, "loss": 1.0, "bits_per_dim": 3.0, **errors} for step in (1, 2)]
+    plot_curves([*rows, {"step": 2, "samples_mean_grey": 0.5, "samples_std_grey": 0.5}], ["grey"], tmp_path / "x.png")
+    (panel,) = [panel for panel in panels if panel.get_ylabel() == "bits/dim of held-out images"]
+    (bars,) = panel.containers
+    assert bars.get_label() == "mean and its standard error"
+    (segments,) = [lines.get_segments() for lines in bars[2]]
+    assert segments[0][:, 1].tolist() == pytest.approx([2.89, 3.11])
+    legends = [panel for panel in panels if panel.get_legend()]
+    assert len(legends) == 3
+    for panel in legends:
+        panel.figure.canvas.draw()
+        assert panel.get_legend().get_window_extent().y0 >= panel.get_window_extent().y1
+        assert panel.get_legend().get_window_extent().y1 <= panel.figure.bbox.y1
+
+
 def test_a_single_point_can_be_seen_in_the_curves(tmp_path):
     row = {"step": 1, "loss": 1.0, **{f"loss_t_quarter_{i}": 0.3 * i for i in range(1, 5)}}
     plot_curves([row], ["grey"], tmp_path / "curves.png")

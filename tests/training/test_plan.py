@@ -64,6 +64,24 @@ def test_the_plan_in_words():
     assert len(describe(plan(before, RATE, 1800), RATE, before).splitlines()) == 2  # 3,500 steps are not few
 
 
+def test_a_sheet_has_as_many_samples_of_each_class():
+    labels = dict(label_column="label", unet={"num_class_embeds": 10})
+    assert (
+        plan(minutes(**labels), RATE, 20).sample_count == 40 and plan(minutes(**labels), RATE, 1800).sample_count == 60
+    )
+    assert plan(minutes(**labels), RATE, 18).sample_count == 30  # 36 are possible
+    assert plan(minutes(**labels), RATE, 0.1).sample_count == 4
+    assert plan(minutes(**labels, sample_count=64, explicit=frozenset({"sample_count"})), RATE, 20).sample_count == 64
+
+
+def test_the_plan_names_no_more_images_than_are_held_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "TIMED_SECONDS", 0.0)
+    keys = dict(data="digits", minutes=0.05, unet=TINY, output_dir=str(tmp_path / "run"), sample_steps=2)
+    train(**keys, eval_evaluations=8, held_out=0.002, eval_every=1000)
+    assert "eval_images=3" in capsys.readouterr().err
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["eval_images"] == 3
+
+
 def test_explicit_keys_stay():
     keys = dict(lr_schedule="constant", ema_decay=0.5, sample_every=7, eval_every=0, sample_count=640)
     config = plan(minutes(**keys, explicit=frozenset(keys)), RATE, 1800)

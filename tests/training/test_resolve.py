@@ -17,6 +17,7 @@ from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, as_yaml
 from ddpm_hf.training.diffusion import DiffusionTask
 from ddpm_hf.training.from_pipeline import check_class_names
+from ddpm_hf.training.header import print_header
 from ddpm_hf.training.inputs import held_out_images, open_images
 from ddpm_hf.training.resolve import resolve
 from ddpm_hf.training.resume import checkpoint_to_resume
@@ -57,10 +58,12 @@ def test_a_folder_of_classes(tmp_path, monkeypatch, capsys):
         "DownBlock2D",
     ]  # attention at 14 pixels
     assert config.unet["up_block_types"] == ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
+    print_header(config, 1_234_567)
     printed = capsys.readouterr().err
     assert printed.startswith("train.py: data='my pets': 40 images\n  image_size=28 (") and "with 2 classes" in printed
     assert "\n  held_out=0.05 (2 images" in printed
     assert "\n  unet.block_out_channels=128,256,256\n  steps=1000, batch_size=38, learning_rate=0.0002\n" in printed
+    assert "\n  1.23 M parameters, output_dir=runs/my-pets\nEach can be given as --key value" in printed
     (tmp_path / "written.yaml").write_text(as_yaml(config))
     assert as_yaml(resolved("--config", "written.yaml")) == as_yaml(config)  # all is said: the data is not looked at
     assert not capsys.readouterr().err
@@ -172,7 +175,7 @@ def test_own_pictures_from_nothing_to_a_pipeline(tmp_path):
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["held_out"] == 0.05
     pictures(tmp_path / "data/a", 1, (300, 300))
     resumed = script("train.py", *arguments, "--steps", 3, "--learning_rate", 0.01)
-    assert "image_size" not in resumed.stderr
+    assert "their shorter side" not in resumed.stderr and "image_size=8, channels=3, 2 classes" in resumed.stderr
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["learning_rate"] for row in rows if "learning_rate" in row] == [0.0002, 0.01]
     assert [row["step"] for row in rows if "bits_per_dim" in row] == [2, 3]

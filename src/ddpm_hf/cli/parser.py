@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width),
             epilog="In parentheses: the default, or what happens without the option.",
             add_help=False,
+            allow_abbrev=False,
         )
 
     def group(self, title: str) -> Callable[..., argparse.Action]:
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         option_names = [name for action in self._actions for name in action.option_strings]
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
-            if name.startswith("--") and not any(option.startswith(name) for option in option_names):
+            if name.startswith("--") and name not in option_names:
                 self.error(f"unknown option {name[:60]!r}{did_you_mean(name[:60], option_names) or '; see --help'}")
         return super().parse_args(words, namespace)
 
@@ -59,7 +60,8 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(name: str, valid_names: list[str]) -> str:
     """Return the end of a message about an unknown name: the nearest valid name, or nothing."""
-    close = difflib.get_close_matches(name, valid_names, n=1)
+    longer = [valid for valid in valid_names if valid.startswith(name)]
+    close = longer if len(longer) == 1 else difflib.get_close_matches(name, valid_names, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

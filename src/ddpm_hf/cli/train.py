@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ddpm_hf.cli.parser import check_path, hide_progress_in_logs
+from ddpm_hf.cli.parser import BUILT_IN, check_path, hide_progress_in_logs
 from ddpm_hf.errors import UserError
 from ddpm_hf.extras import require_extra
 from ddpm_hf.training.command_line import load_config
@@ -64,7 +64,7 @@ def _is_switch_value(argv, place, word):
     )
 
 
-def summary_lines(config: RunConfig, folder: Path) -> list[str]:
+def summary_lines(config: TrainConfig, folder: Path) -> list[str]:
     """What a finished run has made, and the commands that go on with it.
 
     Args:
@@ -78,17 +78,25 @@ def summary_lines(config: RunConfig, folder: Path) -> list[str]:
         lines.append(f"samples      {sheets[-1]}")
     quoted = shlex.quote(str(folder))
     lines.append(f"sample       ddpm-hf sample {quoted}")
-    if not measured:
-        lines.append(f"bits/dim     {shlex.join(['ddpm-hf', 'evaluate', str(folder), *_data_options(config)])}")
+    if not config.low_resolution:  # there is no likelihood of an upsampler
+        lines.append(f"evaluate     {shlex.join(['ddpm-hf', 'evaluate', str(folder), *_evaluate_options(config)])}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.absolute().name).strip("-.") or "model"
     return [*lines, f"publish      ddpm-hf push {quoted} --repo_id USER/{name}"]
 
 
-def _data_options(config):
-    """The options of `evaluate` for the data that a run trained on; a data set that comes with the package needs none."""
-    from ddpm_hf.data.sources import BUILT_IN
+def _evaluate_options(config):
+    """The options of `evaluate` for the images that a run held out, or without such for those that it trained on.
 
-    return [] if config.data in BUILT_IN else ["--data", config.data, "--split", config.split]
+    The test split of a data set that comes with the package needs none.
+    """
+    data, split = config.data, config.split
+    if config.eval_every and not config.held_out:
+        data, split = config.eval_data or data, config.eval_split
+    elif data in BUILT_IN and not config.held_out:
+        split = "test"
+    options = [] if data in BUILT_IN and data == config.data else ["--data", data]
+    options += [] if split == "test" else ["--split", split]
+    return options + (["--ode"] if config.process != "ddpm" else [])
 
 
 def measured_text(run: Path) -> str | None:

@@ -1,7 +1,10 @@
 """A data set of images as a training set: pixels and classes, with broken images left out."""
 
+import contextlib
 import dataclasses
+import functools
 import logging
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 
@@ -16,6 +19,8 @@ from ddpm_hf.data.labels import LabelColumn, label_ids
 from ddpm_hf.data.pixels import ImageDoesNotFit, decode_image, pixel_limit
 
 logger = logging.getLogger(__name__)
+
+MOST_NAMED, MOST_SEARCHED = 10, 1000  # broken images in an error's message, and the images in which they are searched
 
 
 def image_column(dataset: datasets.Dataset | datasets.IterableDataset, column: str | None = None) -> str:
@@ -98,6 +103,15 @@ def training_set(
     return images
 
 
+class _TooManyBroken(ValueError):
+    """More images cannot be read than may be left out."""
+
+
+@functools.cache  # warn once, also if training and held-out images are in one folder
+def _warn_of_file(name, reason):
+    logger.warning("%s cannot be read (%s) and is left out", name, reason)
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Reader:
     """Turns rows into items, and counts the images of its own process that cannot be read."""
@@ -107,8 +121,9 @@ class _Reader:
     labels: LabelColumn | None
     max_broken: float
     max_image_pixels: int | None
-    broken: set = dataclasses.field(default_factory=set)  # rows whose image cannot be read
+    broken: dict = dataclasses.field(default_factory=dict)  # row whose image cannot be read -> its file, and why
     warned_of: set = dataclasses.field(default_factory=set)  # names of images
+    is_searching: bool = False  # for all broken images, where there are too many
     rows_read: int = 0  # of a stream
 
     def read(self, row, row_name, total):
@@ -141,21 +156,32 @@ class _Reader:
             return self.to_pixels(decode_image(**row[self.column]))
 
     def _leave_out(self, row, row_name, total, error):
-        """Counts a broken image, and warns of it once. Raises ValueError if there are too many."""
+        """Counts a broken image, and warns of it once. Raises _TooManyBroken if there are too many."""
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         if isinstance(error, Image.DecompressionBombError):
             limit = self.max_image_pixels or 2 * Image.MAX_IMAGE_PIXELS
             reason = f"more than {limit:,} pixels; raise max_image_pixels to allow it"
-        self.broken.add(row_name)  # not the name of the file, which several rows may have
         name = row[self.column] and row[self.column].get("path") or row_name
+        self.broken[row_name] = name, reason  # several rows may have one file
+        if self.is_searching:
+            return
         if len(self.broken) > self.max_broken * total:
-            raise ValueError(
-                f"{len(self.broken)} of {total} images cannot be read, the last {name} ({reason}); remove it, or "
-                f"raise max_broken={self.max_broken}, the share that may be left out"
-            ) from None
-        if name not in self.warned_of:
+            raise _TooManyBroken(self.too_many(total)) from None
+        if os.path.isabs(name):
+            _warn_of_file(name, reason)
+        elif name not in self.warned_of:
             self.warned_of.add(name)
             logger.warning("%s cannot be read (%s) and is left out", name, reason)
+
+    def too_many(self, total, at_least=False):
+        """The message about too many broken images: their number, the last one with the reason, and the others by name."""
+        *others, (name, reason) = self.broken.values()
+        others = sorted({other for other, _ in others} - {name})[: MOST_NAMED - 1]
+        return (
+            f"{'at least ' if at_least else ''}{len(self.broken)} of {total} images cannot be read, the last {name} ({reason})"
+            f"{', the others ' if others else ''}{', '.join(others)}; remove {'them' if others else 'it'}, or raise "
+            f"max_broken={self.max_broken}, the share that may be left out"
+        )
 
 
 class ReadImages(torch.utils.data.Dataset):
@@ -177,7 +203,21 @@ class ReadImages(torch.utils.data.Dataset):
         raise ValueError("no image of the data can be read")
 
     def _item(self, index):
-        return self.reader.read(self.dataset[index], f"row {index}", len(self))
+        try:
+            return self.reader.read(self.dataset[index], f"row {index}", len(self))
+        except _TooManyBroken:
+            at_least = self._search_broken()
+            raise ValueError(self.reader.too_many(len(self), at_least)) from None
+
+    def _search_broken(self):
+        """Reads on until there are enough broken images for a message; returns whether there may be more of them."""
+        self.reader.is_searching = True
+        for index in range(min(len(self), MOST_SEARCHED)):
+            if len(self.reader.broken) >= MOST_NAMED:
+                return True
+            with contextlib.suppress(ValueError, ImageDoesNotFit):  # of other mistakes
+                self.reader.read(self.dataset[index], f"row {index}", len(self))
+        return len(self) > MOST_SEARCHED
 
     def readable(self, rows: Iterable[int]) -> Iterator[dict]:
         """The items of these rows, in this order, without those that cannot be read."""

@@ -1,5 +1,6 @@
 """Opens data sets of images by name: built-in, in files and folders, or on the Hub."""
 
+import contextlib
 import functools
 import glob
 import importlib
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import logging as hub_logging, validate_repo_id
 from PIL import Image
 
 from ddpm_hf.arguments import listed, shown
 from ddpm_hf.data.folders import TABLES, as_stream, check_tars, load_tables, open_folder
+from ddpm_hf.files.missing import missing_path
 from ddpm_hf.files.paths import unreadable_file
 
 DIGITS_TEST_IMAGES = 360
@@ -104,7 +106,26 @@ def _load(source, split, streaming):
         return load_tables(TABLES[ending], escaped, split, streaming)
     if problem := unreadable_file(source):
         raise NotADirectoryError(problem)
-    return datasets.load_dataset(source, split=split, streaming=streaming)
+    problem = missing_path(source)
+    try:
+        with _quiet_retries() if problem else contextlib.nullcontext():
+            return datasets.load_dataset(source, split=split, streaming=streaming)
+    except OSError as error:
+        if not problem:
+            raise
+        message = f"{problem}{'' if problem.endswith('?') else '.'} On the Hub: {error}"
+        raise FileNotFoundError(message) from error
+
+
+@contextlib.contextmanager
+def _quiet_retries():
+    """Within this context huggingface_hub does not warn of connections that it tries again."""
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
 
 
 def is_hub_id(source: str) -> bool:

@@ -188,7 +188,7 @@ def _check_training(config):
         )
     if config.low_resolution and config.eval_every:
         raise ConfigError("eval_every measures networks that start from noise alone; leave it out with low_resolution")
-    if config.resolved and config.process != "ddpm":
+    if (config.resolved or not config.init_from) and config.process != "ddpm":
         _check_continuous(config)
     if config.push_to_hub is not None and not HUB_ID.fullmatch(config.push_to_hub):
         raise ConfigError(f"push_to_hub={shown(config.push_to_hub)} must be user/name, as on the Hub")

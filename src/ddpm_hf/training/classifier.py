@@ -78,7 +78,7 @@ class ClassifierTask(Task):
         config = self.config
         if not config.eval_every or (step % config.eval_every and step != config.steps):
             return None
-        self.log.say(f"step {step:,}: measuring {len(self.held_out[0])} held-out images")
+        self.log.begin_work(step, f"measuring {len(self.held_out[0])} held-out images")
         row = held_out_accuracy(config, self.interrupts, self.network, self.scheduler, *self.held_out)
         self.log.note(step, **row)
         return row["loss_held_out"]

@@ -35,7 +35,7 @@ def _group(name):
     return key
 
 
-_data, _network, _training = _group("data"), _group("network and process"), _group("training")
+_data, _network, _training = _group("data"), _group("network and noise scheduler"), _group("training")
 _output, _evaluation, _publishing = _group("what it writes"), _group("evaluation"), _group("publishing")
 
 
@@ -65,10 +65,10 @@ class RunConfig:
     background: str = _data("white", "color behind transparent pixels, for less than 4 channels; a name or #rrggbb")
     channels: int = _data(1, "1 (grey), 3 (RGB) or 4 (RGBA)", from_data=True)
     random_flip: bool = _data(False, "mirror each image left to right with probability 1/2")
-    scheduler: dict = _network({}, "keys of the process: see --scheduler.KEY below", from_data=True)
+    scheduler: dict = _network({}, "keys of the noise scheduler: see --scheduler.KEY below", from_data=True)
     steps: int = _training(1000, "optimizer steps")
     minutes: float | None = _training(None, "train for about this long: plan the steps by the network's measured speed")
-    batch_size: int = _training(128, "images per process and forward pass", from_data=True)
+    batch_size: int = _training(128, "images per forward pass, on each device", from_data=True)
     gradient_accumulation_steps: int = _training(1, "batches per optimizer step")
     learning_rate: float = _training(2e-4, "learning rate of AdamW", from_data=True)
     lr_schedule: str = _training("constant_with_warmup", "a name of diffusers' get_scheduler")
@@ -85,7 +85,7 @@ class RunConfig:
     gradient_checkpointing: bool = _training(
         False, "recompute activations in the backward pass instead of storing them"
     )
-    num_workers: int = _training(0, "processes that read images")
+    num_workers: int = _training(0, "worker processes that read images")
     seed: int = _training(0, "seed of the weights, the noise and the order of images")
     output_dir: str = _output("runs/digits", "folder of the run", from_data=True)
     resume: str = _output(
@@ -113,6 +113,8 @@ class RunConfig:
     """Whether no value is left to be found in the data or in a pipeline; see `resolve`."""
     planned: bool = dataclasses.field(default=False, kw_only=True)
     """Whether the steps and what follows from them are those that fit into `minutes`; see `plan`."""
+    facts: tuple[str, ...] = dataclasses.field(default=(), kw_only=True, compare=False)
+    """What was found in the data, and chosen for it, in words."""
     program: str = dataclasses.field(default="", kw_only=True)
     """The command that runs it, as messages name it; empty: `PROGRAM`."""
 
@@ -180,7 +182,7 @@ class TrainConfig(RunConfig):
     init: str = _network(
         "paper", "initial weights: paper (zeros where its code has them) or torch (as diffusers' class)"
     )
-    process: str = _network("ddpm", "ddpm; in continuous time (Score-SDE) vp, subvp, ve")
+    process: str = _network("ddpm", "diffusion process: ddpm; in continuous time (Score-SDE) vp, subvp, ve")
     low_resolution: int | list[int] | None = _network(None, "size of the images that a super-resolution model enlarges")
     conditioning_noise: float = _network(0.0, "highest noise level added to those images in training, below 1")
     loss: str = _training("simple", "simple, vlb, hybrid")
@@ -197,8 +199,8 @@ class TrainConfig(RunConfig):
     )
     sample_raw: int = _output(5, "how many of the first sheets come with one of the raw weights")
     sample_count: int = _output(64, "samples on a sheet")
-    sample_steps: int | None = _output(None, "sampling steps; null: the process's default", from_data=True)
-    eval_evaluations: int = _evaluation(50, "network calls per held-out image, with process ddpm")
+    sample_steps: int | None = _output(None, "sampling steps; null: the noise scheduler's default", from_data=True)
+    eval_evaluations: int = _evaluation(50, "network calls per held-out image, with --process ddpm")
     push_to_hub: str | None = _publishing(
         None, "user/name of a repository on the Hub, updated at each checkpoint; null: nowhere"
     )
@@ -230,7 +232,7 @@ class ClassifierConfig(RunConfig):
 
     label_column: str | None = _data("label", "column of class labels", from_data=True)
     classifier: dict = _network({}, "keys of the classifier: see --classifier.KEY below", from_data=True)
-    pipeline: str | None = _network(None, "folder or Hub id of the pipeline to guide: its process, size and channels")
+    pipeline: str | None = _network(None, "folder or Hub id of the pipeline to guide: its scheduler, size and channels")
     random_crop: float = _training(
         0.8, "smallest share of the sides that a random crop keeps, before it is scaled up; 1: no crop"
     )

@@ -115,7 +115,7 @@ class DiffusionTask(Task):
         if config.sample_every and (step % config.sample_every == 0 or (is_last and config.preset is None)):
             rows.append(self.sheets.draw(step))
         if config.eval_every and (step % config.eval_every == 0 or is_last):
-            self.log.say(f"step {step:,}: measuring {len(self.held_out[0])} held-out images")
+            self.log.begin_work(step, f"measuring {len(self.held_out[0])} held-out images")
             with evaluating(self.network, self.average):
                 row = held_out_bits_per_dim(config, self.interrupts, self.network, self.scheduler, *self.held_out)
                 bits = row["bits_per_dim"]

@@ -1,5 +1,6 @@
 """Opens the images of a run: those that it trains on, and the held-out ones."""
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -107,7 +108,7 @@ def open_data(config: RunConfig, data: TrainingImages, process: int = 0, process
     Raises:
         ConfigError: as `open_images`.
     """
-    with as_config_error(f"data={config.data!r}", DATA_ERRORS):
+    with as_config_error(_training_images(config), DATA_ERRORS):
         images = data.images
         if config.streaming:
             if next(iter(_training_set(config, images, data.class_names)), None) is None:
@@ -120,6 +121,11 @@ def open_data(config: RunConfig, data: TrainingImages, process: int = 0, process
                 f"batch_size={config.batch_size} is more than the {len(dataset)} images of {config.data!r}"
             )
     return dataset
+
+
+def _training_images(config):
+    """What is trained on, in words."""
+    return f"data={config.data!r}{' without its held-out images' if config.held_out else ''}"
 
 
 def _training_set(config, images, class_names, **options):
@@ -135,7 +141,7 @@ def some_training_images(config: RunConfig, data: TrainingImages) -> tuple[torch
     Raises:
         ConfigError: as `open_images`.
     """
-    with as_config_error(f"data={config.data!r}, split={config.split!r}", DATA_ERRORS):
+    with as_config_error(_training_images(config), DATA_ERRORS):
         return _some_images(config, data.images, data.class_names)
 
 
@@ -145,6 +151,23 @@ def held_out_images(config: RunConfig, class_names: list[str] | None) -> tuple[t
     Raises:
         ConfigError: as `open_images`.
     """
+    with _open_held_out(config) as images:
+        return _some_images(config, images, class_names)
+
+
+def count_held_out(config: RunConfig) -> int | None:
+    """Return the number of held-out images, including unreadable ones; None for a stream.
+
+    Raises:
+        ConfigError: as `open_images`.
+    """
+    with _open_held_out(config) as images:
+        return count_images(images)
+
+
+@contextlib.contextmanager
+def _open_held_out(config):
+    """The held-out images; errors within the context are those of their data set."""
     source = config.data if config.held_out else config.eval_data or config.data
     split = config.split if config.held_out else config.eval_split
     keys = ("data", "split") if config.held_out else ("eval_data", "eval_split")
@@ -156,7 +179,7 @@ def held_out_images(config: RunConfig, class_names: list[str] | None) -> tuple[t
             raise ValueError(f"{error}{hint}") from error
         if config.held_out:
             images = images.select(held_out_rows(config.held_out, len(images))[0])
-        return _some_images(config, images, class_names)
+        yield images
 
 
 def _some_images(config, images, class_names):

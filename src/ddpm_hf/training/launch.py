@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from ddpm_hf.errors import UserError
 from ddpm_hf.training.config import RunConfig, TrainConfig, as_yaml
 from ddpm_hf.training.devices import leave, open_accelerator
+from ddpm_hf.training.header import print_header
 from ddpm_hf.training.interrupts import Stopped, find_dead_workers_when_reading
 from ddpm_hf.training.loop import TASKS, train
 from ddpm_hf.training.plan import with_plan
@@ -27,6 +28,8 @@ def main(config: RunConfig, dry_run: bool, train: Callable[[RunConfig], object] 
     except (UserError, ValueError, TypeError) as error:
         sys.exit(f"{config.program}: {' '.join(str(error).split())}")
     if dry_run:
+        if config.facts:
+            print_header(config, task.network.num_parameters())
         show_settings_of_run(config)
         if config.minutes is not None:
             config = with_plan(config, open_accelerator(config), TASKS[type(config)])

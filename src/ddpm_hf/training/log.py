@@ -161,10 +161,11 @@ class Log:
             if not self.output.keep():
                 self._replace([_line(row) for row in self.curves.rows()])
 
-    def say(self, message: str) -> None:
-        """Print a line if there is no progress bar."""
+    def begin_work(self, step: int, work: str) -> None:
+        """Say what is done until the next call of `note`: before the progress bar, or without one in a line."""
+        self.bar.set_description(work)
         if self.main and self.bar.disable:
-            print_above_progress_bar(message)
+            print_above_progress_bar(f"step {step:,}: {work}")
 
     @torch.no_grad()
     def add(
@@ -223,12 +224,16 @@ class Log:
         remaining = (time.perf_counter() - self.began) / (step - self.first) * (self.config.steps - step)
         values = ", ".join(f"{name} {value}" for name, value in shown.items())
         remaining = tqdm.format_interval(remaining)
-        self.say(f"step {step:,}/{self.config.steps:,}: {values}, {images_per_second} images/s, {remaining} left")
+        if self.bar.disable:
+            print_above_progress_bar(
+                f"step {step:,}/{self.config.steps:,}: {values}, {images_per_second} images/s, {remaining} left"
+            )
 
     def note(self, step: int, **values: float | torch.Tensor) -> None:
         """Add a row to metrics.jsonl and the trackers; values that are not finite are null."""
         if not self.main:
             return
+        self.bar.set_description("train", refresh=False)
         values = {key: float(value) for key, value in values.items()}
         row = {"step": step, **{key: value if math.isfinite(value) else None for key, value in values.items()}}
         self.keep_folder()

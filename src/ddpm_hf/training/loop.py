@@ -13,6 +13,7 @@ from ddpm_hf.training.config import ClassifierConfig, RunConfig, TrainConfig
 from ddpm_hf.training.devices import channels_last, compile_network, is_compiled, leave, open_accelerator
 from ddpm_hf.training.diffusion import DiffusionTask
 from ddpm_hf.training.finite_steps import FiniteSteps
+from ddpm_hf.training.header import print_header
 from ddpm_hf.training.inputs import count_images, open_data, open_images, record_data
 from ddpm_hf.training.interrupts import Interrupted, Interrupts, Stopped, name_of
 from ddpm_hf.training.log import Log
@@ -50,6 +51,8 @@ def train(config: RunConfig | str | None = None, /, **keys) -> Path:
     elif keys:
         raise TypeError(f"give a config or keys, not both: {', '.join(keys)}")
     config = resolve(config)
+    with torch.device("meta"):
+        print_header(config, TASKS[type(config)](config).network.num_parameters())
     show_settings_of_run(config)
     accelerator = open_accelerator(config)
     config = with_plan(config, accelerator, TASKS[type(config)])

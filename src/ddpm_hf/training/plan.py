@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from ddpm_hf.training.config import RunConfig, image_size, keys_of
 from ddpm_hf.training.devices import channels_last, compile_network, is_compiled
 from ddpm_hf.training.finite_steps import FiniteSteps
+from ddpm_hf.training.inputs import count_held_out
 from ddpm_hf.training.messages import print_above_progress_bar
 from ddpm_hf.training.optimizer import make_optimizer
 from ddpm_hf.training.resume import PLANNED, with_plan_of_run
@@ -43,14 +44,16 @@ def with_plan(config: RunConfig, accelerator: Accelerator, make_task: Callable[[
     config = with_plan_of_run(config)
     if config.minutes is None or config.planned:
         return config
-    began = time.perf_counter()
+    began, given = time.perf_counter(), config
+    if config.eval_every and (held_out := count_held_out(config)):
+        config = _with_explicit(config, eval_images=min(config.eval_images, held_out))
     rate = measure_rate(config, accelerator, make_task)
     rates = gather_object([rate])
     rate = Rate(max(rate.step for rate in rates), max(rate.evaluation for rate in rates))
     (spent,) = gather_object([time.perf_counter() - began])[:1]
     planned = plan(config, rate, 60 * config.minutes - spent)
     if accelerator.is_main_process:
-        print_above_progress_bar(f"{config.program}: {describe(planned, rate, before=config)}")
+        print_above_progress_bar(f"{config.program}: {describe(planned, rate, before=given)}")
     return planned
 
 
@@ -59,14 +62,19 @@ def plan(config: RunConfig, rate: Rate, seconds: float) -> RunConfig:
 
     Explicit keys stay. Otherwise the learning rate falls along a cosine after a warm-up of 5 % of the steps, the average of
     the weights spans the last tenth of them, and sheets, measurements and checkpoints are spread evenly over the run, with
-    one of each at its end. They get `MEASURING_SHARE` of the time, with fewer images if that is short.
+    one of each at its end. They get `MEASURING_SHARE` of the time, with fewer images if that is short. A sheet has as many
+    samples of each class.
     """
     config = _with_explicit(config, sample_raw=0)
     available = MEASURING_SHARE * seconds
     share = available / max(_seconds_of_measurement(config, rate), 1e-9)
     if share < 1:
         images = {key: getattr(config, key) for key in ("sample_count", "eval_images") if hasattr(config, key)}
-        config = _with_explicit(config, **{key: max(4, int(share * count)) for key, count in images.items()})
+        config = _with_explicit(
+            config, **{key: min(count, max(4, int(share * count))) for key, count in images.items()}
+        )
+    if config.label_column and config.classes and config.classes <= getattr(config, "sample_count", 0):
+        config = _with_explicit(config, sample_count=config.sample_count // config.classes * config.classes)
     measurement = _seconds_of_measurement(config, rate)
     count = min(MOST_MEASUREMENTS, max(1, int(share)))
     steps = max(1, int((seconds - count * measurement) / rate.step))

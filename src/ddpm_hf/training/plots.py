@@ -41,7 +41,8 @@ def plot_curves(rows: list[dict], channels: Sequence[str], path: Path) -> None:
     lines = math.ceil(len(names) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), squeeze=False)
     # constrained layout would take twice as long
-    figure.subplots_adjust(left=0.21 / columns, bottom=0.12 / lines, right=0.99, top=0.98, wspace=0.25)
+    edges = dict(left=0.21 / columns, bottom=0.12 / lines, right=0.99, top=1 - 0.115 / lines)
+    figure.subplots_adjust(**edges, wspace=0.25, hspace=0.3)
     panels = dict(zip(names, axes.flat))
     for unused in axes.flat[len(names) :]:
         unused.remove()
@@ -60,7 +61,9 @@ def plot_curves(rows: list[dict], channels: Sequence[str], path: Path) -> None:
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize="small", loc="upper right")  # to look for the best place takes seconds
+            # above the panel: within it points would be hidden, and to look for the best place takes seconds
+            place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.2)
+            panel.legend(fontsize="small", frameon=False, **place)
     try:
         save_figure(figure, path)
     finally:
@@ -79,7 +82,7 @@ def _curves(channels):
         yield ACCURACY_BY_T, f"accuracy_t_quarter_{i}", None, dict(label=f"t in quarter {i}")
     yield ACCURACY, "accuracy", None, dict(label="training images, randomly cropped")
     yield ACCURACY, "accuracy_held_out", None, dict(label="held-out images", marker="o")
-    yield BITS, "bits_per_dim", "bits_per_dim_sampling_error", dict(capsize=2)
+    yield BITS, "bits_per_dim", "bits_per_dim_standard_error", dict(label="mean and its standard error", capsize=2)
     yield HELD_OUT, "loss_train", None, dict(label="training images", marker="o")
     yield HELD_OUT, "loss_held_out", "loss_gap_standard_error", dict(label="held-out images", marker="o", capsize=2)
     yield NEAREST, "nearest_rms_samples", None, dict(label="of samples", marker="o")

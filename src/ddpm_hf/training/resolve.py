@@ -2,8 +2,9 @@
 
 import dataclasses
 import inspect
-import os
 from pathlib import Path
+
+import torch
 
 from ddpm_hf.arguments import shown
 from ddpm_hf.models.classifier import NoisyClassifier
@@ -20,10 +21,14 @@ from ddpm_hf.training.config import (
 )
 from ddpm_hf.training.from_data import with_values_for_data
 from ddpm_hf.training.from_pipeline import with_base_pipeline, with_guided_pipeline
+from ddpm_hf.training.header import is_main_process
+from ddpm_hf.training.inputs import pixels_by
 from ddpm_hf.training.messages import print_above_progress_bar
-from ddpm_hf.training.processes import process_class
+from ddpm_hf.training.optimizer import check_schedule
+from ddpm_hf.training.processes import make_scheduler, process_class
 from ddpm_hf.training.resume import PLANNED, find_checkpoint, flat
 from ddpm_hf.training.sections import as_argument
+from ddpm_hf.training.trackers import check_trackers
 
 NETWORK_CLASSES = {"unet": DDPMUNet, "classifier": NoisyClassifier}
 
@@ -37,9 +42,20 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     config = _with_checked_keys(config, config.NETWORK, NETWORK_CLASSES[config.NETWORK])
     if not config.resolved:
+        _check_before_data(config)
         config = _resolve(config)
     check(config)
     return _with_checked_keys(config, "scheduler", process_class(config))
+
+
+def _check_before_data(config):
+    """Raise an error for values that can be checked before the data and the pipeline are looked at."""
+    check_schedule(config)
+    check_trackers(config.trackers)
+    pixels_by(config)
+    if not config.base_pipeline:
+        with torch.device("cpu"):
+            make_scheduler(_with_checked_keys(config, "scheduler", process_class(config)))
 
 
 def _resolve(config):
@@ -49,11 +65,7 @@ def _resolve(config):
         config, classes = with_pipeline(config)
     if config.preset is None:
         config, facts = with_values_for_data(config, classes)
-        if facts and _is_main_process():
-            print_above_progress_bar(
-                "\n  ".join([f"{config.program}: data={config.data!r}: {facts[0]}", *facts[1:]])
-                + "\nEach can be given as --key value; --dry_run shows all keys and stops."
-            )
+        config = dataclasses.replace(config, facts=tuple(facts))
     config = dataclasses.replace(config, resolved=True)
     check(config)
     if isinstance(config, ClassifierConfig) and classes not in (None, config.classes):
@@ -63,13 +75,9 @@ def _resolve(config):
     return config
 
 
-def _is_main_process():
-    return os.environ.get("RANK", "0") == "0"
-
-
 def show_settings_of_run(config: RunConfig) -> None:
     """Print the values that a resumed run keeps although the same command would choose others for a new run."""
-    if not _is_main_process():
+    if not is_main_process():
         return
     checkpoint = find_checkpoint(config)
     # from a preset, a pipeline or Python every value is given; a stream is not read twice

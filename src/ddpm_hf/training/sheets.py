@@ -59,7 +59,7 @@ class Sheets:
         Raises:
             Interrupted: a signal came while the network was sampling. In all processes.
         """
-        self.log.say(f"step {step:,}: sampling a sheet of {self.config.sample_count} images")
+        self.log.begin_work(step, f"sampling a sheet of {self.config.sample_count} images")
         with evaluating(self.unet, self.average):
             x_start, strip = self._sample("samples")
         pictures = {"samples": x_start, "denoising": strip}

@@ -51,7 +51,20 @@ def usage(kind: type[RunConfig], program: str = "") -> str:
     return parser.format_help().rstrip()
 
 
-WITHOUT_PRESET = {"sample_steps": "100", "eval_every": "1000"}
+# of the keys that follow from the data without a preset: how; see from_data.py
+WITHOUT_PRESET = {
+    "held_out": "0.05 where there is no test split",
+    "label_column": "the only column of classes",
+    "image_size": "their median shorter side, 8 to 64",
+    "channels": "1 if all are grey, else 3",
+    "scheduler": "those below",
+    "unet": "by image size",
+    "classifier": "by image size",
+    "batch_size": "up to 128, by image size",
+    "learning_rate": "2e-4 or less, by image size",
+    "sample_steps": "100",
+    "eval_every": "1000",
+}
 
 
 def _default(field):
@@ -60,7 +73,7 @@ def _default(field):
     default = as_argument(field.default if field.default is not dataclasses.MISSING else field.default_factory())
     if not field.metadata["from_data"]:
         return default
-    return WITHOUT_PRESET.get(field.name, "from the data")
+    return WITHOUT_PRESET[field.name]
 
 
 def _metavar(kind):
@@ -74,7 +87,7 @@ def _section(kind, section, width):
         if process not in ("", "ddpm") and kind is not TrainConfig:
             continue
         keys = [f"{key}={default}" for key, default in signature(module, name).items() if key not in kind.DERIVED]
-        head = f"--{section}.KEY VALUE, keys of {name}{f' (process {process})' if process else ''}:"
+        head = f"--{section}.KEY VALUE, keys of {name}{f' (--process {process})' if process else ''}:"
         wrapped = textwrap.wrap("  ".join(keys), width - 4, break_long_words=False, break_on_hyphens=False)
         lines += [head, *(f"  {line}" for line in wrapped)]
     return "\n".join(lines)
