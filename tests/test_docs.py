@@ -136,8 +136,8 @@ RUNS = {
     "digits-vp": f"train --config digits-vp {SMALL} --unet.block_out_channels [8,16]",
     "mnist-8": f"train --config mnist-8 {SMALL} --unet.block_out_channels [8,16]",
     "mnist-8-32": f"train --config mnist-8-32 {SMALL} --unet.block_out_channels [8,8,16]",
-    "pictures": f"train pictures {SMALL} --image_size 8 --unet.block_out_channels [8,16] --eval_every 0",
-    "my_folder": f"train my_folder {SMALL} --image_size 8 --unet.block_out_channels [8,16]",  # images are held out
+    "pictures": f"train pictures {SMALL} --image_size 8 --unet.block_out_channels [8,16]",  # holds images out
+    "my_folder": f"train my_folder {SMALL} --image_size 8 --unet.block_out_channels [8,16]",  # holds images out
     "digits-classifier": "train-classifier --config digits --pipeline runs/digits-classes/pipeline --steps 2 --batch_size 4 "
     "--classifier.block_out_channels [8,16] --classifier.norm_num_groups 4 --classifier.attention_head_dim 8 --eval_every 0",
 }
