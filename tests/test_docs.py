@@ -265,8 +265,8 @@ def test_files_that_are_named_exist(name):
 def test_architecture_names_rooms_and_files():
     text = (ROOT / "docs/architecture.md").read_text().partition("## The files")[2].partition("\n## ")[0]
     package = ROOT / "src/ddpm_hf"
-    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
-    assert rooms == set(re.findall(r"\*\*(\w+)\*\*", text))
+    packages = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert packages == set(re.findall(r"\*\*(\w+)\*\*", text))
     for path in re.findall(r"`(\w+/[\w/]+\.py)`", text):
         assert (package / path).is_file(), path
 

@@ -74,12 +74,12 @@ MODULES = {
     "training.losses": ["DiffusionObjective", "ScoreObjective"],
     "training.timesteps": ["ContinuousTimes", "LossSecondMomentTimesteps", "UniformTimesteps"],
 }
-ROOMS = {module.partition(".")[0] for module in MODULES} | {"data", "evaluation", "files", "hub"}
+PACKAGES = {module.partition(".")[0] for module in MODULES} | {"data", "evaluation", "files", "hub"}
 __all__ = sorted(name for names in MODULES.values() for name in names)
 
 
 def __getattr__(name: str):
-    if name in ROOMS:
+    if name in PACKAGES:
         return importlib.import_module(f".{name}", __name__)
     for module, names in MODULES.items():
         if name in names:

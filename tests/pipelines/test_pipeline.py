@@ -319,7 +319,7 @@ def test_learned_variance_fails_loudly_in_stock_classes(make_pipeline, tmp_path)
 
 def test_modules_are_attributes_of_the_package():
     """Also before they are imported, when the package is asked for them."""
-    for name in ddpm_hf.ROOMS:
+    for name in ddpm_hf.PACKAGES:
         assert ddpm_hf.__getattr__(name) is importlib.import_module(f"ddpm_hf.{name}")
 
 
