@@ -41,7 +41,7 @@ test-slow: $(READY)
 OLDEST := .venv-oldest
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[demo]" transformers pytest hypothesis mpmath
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[demo]" transformers tensorboard pytest hypothesis mpmath
 	touch $(OLDEST)/.ready
 
 test-oldest: $(OLDEST)/.ready
