@@ -85,8 +85,8 @@ def _curves(channels):
     yield BITS, "bits_per_dim", "bits_per_dim_standard_error", dict(label="mean and its standard error", capsize=2)
     yield HELD_OUT, "loss_train", None, dict(label="training images", marker="o")
     yield HELD_OUT, "loss_held_out", "loss_gap_standard_error", dict(label="held-out images", marker="o", capsize=2)
-    yield NEAREST, "nearest_rms_samples", None, dict(label="of samples", marker="o")
-    yield NEAREST, "nearest_rms_data", None, dict(label="of images, to others", marker="o")
+    yield NEAREST, "nearest_rms_samples", None, dict(label="from samples", marker="o")
+    yield NEAREST, "nearest_rms_data", None, dict(label="from training images to others", marker="o")
     for channel in channels:
         color = "black" if channel in ("grey", "alpha") else channel
         for statistic, line in (("mean", "-"), ("std", ":")):
