@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ddpm_hf.cli.parser import Parser, hide_progress_in_logs
 from ddpm_hf.errors import UserError
-from ddpm_hf.files.missing import nearest_path, pipeline_of_run
+from ddpm_hf.files.missing import did_you_mean_path, pipeline_of_run
 
 
 def make_parser(program: str = "ddpm-hf push") -> Parser:
@@ -38,10 +38,7 @@ def main(argv: list[str], program: str) -> None:
     options = vars(make_parser(program).parse_args(argv))
     folder = Path(options.pop("folder"))
     if not folder.exists():
-        close = nearest_path(folder)
-        raise UserError(
-            f"there is no folder {str(folder)!r} here" + (f"; did you mean {str(close)!r}?" if close else "")
-        )
+        raise UserError(f"there is no folder {str(folder)!r} here{did_you_mean_path(folder)}")
 
     from ddpm_hf.hub.upload import push_folder
 

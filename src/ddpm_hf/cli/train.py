@@ -1,6 +1,5 @@
 """`ddpm-hf train` and `ddpm-hf train-classifier`: data -> a trained model."""
 
-import os
 import re
 import shlex
 import sys
@@ -11,6 +10,7 @@ from ddpm_hf.errors import UserError
 from ddpm_hf.extras import require_extra
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, RunConfig, TrainConfig, keys_of
+from ddpm_hf.training.rank import is_main_process
 
 
 def main(command: str, argv: list[str], program: str) -> None:
@@ -19,12 +19,11 @@ def main(command: str, argv: list[str], program: str) -> None:
     try:
         config, dry_run = load_config(argv if is_script else with_data_option(argv, kind), kind, program)
         names = {"data": "data set", "eval_data": "data set", "init_from": "pipeline", "pipeline": "pipeline"}
-        for key, kind_of_folder in names.items() if os.environ.get("RANK", "0") == "0" else ():
-            is_opened = (
-                kind_of_folder == "data set" or not config.resolved
-            )  # a resumed run has its base pipeline's values
-            if getattr(config, key, None) and is_opened:
-                check_path(program, getattr(config, key), kind_of_folder, subject=f"{key}={getattr(config, key)!r}: ")
+        for key, kind_of_folder in names.items() if is_main_process() else ():
+            name = getattr(config, key, None)
+            # a resumed run has the values of its base pipeline, which is not opened again
+            if name and (kind_of_folder == "data set" or not config.resolved):
+                check_path(program, name, kind_of_folder, subject=f"{key}={name!r}: ")
         for module in ("datasets", "matplotlib", "psutil"):
             require_extra(module, "train", "training runs")
     except UserError as error:
@@ -37,7 +36,7 @@ def main(command: str, argv: list[str], program: str) -> None:
 
     def train_and_summarize(config):
         folder = train(config)
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             print("\n".join(summary_lines(config, folder)))
 
     launch(config, dry_run, train if is_script or kind is ClassifierConfig else train_and_summarize)

@@ -20,12 +20,9 @@ import pyarrow.compute as pc
 from PIL import Image, ImageFile
 
 from ddpm_hf.arguments import shown
+from ddpm_hf.files.paths import TABLES
 
 logger = logging.getLogger(__name__)
-
-
-# ending -> the loader of `datasets` for files that hold many images
-TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")

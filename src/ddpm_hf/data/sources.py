@@ -13,9 +13,9 @@ from huggingface_hub.utils import logging as hub_logging, validate_repo_id
 from PIL import Image
 
 from ddpm_hf.arguments import listed, shown
-from ddpm_hf.data.folders import TABLES, as_stream, check_tars, load_tables, open_folder
+from ddpm_hf.data.folders import as_stream, check_tars, load_tables, open_folder
 from ddpm_hf.files.missing import missing_path
-from ddpm_hf.files.paths import unreadable_file
+from ddpm_hf.files.paths import TABLES, unreadable_file
 
 DIGITS_TEST_IMAGES = 360
 

@@ -19,8 +19,13 @@ def missing_path(name: str) -> str | None:
     path = Path(os.path.expanduser(name))
     if os.path.lexists(path) or (HUB_ID.fullmatch(name) and "/" in name and not path.parent.is_dir()):
         return None
+    return f"there is no folder or file {shown(name)} here{did_you_mean_path(path)}"
+
+
+def did_you_mean_path(path: Path) -> str:
+    """The end of a message about a path that does not exist: the nearest one that does, or nothing."""
     close = nearest_path(path)
-    return f"there is no folder or file {shown(name)} here" + (f"; did you mean {shown(str(close))}?" if close else "")
+    return f"; did you mean {shown(str(close))}?" if close else ""
 
 
 def nearest_path(path: Path) -> Path | None:

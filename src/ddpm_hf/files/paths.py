@@ -6,7 +6,8 @@ from pathlib import Path
 from ddpm_hf.arguments import shown
 
 BUILT_IN_DATA = ("digits", "mnist")  # of data.sources, which is slow to import
-TABLE_ENDINGS = (".parquet", ".arrow", ".tar")  # files that hold many images
+# endings of files that hold many images -> their loader in `datasets`
+TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
 def normal_name(name: str) -> str:
@@ -33,9 +34,7 @@ def is_same_source(name: object, other: object) -> bool:
 
 def unreadable_file(name: str) -> str | None:
     """What is wrong with the name of a data set that is a file, in words; None for every other name."""
-    if name in BUILT_IN_DATA or not os.path.isfile(name) or name.lower().endswith(TABLE_ENDINGS):
+    if name in BUILT_IN_DATA or not os.path.isfile(name) or name.lower().endswith((*TABLES,)):
         return None
     folder = os.path.dirname(name) or "."
-    return (
-        f"{shown(name)} is a file; give its folder, {shown(folder)}, or a {', '.join(TABLE_ENDINGS[:2])} or .tar file"
-    )
+    return f"{shown(name)} is a file; give its folder, {shown(folder)}, or a {', '.join([*TABLES][:2])} or .tar file"

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 
 from ddpm_hf.arguments import check_argument, shown, sides
-from ddpm_hf.files.missing import nearest_path
+from ddpm_hf.files.missing import did_you_mean_path
 from ddpm_hf.files.strict_yaml import parse_yaml
 from ddpm_hf.training.config import (
     ConfigError,
@@ -144,9 +144,7 @@ def _check_data(config):
     # what is no Hub id must be a path
     is_path = not HUB_ID.fullmatch(config.data) or config.data.endswith(".parquet")
     if (is_path or config.data.startswith(".")) and not os.path.exists(config.data):
-        close = nearest_path(Path(config.data))
-        hint = f"; did you mean {shown(str(close))}?" if close else ""
-        raise ConfigError(f"data={shown(config.data)} does not exist{hint}")
+        raise ConfigError(f"data={shown(config.data)} does not exist{did_you_mean_path(Path(config.data))}")
     if config.held_out and config.streaming:
         raise ConfigError(
             f"held_out={config.held_out} is not for streams; name held-out images by eval_split or eval_data"

@@ -1,14 +1,8 @@
 """What a run prints before anything else: its data, its network, its length and its folder."""
 
-import os
-
 from ddpm_hf.training.config import RunConfig
 from ddpm_hf.training.messages import print_above_progress_bar
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that prints, as the launcher says."""
-    return os.environ.get("RANK", "0") == "0"
+from ddpm_hf.training.rank import is_main_process
 
 
 def print_header(config: RunConfig, parameters: int) -> None:

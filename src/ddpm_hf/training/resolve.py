@@ -21,11 +21,11 @@ from ddpm_hf.training.config import (
 )
 from ddpm_hf.training.from_data import with_values_for_data
 from ddpm_hf.training.from_pipeline import with_base_pipeline, with_guided_pipeline
-from ddpm_hf.training.header import is_main_process
 from ddpm_hf.training.inputs import pixels_by
 from ddpm_hf.training.messages import print_above_progress_bar
 from ddpm_hf.training.optimizer import check_schedule
 from ddpm_hf.training.processes import make_scheduler, process_class
+from ddpm_hf.training.rank import is_main_process
 from ddpm_hf.training.resume import PLANNED, find_checkpoint, flat
 from ddpm_hf.training.sections import as_argument
 from ddpm_hf.training.trackers import check_trackers
