@@ -20,7 +20,7 @@ if os.environ.get("SIMULATED_ACCELERATOR"):  # "cuda" or "mps"; torch finds it w
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler  # noqa: E402
+from ddpm_hf import DDPMImagePipeline, DDPMSuperResolutionPipeline, VariationalDDPMScheduler  # noqa: E402
 from support.networks import small_unet  # noqa: E402
 
 
@@ -58,6 +58,22 @@ def make_pipeline():
         channels = dict(in_channels=channels, out_channels=out_channels or channels)
         net = small_unet(sample_size=sample_size, **channels, **unet)
         pipeline = DDPMImagePipeline(net, scheduler or VariationalDDPMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture
+def make_upsampler():
+    """A tiny super-resolution pipeline whose network is not the zero function."""
+
+    def make(channels=1, noise=0.0, learned=False, size=16, low=8, **unet):
+        in_channels, out_channels = 2 * channels + (noise > 0), channels * (2 if learned else 1)
+        net = small_unet(sample_size=size, in_channels=in_channels, out_channels=out_channels, **unet)
+        scheduler = VariationalDDPMScheduler(variance_type="learned_range" if learned else "fixed_small")
+        kwargs = dict(low_resolution=low, conditioning_noise=noise)
+        pipeline = DDPMSuperResolutionPipeline(net, scheduler, **kwargs)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

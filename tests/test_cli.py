@@ -187,7 +187,9 @@ def test_options_may_have_hyphens():
 @pytest.mark.parametrize("name", PARSERS)
 def test_options_are_not_shortened(capsys, name):
     """As in `train`; the message names the whole option."""
-    for option in [action.option_strings[-1] for action in PARSERS[name]()._actions if action.option_strings]:
+    options = [action.option_strings[-1] for action in PARSERS[name]()._actions if action.option_strings]
+    # --scheduler.KEY stands for many, and --seed is one beside --seeds
+    for option in [option for option in options if "." not in option and option[:-1] not in options]:
         with pytest.raises(SystemExit) as end:
             PARSERS[name]().parse_args(["x", option[:-1], "2"])
         message = capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""What the --help of all commands has in common. Imports nothing slow."""
+"""What the --help and the messages of all commands have in common. Imports nothing slow."""
 
+import difflib
 import shutil
 
 MOST_COLUMNS, FEWEST_COLUMNS = 120, 60
@@ -25,3 +26,10 @@ def format_examples(command: str, examples: list[tuple[str, str]]) -> str:
     if width + 2 + max(len(comment) for _, comment in lines) > help_width():
         return "\n".join(f"  # {comment}\n{line}" if comment else line for line, comment in lines)
     return "\n".join(f"{line:{width}}# {comment}" if comment else line for line, comment in lines)
+
+
+def did_you_mean(name: str, valid_names: list[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest valid name, or nothing."""
+    longer = [valid for valid in valid_names if valid.startswith(name)]
+    close = longer if len(longer) == 1 else difflib.get_close_matches(name, valid_names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -130,10 +130,10 @@ def test_mistakes_before_the_pipeline_is_opened(tmp_path, monkeypatch, argv, sta
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--class_label", "Bees"], "--class_label='Bees' is not the name of a class; did you mean 'bee'?"),
-        (["--class_label", "zebra"], "--class_label='zebra' is not the name of a class; known: ['ant', 'bee', 'cat']"),
+        (["--class_label", "Bees"], "--class_labels='Bees' is not the name of a class; did you mean 'bee'?"),
+        (["--class_label", "zebra"], "--class_labels='zebra' is not the name of a class; known: ['ant', 'bee', 'cat']"),
         (["--class_label", "3"], "give integers from 0 to 2"),
-        (["--class_label", "3"], ": --class_label 3: give integers from 0 to 2, one for each image"),
+        (["--class_label", "3"], ": --class_labels 3: give integers from 0 to 2, one for each image"),
         (["--steps", "2000"], ": --steps 2000 must be an integer, 1 to 1000"),
         (["--guidance_scale", "2"], ": --guidance_scale 2.0 needs a network trained with label dropout"),
         (["--classifier_scale", "2"], ": --classifier_scale 2.0 needs a classifier"),
@@ -152,7 +152,7 @@ def test_a_class_of_a_pipeline_without_classes(make_pipeline, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     make_pipeline().save_pretrained(tmp_path / "pipeline")
     result = sample("pipeline", "--class_label", label, check=False)
-    assert result.stderr.endswith(f": --class_label {label}: this pipeline has no classes; leave it out\n")
+    assert result.stderr.endswith(f": --class_labels {label}: this pipeline has no classes; leave it out\n")
     assert result.returncode == 2 and os.listdir(tmp_path) == ["pipeline"]
 
 

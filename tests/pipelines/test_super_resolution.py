@@ -13,25 +13,10 @@ from ddpm_hf import (
     VariationalDDPMScheduler,
 )
 from ddpm_hf.models.conditioning import Conditioned, condition_planes, downsample
-from support.networks import small_unet
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def make_upsampler():
-    def make(channels=1, noise=0.0, learned=False, size=16, low=8, **unet):
-        in_channels, out_channels = 2 * channels + (noise > 0), channels * (2 if learned else 1)
-        net = small_unet(sample_size=size, in_channels=in_channels, out_channels=out_channels, **unet)
-        scheduler = VariationalDDPMScheduler(variance_type="learned_range" if learned else "fixed_small")
-        kwargs = dict(low_resolution=low, conditioning_noise=noise)
-        pipeline = DDPMSuperResolutionPipeline(net, scheduler, **kwargs)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return make
 
 
 def run(pipeline, images, **kwargs):

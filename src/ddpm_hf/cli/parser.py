@@ -2,15 +2,15 @@
 
 import argparse
 import contextlib
-import difflib
 import functools
+import json
 import math
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 
-from ddpm_hf.command_help import command_words, format_examples, help_width
+from ddpm_hf.command_help import command_words, did_you_mean, format_examples, help_width
 from ddpm_hf.errors import UserError
 from ddpm_hf.files.missing import can_be_on_the_hub, missing_path, pipeline_of_run
 from ddpm_hf.files.paths import BUILT_IN_DATA as BUILT_IN, unreadable_file
@@ -24,9 +24,13 @@ class Parser(argparse.ArgumentParser):
         usage: the arguments after the program's name.
         summary: sentences, which are wrapped.
         examples: commands with a comment each, as (arguments, comment).
+        section: name of the options --SECTION.KEY VALUE, which are parsed into the dictionary SECTION_settings.
     """
 
-    def __init__(self, program: str, usage: str, summary: str, examples: list[tuple[str, str]]):
+    def __init__(
+        self, program: str, usage: str, summary: str, examples: list[tuple[str, str]], section: str | None = None
+    ):
+        self.section = section
         self.command = command_words(program)  # how a shell calls it
         width = help_width()
         summary = textwrap.fill(" ".join(summary.split()), width)
@@ -47,22 +51,30 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """As argparse; --some-option is --some_option, and an unknown option is answered with the nearest one."""
         words = [_with_underscores(word) for word in args or []]
+        settings = self._take_settings(words) if self.section else None
         option_names = [name for action in self._actions for name in action.option_strings]
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
             if name.startswith("--") and name not in option_names:
                 self.error(f"unknown option {name[:60]!r}{did_you_mean(name[:60], option_names) or '; see --help'}")
-        return super().parse_args(words, namespace)
+        arguments = super().parse_args(words, namespace)
+        if settings is not None:
+            setattr(arguments, f"{self.section}_settings", settings)
+        return arguments
+
+    def _take_settings(self, words):
+        """Take --SECTION.KEY VALUE and --SECTION.KEY=VALUE out of the words; return them as a dictionary."""
+        settings, start = {}, f"--{self.section}."
+        for place in reversed([place for place, word in enumerate(words) if word.startswith(start)]):
+            name, equals, value = words[place].partition("=")
+            if not equals and (place + 1 == len(words) or words[place + 1].startswith("--")):
+                self.error(f"{name} needs a value")
+            settings[name.removeprefix(start)] = _json_or_text(value if equals else words.pop(place + 1))
+            del words[place]
+        return dict(reversed(settings.items()))
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
-
-
-def did_you_mean(name: str, valid_names: list[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest valid name, or nothing."""
-    longer = [valid for valid in valid_names if valid.startswith(name)]
-    close = longer if len(longer) == 1 else difflib.get_close_matches(name, valid_names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -163,6 +175,14 @@ def hide_progress_in_logs() -> None:
     disable_progress_bars()
     if "datasets" in sys.modules:  # which sampling does not need
         sys.modules["datasets"].disable_progress_bars()
+
+
+def _json_or_text(text):
+    """A value of the command line: a number, true, false, null or a list, or else a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _with_underscores(word):

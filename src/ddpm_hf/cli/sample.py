@@ -1,6 +1,8 @@
-"""`ddpm-hf sample`: a saved pipeline -> a sheet of samples."""
+"""`ddpm-hf sample`: a saved pipeline -> a sheet of samples, or a file for each of thousands."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from ddpm_hf.cli.parser import (
@@ -13,15 +15,19 @@ from ddpm_hf.cli.parser import (
     naming_options,
     number,
 )
+from ddpm_hf.cli.sampling import (
+    OPTIONS,
+    add_batch_option,
+    add_class_option,
+    add_sampler_options,
+    class_rule,
+    sampler_of,
+)
 from ddpm_hf.extras import require_extra
 
-# argument of a pipeline -> the option that sets it, for messages
-OPTIONS = {
-    "num_inference_steps": "--steps",
-    "class_labels": "--class_label",
-    "timestep": "--interpolate",
-    **{name: f"--{name}" for name in ("eta", "guidance_scale", "classifier_scale", "noise_level")},
-}
+COUNT = 64  # samples of a sheet, unless told
+ON_SHEETS = ("progressive", "interpolate")
+IN_FILES = ("seeds", "batch_size")
 
 
 def make_parser(program: str = "ddpm-hf sample") -> Parser:
@@ -29,22 +35,32 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
     parser = Parser(
         program,
         "PIPELINE [--out FILE] [--OPTION VALUE ...]",
-        "Draw a sheet of samples from a saved pipeline.",
+        "Draw samples from a saved pipeline: a sheet, or a file for each. Image i of a folder, .npz or .parquet depends on its "
+        "seed alone, and a command that was interrupted goes on where it was. accelerate launch and torchrun share out the "
+        "work: torchrun --nproc_per_node 8 -m ddpm_hf sample ...",
         [
-            ("runs/digits-classes/pipeline --count 60", "60 samples, a column for each class"),
+            ("runs/digits-classes/pipeline --count 60", "a sheet of 60, a column for each class"),
             ("runs/digits/pipeline --steps 50 --eta 0", "DDIM, 50 steps"),
+            ("runs/digits/pipeline --count 50000 --out samples/", "50,000 PNG files"),
+            ("runs/digits/pipeline --seeds 0-49999 --out samples.npz", "in the layout of ADM's evaluation"),
             ("runs/digits/pipeline --count 8 --progressive 12", "8 samples, each at 12 timesteps"),
             ("runs/digits/pipeline --count 8 --interpolate 500", "mixtures of real images"),
             ("runs/mnist-8-32/pipeline --count 16 --data mnist", "real images, upsampled"),
         ],
+        section="scheduler",
     )
     add = parser.group("pipeline and output")
     add("pipeline", metavar="PIPELINE", help="folder of a saved pipeline or of its run, or its id on the Hub")
-    add("--out", metavar="FILE", default="samples.png", help="file to write, in the format of its ending (%(default)s)")
+    add(
+        "--out",
+        metavar="FILE",
+        default="samples.png",
+        help="a picture for a sheet; a folder, .npz or .parquet file for single images (%(default)s)",
+    )
     add("-h", "--help", action="help", help="show this and stop")
     add = parser.group("what to draw")
-    add("--count", type=number(int, 1), metavar="N", default=64, help="number of samples, or of rows (%(default)s)")
-    add("--class_label", metavar="CLASS", help="name or number of the class of every sample (all classes in turn)")
+    add("--count", type=number(int, 1), metavar="N", help=f"number of samples, or of rows ({COUNT})")
+    add_class_option(add)
     add(
         "--progressive",
         type=number(int, 2),
@@ -54,17 +70,13 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
     add("--interpolate", type=number(int, 0), metavar="T", help="a row for each pair of images, mixed at timestep T")
     add = parser.group("how to sample")
     add("--steps", type=number(int, 1), metavar="N", help="sampling steps (the pipeline's own number)")
-    add("--eta", type=number(float, 0, 1), metavar="ETA", help="DDIM with this eta, 0 to 1 (ancestral sampling)")
-    add("--guidance_scale", type=number(float, 0), metavar="SCALE", help="classifier-free guidance; 1 means none")
-    add(
-        "--classifier_scale",
-        type=number(float, 0),
-        metavar="SCALE",
-        help="guidance by the pipeline's classifier; 0 means none",
-    )
+    add_sampler_options(add)
     add("--optimize", action="store_true", help="compile the network first; pays off with many steps")
-    add("--seed", type=SEED, metavar="N", default=0, help="seed of the noise (%(default)s)")
+    add("--seed", type=SEED, metavar="N", default=0, help="seed of the noise, of the first image (%(default)s)")
     add("--device", metavar="NAME", help="device, as torch names it (an accelerator if there is one)")
+    add = parser.group("single images")
+    add("--seeds", metavar="SEEDS", help="an image for each of these, as 0-49999 or 0-9,20 (--count from --seed on)")
+    add_batch_option(add)
     add = parser.group("images of a data set, for --interpolate and for upsamplers")
     add("--data", metavar="DATA", help="as in ddpm-hf evaluate (the data set of the training)")
     add("--split", metavar="SPLIT", default="test", help="split of --data (%(default)s)")
@@ -84,36 +96,115 @@ def main(argv: list[str], program: str) -> None:
     arguments = parser.parse_args(argv)
     if arguments.progressive is not None and arguments.interpolate is not None:
         parser.error("--progressive and --interpolate make two sheets; give one of them")
-    check_out(arguments.out)
+    in_files = is_for_single_images(arguments.out)
+    check_output_options(parser, arguments, in_files)
+    if not in_files:
+        check_out(arguments.out)
     device = choose_device(arguments.device)
     arguments.pipeline = find_pipeline(program, arguments.pipeline)
     if arguments.data is not None:
         check_path(program, arguments.data, "data set")
 
-    import torch
-
-    from ddpm_hf.evaluation.samples import open_pipeline, parse_class_label
-    from ddpm_hf.evaluation.sheets import check_picture, save_picture
+    from ddpm_hf.evaluation.generation import stages_of
+    from ddpm_hf.evaluation.processes import Processes
+    from ddpm_hf.evaluation.samples import open_pipeline
+    from ddpm_hf.evaluation.scheduler_by_name import use_scheduler
 
     hide_progress_in_logs()
-    pipeline = open_pipeline(arguments.pipeline).to(device)
+    processes = Processes.launched()
+    pipeline = open_pipeline(arguments.pipeline).to(
+        processes.device if arguments.device is None and processes.device else device
+    )
     pipeline.set_progress_bar_config(disable=None)  # no bars in logs
-    stages = [pipeline.base, pipeline.upsampler] if hasattr(pipeline, "upsampler") else [pipeline]
-    check_picture(arguments.out, stages[0].channels)
-    check_combinations(parser, arguments, pipeline, stages)
-    label = parse_class_label(pipeline, arguments.class_label, "--class_label")
+    stages = stages_of(pipeline)
+    check_combinations(parser, arguments, pipeline)
+    if arguments.scheduler or arguments.scheduler_settings:
+        use_scheduler(pipeline, arguments.scheduler, arguments.scheduler_settings)
+    rule = class_rule(parser, pipeline, arguments.class_labels)
     if arguments.optimize:
         for stage in stages:
             print(stage.optimize())
-    sampling = dict(
-        generator=torch.Generator(device).manual_seed(arguments.seed),
-        num_inference_steps=arguments.steps,
-        eta=arguments.eta,
-        guidance_scale=arguments.guidance_scale,
-        classifier_scale=arguments.classifier_scale,
-    )
-    with naming_options(arguments, OPTIONS):
-        sheet = draw(pipeline, arguments, label, sampling)
+    with naming_options(arguments, {**OPTIONS, "timestep": "--interpolate"}):
+        if in_files:
+            draw_files(pipeline, arguments, rule, processes)
+        else:
+            draw_sheet(parser, pipeline, arguments, rule)
+    processes.leave()
+
+
+def is_for_single_images(out: str) -> bool:
+    """Whether an output is a folder (it ends with / or holds samples), an .npz or a .parquet file; if not, it is a picture."""
+    path = Path(out)
+    return out.endswith(("/", os.sep)) or path.suffix in (".npz", ".parquet") or (path / "samples.json").is_file()
+
+
+def check_output_options(parser: Parser, arguments: argparse.Namespace, in_files: bool) -> None:
+    """End the command for options that the kind of output does not have."""
+    for name in ON_SHEETS if in_files else IN_FILES:
+        if getattr(arguments, name) is not None:
+            kind = "a sheet; give --out FILE.png" if in_files else "single images; give --out FOLDER/, .npz or .parquet"
+            parser.error(f"--{name} is for {kind}")
+    if arguments.seeds is not None and arguments.count is not None:
+        parser.error("--seeds and --count both say how many; give one of them")
+    if Path(arguments.out).suffix == ".parquet":
+        require_extra("datasets", "data", "image data sets")
+
+
+def draw_files(pipeline, arguments: argparse.Namespace, rule: str | int, processes) -> None:
+    """Draw single images into a folder or file."""
+    from ddpm_hf.data.sources import public_path
+    from ddpm_hf.evaluation.generation import generate
+    from ddpm_hf.evaluation.seeds import parse_seeds
+    from ddpm_hf.models.conditioning import downsample
+    from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
+
+    if arguments.seeds is None:
+        first = arguments.seed
+        arguments.seeds = f"{first}-{first + (arguments.count or COUNT) - 1}"
+    seeds = parse_seeds(arguments.seeds)
+    of_stages = {}
+    if isinstance(pipeline, DDPMSuperResolutionPipeline):
+        x_start, labels = load_images_of(arguments, pipeline, None, channels=pipeline.channels)
+        small = downsample(x_start, tuple(pipeline.config.low_resolution))
+        of_stages = dict(low_resolution=small, low_resolution_labels=labels)
+    if of_stages or hasattr(pipeline, "upsampler"):
+        of_stages["noise_level"] = arguments.noise_level
+    try:
+        out = generate(
+            pipeline,
+            seeds,
+            arguments.out,
+            batch_size=arguments.batch_size,
+            name=public_path(arguments.pipeline),
+            processes=processes,
+            class_labels=rule,
+            **sampler_of(arguments),
+            **of_stages,
+        )
+    except KeyboardInterrupt:
+        sys.exit(f"{arguments.out}: interrupted; the same command goes on from here")
+    except OSError as error:
+        raise OSError(
+            f"{arguments.out}: {error}; complete images stay, and the same command goes on from them"
+        ) from None
+    if processes.is_main:
+        print(f"wrote {out}, {len(seeds):,} images")
+
+
+def draw_sheet(parser: Parser, pipeline, arguments: argparse.Namespace, rule: str | int) -> None:
+    """Draw a sheet into a picture."""
+    import torch
+
+    from ddpm_hf.evaluation.generation import stages_of
+    from ddpm_hf.evaluation.sheets import check_picture, save_picture
+
+    check_picture(arguments.out, stages_of(pipeline)[0].channels)
+    if rule == "random":
+        parser.error("--class_labels random is for single images; give --out FOLDER/, .npz or .parquet")
+    label = rule if isinstance(rule, int) else None
+    generator = torch.Generator(pipeline.device).manual_seed(arguments.seed)
+    arguments.count = arguments.count or COUNT
+    sheet = draw(pipeline, arguments, label, {"generator": generator, **sampler_of(arguments)})
     save_picture(sheet.picture(), arguments.out)
     print(f"wrote {arguments.out}")
 
@@ -129,7 +220,7 @@ def check_out(out: str) -> None:
 
     path = Path(out)
     if path.is_dir():
-        raise ValueError(f"--out {out} is a folder; give a file")
+        raise ValueError(f"--out {out} is a folder; give a file, or end it with / for single images")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: there is no such folder")
     if not is_writable(path.absolute().parent):
@@ -137,7 +228,7 @@ def check_out(out: str) -> None:
     picture_format(path)
 
 
-def check_combinations(parser: Parser, arguments: argparse.Namespace, pipeline, stages: list) -> None:
+def check_combinations(parser: Parser, arguments: argparse.Namespace, pipeline) -> None:
     """End the command with a message for options that the pipeline does not have."""
     from ddpm_hf.pipelines.cascade import CascadePipeline
     from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
@@ -147,8 +238,6 @@ def check_combinations(parser: Parser, arguments: argparse.Namespace, pipeline, 
             parser.error(f"--progressive and --interpolate are not for a {type(pipeline).__name__}")
     elif arguments.noise_level:
         parser.error(f"--noise_level {arguments.noise_level} is of an upsampler, which this pipeline does not have")
-    if arguments.class_label is not None and not any(stage.takes_labels or stage.classifier for stage in stages):
-        parser.error(f"--class_label {arguments.class_label}: this pipeline has no classes; leave it out")
 
 
 def draw(pipeline, arguments: argparse.Namespace, class_label: int | None, sampling: dict):
@@ -177,7 +266,7 @@ def draw(pipeline, arguments: argparse.Namespace, class_label: int | None, sampl
     return samples.draw_samples(pipeline, count, class_label, **sampling)
 
 
-def load_images_of(arguments: argparse.Namespace, pipeline, count: int, **kwargs):
+def load_images_of(arguments: argparse.Namespace, pipeline, count: int | None, **kwargs):
     """Images and labels of --data, or of the data set that the pipeline was trained on; `kwargs` are those of `read_tensor`."""
     require_extra("datasets", "data", "images of a data set")
     from ddpm_hf.evaluation.images import load_tensor

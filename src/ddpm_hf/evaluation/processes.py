@@ -1,6 +1,7 @@
 """The processes among which `accelerate launch` or torchrun shares out a measurement."""
 
 import dataclasses
+import os
 
 import torch
 
@@ -12,18 +13,22 @@ class Processes:
     Attributes:
         rank: number of this process, from 0.
         world_size: number of processes.
+        device: the device of this process among several; None where the process is alone and may choose.
     """
 
     rank: int = 0
     world_size: int = 1
+    device: str | None = None
 
     @classmethod
     def launched(cls) -> "Processes":
         """Join the processes that the launcher started; one alone without a launcher."""
+        if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+            return cls()
         from accelerate import PartialState
 
-        state = PartialState()
-        return cls(state.process_index, state.num_processes)
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        return cls(state.process_index, state.num_processes, str(state.device))
 
     @property
     def is_main(self) -> bool:
@@ -49,3 +54,10 @@ class Processes:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+    def leave(self) -> None:
+        """End the group of processes; the last call of a program."""
+        if self.world_size > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()

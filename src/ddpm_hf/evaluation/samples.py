@@ -19,6 +19,7 @@ from ddpm_hf.models.conditioning import downsample
 from ddpm_hf.pipelines import PIPELINE_CLASSES, CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipeline
 from ddpm_hf.pipelines.labels import label_ids
 
+SHEET_BATCH = 256
 INTERPOLATION_WEIGHTS = [i / 8 for i in range(9)]
 
 
@@ -56,10 +57,22 @@ def parse_class_label(pipeline, text: str | None, name: str = "class_label") -> 
         return label_ids([text], pipeline.class_names, name)[0]
 
 
+def number_of_classes(pipeline, sampling: dict) -> int | None:
+    """The number of classes among which the arguments `sampling` of a pipeline's call choose; None without classes."""
+    first = getattr(pipeline, "base", pipeline)
+    classes = _labeled_network(first, sampling).num_classes
+    return classes if classes or not isinstance(pipeline, CascadePipeline) else pipeline.upsampler.unet.num_classes
+
+
 def draw_samples(pipeline, count: int, class_label: int | None = None, **sampling) -> SampleSheet:
     """Draw samples of a `DDPMImagePipeline`, all of one class or with a column for each class."""
     labels, columns, captions = _labels(pipeline, _labeled_network(pipeline, sampling), class_label, count)
-    return SampleSheet(pipeline(count, class_labels=labels, **sampling).images, columns, captions)
+    images: list[Image.Image] = []
+    while len(images) < count:  # in batches, so that large sheets fit into memory
+        part = slice(len(images), min(len(images) + SHEET_BATCH, count))
+        batch = pipeline(part.stop - part.start, class_labels=None if labels is None else labels[part], **sampling)
+        images += batch.images
+    return SampleSheet(images, columns, captions)
 
 
 def draw_cascade(
