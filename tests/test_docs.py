@@ -32,7 +32,7 @@ PARSERS = {"sample": sample.make_parser, "evaluate": evaluate.make_parser, "push
 LAUNCHERS = r"(?:python|accelerate launch|torchrun) (?:--\w+ (?:\d+ )?)*"
 STARTS = re.compile(rf"(?:ddpm-hf |{LAUNCHERS}(?:-m ddpm_hf |training/(?=\w+\.py)))([\w-]+)(?:\.py)?")
 # of accelerate launch, torchrun and make
-OTHERS = {"--key", "--cpu", "--num_processes", "--nproc_per_node", "--dynamo_backend"}
+OTHERS = {"--key", "--scheduler.solver_order", "--cpu", "--num_processes", "--nproc_per_node", "--dynamo_backend"}
 
 
 def fenced(path, language=""):

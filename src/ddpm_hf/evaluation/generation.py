@@ -6,7 +6,6 @@ from ddpm_hf.evaluation.samples import open_pipeline
 generate(open_pipeline("runs/digits/pipeline"), range(50_000), "samples/", num_inference_steps=100)
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -74,7 +73,7 @@ class Generator:
             "pipeline": name,
             "weights": weights_fingerprint(stages),
             "dtype": str(stages[0].unet.dtype).removeprefix("torch."),
-            "optimized": any(is_optimized(stage) for stage in stages),
+            "optimized": any(stage.is_optimized for stage in stages),
             "schedulers": [scheduler_settings(stage.scheduler) for stage in stages],
             "steps": self.sampling.get("num_inference_steps") or default_steps(stages[0].scheduler),
             **{name: value for name, value in self.sampling.items() if name != "num_inference_steps"},
@@ -153,8 +152,6 @@ def generate(
     processes.wait()
     missing = folder.missing(seeds)
     processes.wait()  # every process has the same list
-    for stage in stages_of(pipeline):
-        stage.set_progress_bar_config(disable=None if processes.is_main else True, leave=False, position=1)
     _draw_missing(generator, folder, missing, len(seeds), batch_size, processes)
     processes.wait()
     if processes.is_main:
@@ -181,8 +178,10 @@ def _draw_missing(generator, folder, missing, total, batch_size, processes):
     mine = missing[processes.rank :: processes.world_size]
     if not mine:
         return
+    _set_bars(generator, disable=True)
     if batch_size is None:
         batch_size = _choose_batch_size(generator, len(mine), processes)
+    _set_bars(generator, disable=None if processes.is_main else True, leave=False, position=1)
     bar = tqdm(total=total, initial=total - len(missing), unit="image", disable=None if processes.is_main else True)
     with bar, ThreadPoolExecutor() as writers:
         while mine:
@@ -199,6 +198,11 @@ def _draw_missing(generator, folder, missing, total, batch_size, processes):
             mine = mine[batch_size:]
             if not bar.disable:  # of all processes
                 bar.update(total - len(missing) + _count(folder, missing) - bar.n)
+
+
+def _set_bars(generator, **config):
+    for stage in stages_of(generator.pipeline):
+        stage.set_progress_bar_config(**config)
 
 
 def _count(folder, seeds):
@@ -218,12 +222,11 @@ def _finish(generator, folder, seeds, out):
 
 
 def _choose_batch_size(generator, most, processes):
-    if any(is_optimized(stage) for stage in stages_of(generator.pipeline)):
+    if any(stage.is_optimized for stage in stages_of(generator.pipeline)):
         return min(COMPILED_BATCH, most)
-    with _without_bars(generator.pipeline):
-        size, rate = find_batch_size(generator.try_batch, most)
+    size, reason = find_batch_size(generator.try_batch, most)
     if processes.is_main:
-        print(f"batch_size={size}: {rate}")
+        print(f"batch_size={size}: {reason}")
     return size
 
 
@@ -267,27 +270,9 @@ def _seconds(attempt, size):
     return min(times)
 
 
-@contextlib.contextmanager
-def _without_bars(pipeline):
-    stages = stages_of(pipeline)
-    before = [getattr(stage, "_progress_bar_config", {}) for stage in stages]
-    try:
-        for stage in stages:
-            stage.set_progress_bar_config(disable=True)
-        yield
-    finally:
-        for stage, config in zip(stages, before):
-            stage.set_progress_bar_config(**config)
-
-
 def stages_of(pipeline) -> list:
     """The pipelines of one network each that a pipeline consists of."""
     return [pipeline.base, pipeline.upsampler] if isinstance(pipeline, CascadePipeline) else [pipeline]
-
-
-def is_optimized(stage) -> bool:
-    """Whether `optimize` compiled the pipeline's network."""
-    return getattr(stage, "_inference", None) is not None
 
 
 def scheduler_settings(scheduler) -> dict:

@@ -281,6 +281,11 @@ class PackagedImagePipeline(PackagedPipeline):
             raise ValueError(f"{path} holds a {saved}; open it with that class, not with {cls.__name__}")
         return classes
 
+    @property
+    def is_optimized(self) -> bool:
+        """Whether `optimize` was called."""
+        return self._inference is not None
+
     def optimize(self, dtype: torch.dtype | None = None, compile: bool = True) -> str:
         """Makes later calls of the pipeline faster; images stay the same within rounding, and `unet` is not changed.
 
