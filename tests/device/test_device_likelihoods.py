@@ -16,7 +16,14 @@ from ddpm_hf import (
     progressive_coding,
     rate_distortion,
 )
-from ddpm_hf.evaluation.metrics import frechet_distance, precision_recall
+from ddpm_hf.evaluation.metrics import (
+    compare_manifolds,
+    frechet_at_infinity,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from ddpm_hf.likelihood.encoding import interpolate_latents
 from support.compare import assert_close
 
@@ -218,3 +225,15 @@ def test_metrics(device):
     there = real.to(device), generated.to(device)
     assert abs(frechet_distance(*there) - frechet_distance(real, generated)) < 1e-3
     assert precision_recall(*there) == pytest.approx(precision_recall(real, generated), abs=1e-12)
+    for metric in (kernel_distance, frechet_at_infinity):
+        actual, expected = (
+            metric(*pair, generator=torch.Generator().manual_seed(0)) for pair in (there, (real, generated))
+        )
+        if metric is kernel_distance:
+            actual, expected = actual.estimate, expected.estimate
+        assert actual == pytest.approx(expected, rel=1e-6)
+    assert inception_score(there[0]) == pytest.approx(inception_score(real), rel=1e-9)
+    actual, expected = compare_manifolds(*there), compare_manifolds(real, generated)
+    assert actual.density == pytest.approx(expected.density, rel=1e-9)
+    assert torch.equal(actual.nearest_real, expected.nearest_real)
+    assert_close(actual.distance_ratio, expected.distance_ratio, 1e-9)
