@@ -28,7 +28,7 @@ class ManifoldComparison:
         in_real_manifold: (M,) bool, which generated images precision counts.
         distance_ratio: (M,) float64, the least distance / radius over the real balls; at most 1 in the manifold. Its inverse
             is the realism score of Kynkäänniemi et al. (without their pruning of large balls).
-        nearest_real: (M,) int64, index of the real image that is nearest to each generated one.
+        nearest_real: (M,) int64, index of the real image that is nearest to each generated one; of equally near ones, any.
     """
 
     precision: Estimate
