@@ -6,6 +6,9 @@ import torch
 
 from ddpm_hf.schedulers.precision import to_float64
 
+# rows of a block
+_ROWS = 4096
+
 
 def check_features(name: str, features: torch.Tensor, fewest: int, dimensions: int | None = None) -> None:
     """Check that features can be measured.
@@ -26,8 +29,9 @@ def check_features(name: str, features: torch.Tensor, fewest: int, dimensions: i
         )
     if len(features) < fewest:
         raise ValueError(f"{name} has {len(features)} features; give at least {fewest}")
-    if not features.isfinite().all():
-        bad = (~features.isfinite().all(1)).nonzero().flatten()
+    is_finite = torch.cat([rows.isfinite().all(1) for rows in features.split(_ROWS)])
+    if not is_finite.all():
+        bad = (~is_finite).nonzero().flatten()
         raise ValueError(
             f"{name} has features that are not finite in {len(bad)} of {len(features)} images, first in image {bad[0]};"
             " leave out images with NaN, or extract in float32"
@@ -42,7 +46,7 @@ def check_pair(real: torch.Tensor, generated: torch.Tensor, fewest: int = 2) -> 
 
 def float64_blocks(features: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the features in float64, a block of rows at a time."""
-    return (to_float64(rows) for rows in features.split(4096))
+    return (to_float64(rows) for rows in features.split(_ROWS))
 
 
 def mean_of(features: torch.Tensor) -> torch.Tensor:
