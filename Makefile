@@ -7,7 +7,7 @@ DEMO := runs/demo
 # one process; with every option given, accelerate needs no configuration file. It finds a GPU by itself
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-device test-oldest test-slow bench lint format clean
+.PHONY: demo test test-device test-oldest test-fid test-slow bench lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,12 +41,22 @@ test-slow: $(READY)
 OLDEST := .venv-oldest
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[demo]" transformers tensorboard pytest hypothesis mpmath
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[demo,metrics]" tensorboard pytest hypothesis mpmath
 	touch $(OLDEST)/.ready
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest tests/schedulers tests/models tests/pipelines tests/likelihood tests/hub tests/evaluation \
 	    tests/training tests/data tests/end_to_end/test_training.py
+
+# features and metrics beside torch-fidelity's own; torch and torchvision of one index, 6 GB
+FID := .venv-fid
+$(FID)/.ready: pyproject.toml constraints-fid.txt
+	$(PYTHON) -m venv $(FID)
+	$(FID)/bin/pip install --quiet --constraint constraints-fid.txt --editable ".[fid]" torchvision torchmetrics pytest
+	touch $(FID)/.ready
+
+test-fid: $(FID)/.ready
+	$(FID)/bin/python -m pytest tests/fid
 
 # more than an hour on two cores; benchmarks/lucidrains.py needs a separate environment, see its first lines
 bench: $(READY)
@@ -64,4 +74,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs
+	rm -rf $(VENV) $(OLDEST) $(FID) runs

@@ -30,13 +30,10 @@ def read_tensor(
     levels: int,
     count: int | None = None,
     *,
-    image_column: str | None = None,
     label_column: str | None = None,
-    max_broken: float = 0.0,
-    max_image_pixels: int | None = None,
-    channels: int | None = None,
     with_labels: bool = True,
     source: str = "the data",
+    **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Read images prepared as in the network's training (`unet.preprocessing`), with labels matched to `unet.class_names`.
 
@@ -44,11 +41,10 @@ def read_tensor(
         levels: number of grey levels of the data.
         count: number of images to read; if the data has more, a fixed random subset is read (see `subset_rows`). Unreadable
             images do not count.
-        image_column, label_column: None means the columns used in training if the data has them, else the only ones.
-        max_broken, max_image_pixels: see `training_set`.
-        channels: channels of the images; None means those of the network's input.
+        label_column: None means the column used in training if the data has it, else the only one.
         with_labels: False reads the images alone.
         source: what errors call the data.
+        **kwargs: image_column, max_broken, max_image_pixels and channels of `prepared_images`.
 
     Returns:
         x_start (N, C, H, W), float32 in [-1, 1], and labels (N,) int64 for a class-conditional network, else None.
@@ -56,25 +52,68 @@ def read_tensor(
     Raises:
         ValueError: columns, labels or grey levels that do not fit the network, or too many unreadable images.
     """
+    label_column = label_column_of(dataset, unet, label_column, source) if with_labels else None
+    resized: set[tuple[int, int]] = set()
+    images, _ = prepared_images(dataset, unet, levels, label_column=label_column, resized=resized, **kwargs)
+    tensors = _read_subset(images, count)
+    if resized:
+        sizes = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
+        height, width = sides(unet.config.sample_size)
+        print(f"images of {sizes} were scaled and cropped to {width}x{height}, the network's size", file=sys.stderr)
+    return pixels_to_tensor(tensors["pixels"], levels), tensors.get("class_labels")
+
+
+def prepared_images(
+    dataset: datasets.Dataset,
+    unet,
+    levels: int,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_broken: float = 0.0,
+    max_image_pixels: int | None = None,
+    channels: int | None = None,
+    resized: set[tuple[int, int]] | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Open images prepared as in the network's training; they are read when they are asked for.
+
+    Args:
+        levels: number of grey levels of the data.
+        image_column: None means the column used in training if the data has it, else the only one.
+        label_column: None means images without labels.
+        max_broken, max_image_pixels: see `training_set`.
+        channels: channels of the images; None means those of the network's input.
+        resized: the (width, height) of images that are scaled are added to it.
+
+    Returns:
+        The `ReadImages` of `training_set`, and how they are prepared: size (H, W), channels, levels, crop, background.
+
+    Raises:
+        ValueError: columns, labels or grey levels that do not fit the network.
+    """
     size = unet.config.sample_size
     if size is None:
         raise ValueError("the network's config has no sample_size (the side of its images in pixels); set it")
-    size = sides(size)
     trained = unet.preprocessing
-    rules = {key: trained[key] for key in ("background", "crop") if key in trained}
-    to_pixels, resized = image_to_pixels(size, channels or unet.config.in_channels, levels, **rules), set()
+    rules = dict(
+        size=sides(size),
+        channels=channels or unet.config.in_channels,
+        levels=levels,
+        crop=trained.get("crop", "center"),
+        background=trained.get("background", "white"),
+    )
+    to_pixels = image_to_pixels(**rules)
     if image_column is None and trained.get("image_column") in dataset.column_names:
         image_column = trained["image_column"]
-    label_column = label_column_of(dataset, unet, label_column, source) if with_labels else None
 
     def convert(image):
         if levels <= 256 and image.mode.startswith("I;16"):
             raise ImageDoesNotFit(f"an image has 16 bits, levels is {levels}; give levels=65536, or data of 8 bits")
-        if image.size != size[::-1]:
+        if resized is not None and image.size != rules["size"][::-1]:
             resized.add(image.size)
         return to_pixels(image)
 
-    images: Any = training_set(
+    images = training_set(
         dataset,
         convert,
         image_column,
@@ -85,14 +124,7 @@ def read_tensor(
         max_broken=max_broken,
         max_image_pixels=max_image_pixels,
     )
-    tensors = _read_subset(images, count)
-    if resized:
-        sizes = ", ".join(f"{width}x{height}" for width, height in sorted(resized)[:3])
-        print(
-            f"images of {sizes} were scaled and cropped to {size[1]}x{size[0]}, the network's size",
-            file=sys.stderr,
-        )
-    return pixels_to_tensor(tensors["pixels"], levels), tensors.get("class_labels")
+    return images, rules
 
 
 def _read_subset(images, count):
