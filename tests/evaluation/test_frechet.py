@@ -187,6 +187,13 @@ def test_wrong_arguments():
         frechet_at_infinity(x, x, sizes=2)
     with pytest.raises(ValueError, match="real has 1 features"):
         frechet_distance(Moments.of(x[:1]), x)
+    moments = Moments.of(x)
+    with pytest.raises(ValueError, match=r"real has a mean and a covariance of shapes \(4,\) and \(3, 3\)"):
+        frechet_distance(Moments(40, moments.mean, moments.covariance[:3, :3]), x)
+    with pytest.raises(ValueError, match="generated has a mean or a covariance that is not finite"):
+        frechet_distance(x, Moments(40, moments.mean, moments.covariance * torch.nan))
+    single = Moments(40, moments.mean.float(), moments.covariance.float())  # of a statistics file
+    assert frechet_distance(single, x + 1) == pytest.approx(4, rel=1e-6)
     x[3, 1], x[5] = torch.nan, torch.inf
     with pytest.raises(ValueError, match="not finite in 2 of 40 images, first in image 3; leave out"):
         frechet_error(torch.randn(40, 4), x)

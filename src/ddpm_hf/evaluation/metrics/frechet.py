@@ -7,6 +7,7 @@ import torch
 
 from ddpm_hf.evaluation.metrics.estimate import Estimate
 from ddpm_hf.evaluation.metrics.features import check_features, float64_blocks, mean_of
+from ddpm_hf.schedulers.precision import to_float64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -257,9 +258,17 @@ def _square_root(covariance):
 
 def _as_moments(name, measured):
     moments = measured if isinstance(measured, Moments) else Moments.of(measured, name)
+    size = moments.dimensions
+    if moments.mean.dim() != 1 or moments.covariance.shape != (size, size):
+        shapes = tuple(moments.mean.shape), tuple(moments.covariance.shape)
+        raise ValueError(
+            f"{name} has a mean and a covariance of shapes {shapes[0]} and {shapes[1]}; give (D,) and (D, D)"
+        )
+    if not (moments.mean.isfinite().all() and moments.covariance.isfinite().all()):
+        raise ValueError(f"{name} has a mean or a covariance that is not finite; compute the statistics again")
     if moments.count is not None and moments.count < 2:
         raise ValueError(f"{name} has {moments.count} features; give at least 2")
-    return moments
+    return Moments(moments.count, to_float64(moments.mean), to_float64(moments.covariance))
 
 
 def _check_dimensions(real, generated):
