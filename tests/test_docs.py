@@ -7,7 +7,6 @@ import re
 import runpy
 import shlex
 import shutil
-import sys
 import tomllib
 from pathlib import Path
 
@@ -199,14 +198,14 @@ def test_commands_run(name, world, hub, monkeypatch):
             run_shortened(command, argv)
 
 
-def test_animation_of_the_readme(world, monkeypatch, tmp_path):
+def test_animation_of_the_readme(world, tmp_path):
+    words = re.search(r"`ddpm-hf (sample \S+ .*--animation) out.webp`", (ROOT / "README.md").read_text())[1].split()
+    words = [f"{world}/{word}" if "/" in word else {"50": "3", "20": "10"}.get(word, word) for word in words]
     out = tmp_path / "denoising.webp"
-    argv = ["denoising_animation.py", f"{world}/runs/digits-classes/pipeline", str(out), "--steps", "3", "--rows", "1"]
-    monkeypatch.setattr(sys, "argv", argv)
-    with contextlib.redirect_stdout(io.StringIO()):
-        runpy.run_path(str(ROOT / "examples" / argv[0]), run_name="__main__")
-    with Image.open(out) as picture:
-        assert picture.n_frames == 3 and picture.size == (10 * (8 * 8 + 4), 2 * (8 * 8 + 4 + 16))
+    run(*words, str(out))
+    with Image.open(out) as picture, Image.open(ROOT / "docs/denoising.webp") as shown:
+        assert picture.n_frames == 3 + 1 and picture.width == shown.width == 10 * (8 * 8 + 4)
+        assert shown.n_frames == 50 + 1 and shown.height - picture.height == 2 * (8 * 8 + 4)
 
 
 SHORT = {"--steps": "2", "--batch_size": "4", "--sample_every": "0", "--eval_every": "0", "--output_dir": "runs/short"}
@@ -285,7 +284,7 @@ def test_options_exist():
     }
     existing |= OTHERS | {option for kind in KINDS.values() for option in options(usage(kind))}
     existing |= {name for make in PARSERS.values() for action in make()._actions for name in action.option_strings}
-    scripts = [path for folder in ("training", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    scripts = [path for folder in ("training", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     existing |= {option for path in scripts for option in re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text())}
     for name in [*DOCS, "model_card.md", *(ROOT / "training/configs").rglob("*.yaml")]:
         text = (ROOT / name).read_text()

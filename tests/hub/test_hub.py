@@ -87,13 +87,15 @@ def test_what_is_published(hub, saved):
     (saved / "checkpoints").mkdir()
     (saved / "checkpoints/model.safetensors").write_bytes(b"x")
     (saved / "notes.txt").write_text("mine")
-    (saved / "samples.png").write_bytes(b"x")
+    for name in ("samples.png", "animation.webp", "animation.mp4"):
+        (saved / name).write_bytes(b"x")
     before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
     info = push_folder(saved, "user/published", license="mit", private=True, commit_message="First")
     assert info.commit_url.startswith(f"{hub.url}/user/published/commit/")
     files = hub.files("user/published")
     assert sorted(files) == [
-        "README.md", "model_index.json", "pipeline.py", "samples.png", "scheduler/scheduler_config.json", "training.json",
+        "README.md", "animation.webp", "model_index.json", "pipeline.py", "samples.png", "scheduler/scheduler_config.json",
+        "training.json",
         "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
     repository = hub.repositories["model", "user/published"]
@@ -115,6 +117,7 @@ def test_what_is_published(hub, saved):
         and '"user/published"' in card.text
         and "torch 2.0" in card.text
     )
+    assert "![from noise to samples](animation.webp)" in card.text and "animation.gif" not in card.text
     assert "![samples](samples.png)" in card.text and "Not measured" in card.text and card.data.eval_results is None
 
 
@@ -170,7 +173,15 @@ def test_a_pipeline_pushes_what_its_folder_has_beside_the_weights(hub, saved, tm
     """The same files as push.py sends, as long as the weights are those of the folder."""
     evaluation = {**EVALUATION, "weights": weights_digest(saved)}
     (saved / "evaluation.json").write_text(json.dumps(evaluation))
-    for name in ("samples.png", "training.png", "evaluation.png", "evaluation.csv", "LICENSE", "notes.txt"):
+    for name in (
+        "samples.png",
+        "animation.gif",
+        "training.png",
+        "evaluation.png",
+        "evaluation.csv",
+        "LICENSE",
+        "notes.txt",
+    ):
         (saved / name).write_bytes(name.encode())
     write_model_card(saved)
     push_folder(saved, "user/by-folder")
@@ -178,7 +189,8 @@ def test_a_pipeline_pushes_what_its_folder_has_beside_the_weights(hub, saved, tm
     pipeline.push_to_hub("user/by-itself")
     files, others = hub.files("user/by-folder"), hub.files("user/by-itself")
     assert (
-        files.keys() == others.keys() and {"samples.png", "evaluation.csv", "training.json", "LICENSE"} <= files.keys()
+        files.keys() == others.keys()
+        and {"samples.png", "animation.gif", "evaluation.csv", "training.json", "LICENSE"} <= files.keys()
     )
     assert all(files[name] == others[name] for name in files if name != "README.md")
     assert files["README.md"].replace(b"by-folder", b"by-itself").rpartition(b"<!--")[0] in others["README.md"]
@@ -195,7 +207,10 @@ def test_a_pipeline_pushes_what_its_folder_has_beside_the_weights(hub, saved, tm
         pipeline.push_to_hub("user/by-itself")
     pipeline.unet.conv_in.bias.data.add_(1)
     pipeline.push_to_hub("user/by-itself-changed")
-    assert not {"samples.png", "evaluation.json", "training.json"} & hub.files("user/by-itself-changed").keys()
+    assert (
+        not {"samples.png", "animation.gif", "evaluation.json", "training.json"}
+        & hub.files("user/by-itself-changed").keys()
+    )
 
 
 @pytest.mark.parametrize(

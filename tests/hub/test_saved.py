@@ -174,7 +174,15 @@ def test_an_index_names_nothing_else(saved, tmp_path, entries, message):
 def test_links_to_the_outside_are_neither_opened_nor_pushed(saved, tmp_path):
     whole, secret = tmp_path / "whole", tmp_path / "secret"
     shutil.copytree(saved, whole)
-    for name in ("README.md", "LICENSE", "samples.png", "evaluation.png", "evaluation.csv", "training.png"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        "samples.png",
+        "animation.webp",
+        "evaluation.png",
+        "evaluation.csv",
+        "training.png",
+    ):
         secret.write_bytes(b"private")
         shutil.copytree(whole, saved, dirs_exist_ok=True)
         (saved / name).symlink_to(secret)
@@ -247,7 +255,7 @@ def test_a_schedulers_config_that_is_no_json(cls, tmp_path):
             cls.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "README.md", "samples.png", "pipeline.py"])
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "samples.png", "animation.gif", "pipeline.py"])
 def test_what_is_too_large_or_no_file_is_not_pushed(saved, name):
     (saved / name).unlink(missing_ok=True)
     os.mkfifo(saved / name)

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from ddpm_hf.cli.animation import add_animation_options, check_animation_options, write_animation
 from ddpm_hf.cli.parser import (
     SEED,
     Parser,
@@ -45,6 +46,7 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
             ("runs/digits/pipeline --seeds 0-49999 --out samples.npz", "in the layout of ADM's evaluation"),
             ("runs/digits/pipeline --count 8 --progressive 12", "8 samples, each at 12 timesteps"),
             ("runs/digits/pipeline --count 8 --interpolate 500", "mixtures of real images"),
+            ("runs/digits/pipeline --steps 50 --eta 0 --animation out.gif", "the denoising as a moving picture"),
             ("runs/mnist-8-32/pipeline --count 16 --data mnist", "real images, upsampled"),
         ],
         section="scheduler",
@@ -77,6 +79,7 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
     add = parser.group("single images")
     add("--seeds", metavar="SEEDS", help="an image for each of these, as 0-49999 or 0-9,20 (--count from --seed on)")
     add_batch_option(add)
+    add_animation_options(parser.group("a moving picture"))
     add = parser.group("images of a data set, for --interpolate and for upsamplers")
     add("--data", metavar="DATA", help="as in ddpm-hf evaluate (the data set of the training)")
     add("--split", metavar="SPLIT", default="test", help="split of --data (%(default)s)")
@@ -98,7 +101,9 @@ def main(argv: list[str], program: str) -> None:
         parser.error("--progressive and --interpolate make two sheets; give one of them")
     in_files = is_for_single_images(arguments.out)
     check_output_options(parser, arguments, in_files)
-    if not in_files:
+    if arguments.animation is not None:
+        check_animation_options(parser, arguments)
+    elif not in_files:
         check_out(arguments.out)
     device = choose_device(arguments.device)
     arguments.pipeline = find_pipeline(program, arguments.pipeline)
@@ -124,8 +129,10 @@ def main(argv: list[str], program: str) -> None:
     if arguments.optimize:
         for stage in stages:
             print(stage.optimize())
-    with naming_options(arguments, {**OPTIONS, "timestep": "--interpolate"}):
-        if in_files:
+    with naming_options(arguments, {**OPTIONS, "timestep": "--interpolate", "what": "--show"}):
+        if arguments.animation is not None:
+            write_animation(parser, pipeline, arguments, rule, arguments.count or COUNT)
+        elif in_files:
             draw_files(pipeline, arguments, rule, processes)
         else:
             draw_sheet(parser, pipeline, arguments, rule)

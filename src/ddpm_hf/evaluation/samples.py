@@ -9,11 +9,13 @@
 """
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
 from PIL import Image
 
+from ddpm_hf.evaluation.animation import animate
 from ddpm_hf.evaluation.sheets import as_images, as_sheet, captions_of, class_columns, cycled_labels, row_captions
 from ddpm_hf.models.conditioning import downsample
 from ddpm_hf.pipelines import PIPELINE_CLASSES, CascadePipeline, DDPMImagePipeline, DDPMSuperResolutionPipeline
@@ -106,6 +108,23 @@ def draw_denoising(pipeline, count: int, columns: int, class_label: int | None =
     predictions = [x_start for i, (_, _, x_start) in enumerate(steps) if i in shown]
     images = as_images(torch.stack(predictions, dim=1).flatten(0, 1))
     return SampleSheet(images, len(predictions), row_captions(captions, count, len(predictions)))
+
+
+def animate_samples(
+    pipeline,
+    path: str | os.PathLike,
+    count: int,
+    class_label: int | None = None,
+    what: str = "both",
+    fps: float = 20,
+    **sampling,
+) -> None:
+    """Draw the samples of `draw_samples` as a moving picture of their denoising; `path`, `what` and `fps` as in `animate`."""
+    labels, columns, captions = _labels(pipeline, _labeled_network(pipeline, sampling), class_label, count)
+    steps = pipeline.progressive(count, class_labels=labels, with_samples=True, **sampling)
+    if not pipeline.scheduler.config.get("centered", True):  # NCSN's images are in [0, 1]
+        steps = ((t, 2 * x_t - 1, None if x_0 is None else 2 * x_0 - 1) for t, x_t, x_0 in steps)
+    animate(steps, path, what, fps=fps, columns=columns, captions=captions)
 
 
 def draw_interpolations(

@@ -62,14 +62,23 @@ def as_images(x_start: torch.Tensor) -> list[Image.Image]:
     return VaeImageProcessor().postprocess(x_start.float(), "pil")
 
 
-def as_sheet(images: list[Image.Image], columns: int | None = None, captions: list[str] | None = None) -> Image.Image:
-    """Join images into one picture with grey gaps, square if columns is None; small images are enlarged to show their pixels.
+def as_sheet(
+    images: list[Image.Image],
+    columns: int | None = None,
+    captions: list[str] | None = None,
+    *,
+    side: int = 64,
+    gap: str = "grey",
+) -> Image.Image:
+    """Join images into one picture, square if columns is None; small images are enlarged to show their pixels.
 
     Args:
         captions: a text above each image, "" for none; a row equal to the row above is left out.
+        side: images are enlarged by the largest integer that leaves their shorter side within these pixels.
+        gap: color of the gaps between images.
     """
-    scale = max(1, 64 // min(images[0].size))
-    images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, "grey") for image in images]
+    scale = max(1, side // min(images[0].size))
+    images = [ImageOps.expand(ImageOps.scale(image, scale, Image.Resampling.NEAREST), 2, gap) for image in images]
     columns = columns or math.ceil(len(images) ** 0.5)
     width, height = images[0].size
     font = _font(max(FONT_SIZE, width // 12))
@@ -94,6 +103,16 @@ def as_sheet(images: list[Image.Image], columns: int | None = None, captions: li
         room = ((end if next_top in (top, None) else columns) - i) * width - 4
         draw.text((i * width + 2, top + 1), _fitted(text, font, room), fill="black", font=font)
     return sheet
+
+
+def with_title(picture: Image.Image, title: str) -> Image.Image:
+    """Add a white line with a text above a picture."""
+    font = _font(max(FONT_SIZE, min(18, picture.width // 20)))
+    line = sum(font.getmetrics()) + 4
+    titled = Image.new(picture.mode, (picture.width, picture.height + line), "white")
+    titled.paste(picture, (0, line))
+    ImageDraw.Draw(titled).text((2, 2), _fitted(title, font, picture.width - 4), fill="black", font=font)
+    return titled
 
 
 def _font(size):

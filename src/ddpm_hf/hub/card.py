@@ -15,7 +15,7 @@ from ddpm_hf.files.atomic import final_name, write_text
 from ddpm_hf.files.guarded import COUNT, NULL, NUMBER, WORD, Kind, check_values, naming, read_json, read_text
 from ddpm_hf.files.pipeline_folder import component_classes, pipeline_class, read_config
 from ddpm_hf.hub.markdown import code, fenced_json, listed_names, printable, title
-from ddpm_hf.hub.records import records_of
+from ddpm_hf.hub.records import RECORD, records_of
 from ddpm_hf.hub.saved import CASCADE, class_of_part, kind_of_class
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.unet import DDPMUNet
@@ -193,7 +193,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "call": _call(network, low),
         "stock": reason is None,
         "stock_reason": reason,
-        "pictures": [path.name for path in folder.glob("*.png")],
+        "pictures": sorted(path.name for path in folder.iterdir() if RECORD.fullmatch(path.name)),
         "training": training,
         "ema_decay": training and _decay_at(training["steps"], training["ema_decay"]),
         "configuration": training and fenced_json(training),

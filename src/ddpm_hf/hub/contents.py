@@ -49,7 +49,7 @@ def published_files(folder: Path, pipeline_folder: Path | None = None) -> dict[s
         files |= _files_of_part(folder / name, own_sources(index).get(name), root)
     records = records_of(folder, root)
     for path in folder.iterdir():
-        record = "training" if path.name == "samples.png" else path.stem
+        record = "training" if path.stem in ("samples", "animation") else path.stem
         if RECORD.fullmatch(path.name) and records.get(record, path) is not None:
             files[path.name] = check_file(path, root, PICTURE_BYTES)
     return files

@@ -28,7 +28,7 @@ NAMES = Kind("a list of at most 100,000 texts of 500 characters", are_label_name
 
 
 # the files that describe a run: its record, how the weights were measured, and their pictures
-RECORD = re.compile(r"(training|evaluation)\.(json|csv|png)|samples\.png")
+RECORD = re.compile(r"(training|evaluation)\.(json|csv|png)|samples\.png|animation\.(webp|gif)")
 
 
 VERSIONS = Kind(

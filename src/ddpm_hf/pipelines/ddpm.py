@@ -275,12 +275,14 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         num_inference_steps: int | None = None,
         *,
         every: int = 1,
+        with_samples: bool = False,
         **options,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yields the predicted x_0 while sampling: progressive generation (Ho, Jain, Abbeel 2020, section 4.3, figure 6).
 
         Args:
             every: yield at every n-th step, and at the last.
+            with_samples: end with (-1, samples, samples), and allow schedulers that predict no x_0.
             batch_size, generator, num_inference_steps: as in `__call__`, which gives the same images.
             options: eta, class_labels, guidance_scale, classifier_scale, latents, timesteps and sigmas, as in `__call__`.
 
@@ -294,24 +296,23 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         """
         every = positive_integer("every", every)  # now, not at the first step
         options = SamplingOptions(generator, num_inference_steps, **options)
-        return self._progress(self._prepare(batch_size, options), every)
+        return self._progress(self._prepare(batch_size, options), every, with_samples)
 
-    def _progress(self, sampling, every):
+    def _progress(self, sampling, every, with_samples=False):
         steps, last = self._denoise(sampling, sampling.noise), len(sampling.scheduler.timesteps) - 1
-        while True:
+        for _ in range(last + 1):
             with evaluation_mode(self.unet, self.classifier):  # not between steps
-                step = next(steps, None)
-            if step is None:
-                break
-            if step.pred_original_sample is None:
-                raise ValueError(
-                    f"the steps of {type(self.scheduler).__name__} predict no x_0; use a DDPM or DDIM scheduler"
-                )
+                step = next(steps)
+            if step.pred_original_sample is None and not with_samples:
+                raise ValueError(f"the steps of {type(self.scheduler).__name__} predict no x_0; use DDPM or DDIM")
             if step.index == last:
                 check_samples(step.sample, sampling.scheduler)
             if step.index % every == 0 or step.index == last:
                 yield step.timestep.item(), step.x_t, step.pred_original_sample
+        next(steps, None)  # ends its bar
         self.maybe_free_model_hooks()
+        if with_samples:
+            yield -1, step.sample, step.sample
 
     @torch.no_grad()
     def interpolate(

@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 
 # files to download from a repository: no pickled weights; records and pictures beside the weights
 FILES = ("*.json", "*.safetensors", "*.py")
-BESIDE = ("training.*", "evaluation.*", "samples.png", "README.md", "LICENSE")
+BESIDE = ("training.*", "evaluation.*", "samples.png", "animation.*", "README.md", "LICENSE")
 
 
 # arguments of from_pretrained: for the download, and for the networks
