@@ -62,12 +62,12 @@ def kernel_distance(
         note = f"subset_size={subset_size} was lowered to {size}; there are {counts[0]} real and {counts[1]} generated images"
     if size == max(counts):
         subsets = 1  # all subsets are the same
-    terms = []
-    for _ in range(subsets):
+    terms = torch.empty(subsets, 6, dtype=torch.float64)
+    for subset_terms in terms:
         real_rows, generated_rows = (torch.randperm(count, generator=generator)[:size] for count in counts)
         x, y = to_float64(real[real_rows.to(real.device)]), to_float64(generated[generated_rows.to(generated.device)])
-        terms.append(_subset_terms(x.to(y.device), y))
-    values, first_x, first_y, second_xx, second_yy, second_xy = torch.stack(terms).cpu().T
+        subset_terms.copy_(_subset_terms(x.to(y.device), y))
+    values, first_x, first_y, second_xx, second_yy, second_xy = terms.T
     n, m = counts
     variance = (
         4 * first_x.mean().clamp(min=0) / n
