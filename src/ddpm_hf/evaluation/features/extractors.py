@@ -286,18 +286,16 @@ def _weights_in(kind, folder):
 
 def _hub_files(kind, repository):
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         hf_hub_download(repository, "config.json")
         for name in HUB_WEIGHTS:
             try:
                 return [Path(hf_hub_download(repository, name))]
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                continue
-        raise FileNotFoundError(f"it has no {' or '.join(HUB_WEIGHTS)}")
+            except EntryNotFoundError as missing:  # without a network also the other one may be in the cache
+                error = missing
+        raise error
     except Exception as error:  # of the network, of the Hub, or of the disk
         raise ExtractorError(
             f"{repository} cannot be downloaded from the Hub ({one_line(error, 200)}); copy its config.json and "
