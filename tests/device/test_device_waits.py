@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler, bits_per_dim
+from ddpm_hf.evaluation import animate
 from ddpm_hf.schedulers.sde import VPSDE, ChainSDE
 from ddpm_hf.training.losses import ScoreObjective
 from ddpm_hf.training.timesteps import ContinuousTimes, LossSecondMomentTimesteps
@@ -126,3 +127,13 @@ def test_the_bound_waits_seldom(device, unet):
 
     more = waits_of_more(run, 200, 400)
     assert sum(more.values()) == 4, more
+
+
+def test_an_animation_waits_for_the_frames_that_it_shows(device, unet):
+    """Twice as many steps take the frames of one more thinning: half of them, with two pictures each."""
+    pipeline = DDPMImagePipeline(unet(), VariationalDDPMScheduler()).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    more = waits_of_more(
+        lambda steps: animate(pipeline.progressive(2, num_inference_steps=steps), None, max_frames=8), 28, 56
+    )
+    assert sum(more.values()) == 2 * 4, more
