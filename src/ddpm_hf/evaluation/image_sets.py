@@ -26,14 +26,14 @@ MOST_HASHED = 1000  # rows whose images are in memory while a data set is hashed
 
 
 class ImageSet:
-    """Images of one size, of which only the rows that are asked for are in memory. Threads may read at the same time.
+    """Images of one size, of which only the rows that are asked for are in memory.
 
     Attributes:
         size: (height, width).
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         description: facts for records and for finding stored features: "images", the public name of their source,
             "count", "size", "channels", "fingerprint", a digest of the source; of real images also how they are prepared.
-        is_sequential: whether reading in order is much faster than in any other order.
+        is_sequential: whether only one thread should read, in order, as it is much faster so or threads disturb each other.
     """
 
     size: tuple[int, int]
@@ -309,6 +309,7 @@ class DataImages(ImageSet):
         **kwargs,
     ):
         self.images, rules = prepared_images(dataset, unet, levels, **kwargs)
+        self.is_sequential = kwargs.get("max_image_pixels") is not None  # `pixel_limit` is not for several threads
         total = len(self.images)
         if not total:
             raise ValueError(f"{data} has no images in {split or 'this split'}; give another one")
