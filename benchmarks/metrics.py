@@ -28,8 +28,8 @@ from ddpm_hf.evaluation.metrics import (
 METRICS = {
     "moments": lambda real, generated: Moments.of(generated),
     "Fréchet distance": frechet_distance,
-    "its error": frechet_error,
-    "its limit": lambda real, generated: frechet_at_infinity(real, generated, standard_error=0.0),
+    "error of the Fréchet distance": frechet_error,
+    "limit of the Fréchet distance": lambda real, generated: frechet_at_infinity(real, generated, standard_error=0.0),
     "kernel distance": kernel_distance,
     "inception score": lambda real, generated: inception_score(generated),
     "precision, recall, density, coverage": compare_manifolds,
