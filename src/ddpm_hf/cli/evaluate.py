@@ -1,6 +1,10 @@
-"""`ddpm-hf evaluate`: a saved pipeline and a data set -> bits/dim, by the variational bound or the probability-flow ODE."""
+"""`ddpm-hf evaluate`: a saved pipeline and a data set -> bits/dim, by the variational bound or the probability-flow ODE.
+
+With --metrics: samples and a data set -> FID and its kin, see cli/evaluate_samples.py.
+"""
 
 import argparse
+import json
 import math
 import shlex
 from pathlib import Path
@@ -15,9 +19,22 @@ from ddpm_hf.cli.parser import (
     naming_options,
     number,
 )
+from ddpm_hf.cli.sampling import add_class_option, add_sampler_options
 from ddpm_hf.extras import require_extra
 
 DEQUANTIZATIONS = ("uniform", "decoder")  # of likelihood.ode, which is slow to import
+BATCH = 128  # images per network call of bits/dim
+OF_SAMPLES = (
+    "samples",
+    "reference",
+    "extractor",
+    "class_labels",
+    "eta",
+    "guidance_scale",
+    "classifier_scale",
+    "scheduler",
+)
+OF_BITS = ("histogram", "first", "estimate", "ode", "dequantization", "tolerance", "probes")
 READING = ("image_column", "label_column", "max_broken", "max_image_pixels")  # options that `read_tensor` takes
 
 
@@ -25,19 +42,25 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     """The options of the command."""
     parser = Parser(
         program,
-        "PIPELINE [--data DATA] [--OPTION VALUE ...]",
-        "Measure bits/dim of a data set under a saved pipeline: the variational bound of Ho et al. 2020, term by term,\n"
-        "or the likelihood by the probability-flow ODE of Song et al. 2020. Opens any DDPM folder or Hub id, diffusers'\n"
-        "own included. Prints a table; writes evaluation.json, and evaluation.csv and .png with every term.",
+        "[PIPELINE] [--data DATA] [--OPTION VALUE ...]",
+        "Measure bits/dim of a data set under a saved pipeline: the variational bound of Ho et al. 2020, term by term, or the "
+        "likelihood by the probability-flow ODE of Song et al. 2020. With --metrics, measure FID and its kin of samples. Opens "
+        "any DDPM folder or Hub id, diffusers' own included. Prints a table; writes evaluation.json, tables and pictures.",
         [
             ("runs/digits/pipeline", "the test split of its data set"),
             ("runs/digits/pipeline --data digits --images 64", "64 images, always the same"),
             ("runs/digits-vp/pipeline --ode", "a model in continuous time"),
             ("google/ddpm-cifar10-32 --data uoft-cs/cifar10 --estimate 50", "50 network calls an image"),
+            ("runs/digits/pipeline --metrics fid,kid,prc --samples 50000", "as in papers"),
+            ("runs/digits/pipeline --metrics fd --extractor efficientnet-lite0 --samples 2048", "no downloads"),
+            ("--images samples/ --data my_folder/ --metrics fid,fd-dinov2", "images of any model"),
         ],
+        section="scheduler",
     )
     add = parser.group("pipeline and output")
-    add("pipeline", metavar="PIPELINE", help="folder of a saved pipeline or of its run, or its id on the Hub")
+    add(
+        "pipeline", metavar="PIPELINE", nargs="?", help="folder of a saved pipeline or of its run, or its id on the Hub"
+    )
     add("--out", metavar="FOLDER", help="folder to write to (a run's own pipeline; for others nothing is written)")
     add("--histogram", metavar="SPLIT", help="compare with a per-pixel histogram of this split")
     add("-h", "--help", action="help", help="show this and stop")
@@ -54,7 +77,12 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
         metavar="SHARE",
         help="only the images that training with this --held_out set aside (as the run did)",
     )
-    add("--images", type=number(int, 1), metavar="N", help="number of images, a fixed random subset (all)")
+    add(
+        "--images",
+        metavar="N",
+        help="number of images of --data, a fixed random subset (all); or, with --metrics, the generated images: a folder, "
+        "an .npz or a .parquet file",
+    )
     add("--image_column", metavar="NAME", help="column of the images (that of the training, or the only one)")
     add("--label_column", metavar="NAME", help="column of class labels (that of the training, or the only one)")
     add("--levels", type=number(int, 2, 65536), metavar="N", help="grey levels of the data (those of the pipeline)")
@@ -66,8 +94,20 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
         help="share of images that may be unreadable (%(default)s)",
     )
     add("--max_image_pixels", type=number(int, 1), metavar="N", help="larger images are unreadable (Pillow's limit)")
+    add = parser.group("quality of samples")
+    add("--metrics", metavar="LIST", help="of fid, sfid, is, kid; of --extractor: fd, kd, prc, dc; or fd-EXTRACTOR")
+    add("--samples", type=number(int, 2), metavar="N", help="draw so many, an image for each seed from --seed on")
+    add("--reference", metavar="FILE", help="statistics in place of --data: .npz of ADM, pytorch-fid or score_sde")
+    add(
+        "--extractor",
+        metavar="NAME",
+        default="inception",
+        help="inception, dinov2, clip, efficientnet-lite0, a TorchScript .pt, or module:function (%(default)s)",
+    )
+    add_class_option(add)
+    add_sampler_options(add)
     add = parser.group("variational bound")
-    add("--steps", type=number(int, 1), metavar="N", help="length of the chain (all timesteps)")
+    add("--steps", type=number(int, 1), metavar="N", help="length of the chain, or of sampling (all timesteps)")
     add("--first", type=number(int, 0), metavar="T0", default=0, help="leave out the timesteps below (%(default)s)")
     add("--estimate", type=number(int, 8), metavar="N", help="estimate from N network calls an image, 8 or more")
     add("--optimize", action="store_true", help="compile the network first; pays off with many images")
@@ -83,7 +123,12 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     )
     add("--probes", type=number(int, 1), metavar="N", default=1, help="random probes per image (%(default)s)")
     add = parser.group("computation")
-    add("--batch_size", type=number(int, 1), metavar="N", default=128, help="images per network call (%(default)s)")
+    add(
+        "--batch_size",
+        type=number(int, 1),
+        metavar="N",
+        help=f"images per network call ({BATCH}; for samples the fastest)",
+    )
     add("--seed", type=SEED, metavar="N", default=0, help="seed of the noise, not of --images (%(default)s)")
     add("--device", metavar="NAME", help="device, as torch names it (an accelerator if there is one)")
     return parser
@@ -92,6 +137,11 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
 def main(argv: list[str], program: str) -> None:
     parser = make_parser(program)
     arguments = parser.parse_args(argv)
+    check_options(parser, arguments)
+    if arguments.metrics is not None:
+        from ddpm_hf.cli.evaluate_samples import run
+
+        return run(parser, arguments, command_of)
     if arguments.ode and (arguments.estimate is not None or arguments.steps is not None or arguments.optimize):
         parser.error("--estimate, --steps and --optimize are of the bound; leave them out with --ode")
     require_extra("datasets", "data", "images of a data set")
@@ -129,7 +179,7 @@ def main(argv: list[str], program: str) -> None:
     kwargs = dict(
         class_labels=None if labels is None else labels.to(device),
         generator=torch.Generator(device).manual_seed(arguments.seed),
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or BATCH,
         levels=levels,
         progress_bar=True,
     )
@@ -156,6 +206,28 @@ def main(argv: list[str], program: str) -> None:
     else:
         chain = [] if arguments.ode else scheduler.chain
         report_folder.write_report(folder, arguments.pipeline, values, report, chain)
+
+
+def check_options(parser: Parser, arguments: argparse.Namespace) -> None:
+    """End the command for options of another measurement than the one that is asked for; read the number in --images."""
+    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    if arguments.metrics is None:
+        if arguments.scheduler_settings:
+            given.add("scheduler")
+        for name in OF_SAMPLES:
+            if name in given:
+                parser.error(f"--{name} is for samples; give --metrics too, or leave it out")
+        if arguments.pipeline is None:
+            parser.error("give a PIPELINE: the folder of a saved pipeline, or its id on the Hub")
+    else:
+        for name in OF_BITS:
+            if name in given:
+                parser.error(f"--{name} is for bits/dim; leave it out with --metrics")
+    if arguments.images is not None and (arguments.metrics is None or arguments.images.isdecimal()):
+        try:
+            arguments.images = number(int, 1)(arguments.images)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --images: {error}")
 
 
 def open_chain(parser: Parser, arguments: argparse.Namespace, scheduler) -> None:
@@ -229,15 +301,18 @@ def command_of(parser: Parser, arguments: argparse.Namespace) -> str:
     """
     from ddpm_hf.data.sources import public_path
 
-    words = [*parser.command, public_path(arguments.pipeline)]
-    for name, value in (vars(arguments) | {"data": public_path(arguments.data)}).items():
+    words = [*parser.command, *([] if arguments.pipeline is None else [public_path(arguments.pipeline)])]
+    paths = {name: getattr(arguments, name) for name in ("data", "images", "reference")}
+    paths = {name: public_path(path) for name, path in paths.items() if isinstance(path, str)}
+    for name, value in (vars(arguments) | paths).items():
         is_needed = name in ("data", "split") and value is not None
-        if name in ("pipeline", "out") or (value == parser.get_default(name) and not is_needed):
+        if name in ("pipeline", "out", "scheduler_settings") or (value == parser.get_default(name) and not is_needed):
             continue
         if value is True:
             words.append(f"--{name}")
         else:
             words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    words += [f"--scheduler.{key}={json.dumps(value)}" for key, value in arguments.scheduler_settings.items()]
     return shlex.join(words)
 
 

@@ -71,7 +71,7 @@ class ImageSet:
         )
 
 
-def open_images(path: str | os.PathLike, name: str = "images") -> ImageSet:
+def open_images(path: str | os.PathLike, name: str = "images", names: list[str] | None = None) -> ImageSet:
     """Open generated images.
 
     A folder's pictures are sorted by their names, with those of its sub-folders. A picture's own number of channels is kept:
@@ -81,13 +81,14 @@ def open_images(path: str | os.PathLike, name: str = "images") -> ImageSet:
         path: a folder of pictures; an .npz file of ADM's layout (`arr_0`, uint8 (N, H, W, C)); a .parquet file with one
             column of images.
         name: what errors call the argument.
+        names: of a folder only these pictures, in this order; None for all of them.
 
     Raises:
         ValueError: nothing of this kind, or no images; the message says what to do.
     """
     path = Path(os.path.expanduser(path))
     if path.is_dir():
-        return _Folder(path, name)
+        return _Folder(path, name, names)
     if not path.is_file():
         raise ValueError(f"{name}={shown(str(path))}: there is no such folder or file{did_you_mean_path(path)}")
     kinds = {".npz": _Array, ".parquet": _Table}
@@ -142,11 +143,8 @@ class _Pictures(ImageSet):
 
 
 class _Folder(_Pictures):
-    def __init__(self, folder: Path, name: str):
-        endings = picture_endings()
-        paths = [path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file()]
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        self.names = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    def __init__(self, folder: Path, name: str, names: list[str] | None):
+        self.names = _pictures_in(folder) if names is None else names
         if not self.names:
             raise ValueError(
                 f"{name}={shown(str(folder))} holds no pictures (.png, .jpg, ...); give a folder with some"
@@ -164,6 +162,14 @@ class _Folder(_Pictures):
 
     def _encoded(self, rows):
         return [{"bytes": None, "path": str(self.folder / self.names[row])} for row in rows]
+
+
+def _pictures_in(folder):
+    """The names of all pictures, sorted, without hidden ones."""
+    endings = picture_endings()
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
 
 class _Table(_Pictures):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -163,6 +164,12 @@ def read_record(folder: Path) -> dict | None:
     except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def record_key(record: dict) -> str:
+    """Eight digits that tell samples of different records apart; the pipeline's name does not count."""
+    facts = {key: value for key, value in record.items() if key != "pipeline"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _is_complete(path):

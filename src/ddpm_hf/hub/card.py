@@ -148,6 +148,8 @@ def _values_of_pipeline(folder, classes, low, repo_id):
     scheduler |= own_settings
     records = records_of(folder)
     training, evaluation = records.get("training"), records.get("evaluation")
+    quality = evaluation and evaluation.get("sample_quality")
+    evaluation = evaluation if evaluation and "total" in evaluation else None  # bits/dim
     size, variance = network.config.sample_size, scheduler["variance_type"] or ""
     reasons = {
         "a network that makes images larger": low,
@@ -174,7 +176,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
     data_id = (training or {}).get("hub_dataset") or ""
     data = {
         "datasets": [data_id] if REPOSITORY.fullmatch(data_id) else None,
-        "eval_results": [_result(evaluation, task, command)] if evaluation else None,
+        "eval_results": _results(evaluation, quality, task, command, repo_id) or None,
     }
     return {
         "images": "images of any size" if size is None else f"{_size(size)} images",
@@ -200,6 +202,8 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "evaluation": evaluation,
         "held_out": training and training["held_out_bits_per_dim"],
         "command": command,
+        "quality": quality,
+        "quality_command": quality and evaluation_command(quality["command"], repo_id),
         "code": code,
         "cited": [key for key, is_cited in cited.items() if is_cited],
     }, data
@@ -293,6 +297,27 @@ def evaluation_command(text: str | None, repo_id: str | None = None) -> str | No
 def card_text(folder: str | os.PathLike, repo_id: str | None = None, **kwargs) -> str:
     """Returns the text of README.md: `model_card`, and a last line with its digest for `is_our_card`."""
     return _signed(str(model_card(folder, repo_id, **kwargs)))
+
+
+def _results(evaluation, quality, task, command, repo_id):
+    """Converts bits/dim and the metrics of samples to entries of the Hub's model-index."""
+    results = [] if evaluation is None else [_result(evaluation, task, command)]
+    for metric in quality["metrics"] if quality else ():
+        own = evaluation_command(quality["command"], repo_id)
+        results.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=printable(quality["data"]),
+                dataset_name=printable(quality["data"]),
+                dataset_split=quality["split"] and printable(quality["split"]),
+                dataset_args={"images": metric["real_images"]} if metric["real_images"] else None,
+                metric_type=re.sub(r"[^a-z0-9]+", "-", metric["name"].lower()),
+                metric_name=f"{metric['name']}, {metric['generated_images']:,} samples",
+                metric_value=round(metric["value"], 4),
+                metric_args={"extractor": metric["extractor"], **({"command": own} if own else {})},
+            )
+        )
+    return results
 
 
 def _result(evaluation, task, command):

@@ -28,7 +28,9 @@ NAMES = Kind("a list of at most 100,000 texts of 500 characters", are_label_name
 
 
 # the files that describe a run: its record, how the weights were measured, and their pictures
-RECORD = re.compile(r"(training|evaluation)\.(json|csv|png)|samples\.png|animation\.(webp|gif)")
+RECORD = re.compile(
+    r"(training|evaluation)\.(json|csv|png)|samples\.png|animation\.(webp|gif)|evaluation-(neighbors|precision)\.png"
+)
 
 
 VERSIONS = Kind(
@@ -54,6 +56,36 @@ HELD_OUT = Kind(
 COMMAND = Kind("one line of at most 4,000 characters", lambda value: isinstance(value, str) and len(value) <= 4000)
 
 
+PLAIN = Kind(
+    "1 to 200 letters, digits, spaces and . : / + -",
+    lambda value: isinstance(value, str) and re.fullmatch(r"[\w .:/+-]{1,200}", value) is not None,
+)
+
+
+METRIC = {
+    **dict.fromkeys(("name", "kind", "extractor"), PLAIN),
+    "value": NUMBER,
+    "standard_error": NUMBER | NULL,
+    "generated_images": COUNT,
+    "real_images": COUNT | NULL,
+}
+
+
+def _fits(value, schema):
+    return isinstance(value, dict) and all(kind.fits(value.get(key)) for key, kind in schema.items())
+
+
+SAMPLE_QUALITY = Kind(
+    "the metrics of generated images {data: ..., split: ..., command: ..., metrics: [{name: ..., value: ..., ...}]}",
+    lambda value: (
+        _fits(value, {"data": TEXT, "split": TEXT | NULL, "command": COMMAND | NULL, "sampler": TEXT | NULL})
+        and isinstance(value.get("metrics"), list)
+        and len(value["metrics"]) <= 100
+        and all(_fits(metric, METRIC) for metric in value["metrics"])
+    ),
+)
+
+
 # what training/train.py writes, and training/evaluate.py by the bound or by the ODE, as far as others read it; keys that may
 # be null may be left out
 TRAINING = {
@@ -74,7 +106,11 @@ EVALUATION = {
     **dict.fromkeys(("standard_error", "sampling_error", "evaluations_per_image"), NUMBER | NULL),
     **{"seed": INTEGER, "subset": SUBSET | NULL, "command": COMMAND | NULL, "weights": WORD | NULL},
     "held_out": SHARE | NULL,
+    "sample_quality": SAMPLE_QUALITY | NULL,
 }
+
+
+EVALUATION_OF_SAMPLES = {"sample_quality": SAMPLE_QUALITY, "weights": WORD | NULL}  # where bits/dim were not measured
 
 
 EVALUATION_BY_ODE = {
@@ -91,6 +127,7 @@ EVALUATION_BY_ODE = {
             "held_out",
             "command",
             "weights",
+            "sample_quality",
         )
     },
     **{"dequantization": WORD, "tolerance": NUMBER, "evaluations_per_image": NUMBER},
@@ -103,8 +140,12 @@ def read_record(path: Path, folder: Path) -> dict:
     Raises as `read_json`; ValueError for what training/train.py and evaluate.py do not write.
     """
     values = read_json(path, folder)
-    by_ode = "dequantization" in values
-    schema = TRAINING if path.stem == "training" else EVALUATION_BY_ODE if by_ode else EVALUATION
+    if path.stem == "training":
+        schema = TRAINING
+    elif "total" not in values and "sample_quality" in values:
+        schema = EVALUATION_OF_SAMPLES
+    else:
+        schema = EVALUATION_BY_ODE if "dequantization" in values else EVALUATION
     return check_values(values, schema, path, mend="remove the file")
 
 
