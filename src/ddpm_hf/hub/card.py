@@ -291,7 +291,7 @@ def evaluation_command(text: str | None, repo_id: str | None = None) -> str | No
     is_call = words[:2] in EVALUATION_PROGRAMS and len(words) > 2 and text.isprintable()
     if repo_id is not None:
         words[2:3] = [repo_id]
-    return shlex.join(words) if is_call and all(re.fullmatch(r"--\w+(=.*)?", word) for word in options) else None
+    return shlex.join(words) if is_call and all(re.fullmatch(r"--[\w.]+(=.*)?", word) for word in options) else None
 
 
 def card_text(folder: str | os.PathLike, repo_id: str | None = None, **kwargs) -> str:
