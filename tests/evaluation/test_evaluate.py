@@ -291,7 +291,12 @@ def test_the_command_has_every_option_that_is_not_its_default(program, words):
         if option in ("pipeline", "out", "scheduler.KEY"):
             continue
         if option == "scheduler_settings":
-            argv = ["--scheduler.solver_order", "9", "--scheduler.algorithm_type=it's", "--scheduler.trained_betas=[0.1, 0.2]"]
+            argv = [
+                "--scheduler.solver_order",
+                "9",
+                "--scheduler.algorithm_type=it's",
+                "--scheduler.trained_betas=[0.1, 0.2]",
+            ]
         elif value is False:
             argv = [f"--{option}"]
         elif option == "dequantization":

@@ -306,7 +306,9 @@ def command_of(parser: Parser, arguments: argparse.Namespace) -> str:
     paths = {name: public_path(path) for name, path in paths.items() if isinstance(path, str)}
     for name, value in (vars(arguments) | paths).items():
         is_needed = name in ("data", "split") and value is not None
-        if name in ("pipeline", "out", "scheduler_settings", "scheduler.KEY") or (value == parser.get_default(name) and not is_needed):
+        if name in ("pipeline", "out", "scheduler_settings", "scheduler.KEY") or (
+            value == parser.get_default(name) and not is_needed
+        ):
             continue
         if value is True:
             words.append(f"--{name}")
