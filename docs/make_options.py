@@ -64,7 +64,7 @@ def parser_table(parser) -> str:
     rows = []
     for action in parser._actions:
         if action.dest != "help":
-            name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+            name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
             values = f" {action.metavar}" if action.option_strings and action.nargs != 0 and action.metavar else ""
             rows.append([f"`{name}{values}`", (action.help or "") % {"default": action.default}])
     return table(["option", "meaning (default)"], rows)

@@ -43,17 +43,21 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     parser = Parser(
         program,
         "[PIPELINE] [--data DATA] [--OPTION VALUE ...]",
-        "Measure bits/dim of a data set under a saved pipeline: the variational bound of Ho et al. 2020, term by term, or the "
-        "likelihood by the probability-flow ODE of Song et al. 2020. With --metrics, measure FID and its kin of samples. Opens "
-        "any DDPM folder or Hub id, diffusers' own included. Prints a table; writes evaluation.json, tables and pictures.",
+        "Measure how likely images of a data set are under a saved pipeline, in bits/dim: by the variational bound of Ho et "
+        "al. 2020, term by term, or with --ode by the probability-flow ODE of Song et al. 2020. With --metrics, measure how "
+        "good samples are: FID and its kin. Opens any DDPM folder or Hub id, diffusers' own included. Prints a table; writes "
+        "evaluation.json, tables and pictures.",
         [
-            ("runs/digits/pipeline", "the test split of its data set"),
+            ("runs/digits/pipeline", "bits/dim of the test split of its data set"),
             ("runs/digits/pipeline --data digits --images 64", "64 images, always the same"),
             ("runs/digits-vp/pipeline --ode", "a model in continuous time"),
-            ("google/ddpm-cifar10-32 --data uoft-cs/cifar10 --estimate 50", "50 network calls an image"),
-            ("runs/digits/pipeline --metrics fid,kid,prc --samples 50000", "as in papers"),
-            ("runs/digits/pipeline --metrics fd --extractor efficientnet-lite0 --samples 2048", "no downloads"),
-            ("--images samples/ --data my_folder/ --metrics fid,fd-dinov2", "images of any model"),
+            ("google/ddpm-cifar10-32 --data uoft-cs/cifar10 --estimate 50", "50 network calls for each image"),
+            (
+                "runs/digits/pipeline --metrics fid,kid,prc --samples 50000",
+                "50,000 samples against the training images, as in papers",
+            ),
+            ("runs/digits/pipeline --metrics fd --extractor efficientnet-lite0 --samples 2048", "without downloads"),
+            ("--images samples/ --data my_folder/ --metrics fid,fd-dinov2", "images of any model against real ones"),
         ],
         section="scheduler",
     )
@@ -61,7 +65,11 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     add(
         "pipeline", metavar="PIPELINE", nargs="?", help="folder of a saved pipeline or of its run, or its id on the Hub"
     )
-    add("--out", metavar="FOLDER", help="folder to write to (a run's own pipeline; for others nothing is written)")
+    add(
+        "--out",
+        metavar="FOLDER",
+        help="folder to write to (the pipeline's, if a run of yours saved it; otherwise nothing is written)",
+    )
     add("--histogram", metavar="SPLIT", help="compare with a per-pixel histogram of this split")
     add("-h", "--help", action="help", help="show this and stop")
     add = parser.group("images")
@@ -70,7 +78,11 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
         metavar="DATA",
         help="digits, mnist, a folder, a .parquet, .arrow or .tar file, or a Hub id (that of the training)",
     )
-    add("--split", metavar="SPLIT", help="split of --data (test, or what the run held out of its only split)")
+    add(
+        "--split",
+        metavar="SPLIT",
+        help="split of --data (test, or what the run held out of its only split; with --metrics, that of the training)",
+    )
     add(
         "--held_out",
         type=number(float, 0, 1),
@@ -79,9 +91,9 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     )
     add(
         "--images",
-        metavar="N",
-        help="number of images of --data, a fixed random subset (all); or, with --metrics, the generated images: a folder, "
-        "an .npz or a .parquet file",
+        metavar="IMAGES",
+        help="a number: a fixed random subset of --data (all images); with --metrics also a folder, .npz or .parquet file: the "
+        "generated images",
     )
     add("--image_column", metavar="NAME", help="column of the images (that of the training, or the only one)")
     add("--label_column", metavar="NAME", help="column of class labels (that of the training, or the only one)")
@@ -95,22 +107,30 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     )
     add("--max_image_pixels", type=number(int, 1), metavar="N", help="larger images are unreadable (Pillow's limit)")
     add = parser.group("quality of samples")
-    add("--metrics", metavar="LIST", help="of fid, sfid, is, kid; of --extractor: fd, kd, prc, dc; or fd-EXTRACTOR")
-    add("--samples", type=number(int, 2), metavar="N", help="draw so many, an image for each seed from --seed on")
-    add("--reference", metavar="FILE", help="statistics in place of --data: .npz of ADM, pytorch-fid or score_sde")
+    add(
+        "--metrics",
+        metavar="LIST",
+        help="fid, sfid, is, kid: of Inception features. fd, kd, prc, dc (Fréchet and kernel distance, precision and recall, "
+        "density and coverage): of features of --extractor, or as fd-EXTRACTOR of another one",
+    )
+    add("--samples", type=number(int, 2), metavar="N", help="number of samples to draw, with the seeds from --seed on")
+    add(
+        "--reference",
+        metavar="FILE",
+        help="real images or their statistics, in place of --data: an .npz of ADM, pytorch-fid or score_sde",
+    )
     add(
         "--extractor",
         metavar="NAME",
         default="inception",
-        help="inception, dinov2, clip, efficientnet-lite0, a TorchScript .pt, or module:function (%(default)s)",
+        help="network of the features: inception, dinov2, clip, efficientnet-lite0, a TorchScript file (.pt), or "
+        "module:function (%(default)s)",
     )
     add_class_option(add)
     add_sampler_options(add)
     add = parser.group("variational bound")
-    add("--steps", type=number(int, 1), metavar="N", help="length of the chain, or of sampling (all timesteps)")
-    add("--first", type=number(int, 0), metavar="T0", default=0, help="leave out the timesteps below (%(default)s)")
-    add("--estimate", type=number(int, 8), metavar="N", help="estimate from N network calls an image, 8 or more")
-    add("--optimize", action="store_true", help="compile the network first; pays off with many images")
+    add("--first", type=number(int, 0), metavar="T0", default=0, help="leave out the timesteps below T0 (%(default)s)")
+    add("--estimate", type=number(int, 8), metavar="N", help="estimate from N network calls for each image, 8 or more")
     add = parser.group("probability-flow ODE")
     add("--ode", action="store_true", help="measure by the ODE instead of the bound")
     add("--dequantization", choices=DEQUANTIZATIONS, help="uniform or decoder (decoder for a chain, else uniform)")
@@ -124,12 +144,25 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     add("--probes", type=number(int, 1), metavar="N", default=1, help="random probes per image (%(default)s)")
     add = parser.group("computation")
     add(
+        "--steps",
+        type=number(int, 1),
+        metavar="N",
+        help="timesteps of the bound, or with --metrics sampling steps (all timesteps; 50 for solvers)",
+    )
+    add("--optimize", action="store_true", help="compile the network first; pays off with many images")
+    add(
         "--batch_size",
         type=number(int, 1),
         metavar="N",
-        help=f"images per network call ({BATCH}; for samples the fastest)",
+        help=f"images per network call ({BATCH}; for samples the fastest number that fits into memory)",
     )
-    add("--seed", type=SEED, metavar="N", default=0, help="seed of the noise, not of --images (%(default)s)")
+    add(
+        "--seed",
+        type=SEED,
+        metavar="N",
+        default=0,
+        help="seed of the noise, or of the first sample; not of the subset of --images (%(default)s)",
+    )
     add("--device", metavar="NAME", help="device, as torch names it (an accelerator if there is one)")
     return parser
 

@@ -33,7 +33,7 @@ def run(parser: Parser, arguments: argparse.Namespace, command_of) -> None:
     from ddpm_hf.evaluation.features.extraction import extract
     from ddpm_hf.evaluation.features.extractors import open_extractor
     from ddpm_hf.evaluation.processes import Processes
-    from ddpm_hf.evaluation.quality import check_needs, measure, table
+    from ddpm_hf.evaluation.quality import LEGEND, check_needs, measure, table
     from ddpm_hf.evaluation.quality_pictures import quality_pictures
 
     hide_progress_in_logs()
@@ -70,14 +70,14 @@ def run(parser: Parser, arguments: argparse.Namespace, command_of) -> None:
             pictures = quality_pictures(given, real_images, references[spec], features["features"], compared)
         facts = {name: getattr(extractors[spec], name) for name in ("digest", "resizing")}
         metrics += [{**as_json(row), "extractor": extractors[spec].name, **facts} for row in rows]
-        lines += [f"{extractors[spec].name}, {extractors[spec].resizing}:", *table(rows)]
+        lines += [f"features of {extractors[spec].name}, images {extractors[spec].resizing}:", *table(rows)]
         if processes.is_main and time.perf_counter() - began > 60:
             print(f"{extractors[spec].name}: the metrics took {time.perf_counter() - began:.0f} s")
     if processes.is_main:
         real = next(iter(references.values())).description
         print(f"generated: {in_words(given.description)}{f', {sampler}' if sampler else ''}")
         print(f"real:      {in_words(real)}")
-        print("\n".join(lines))
+        print("\n".join([*lines, *LEGEND]))
         quality = {
             "data": real["images"],
             "split": real.get("split"),
@@ -102,9 +102,9 @@ def check_choices(parser: Parser, arguments: argparse.Namespace) -> None:
             "--metrics need --samples N (50000 in most papers), or --images FOLDER of samples; give one of them"
         )
     if arguments.pipeline is None and arguments.samples is not None:
-        parser.error(f"--samples {arguments.samples} are drawn from a PIPELINE; give one, or --images")
+        parser.error(f"--samples {arguments.samples} needs a PIPELINE that draws them; give one, or --images FOLDER")
     if arguments.pipeline is None and arguments.data is None and arguments.reference is None:
-        parser.error("give --data, the real images, or --reference")
+        parser.error("give the real images: --data, or --reference")
     if arguments.data is not None and arguments.reference is not None:
         parser.error("--data and --reference are both real images; give one of them")
 

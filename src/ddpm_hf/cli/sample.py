@@ -36,14 +36,14 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
     parser = Parser(
         program,
         "PIPELINE [--out FILE] [--OPTION VALUE ...]",
-        "Draw samples from a saved pipeline: a sheet, or a file for each. Image i of a folder, .npz or .parquet depends on its "
-        "seed alone, and a command that was interrupted goes on where it was. accelerate launch and torchrun share out the "
-        "work: torchrun --nproc_per_node 8 -m ddpm_hf sample ...",
+        "Draw samples from a saved pipeline: one picture with a sheet of them, or single images by the thousand. A single "
+        "image depends on its seed, not on the batch size or the number of processes. An interrupted command resumes when it "
+        "is given again. To use several GPUs: torchrun --nproc_per_node 8 -m ddpm_hf sample ...",
         [
             ("runs/digits-classes/pipeline --count 60", "a sheet of 60, a column for each class"),
             ("runs/digits/pipeline --steps 50 --eta 0", "DDIM, 50 steps"),
             ("runs/digits/pipeline --count 50000 --out samples/", "50,000 PNG files"),
-            ("runs/digits/pipeline --seeds 0-49999 --out samples.npz", "in the layout of ADM's evaluation"),
+            ("runs/digits/pipeline --seeds 0-49999 --out samples.npz", "one file, as ADM's evaluation reads"),
             ("runs/digits/pipeline --count 8 --progressive 12", "8 samples, each at 12 timesteps"),
             ("runs/digits/pipeline --count 8 --interpolate 500", "mixtures of real images"),
             ("runs/digits/pipeline --steps 50 --eta 0 --animation out.gif", "the denoising as a moving picture"),
@@ -57,11 +57,17 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
         "--out",
         metavar="FILE",
         default="samples.png",
-        help="a picture for a sheet; a folder, .npz or .parquet file for single images (%(default)s)",
+        help="a picture, such as sheet.png, gets a sheet; a folder (samples/, with the slash), a .npz or a .parquet file gets "
+        "single images (%(default)s)",
     )
     add("-h", "--help", action="help", help="show this and stop")
     add = parser.group("what to draw")
-    add("--count", type=number(int, 1), metavar="N", help=f"number of samples, or of rows ({COUNT})")
+    add(
+        "--count",
+        type=number(int, 1),
+        metavar="N",
+        help=f"number of samples; with --progressive and --interpolate, of rows ({COUNT})",
+    )
     add_class_option(add)
     add(
         "--progressive",
@@ -71,25 +77,25 @@ def make_parser(program: str = "ddpm-hf sample") -> Parser:
     )
     add("--interpolate", type=number(int, 0), metavar="T", help="a row for each pair of images, mixed at timestep T")
     add = parser.group("how to sample")
-    add("--steps", type=number(int, 1), metavar="N", help="sampling steps (the pipeline's own number)")
+    add("--steps", type=number(int, 1), metavar="N", help="sampling steps (all timesteps; 50 for solvers)")
     add_sampler_options(add)
     add("--optimize", action="store_true", help="compile the network first; pays off with many steps")
-    add("--seed", type=SEED, metavar="N", default=0, help="seed of the noise, of the first image (%(default)s)")
+    add("--seed", type=SEED, metavar="N", default=0, help="seed of a sheet, or of the first single image (%(default)s)")
     add("--device", metavar="NAME", help="device, as torch names it (an accelerator if there is one)")
     add = parser.group("single images")
-    add("--seeds", metavar="SEEDS", help="an image for each of these, as 0-49999 or 0-9,20 (--count from --seed on)")
+    add("--seeds", metavar="SEEDS", help="draw these seeds: 0-49999, or 0-9,20 (as many as --count, from --seed on)")
     add_batch_option(add)
     add_animation_options(parser.group("a moving picture"))
     add = parser.group("images of a data set, for --interpolate and for upsamplers")
-    add("--data", metavar="DATA", help="as in ddpm-hf evaluate (the data set of the training)")
+    add("--data", metavar="DATA", help="digits, mnist, a folder, a file or a Hub id (the data set of the training)")
     add("--split", metavar="SPLIT", default="test", help="split of --data (%(default)s)")
-    add("--label_column", metavar="NAME", help="column of class labels, as in ddpm-hf evaluate")
+    add("--label_column", metavar="NAME", help="column of class labels (that of the training, or the only one)")
     add(
         "--noise_level",
         type=number(float, 0, 1),
         metavar="LEVEL",
         default=0.0,
-        help="noise on an upsampler's small images, 0 to 1 (%(default)s)",
+        help="noise added to the small images that an upsampler enlarges, 0 to 1 (%(default)s)",
     )
     return parser
 

@@ -16,16 +16,25 @@ OPTIONS = {
 
 def add_sampler_options(add: Callable[..., argparse.Action]) -> None:
     """Add the options of the sampler, but for --steps: eta, guidance, scheduler."""
-    add("--eta", type=number(float, 0, 1), metavar="ETA", help="DDIM with this eta, 0 to 1 (ancestral sampling)")
-    add("--guidance_scale", type=number(float, 0), metavar="SCALE", help="classifier-free guidance; 1 means none")
+    add(
+        "--eta",
+        type=number(float, 0, 1),
+        metavar="ETA",
+        help="DDIM: 0 is deterministic, 1 is as noisy as DDPM (ancestral sampling)",
+    )
+    add("--guidance_scale", type=number(float, 0), metavar="SCALE", help="classifier-free guidance; 1 is none (none)")
     add(
         "--classifier_scale",
         type=number(float, 0),
         metavar="SCALE",
-        help="guidance by the pipeline's classifier; 0 means none",
+        help="guidance by the pipeline's classifier; 0 is none (none)",
     )
-    add("--scheduler", metavar="NAME", help="another scheduler, as DPMSolverMultistepScheduler (the pipeline's own)")
-    add("--scheduler.KEY", metavar="VALUE", help="a setting of the scheduler, as --scheduler.solver_order 2")
+    add(
+        "--scheduler",
+        metavar="NAME",
+        help="class of diffusers, such as DPMSolverMultistepScheduler (the pipeline's own)",
+    )
+    add("--scheduler.KEY", metavar="VALUE", help="a setting of the scheduler, such as --scheduler.solver_order 2")
 
 
 def add_class_option(add: Callable[..., argparse.Action]) -> None:
@@ -35,7 +44,7 @@ def add_class_option(add: Callable[..., argparse.Action]) -> None:
         "--class_label",
         metavar="CLASS",
         default="balanced",
-        help="name or number of the class of every sample; balanced: all in turn; random (%(default)s)",
+        help="a class by name or number; balanced: all classes in turn; random: one drawn for each seed (%(default)s)",
     )
 
 
@@ -45,7 +54,7 @@ def add_batch_option(add: Callable[..., argparse.Action], name: str = "--batch_s
         name,
         type=_batch_size,
         metavar="N",
-        help="images drawn at once by each process; auto: the fastest that fits into memory (auto)",
+        help="images that each process draws at once; auto: the fastest number that fits into memory (auto)",
     )
 
 

@@ -34,6 +34,11 @@ NAMES = {
     "is": ("is", "inception"),
     "kid": ("kd", "inception"),
 }
+# what the numbers of `table` mean
+LEGEND = (
+    "(+- is the standard error over new samples; of recall and coverage, over new real images; of kernel distances, over both.",
+    " Distances are better the smaller, all other numbers the larger.)",
+)
 WITH_ANY_EXTRACTOR = ("fd", "kd", "prc", "dc")
 
 
@@ -165,7 +170,7 @@ def _frechet(kind, name, real: Moments, features, counts, with_limit):
     real = real.to(features.device)
     value, error, limit = frechet_distance(real, features), math.nan, None
     own = Moments(len(features), real.mean, real.covariance)
-    note = own.advice
+    note = own.advice and f"of the samples: {own.advice}"
     if real.is_singular and note is None:
         note = f"of the real images: {real.advice}"
     if with_limit and len(features) >= 64:
@@ -179,13 +184,15 @@ def _generator():
 
 
 def table(rows: list[Measurement]) -> list[str]:
-    """The measurements as lines of text."""
+    """The measurements as lines of text; `LEGEND` explains them."""
     lines = []
     for row in rows:
-        of = f"{row.generated_images:,} generated" + (f", {row.real_images:,} real" if row.real_images else "")
-        lines.append(f"  {row.name:22} {_with_error(row.value, row.standard_error):24} {of}")
+        real = f", {row.real_images:,} real" if row.real_images else ""
+        lines.append(
+            f"  {row.name:22} {_with_error(row.value, row.standard_error):24} {row.generated_images:,} generated{real}"
+        )
         if row.at_infinity is not None:
-            lines.append(f"  {'  of infinitely many':22} {_with_error(*row.at_infinity):24}")
+            lines.append(f"    extrapolated to      {_with_error(*row.at_infinity):24} infinitely many generated{real}")
         if row.note:
             lines.append(f"    {row.note}")
     return lines
