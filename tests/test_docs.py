@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -17,6 +18,7 @@ from PIL import Image
 from ddpm_hf import cli
 from ddpm_hf.cli import evaluate, push, sample
 from ddpm_hf.cli.train import with_data_option
+from ddpm_hf.evaluation.quality import LEGEND
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, as_yaml, sections_of
 from ddpm_hf.training.sections import section_keys
@@ -208,6 +210,17 @@ def test_commands_run(name, world, hub, monkeypatch):
     for command, argv in commands(ROOT / name):
         if command in PARSERS and Path(argv[0]).is_dir():
             run_shortened(command, argv)
+
+
+def test_page_of_evaluation_explains_what_is_printed_and_written(world, monkeypatch):
+    monkeypatch.chdir(world)
+    argv = shlex.split("--metrics fd,prc --extractor support.features:projected --samples 8 --steps 2 --out report")
+    run("evaluate", "runs/digits/pipeline", *argv)
+    quality = json.loads(Path("report/evaluation.json").read_text())["sample_quality"]
+    page = (ROOT / "docs/evaluation.md").read_text()
+    keys = re.findall(r"`(\w+)`", page.partition("| key of `sample_quality` |")[2].partition("\n## ")[0])
+    assert quality.keys() | quality["metrics"][0].keys() <= set(keys)
+    assert "\n".join(LEGEND) in page
 
 
 def test_animation_of_the_readme(world, tmp_path):

@@ -70,7 +70,7 @@ def run(parser: Parser, arguments: argparse.Namespace, command_of) -> None:
             pictures = quality_pictures(given, real_images, references[spec], features["features"], compared)
         facts = {name: getattr(extractors[spec], name) for name in ("digest", "resizing")}
         metrics += [{**as_json(row), "extractor": extractors[spec].name, **facts} for row in rows]
-        lines += [f"features of {extractors[spec].name}, images {extractors[spec].resizing}:", *table(rows)]
+        lines += [f"features of {extractors[spec].name}; resizing: {extractors[spec].resizing}", *table(rows)]
         if processes.is_main and time.perf_counter() - began > 60:
             print(f"{extractors[spec].name}: the metrics took {time.perf_counter() - began:.0f} s")
     if processes.is_main:
