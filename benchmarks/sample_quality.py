@@ -10,6 +10,7 @@ sample_quality_<data>_count, _steps, _batch and _cost, .json and .md each, and t
 """
 
 import argparse
+import json
 import time
 
 import torch
@@ -102,7 +103,6 @@ def measure_counts(data, pipeline, features, count):
         record(
             f"sample_quality_{data}_cost", f"Drawing {data} in {COUNT_STEPS} steps, and extracting", row, keys=("work",)
         )
-    rows = []
     for name, generated in drawn.items():
         moments = Moments.of(features.real[name])
         for number in (*(n for n in COUNTS if n < count), count):
@@ -121,13 +121,11 @@ def measure_counts(data, pipeline, features, count):
             record(
                 f"sample_quality_{data}_count", f"Fréchet distance by samples, {data}", row, ("extractor", "samples")
             )
-            rows.append(row)
-    return rows
 
 
 def measure_steps(data, pipeline, features, count):
     """Distance, precision and recall by sampler and steps."""
-    own, rows = pipeline.scheduler, []
+    own = pipeline.scheduler
     for sampler, (scheduler, settings, options) in SAMPLERS.items():
         for steps in STEPS:
             pipeline.scheduler = own
@@ -149,9 +147,7 @@ def measure_steps(data, pipeline, features, count):
                 }
                 title = f"Samplers on {data}"
                 record(f"sample_quality_{data}_steps", title, row, keys=("extractor", "sampler", "steps"))
-                rows.append(row)
     pipeline.scheduler = own
-    return rows
 
 
 def measure_batches(data, pipeline):
@@ -176,12 +172,20 @@ def measure_batches(data, pipeline):
         )
 
 
-def plot(data, by_count, by_steps):
+def recorded(data, kind):
+    """The rows of a results file, of the machine with the most of them."""
+    sections = json.loads((RESULTS / f"sample_quality_{data}_{kind}.json").read_text())
+    return max((section["rows"] for section in sections), key=len)
+
+
+def plot(data):
+    """Plot what is recorded."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    by_count, by_steps = recorded(data, "count"), recorded(data, "steps")
     names = list(dict.fromkeys(row["extractor"] for row in by_count))
     figure, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 7.5), layout="constrained", squeeze=False)
     for (above, below), name in zip(axes.T, names):
@@ -201,6 +205,9 @@ def plot(data, by_count, by_steps):
             below.errorbar([row["steps"] for row in rows], distances, errors, label=sampler, capsize=3, marker=".")
         below.set(xscale="log", yscale="log", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
         below.minorticks_off()
+    for axis in axes.flat:
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     axes[0, 0].set_ylabel("Fréchet distance, 95 % interval")
     axes[1, 0].set_ylabel("Fréchet distance, 95 % interval")
     axes[0, -1].legend()
@@ -216,14 +223,17 @@ def main():
     parser.add_argument("--samples", type=int, default=5000, help="samples for each sampler and number of steps")
     parser.add_argument("--extractors", nargs="+", default=["efficientnet-lite0", "judge", "pixels"])
     parser.add_argument("--batch_size", type=int, default=1000)
+    parser.add_argument("--plot", action="store_true", help="only plot what is recorded")
     arguments = parser.parse_args()
     data, device = arguments.data, arguments.device
+    if arguments.plot:
+        return plot(data)
     pipeline = open_or_train(RUNS[data], ROOT / "runs/quality" / data).to(device)
     measure_batches(data, pipeline)
     features = Features(data, pipeline, arguments.extractors, device, arguments.batch_size)
-    by_count = measure_counts(data, pipeline, features, arguments.count)
-    by_steps = measure_steps(data, pipeline, features, arguments.samples)
-    plot(data, by_count, by_steps)
+    measure_counts(data, pipeline, features, arguments.count)
+    measure_steps(data, pipeline, features, arguments.samples)
+    plot(data)
 
 
 if __name__ == "__main__":

@@ -388,3 +388,21 @@ def test_the_batch_shrinks_where_memory_is_short(make_pipeline, tmp_path, monkey
     generate(make_pipeline(), range(7), tmp_path / "samples", batch_size=8, num_inference_steps=2)
     assert "batch_size=2 from here on" in capsys.readouterr().err
     assert len(list((tmp_path / "samples").glob("*.png"))) == 7
+
+
+def test_the_last_batch_of_an_optimized_pipeline_is_full(make_pipeline, tmp_path, monkeypatch):
+    """A batch of another size would be compiled again; what fills it up is not written."""
+    sizes, draw = [], Generator.draw
+
+    def drawing(self, seeds, **kwargs):
+        sizes.append(len(seeds))
+        return draw(self, seeds, **kwargs)
+
+    monkeypatch.setattr(Generator, "draw", drawing)
+    pipeline = make_pipeline()
+    generate(pipeline, range(7), tmp_path / "plain", batch_size=3, num_inference_steps=2)
+    pipeline.optimize(compile=False)
+    generate(pipeline, range(10, 17), tmp_path / "optimized", batch_size=3, num_inference_steps=2)
+    assert sizes == [3, 3, 1, 3, 3, 3]
+    names = sorted(path.name for path in (tmp_path / "optimized").glob("*.png"))
+    assert names == [f"{seed:08d}.png" for seed in range(10, 17)]

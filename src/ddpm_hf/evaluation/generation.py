@@ -35,8 +35,8 @@ WORTHWHILE = 1.05  # a batch twice as large must be faster by this factor
 class Generator:
     """Draws the image of a seed, which depends on nothing but the seed.
 
-    On one kind of device the images are the same whatever the batch size and the number of processes, up to the rounding of
-    its kernels: on a CPU to the last bit.
+    On a CPU the images are the same to the last bit whatever the batch size and the number of processes. Kernels of
+    accelerators round differently in batches of another size: there a few pixels change by a few of the 255 levels.
 
     Args:
         pipeline: a `DDPMImagePipeline`, `DDPMSuperResolutionPipeline` or `CascadePipeline`.
@@ -175,18 +175,22 @@ def check_out(out: Path) -> Path:
 
 def _draw_missing(generator, folder, missing, total, batch_size, processes):
     """Draw this process's share of the missing seeds."""
-    mine = missing[processes.rank :: processes.world_size]
-    if not mine:
+    if not missing:
         return
+    mine = missing[processes.rank :: processes.world_size]
     _set_bars(generator, disable=True)
     if batch_size is None:
-        batch_size = _choose_batch_size(generator, len(mine), processes)
+        batch_size = _choose_batch_size(generator, max(len(mine), 1), processes)
+    # where kernels round by the batch's size, or are compiled for it, the last batch has the size of the others
+    is_filled = generator.pipeline.device.type != "cpu" or _is_optimized(generator)
     _set_bars(generator, disable=None if processes.is_main else True, leave=False, position=1)
     bar = tqdm(total=total, initial=total - len(missing), unit="image", disable=None if processes.is_main else True)
     with bar, ThreadPoolExecutor() as writers:
         while mine:
             try:
-                images = generator.draw(mine[:batch_size])
+                batch = mine[:batch_size]
+                fill = range(batch_size - len(batch)) if is_filled else ()
+                images = generator.draw([*batch, *fill])
             except RuntimeError as error:
                 if batch_size == 1 or not should_reduce_batch_size(error):
                     raise
@@ -194,10 +198,14 @@ def _draw_missing(generator, folder, missing, total, batch_size, processes):
                 clear_device_cache(garbage_collection=True)
                 print(f"the memory is too small; batch_size={batch_size} from here on", file=sys.stderr)
                 continue
-            list(writers.map(folder.write, mine, images))
+            list(writers.map(folder.write, batch, images))
             mine = mine[batch_size:]
             if not bar.disable:  # of all processes
                 bar.update(total - len(missing) + _count(folder, missing) - bar.n)
+
+
+def _is_optimized(generator):
+    return any(stage.is_optimized for stage in stages_of(generator.pipeline))
 
 
 def _set_bars(generator, **config):
@@ -222,9 +230,10 @@ def _finish(generator, folder, seeds, out):
 
 
 def _choose_batch_size(generator, most, processes):
-    if any(stage.is_optimized for stage in stages_of(generator.pipeline)):
+    if _is_optimized(generator):
         return min(COMPILED_BATCH, most)
     size, reason = find_batch_size(generator.try_batch, most)
+    size = int(processes.gather(torch.tensor([size])).min())
     if processes.is_main:
         print(f"batch_size={size}: {reason}")
     return size
