@@ -1,5 +1,6 @@
 """The networks whose features the metrics compare."""
 
+import os
 import sys
 
 import numpy as np
@@ -128,6 +129,12 @@ def test_a_torchscript_file_gets_rgb_pixels(tmp_path, network, images):
     extractor = open_extractor(str(tmp_path / "mean.pt"))
     assert torch.equal(extractor(images[:, :1])["features"], images[:, :1].float().mean((2, 3)).repeat(1, 3))
     assert extractor.distance == "FD-mean"
+    os.rename(tmp_path / "mean.pt", tmp_path / "a (copy) of | mean.pt")
+    extractor = open_extractor(str(tmp_path / "a (copy) of | mean.pt"))
+    assert (extractor.name, extractor.distance) == (
+        "a _copy_ of _ mean.pt",
+        "FD-a _copy_ of _ mean",
+    )  # for a card's table
 
 
 def test_a_function_gets_the_pixels_as_they_are(tmp_path, monkeypatch, images):

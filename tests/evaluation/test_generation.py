@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -19,10 +20,18 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import CascadePipeline, DDPMImagePipeline, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler
+from ddpm_hf import (
+    CascadePipeline,
+    DDPMImagePipeline,
+    SubVPSDEScheduler,
+    VariationalDDPMScheduler,
+    VESDEScheduler,
+    VPSDEScheduler,
+)
 from ddpm_hf.evaluation.generation import Generator, find_batch_size, generate
 from ddpm_hf.evaluation.processes import Processes
 from ddpm_hf.evaluation.sample_files import SampleFolder
+from ddpm_hf.evaluation.scheduler_by_name import use_scheduler
 from ddpm_hf.evaluation.seeds import labels_of_seeds, parse_seeds, seeds_in_words
 from support.scripts import ROOT, command
 
@@ -172,6 +181,40 @@ def test_processes_share_the_seeds(make_pipeline, tmp_path, world_size):
 
 
 @pytest.mark.slow
+def test_processes_wait_for_hours_and_draw_a_sheet_once(folder, tmp_path):
+    """One of them may be much slower; NCCL's own limit is 10 minutes."""
+    pair = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    (tmp_path / "limit.py").write_text(
+        "import torch\n"
+        "from ddpm_hf.evaluation.processes import Processes\n"
+        "processes = Processes.launched()\n"
+        "backend = torch.distributed.group.WORLD._get_backend(torch.device('cpu'))\n"
+        "print(backend.options._timeout.days, 'days')\n"
+        "processes.leave()\n"
+    )
+    argv = [
+        "-m",
+        "ddpm_hf",
+        "sample",
+        folder,
+        "--count",
+        2,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "x.png",
+    ]
+    environment = {**os.environ, **CPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    for words, line in ([tmp_path / "limit.py"], "7 days"), (argv, f"wrote {tmp_path}/x.png"):
+        result = subprocess.run([*pair, *map(str, words)], env=environment, capture_output=True, text=True)
+        lines = result.stdout.splitlines()
+        assert result.returncode == 0 and set(lines) == {line}, result.stderr
+    assert len(lines) == 1
+
+
+@pytest.mark.slow
 def test_torchrun_and_a_kill(folder, tmp_path):
     """2,048 images by one process, by two of which both are killed and started anew, and by another batch size."""
     argv = ["-m", "ddpm_hf", "sample", folder, "--count", 2048, "--steps", 10, "--device", "cpu"]
@@ -258,6 +301,21 @@ def test_samples_of_another_run_are_kept(folder, make_pipeline, tmp_path):
         (["--out", "no/such/"], 1, "make it first"),
         (["--out", "a.npz"], 1, "a.npz exists; move it away, or give another name"),
         (["--out", "x/", "--seeds", "0-5,5"], 1, "overlap: 5 is named twice"),
+        (
+            ["--out", "x/", "--seed", "-2"],
+            1,
+            "seed=-2 with 64 images: the seeds of single images are 0 to 999999999999999999",
+        ),
+        (
+            ["--out", "x/", "--seed", 2**63 - 2],
+            1,
+            "seed=9223372036854775806 with 64 images: the seeds of single images are",
+        ),
+        (
+            ["--out", "x/", "--count", 10**8],
+            1,
+            "100,000,000 seeds are more than 10,000,000; draw them in several folders",
+        ),
         (["--out", "x/", "--seeds", "0-5", "--count", "3"], 2, "both say how many; give one of them"),
         (["--out", "x/", "--progressive", "3"], 2, "--progressive is for a sheet; give --out FILE.png"),
         (["--out", "x.png", "--seeds", "0-5"], 2, "--seeds is for single images; give --out FOLDER/, .npz or .parquet"),
@@ -316,6 +374,41 @@ def test_another_scheduler(folder, tmp_path):
     assert (np.asarray(Image.open(tmp_path / "samples/00000003.png")) == np.asarray(image)).all()
     record = json.loads((tmp_path / "samples/samples.json").read_text())
     assert record["schedulers"][0]["solver_order"] == 3 and record["steps"] == 5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_scheduler_of_another_process_is_refused(make_pipeline):
+    """It would draw garbage: other noise levels, or steps with other arguments."""
+
+    def swapped(scheduler, name, **settings):
+        pipeline = make_pipeline(scheduler=scheduler)
+        use_scheduler(pipeline, name, settings)
+        return pipeline.scheduler
+
+    vp, ve, sub_vp = VPSDEScheduler(), VESDEScheduler(), SubVPSDEScheduler()
+    cosine = VariationalDDPMScheduler(beta_schedule="cosine", num_train_timesteps=50, levels=17)
+    for scheduler, name in [
+        *((cosine, name) for name in ("EDMEulerScheduler", "IPNDMScheduler", "FlowMatchEulerDiscreteScheduler")),
+        *((cosine, name) for name in ("ScoreSdeVeScheduler", "CogVideoXDPMScheduler")),
+        *((VariationalDDPMScheduler(), name) for name in ("RePaintScheduler", "SubVPSDEScheduler")),
+        (vp, "HeunDiscreteScheduler"),  # whose own betas are others
+        (VPSDEScheduler(beta_min=1.0), "DDIMScheduler"),
+        (sub_vp, "VPSDEScheduler"),
+        (ve, "IPNDMScheduler"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} does not sample the process of this pipeline"):
+            swapped(scheduler, name)
+    for scheduler, name in [(cosine, "UniPCMultistepScheduler"), (cosine, "VPSDEScheduler"), (vp, "DDIMScheduler")]:
+        assert type(swapped(scheduler, name)).__name__ == name
+    assert swapped(cosine, "DDIMScheduler", rescale_betas_zero_snr=True).alphas_cumprod[-1] == 0
+    assert (
+        type(swapped(vp, "HeunDiscreteScheduler", beta_start=1e-4, beta_end=0.02)).__name__ == "HeunDiscreteScheduler"
+    )
+    assert type(swapped(ve, None, snr=0.1)) is VESDEScheduler
+    assert swapped(cosine, "DDIMScheduler").levels == 17  # grey levels of the data
+    if find_spec("torchsde") is None:
+        with pytest.raises(ValueError, match="DPMSolverSDEScheduler needs torch and torchsde; install them"):
+            swapped(cosine, "DPMSolverSDEScheduler")
 
 
 def test_plain_diffusers_pipelines(tmp_path):

@@ -85,6 +85,15 @@ def test_a_damaged_npz_is_named(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="x.npz is damaged"):
         open_images(path).read(slice(None))
+    content[40:100] = bytes(60)  # the header of the array
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="x.npz is no whole .npz"):
+        open_images(path)
+    content[6] |= 1  # encrypted
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="x.npz is no whole .npz .*encrypted"):
+        open_images(path)
 
 
 def npz(**arrays):

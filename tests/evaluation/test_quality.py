@@ -135,6 +135,13 @@ def test_samples_of_a_pipeline_against_its_data(pipeline, tmp_path):
     assert report["sample_quality"]["metrics"][0]["generated_images"] == 40
 
 
+def test_data_of_few_grey_levels_with_another_scheduler(pipeline, tmp_path):
+    """The grey levels are of the data: 17 stay 17."""
+    argv = ["--data", "digits", "--metrics", "fd", "--extractor", FUNCTION, "--samples", 20, "--out", tmp_path / "out"]
+    evaluate(pipeline, *argv, "--scheduler", "DDIMScheduler", "--steps", 2)
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["sample_quality"]["real"]["levels"] == 17
+
+
 def test_bits_per_dim_and_the_quality_of_samples_stand_side_by_side(pipeline):
     quality = [pipeline, "--data", "digits", "--metrics", "fd", "--extractor", FUNCTION, "--samples", 70, "--steps", 2]
     bits = [pipeline, "--data", "digits", "--images", 8, "--steps", 5]

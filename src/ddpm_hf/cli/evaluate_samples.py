@@ -196,11 +196,12 @@ def draw(parser: Parser, arguments: argparse.Namespace, pipeline, folder: Path |
     from ddpm_hf.evaluation.generation import Generator, generate
     from ddpm_hf.evaluation.image_sets import open_images
     from ddpm_hf.evaluation.sample_files import SampleFolder, record_key
+    from ddpm_hf.evaluation.seeds import seeds_from
     from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
 
     if isinstance(pipeline, DDPMSuperResolutionPipeline):
         parser.error("samples of an upsampler are drawn by ddpm-hf sample --out FOLDER/; then give --images FOLDER")
-    name, seeds = public_path(arguments.pipeline), range(arguments.seed, arguments.seed + arguments.samples)
+    name, seeds = public_path(arguments.pipeline), seeds_from(arguments.seed, arguments.samples)
     settings = dict(class_labels=class_rule(parser, pipeline, arguments.class_labels), **sampler_of(arguments))
     with naming_options(arguments, OPTIONS):
         record = Generator(pipeline, **settings).record(name)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_hf.cli.animation import add_animation_options, check_animation_options, write_animation
@@ -136,10 +137,12 @@ def main(argv: list[str], program: str) -> None:
         for stage in stages:
             print(stage.optimize())
     with naming_options(arguments, {**OPTIONS, "timestep": "--interpolate", "what": "--show"}):
-        if arguments.animation is not None:
-            write_animation(parser, pipeline, arguments, rule, arguments.count or COUNT)
-        elif in_files:
+        if in_files:
             draw_files(pipeline, arguments, rule, processes)
+        elif not processes.is_main:
+            pass  # one picture is drawn by one process
+        elif arguments.animation is not None:
+            write_animation(parser, pipeline, arguments, rule, arguments.count or COUNT)
         else:
             draw_sheet(parser, pipeline, arguments, rule)
     processes.leave()
@@ -167,14 +170,14 @@ def draw_files(pipeline, arguments: argparse.Namespace, rule: str | int, process
     """Draw single images into a folder or file."""
     from ddpm_hf.data.sources import public_path
     from ddpm_hf.evaluation.generation import generate
-    from ddpm_hf.evaluation.seeds import parse_seeds
+    from ddpm_hf.evaluation.seeds import parse_seeds, seeds_from
     from ddpm_hf.models.conditioning import downsample
     from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
 
     if arguments.seeds is None:
-        first = arguments.seed
-        arguments.seeds = f"{first}-{first + (arguments.count or COUNT) - 1}"
-    seeds = parse_seeds(arguments.seeds)
+        seeds: Sequence[int] = seeds_from(arguments.seed, arguments.count or COUNT)
+    else:
+        seeds = parse_seeds(arguments.seeds)
     of_stages = {}
     if isinstance(pipeline, DDPMSuperResolutionPipeline):
         x_start, labels = load_images_of(arguments, pipeline, None, channels=pipeline.channels)
@@ -201,7 +204,7 @@ def draw_files(pipeline, arguments: argparse.Namespace, rule: str | int, process
             f"{arguments.out}: {error}; complete images stay, and the same command goes on from them"
         ) from None
     if processes.is_main:
-        print(f"wrote {out}, {len(seeds):,} images")
+        print(f"wrote {out}, {len(seeds):,} image{'s' * (len(seeds) > 1)}")
 
 
 def draw_sheet(parser: Parser, pipeline, arguments: argparse.Namespace, rule: str | int) -> None:

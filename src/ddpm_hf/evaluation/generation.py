@@ -200,8 +200,7 @@ def _draw_missing(generator, folder, missing, total, batch_size, processes):
                 continue
             list(writers.map(folder.write, batch, images))
             mine = mine[batch_size:]
-            if not bar.disable:  # of all processes
-                bar.update(total - len(missing) + _count(folder, missing) - bar.n)
+            bar.update(min(len(images) * processes.world_size, total - bar.n))  # the others are about as fast
 
 
 def _is_optimized(generator):
@@ -211,10 +210,6 @@ def _is_optimized(generator):
 def _set_bars(generator, **config):
     for stage in stages_of(generator.pipeline):
         stage.set_progress_bar_config(**config)
-
-
-def _count(folder, seeds):
-    return len(folder.finished().intersection(seeds))
 
 
 def _finish(generator, folder, seeds, out):

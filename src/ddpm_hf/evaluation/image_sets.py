@@ -1,10 +1,12 @@
 """Generated images in a folder, an .npz or a .parquet file, and real images of a data set, read in blocks as 8-bit pixels."""
 
 import hashlib
+import math
 import os
 import struct
 import threading
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -229,7 +231,7 @@ class _Array(ImageSet):
         if 0 in shape:
             raise ValueError(f"{text}: arr_0 has shape {shape}, no images; give a file with some")
         self.size, self.channels, self.shape = shape[1:3], shape[3], shape
-        if info.file_size - header != int(np.prod(shape)):
+        if info.file_size - header != math.prod(shape):
             raise ValueError(f"{text}: arr_0 is truncated; make it again")
         self.start = None
         if info.compress_type == zipfile.ZIP_STORED:
@@ -252,7 +254,7 @@ class _Array(ImageSet):
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def _inflated(self, rows):
-        bytes_per_image = int(np.prod(self.shape[1:]))
+        bytes_per_image = math.prod(self.shape[1:])
         if self.stream is None or rows.start < self.row:
             self.stream = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115
             self.stream.read(self.header)
@@ -286,7 +288,7 @@ def open_member(path: Path, member: str) -> tuple[tuple[int, ...], np.dtype, boo
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, is_fortran, dtype = read(stream)
                 return shape, dtype, is_fortran, info, stream.tell()
-    except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:  # the last for encrypted ones
         raise ValueError(f"{path} is no whole .npz ({one_line(error, 200)}); make it again") from None
 
 

@@ -1,6 +1,7 @@
 """The processes among which `accelerate launch` or torchrun shares out a measurement."""
 
 import dataclasses
+import datetime
 import os
 
 import torch
@@ -27,7 +28,8 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        # a process may wait hours for a slower one, or for one that packs 50,000 images; NCCL ends a program after 10 minutes
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=datetime.timedelta(days=7))
         return cls(state.process_index, state.num_processes, str(state.device))
 
     @property

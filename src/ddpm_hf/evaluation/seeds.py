@@ -8,6 +8,7 @@ import numpy as np
 from ddpm_hf.arguments import shown
 
 MOST_SEEDS = 10_000_000
+LARGEST_SEED = 10**18 - 1
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -31,6 +32,19 @@ def parse_seeds(text: str) -> list[int]:
     if len(unique) < len(seeds):
         raise ValueError(f"seeds {shown(text)} overlap: {unique[counts > 1][0]} is named twice; name each seed once")
     return seeds
+
+
+def seeds_from(first: int, count: int) -> range:
+    """The `count` seeds from `first` on.
+
+    Raises:
+        ValueError: a negative seed, one of more than 18 digits, or more than `MOST_SEEDS`.
+    """
+    if not 0 <= first <= LARGEST_SEED + 1 - count:
+        raise ValueError(f"seed={first} with {count:,} images: the seeds of single images are 0 to {LARGEST_SEED}")
+    if count > MOST_SEEDS:
+        raise ValueError(f"{count:,} seeds are more than {MOST_SEEDS:,}; draw them in several folders")
+    return range(first, first + count)
 
 
 def seeds_in_words(seeds: list[int]) -> str:

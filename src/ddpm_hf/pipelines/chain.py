@@ -139,7 +139,7 @@ def warn_once(message: str) -> None:
 
 
 def check_samples(sample: torch.Tensor, scheduler) -> None:
-    """Warns if samples are far outside [-1, 1]; raises ValueError for NaN and infinity. Waits for the device once."""
+    """Warns once if samples are far outside [-1, 1]; raises ValueError for NaN and infinity. Waits for the device once."""
     bad = len(sample) - sample.isfinite().flatten(1).all(1).sum()
     bad, size = torch.stack((bad.float(), sample.float().square().mean().sqrt())).tolist()
     timesteps = scheduler.timesteps
@@ -150,8 +150,8 @@ def check_samples(sample: torch.Tensor, scheduler) -> None:
             "overflowed; try another number of steps or scheduler, or float32"
         )
     if size > 2:
-        logger.warning(
-            f"samples lie far outside of [-1, 1], their root mean square is {size:.3g} ({chain}): a solver that does not clip "
-            "multiplies errors of the network at pure noise; start below it (timestep_spacing='leading'), clip "
-            "(thresholding=True where the scheduler has it), or use a DDPM or DDIM scheduler"
+        warn_once(
+            f"samples lie far outside of [-1, 1] ({chain}): a solver that does not clip multiplies errors of the network at "
+            "pure noise; start below it (timestep_spacing='leading'), clip (thresholding=True where the scheduler has it), or "
+            "use a DDPM or DDIM scheduler"
         )

@@ -354,13 +354,14 @@ def _torchscript(file, device):
         raise ExtractorError(
             f"{file} cannot be opened as TorchScript ({one_line(error, 200)}); save it by torch.jit.save"
         ) from None
+    name = re.sub(r"[^\w .:/+-]", "_", file.name)  # as evaluation.json and the model card take it
     names = [argument.name for argument in network.forward.schema.arguments]
     options = {"return_features": True} if "return_features" in names else {}
     return Extractor(
-        name=file.name,
-        distance=f"FD-{file.stem}",
+        name=name,
+        distance=f"FD-{name[: -len(file.suffix)]}"[:100],
         size=None,
-        resizing=f"that of {file.name}",
+        resizing=f"that of {name}",
         digest=file_sha256(file)[:16],
         device=device,
         compute=lambda images: {"features": network(images, **options)},
