@@ -12,3 +12,14 @@ def projected(images):
 def not_a_number(images):
     """NaN for images whose first pixel is white."""
     return projected(images).where(images[:, :1, 0, 0] < 255, torch.nan)
+
+
+def noisy(images):
+    """As `projected`, with noise from torch's own generator."""
+    features = projected(images)
+    return features + 0.01 * torch.randn_like(features)
+
+
+def pixels(images):
+    """uint8 (B, C, H, W) -> (B, C H W)."""
+    return images.flatten(1).float()

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from ddpm_hf.training.interrupts import Interrupted, Interrupts, Stopped
 from ddpm_hf.training.messages import warn_on_write_error
 from ddpm_hf.training.resume import checkpoints_in
 from support.scripts import script
+from support.signals import Trigger
 
 RUN = (
     "--steps 6 --batch_size 16 --sample_every 0 --sample_steps 3 --log_every 1 --lr_warmup_steps 0 --checkpoint_every 2 "
@@ -164,20 +164,6 @@ def test_values_that_are_not_finite_end_no_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().err
     assert printed.count("left out (2 of 2 samples are not finite") == 2  # of the averaged and the raw weights
     assert printed.count("left out (the bound's term of image") == 1 and not (tmp_path / "samples").exists()
-
-
-class Trigger(io.StringIO):
-    """Standard error that sends this process a signal when a line has this text, once."""
-
-    def __init__(self, text, number):
-        super().__init__()
-        self.text, self.number = text, number
-
-    def write(self, text):
-        if self.text and self.text in text:
-            self.text = None
-            os.kill(os.getpid(), self.number)
-        return super().write(text)
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,14 @@ class Checkpoints:
         self.config, self.accelerator, self.per_process, self.shared = config, accelerator, per_process, shared
         self.facts = facts or {}
         self.folder = Path(config.output_dir) / "checkpoints"
-        self.best = {"step": 0, "bits_per_dim": math.inf}
+        self.best_by = best_by(config)
+        self.best = {"step": 0, self.best_by: math.inf}
         self.measured = True  # False if a signal interrupted the sheet or measurement of this step
 
     def is_best(self, step: int, measured: float) -> bool:
         """Whether this measurement is the lowest so far; the checkpoint of the best step is kept."""
-        if measured < self.best["bits_per_dim"]:  # for a classifier it is the loss
-            self.best = {"step": step, "bits_per_dim": measured}
+        if measured < self.best[self.best_by]:
+            self.best = {"step": step, self.best_by: measured}
         return self.best["step"] == step
 
     def save(self, step: int) -> bool:
@@ -197,7 +198,16 @@ class Checkpoints:
             part.load_state_dict(state[name])
         for name, part in self.per_process.items():
             part.load_state_dict(state["own"][index][name])
-        self.best, self.measured = state["best"], state["measured"]
+        self.measured = state["measured"]
+        if self.best_by in state["best"]:  # else no earlier measurement is comparable
+            self.best = state["best"]
+
+
+def best_by(config: RunConfig) -> str:
+    """What the best checkpoint has the lowest of: numbers under one name can be compared. For a classifier it is the loss."""
+    if getattr(config, "best_by", "bits_per_dim") == "bits_per_dim":
+        return "bits_per_dim"
+    return f"{config.best_by} of {config.eval_samples} samples by {config.eval_extractor}"
 
 
 def _difference(before, now):

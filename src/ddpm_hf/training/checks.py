@@ -53,6 +53,8 @@ RANGES: dict[str, str | tuple[str, ...]] = {
     "init": ("paper", "torch"),
     "vlb_weight": "[0, 1000000]",
     "eval_evaluations": "[8, 1000000000000]",
+    "eval_samples": "[64, 1000000]",
+    "best_by": ("bits_per_dim", "fd"),
     "random_crop": "(0, 1]",
 }
 
@@ -186,6 +188,7 @@ def _check_training(config):
         )
     if config.low_resolution and config.eval_every:
         raise ConfigError("eval_every measures networks that start from noise alone; leave it out with low_resolution")
+    _check_sample_metrics(config)
     if (config.resolved or not config.init_from) and config.process != "ddpm":
         _check_continuous(config)
     if config.push_to_hub is not None and not HUB_ID.fullmatch(config.push_to_hub):
@@ -194,6 +197,17 @@ def _check_training(config):
         raise ConfigError(f"label_dropout={config.label_dropout} needs labels; name their label_column")
     if config.resolved:
         _check_network(config, image_size(config))
+
+
+def _check_sample_metrics(config):
+    if config.eval_metrics not in ([], ["fd"]):
+        raise ConfigError(f"eval_metrics={shown(config.eval_metrics)} must be fd, or empty")
+    if config.best_by == "fd" and not config.eval_metrics:
+        raise ConfigError("best_by=fd needs --eval_metrics fd")
+    if config.eval_metrics and config.streaming:
+        raise ConfigError("eval_metrics reads the training images before the first step; leave out streaming")
+    if config.eval_metrics and config.resolved and not config.eval_every:
+        raise ConfigError("eval_metrics needs eval_every, the steps between measurements; give --eval_every 1000")
 
 
 def _check_continuous(config):

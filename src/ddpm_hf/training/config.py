@@ -201,6 +201,12 @@ class TrainConfig(RunConfig):
     sample_count: int = _output(64, "samples on a sheet")
     sample_steps: int | None = _output(None, "sampling steps; null: the noise scheduler's default", from_data=True)
     eval_evaluations: int = _evaluation(50, "network calls per held-out image, with --process ddpm")
+    eval_metrics: list[str] = _evaluation(
+        [], "fd: at every eval_every also the Fréchet distance of EMA samples to the training images"
+    )
+    eval_samples: int = _evaluation(2048, "how many samples eval_metrics draws")
+    eval_extractor: str = _evaluation("efficientnet-lite0", "features of eval_metrics: --extractor of ddpm-hf evaluate")
+    best_by: str = _evaluation("bits_per_dim", "bits_per_dim or fd: the checkpoint with the lowest is kept as the best")
     push_to_hub: str | None = _publishing(
         None, "user/name of a repository on the Hub, updated at each checkpoint; null: nowhere"
     )

@@ -22,6 +22,7 @@ from ddpm_hf.training.messages import warn_on_write_error
 from ddpm_hf.training.optimizer import check_schedule
 from ddpm_hf.training.processes import make_scheduler
 from ddpm_hf.training.publisher import Publisher
+from ddpm_hf.training.sample_metrics import SampleMetrics
 from ddpm_hf.training.saving import save_pipeline
 from ddpm_hf.training.sheets import Sheets
 from ddpm_hf.training.task import BatchLoss, Task
@@ -75,6 +76,9 @@ class DiffusionTask(Task):
         if config.eval_every:
             self.held_out = held_out_images(config, data.class_names)
             self.trained_on = some_training_images(config, data)
+        self.sample_metrics = None
+        if config.eval_metrics:
+            self.sample_metrics = SampleMetrics(config, self.network, self.scheduler, accelerator)
         # after the data was opened: no repository is created for data that does not exist
         self.publisher = Publisher(config) if config.push_to_hub and accelerator.is_main_process else None
         if config.init_from and is_new:
@@ -89,6 +93,8 @@ class DiffusionTask(Task):
         self.average = Average(self.network.parameters(), decay=self.config.ema_decay, foreach=True)
         options = dict(accelerator=accelerator, log=log, interrupts=interrupts, average=self.average)
         self.sheets = Sheets(self.config, self.network, self.scheduler, dataset, **options)
+        if self.sample_metrics:
+            self.sample_metrics.open_reference(self.data)
         return {"ema": self.average, "timesteps": self.timesteps}
 
     def loss(self, network, batch):
@@ -109,7 +115,7 @@ class DiffusionTask(Task):
         return {"ema_decay": self.average.cur_decay_value}
 
     def measure(self, step):
-        config, rows, bits = self.config, [], None
+        config, rows, best = self.config, [], None
         is_last = step == config.steps
         # a preset's sheet may take longer than a short run of it
         if config.sample_every and (step % config.sample_every == 0 or (is_last and config.preset is None)):
@@ -118,13 +124,21 @@ class DiffusionTask(Task):
             self.log.begin_work(step, f"measuring {len(self.held_out[0])} held-out images")
             with evaluating(self.network, self.average):
                 row = held_out_bits_per_dim(config, self.interrupts, self.network, self.scheduler, *self.held_out)
-                bits = row["bits_per_dim"]
                 images = self.held_out, self.trained_on
                 row |= held_out_loss(config, self.interrupts, self.network, self.objective, *images)
+                if self.sample_metrics:
+                    self.log.begin_work(step, f"drawing {config.eval_samples:,} samples for fd")
+                    row |= self.sample_metrics.measure(self.interrupts)
             rows.append(row)
+            best = row[config.best_by]
         for row in rows:  # none of them where a signal came meanwhile: then they are measured again
             self.log.note(step, **row)
-        return bits
+        return best
+
+    def time_sample_metrics(self, accelerator):
+        if not self.config.eval_metrics:
+            return super().time_sample_metrics(accelerator)
+        return SampleMetrics(self.config, self.network, self.scheduler, accelerator).time()
 
     def save_at_checkpoint(self, step, interrupted):
         self.log.plot()
@@ -161,7 +175,7 @@ def with_null_class(config: TrainConfig) -> dict:
 
 
 def _check_sample_steps(config, scheduler):
-    if config.sample_steps is None and not config.sample_every:
+    if config.sample_steps is None and not config.sample_every and not config.eval_metrics:
         return
     try:
         steps = config.sample_steps or scheduler.config.num_train_timesteps

@@ -15,7 +15,7 @@ from ddpm_hf.training.devices import leave, open_accelerator
 from ddpm_hf.training.header import print_header
 from ddpm_hf.training.interrupts import Stopped, find_dead_workers_when_reading
 from ddpm_hf.training.loop import TASKS, train
-from ddpm_hf.training.plan import with_plan
+from ddpm_hf.training.plan import cost_of_sample_metrics, measure_rate, with_plan
 from ddpm_hf.training.resolve import resolve, show_settings_of_run
 
 
@@ -31,12 +31,24 @@ def main(config: RunConfig, dry_run: bool, train: Callable[[RunConfig], object] 
         if config.facts:
             print_header(config, task.network.num_parameters())
         show_settings_of_run(config)
-        if config.minutes is not None:
-            config = with_plan(config, open_accelerator(config), TASKS[type(config)])
-        print(as_yaml(config), end="")
-        print(_size_of_run(config, task))
+        _show_dry_run(config, task)
     else:
         run(train, config)
+
+
+def _show_dry_run(config, task):
+    """Print the config and its cost; what has to be timed for that is timed."""
+    make_task, cost = TASKS[type(config)], ""
+    try:
+        if config.minutes is not None or getattr(config, "eval_metrics", None):
+            accelerator = open_accelerator(config)
+            config = with_plan(config, accelerator, make_task)
+            if getattr(config, "eval_metrics", None):
+                cost = f"\n{cost_of_sample_metrics(config, measure_rate(config, accelerator, make_task))}"
+    except UserError as error:
+        sys.exit(f"{config.program}: {' '.join(str(error).split())}")
+    print(as_yaml(config), end="")
+    print(_size_of_run(config, task) + cost)
 
 
 def _size_of_run(config, task):

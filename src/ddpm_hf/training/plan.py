@@ -1,6 +1,7 @@
 """How many steps fit into `minutes`, from the measured rate of the real network on this machine."""
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ TIMED_SECONDS = 5.0
 MEASURING_SHARE = 0.15  # of the time, for sheets of samples and held-out measurements
 MOST_MEASUREMENTS = 10
 FEW_STEPS = 1000
+FEWEST_EVAL_SAMPLES = 256
 SMALLEST_EMA_DECAY, LARGEST_EMA_DECAY = 0.9, 0.9999
 
 
@@ -34,6 +36,10 @@ class Rate:
     """One optimizer step."""
     evaluation: float
     """The network's output for one image."""
+    sample: float = 0.0
+    """One sample of `eval_metrics` and its features, shared out among the processes."""
+    comparison: float = 0.0
+    """The rest of a measurement of `eval_metrics`."""
 
 
 def with_plan(config: RunConfig, accelerator: Accelerator, make_task: Callable[[RunConfig], Task]) -> RunConfig:
@@ -48,8 +54,6 @@ def with_plan(config: RunConfig, accelerator: Accelerator, make_task: Callable[[
     if config.eval_every and (held_out := count_held_out(config)):
         config = _with_explicit(config, eval_images=min(config.eval_images, held_out))
     rate = measure_rate(config, accelerator, make_task)
-    rates = gather_object([rate])
-    rate = Rate(max(rate.step for rate in rates), max(rate.evaluation for rate in rates))
     (spent,) = gather_object([time.perf_counter() - began])[:1]
     planned = plan(config, rate, 60 * config.minutes - spent)
     if accelerator.is_main_process:
@@ -63,15 +67,18 @@ def plan(config: RunConfig, rate: Rate, seconds: float) -> RunConfig:
     Explicit keys stay. Otherwise the learning rate falls along a cosine after a warm-up of 5 % of the steps, the average of
     the weights spans the last tenth of them, and sheets, measurements and checkpoints are spread evenly over the run, with
     one of each at its end. They get `MEASURING_SHARE` of the time, with fewer images if that is short. A sheet has as many
-    samples of each class.
+    samples of each class, and `eval_metrics` draw at least `FEWEST_EVAL_SAMPLES`.
     """
     config = _with_explicit(config, sample_raw=0)
     available = MEASURING_SHARE * seconds
     share = available / max(_seconds_of_measurement(config, rate), 1e-9)
     if share < 1:
-        images = {key: getattr(config, key) for key in ("sample_count", "eval_images") if hasattr(config, key)}
+        least = {"sample_count": 4, "eval_images": 4, "eval_samples": FEWEST_EVAL_SAMPLES}
+        images = {key: getattr(config, key) for key in least if hasattr(config, key)}
+        if not getattr(config, "eval_metrics", None):
+            images.pop("eval_samples", None)
         config = _with_explicit(
-            config, **{key: min(count, max(4, int(share * count))) for key, count in images.items()}
+            config, **{key: min(count, max(least[key], int(share * count))) for key, count in images.items()}
         )
     if config.label_column and config.classes and config.classes <= getattr(config, "sample_count", 0):
         config = _with_explicit(config, sample_count=config.sample_count // config.classes * config.classes)
@@ -123,9 +130,9 @@ def describe(config: RunConfig, rate: Rate, before: RunConfig) -> str:
 
 
 def measure_rate(config: RunConfig, accelerator: Accelerator, make_task: Callable[[RunConfig], Task]) -> Rate:
-    """Time a few steps of the run's network, optimizer and loss on random images, and evaluations of the network.
+    """Time a few steps of the run's network, optimizer and loss on random images, evaluations of the network, `eval_metrics`.
 
-    Their state is discarded: the run builds a new network from its own seed.
+    The slowest process counts. Their state is discarded: the run builds a new network from its own seed.
     """
     task = make_task(config)
     if channels_last(config, accelerator.device):
@@ -148,8 +155,9 @@ def measure_rate(config: RunConfig, accelerator: Accelerator, make_task: Callabl
     seconds = statistics.median(steps[1:])
     # the backward pass costs two forward passes
     evaluation = seconds / (3 * config.gradient_accumulation_steps * config.batch_size)
+    rates = gather_object([(seconds, evaluation, *task.time_sample_metrics(accelerator))])
     accelerator.free_memory(network, optimizer)
-    return Rate(seconds, evaluation)
+    return Rate(*map(max, zip(*rates)))
 
 
 def _random_batch(config, device):
@@ -168,8 +176,41 @@ def _seconds(function):
 
 
 def _seconds_of_measurement(config, rate):
-    """Return the seconds of one sheet and one measurement of held-out images."""
+    """Return the seconds of one sheet and one measurement of held-out images and samples."""
+    return sum(_evaluations(config)) * rate.evaluation + _seconds_of_samples(config, rate)
+
+
+def _evaluations(config):
+    """Return the network evaluations of one sheet and of one measurement of held-out images."""
     steps = getattr(config, "sample_steps", None) or config.scheduler.get("num_train_timesteps", 1000)
     sheets = getattr(config, "sample_count", 0) * steps * (1 + bool(getattr(config, "sample_raw", 0)))
     held_out = config.eval_images * getattr(config, "eval_evaluations", 8) if config.eval_every else 0
-    return (sheets + held_out) * rate.evaluation
+    return sheets, held_out
+
+
+def _seconds_of_samples(config, rate):
+    """Return the seconds of one measurement of `eval_metrics`."""
+    return config.eval_samples * rate.sample + rate.comparison if getattr(config, "eval_metrics", None) else 0.0
+
+
+def cost_of_sample_metrics(config: RunConfig, rate: Rate) -> str:
+    """What `eval_metrics` cost, in words: seconds, and the share of the run's time."""
+    (sheet, held_out), samples = _evaluations(config), _seconds_of_samples(config, rate)
+    sheets = config.steps // config.sample_every if config.sample_every else 0
+    count = math.ceil(config.steps / config.eval_every)
+    total = config.steps * rate.step + (sheets * sheet + count * held_out) * rate.evaluation + count * samples
+    times = f"{count} measurements are" if count > 1 else "1 measurement is"
+    return (
+        f"# fd takes about {samples:.3g} s ({config.eval_samples:,} samples {samples - rate.comparison:.3g} s, comparison "
+        f"{rate.comparison:.3g} s); {times} {count * samples / total:.0%} of the run's {_in_words(total)}"
+    )
+
+
+def _in_words(seconds):
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -9,6 +9,7 @@ from ddpm_hf.evaluation.sheets import save_figure
 LOSS, LOSS_BY_T = "training loss", "loss by quarter of t, not weighted"
 ACCURACY, ACCURACY_BY_T = "accuracy", "accuracy by quarter of t"
 BITS, HELD_OUT = "bits/dim of held-out images", "loss of averaged weights"
+DISTANCE = "Fréchet distance of samples"
 FEW_POINTS = 20  # up to which each is marked
 NEAREST, COLORS = "distance to the nearest image", "mean (line) and spread (dotted) of channels"
 
@@ -33,6 +34,7 @@ def plot_curves(rows: list[dict], channels: Sequence[str], path: Path) -> None:
         ACCURACY_BY_T: "accuracy_t_quarter_1",
         BITS: "bits_per_dim",
         HELD_OUT: "loss_held_out",
+        DISTANCE: "fd",
         NEAREST: "nearest_rms_samples",
         COLORS: f"samples_mean_{channels[0]}",
     }
@@ -57,7 +59,9 @@ def plot_curves(rows: list[dict], channels: Sequence[str], path: Path) -> None:
         panels[COLORS].plot([], [], color="black", marker="o", label="samples")
         panels[COLORS].plot([], [], color="black", alpha=0.3, label="data")
     for name, panel in panels.items():
-        panel.set(xlabel="optimizer step", ylabel=name, yscale="log" if name in (LOSS, LOSS_BY_T) else "linear")
+        panel.set(
+            xlabel="optimizer step", ylabel=name, yscale="log" if name in (LOSS, LOSS_BY_T, DISTANCE) else "linear"
+        )
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
@@ -85,6 +89,7 @@ def _curves(channels):
     yield BITS, "bits_per_dim", "bits_per_dim_standard_error", dict(label="mean and its standard error", capsize=2)
     yield HELD_OUT, "loss_train", None, dict(label="training images", marker="o")
     yield HELD_OUT, "loss_held_out", "loss_gap_standard_error", dict(label="held-out images", marker="o", capsize=2)
+    yield DISTANCE, "fd", "fd_standard_error", dict(label="to training images, standard error", capsize=2)
     yield NEAREST, "nearest_rms_samples", None, dict(label="from samples", marker="o")
     yield NEAREST, "nearest_rms_data", None, dict(label="from training images to others", marker="o")
     for channel in channels:

@@ -21,11 +21,12 @@ MAY_CHANGE = {
     *("log_every", "sample_every", "sample_count", "sample_steps", "sample_raw"),
     *("push_to_hub", "hub_private", "license"),
     *("eval_every", "eval_data", "eval_split", "eval_images", "eval_evaluations"),
+    *("eval_metrics", "eval_samples", "eval_extractor", "best_by"),
 }
 
 # Keys that `plan` sets for a run of so many `minutes`.
 PLANNED = {"steps", "lr_schedule", "lr_warmup_steps", "ema_decay", "sample_every", "eval_every", "checkpoint_every"}
-PLANNED |= {"sample_raw", "sample_count", "eval_images"}
+PLANNED |= {"sample_raw", "sample_count", "eval_images", "eval_samples"}
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:

@@ -16,7 +16,7 @@ from ddpm_hf.training.environment import MODULES
 from ddpm_hf.training.messages import print_above_progress_bar
 
 # keys that are left out of training.json
-PRIVATE = {"output_dir", "resume", "push_to_hub", "hub_private", "license"}
+PRIVATE = {"output_dir", "resume", "push_to_hub", "hub_private", "license", "eval_extractor"}
 
 
 def save_pipeline(

@@ -81,6 +81,14 @@ class Task(abc.ABC):
             Interrupted: in all processes, if a signal came meanwhile.
         """
 
+    def time_sample_metrics(self, accelerator: Accelerator) -> tuple[float, float]:
+        """Time parts of the measurements of `eval_metrics`; the network is on its device.
+
+        Returns:
+            Seconds for each sample, shared out among the processes, and for the rest of a measurement.
+        """
+        return 0.0, 0.0
+
     def save_at_checkpoint(self, step: int, interrupted: bool) -> None:  # noqa: B027
         """Save a usable model during the run. Called in the main process."""
 
