@@ -6,7 +6,7 @@ import torch
 def projected(images):
     """uint8 (B, C, H, W) -> (B, 6): a fixed random projection of the pixels."""
     weights = torch.randn(images[0].numel(), 6, generator=torch.Generator().manual_seed(0))
-    return (images.flatten(1).float() / 255) @ weights
+    return (images.flatten(1).float() / 255) @ weights.to(images.device)
 
 
 def not_a_number(images):
