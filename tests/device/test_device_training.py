@@ -20,6 +20,7 @@ def options(**values):
 SMALL = options(batch_size=16, steps=6, log_every=2, lr_warmup_steps=2, eval_every=3, eval_images=6, checkpoint_every=3)
 SHEETS = options(eval_evaluations=10, sample_every=3, sample_count=2, sample_steps=3)
 SHEETS += ["--scheduler.num_train_timesteps", 20]
+SHEETS += options(eval_metrics="fd", eval_samples=64, eval_extractor="support.features:noisy")
 NETWORK = ["--unet.block_out_channels", "[8, 16]", "--unet.norm_num_groups", 4, "--unet.attention_head_dim", 8]
 CLASSIFIER = ["--classifier.block_out_channels", "[8, 16]", "--classifier.norm_num_groups", 4]
 CLASSIFIER += ["--classifier.attention_head_dim", 8, "--classifier.layers_per_block", 1]
@@ -63,7 +64,8 @@ def test_training(device, run, tmp_path, precision):
     assert json.loads((here / "environment.json").read_text())["device"] == "cpu"
     for key in ("loss", "loss_held_out", "loss_train"):
         assert_close(rows(there, key), rows(here, key), PRECISIONS[precision])
-    assert rows(there, "bits_per_dim").isfinite().all() and len(rows(there, "bits_per_dim")) == 2
+    for key in ("bits_per_dim", "fd"):
+        assert rows(there, key).isfinite().all() and len(rows(there, key)) == 2
     assert np.asarray(Image.open(there / "samples/0000006-denoising.png")).std() > 0
 
 
