@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from importlib.util import find_spec
 
 import numpy as np
@@ -12,11 +13,13 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from ddpm_hf import DDPMImagePipeline
 from ddpm_hf.data.sources import load_images
 from ddpm_hf.errors import UserError
 from ddpm_hf.evaluation.features.extractors import Extractor
 from ddpm_hf.evaluation.features.reference import Reference
 from ddpm_hf.evaluation.quality import Measurement, measure, parse_metrics, table
+from ddpm_hf.evaluation.sample_files import SampleFolder
 from ddpm_hf.hub.card import write_model_card
 from support.features import projected
 from support.scripts import command, script
@@ -98,8 +101,6 @@ def test_samples_of_a_pipeline_against_its_data(pipeline, tmp_path):
     write_model_card(pipeline)
     result = evaluate(*argv, "--samples", 80, "--batch_size", 30)
     # by hand: the same images, drawn one by one
-    from ddpm_hf import DDPMImagePipeline
-
     opened = DDPMImagePipeline.from_pretrained(pipeline)
     opened.set_progress_bar_config(disable=True)
     images = [opened(generator=torch.Generator().manual_seed(i), num_inference_steps=3).images[0] for i in range(80)]
@@ -127,7 +128,10 @@ def test_samples_of_a_pipeline_against_its_data(pipeline, tmp_path):
     # the model card, and the samples are not drawn again
     results = {entry.metric_type: entry for entry in ModelCard.load(pipeline / "README.md").data.eval_results}
     assert results["fd-projected"].metric_value == round(distance["value"], 4)
-    assert "evaluation-neighbors.png" in (pipeline / "README.md").read_text()
+    card = (pipeline / "README.md").read_text()
+    value, error = distance["value"], distance["standard_error"]
+    assert "evaluation-neighbors.png" in card
+    assert 1 < error < 10 and f"| FD-projected | {value:.1f} ± {error:.1f} |" in card  # two digits of the error
     before = samples[0].stat().st_mtime_ns, (samples[0] / "00000003.png").stat().st_mtime_ns
     evaluate(*argv, "--samples", 40)
     assert (samples[0] / "00000003.png").stat().st_mtime_ns == before[1]
@@ -159,6 +163,35 @@ def test_bits_per_dim_and_the_quality_of_samples_stand_side_by_side(pipeline):
     (pipeline / "evaluation.json").write_text(json.dumps(values))
     evaluate(*bits)
     assert "sample_quality" not in json.loads((pipeline / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda: signal.raise_signal(signal.SIGINT), "ddpm-hf evaluate: interrupted"),
+        (lambda: os.open("/nowhere/x", os.O_RDONLY), "complete images stay, and the same command goes on from them"),
+    ],
+)
+def test_what_stops_the_drawing_is_one_line(pipeline, monkeypatch, fault, message):
+    monkeypatch.setattr(SampleFolder, "write", lambda self, seed, image: None if seed else fault())
+    argv = ["--data", "digits", "--metrics", "fd", "--extractor", FUNCTION, "--samples", 20, "--steps", 10]
+    monkeypatch.setattr(DDPMImagePipeline, "maybe_free_model_hooks", lambda self: fault())  # in the main thread
+    result = evaluate(pipeline, *argv, check=False)
+    assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_samples_of_other_weights_are_not_this_pipelines(pipeline, tmp_path):
+    """Their numbers would stand on its card."""
+    command("sample", pipeline, "--count", 20, "--steps", 10, "--out", f"{tmp_path}/samples/", "--device", "cpu")
+    argv = ["--images", tmp_path / "samples", "--data", "digits", "--metrics", "fd", "--extractor", FUNCTION]
+    evaluate(pipeline, *argv)
+    opened = DDPMImagePipeline.from_pretrained(pipeline)
+    with torch.no_grad():
+        opened.unet.conv_in.bias += 1
+    opened.save_pretrained(pipeline)
+    result = evaluate(pipeline, *argv, check=False)
+    assert "was drawn with other weights than those of" in result.stderr and result.stderr.count("\n") == 1
+    evaluate(*argv)
 
 
 def test_given_images_need_no_pipeline(pipeline, tmp_path):

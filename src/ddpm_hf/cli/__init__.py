@@ -75,6 +75,8 @@ def run(command: str, argv: list[str], program: str) -> None:
         run_command(argv, program)
     except (UserError, ValueError, OSError, ImportError, tarfile.TarError) as error:
         sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: interrupted")
 
 
 def help_text() -> str:

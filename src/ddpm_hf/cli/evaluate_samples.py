@@ -48,7 +48,7 @@ def run(parser: Parser, arguments: argparse.Namespace, command_of) -> None:
     if arguments.pipeline is not None:
         pipeline = open_with_scheduler(arguments, device)
         folder = folder or report_folder.own_folder(arguments.pipeline)
-    given = None if arguments.samples is not None else open_given_images(arguments)
+    given = None if arguments.samples is not None else open_given_images(arguments, pipeline)
     real_images = open_real_images(arguments, pipeline, given)
     references = {
         spec: reference_for(arguments, real_images, extractor, processes) for spec, extractor in extractors.items()
@@ -124,11 +124,24 @@ def open_with_scheduler(arguments: argparse.Namespace, device: str):
     return pipeline
 
 
-def open_given_images(arguments: argparse.Namespace):
-    """The `ImageSet` of --images."""
-    from ddpm_hf.evaluation.image_sets import open_images
+def open_given_images(arguments: argparse.Namespace, pipeline):
+    """The `ImageSet` of --images.
 
-    return open_images(arguments.images, "--images")
+    Raises:
+        ValueError: also for samples that other weights than the pipeline's drew, whose numbers its card would show.
+    """
+    from ddpm_hf.evaluation.generation import stages_of, weights_fingerprint
+    from ddpm_hf.evaluation.image_sets import open_images
+    from ddpm_hf.evaluation.sample_files import read_record
+
+    images = open_images(arguments.images, "--images")
+    record = read_record(Path(arguments.images)) if pipeline is not None else None
+    if record and record.get("weights") != weights_fingerprint(stages_of(pipeline)):
+        raise ValueError(
+            f"--images {arguments.images} was drawn with other weights than those of {arguments.pipeline}; draw it anew, or "
+            "leave out the pipeline"
+        )
+    return images
 
 
 def open_real_images(arguments: argparse.Namespace, pipeline, given):

@@ -199,10 +199,6 @@ def draw_files(pipeline, arguments: argparse.Namespace, rule: str | int, process
         )
     except KeyboardInterrupt:
         sys.exit(f"{arguments.out}: interrupted; the same command goes on from here")
-    except OSError as error:
-        raise OSError(
-            f"{arguments.out}: {error}; complete images stay, and the same command goes on from them"
-        ) from None
     if processes.is_main:
         print(f"wrote {out}, {len(seeds):,} image{'s' * (len(seeds) > 1)}")
 

@@ -152,10 +152,13 @@ def generate(
     processes.wait()
     missing = folder.missing(seeds)
     processes.wait()  # every process has the same list
-    _draw_missing(generator, folder, missing, len(seeds), batch_size, processes)
-    processes.wait()
-    if processes.is_main:
-        _finish(generator, folder, seeds, out)
+    try:
+        _draw_missing(generator, folder, missing, len(seeds), batch_size, processes)
+        processes.wait()
+        if processes.is_main:
+            _finish(generator, folder, seeds, out)
+    except OSError as error:
+        raise OSError(f"{out}: {error}; complete images stay, and the same command goes on from them") from None
     processes.wait()
     return out
 

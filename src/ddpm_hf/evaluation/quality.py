@@ -17,6 +17,7 @@ from ddpm_hf.evaluation.metrics.inception_score import inception_score
 from ddpm_hf.evaluation.metrics.kernel import kernel_distance
 from ddpm_hf.evaluation.metrics.manifold import ManifoldComparison, compare_manifolds
 from ddpm_hf.evaluation.processes import Processes
+from ddpm_hf.hub.markdown import with_error
 
 # kind of metric -> what it is
 KINDS = {
@@ -189,15 +190,12 @@ def table(rows: list[Measurement]) -> list[str]:
     for row in rows:
         real = f", {row.real_images:,} real" if row.real_images else ""
         lines.append(
-            f"  {row.name:22} {_with_error(row.value, row.standard_error):24} {row.generated_images:,} generated{real}"
+            f"  {row.name:22} {with_error(row.value, row.standard_error, '+-'):24} {row.generated_images:,} generated{real}"
         )
         if row.at_infinity is not None:
-            lines.append(f"    extrapolated to      {_with_error(*row.at_infinity):24} infinitely many generated{real}")
+            lines.append(
+                f"    extrapolated to      {with_error(*row.at_infinity, '+-'):24} infinitely many generated{real}"
+            )
         if row.note:
             lines.append(f"    {row.note}")
     return lines
-
-
-def _with_error(value, error):
-    digits = 4 if not error > 0 else max(0, min(8, 1 - math.floor(math.log10(error))))  # two digits of the error
-    return f"{value:.{digits}f}" + (f" +- {error:.{digits}f}" if error > 0 else "")

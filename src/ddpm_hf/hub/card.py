@@ -14,7 +14,7 @@ from ddpm_hf.arguments import sides
 from ddpm_hf.files.atomic import final_name, write_text
 from ddpm_hf.files.guarded import COUNT, NULL, NUMBER, WORD, Kind, check_values, naming, read_json, read_text
 from ddpm_hf.files.pipeline_folder import component_classes, pipeline_class, read_config
-from ddpm_hf.hub.markdown import code, fenced_json, listed_names, printable, title
+from ddpm_hf.hub.markdown import code, fenced_json, listed_names, printable, title, with_error
 from ddpm_hf.hub.records import RECORD, records_of
 from ddpm_hf.hub.saved import CASCADE, class_of_part, kind_of_class
 from ddpm_hf.models.classifier import NoisyClassifier
@@ -205,6 +205,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "quality": quality,
         "quality_command": quality and evaluation_command(quality["command"], repo_id),
         "code": code,
+        "with_error": with_error,
         "cited": [key for key, is_cited in cited.items() if is_cited],
     }, data
 

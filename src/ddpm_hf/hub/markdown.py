@@ -1,6 +1,7 @@
 """Escapes text from others for Markdown files, so that it stays text."""
 
 import json
+import math
 import re
 
 
@@ -32,3 +33,11 @@ def listed_names(names: list[str] | None) -> str:
     """The first 20 class names as code spans in a cell of a table; "" if they are not known."""
     listed = ", ".join(code(name[:100]) for name in (names or [])[:20] if name)
     return listed.replace("|", "\\|") + (", ..." if len(names or []) > 20 else "")
+
+
+def with_error(value: float, error: float | None, sign: str = "±") -> str:
+    """A number with two digits of its standard error; with four decimals where the error is not known."""
+    if error is None or not error > 0:
+        return f"{value:.4f}"
+    digits = max(0, min(8, 1 - math.floor(math.log10(error))))
+    return f"{value:.{digits}f} {sign} {error:.{digits}f}"
