@@ -194,7 +194,7 @@ def test_it_is_drawn_and_told_beforehand(tmp_path, monkeypatch, capsys):
     run(tmp_path / "run", **METRICS)
     assert plots.DISTANCE in panels[-1]
     printed = capsys.readouterr().err
-    assert "fd: FD-projected of 72 samples (3 steps) to 1,437 training images\n" in printed
+    assert "fd: FD-projected of 72 samples (3 steps) to 1,437 training images, whose features" in printed
     config = config_of(TrainConfig, **RUN, **METRICS, output_dir=str(tmp_path / "run"))
     launch.main(config, dry_run=True)
     last = capsys.readouterr().out.splitlines()[-1]

@@ -16,6 +16,7 @@ from ddpm_hf.training.header import print_header
 from ddpm_hf.training.interrupts import Stopped, find_dead_workers_when_reading
 from ddpm_hf.training.loop import TASKS, train
 from ddpm_hf.training.plan import cost_of_sample_metrics, measure_rate, with_plan
+from ddpm_hf.training.rank import is_main_process
 from ddpm_hf.training.resolve import resolve, show_settings_of_run
 
 
@@ -47,8 +48,9 @@ def _show_dry_run(config, task):
                 cost = f"\n{cost_of_sample_metrics(config, measure_rate(config, accelerator, make_task))}"
     except UserError as error:
         sys.exit(f"{config.program}: {' '.join(str(error).split())}")
-    print(as_yaml(config), end="")
-    print(_size_of_run(config, task) + cost)
+    if is_main_process():
+        print(as_yaml(config), end="")
+        print(_size_of_run(config, task) + cost)
 
 
 def _size_of_run(config, task):

@@ -76,17 +76,17 @@ class SampleMetrics:
                 split=config.split,
                 **{key: getattr(config, key) for key in keys},
             )
+            if self.processes.is_main:  # now, because features of many images take minutes
+                print_above_progress_bar(
+                    f"fd: {self.extractor.distance} of {config.eval_samples:,} samples ({self.steps} steps) to "
+                    f"{len(images):,} training images, whose features are computed once and stored"
+                )
             self.reference: Reference = reference_of(images, self.extractor, processes=self.processes)
             real = self.reference.moments
             assert real is not None
-        if self.processes.is_main:
-            print_above_progress_bar(
-                f"fd: {self.extractor.distance} of {config.eval_samples:,} samples ({self.steps} steps) to {len(images):,} "
-                f"training images"
-            )
-            of_samples = Moments(config.eval_samples, real.mean, real.covariance)
-            if advice := of_samples.advice or real.advice:
-                print_above_progress_bar(f"fd: {advice}")
+        of_samples = Moments(config.eval_samples, real.mean, real.covariance)
+        if (advice := of_samples.advice or real.advice) and self.processes.is_main:
+            print_above_progress_bar(f"fd: {advice}")
 
     def measure(self, interrupts) -> dict[str, float]:
         """The Fréchet distance of the network's samples and its standard error, the same in all processes.
