@@ -256,7 +256,7 @@ def test_reference_files(pipeline, tmp_path):
             "Inception features need torch_fidelity; pip install",
             marks=pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="it is installed"),
         ),
-        (["--metrics", "prc", "--samples", 3], "generated has 3 features; give at least 6"),
+        (["--metrics", "prc", "--samples", 3], "precision and recall need 6 generated images or more, not 3"),
     ],
 )
 def test_mistakes_are_one_line(pipeline, tmp_path, monkeypatch, argv, message):

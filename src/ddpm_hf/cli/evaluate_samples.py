@@ -54,7 +54,7 @@ def run(parser: Parser, arguments: argparse.Namespace, command_of) -> None:
         spec: reference_for(arguments, real_images, extractor, processes) for spec, extractor in extractors.items()
     }
     for spec, kinds in by_extractor.items():
-        check_needs(kinds, extractors[spec], references[spec])
+        check_needs(kinds, extractors[spec], references[spec], arguments.samples if given is None else len(given))
     sampler = ""
     if given is None:
         given, sampler = draw(parser, arguments, pipeline, folder, processes)

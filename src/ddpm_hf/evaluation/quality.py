@@ -40,6 +40,7 @@ LEGEND = (
     "(+- is the standard error over new samples; of recall and coverage, over new real images; of kernel distances, over both.",
     " Distances are better the smaller, all other numbers the larger.)",
 )
+FEWEST = {"kd": 4, "prc": 6, "dc": 6}  # images; 2 for the others
 WITH_ANY_EXTRACTOR = ("fd", "kd", "prc", "dc")
 
 
@@ -126,7 +127,7 @@ def measure(
     features = generated["features"].to(device)
     real_features = None if real.features is None else real.features.to(device)
     counts: dict[str, Any] = dict(real_images=real.count, generated_images=len(features))
-    check_needs(kinds, extractor, real, generated)
+    check_needs(kinds, extractor, real, len(features), generated)
     rows: list[Measurement] = []
     comparison = None
     if "prc" in kinds or "dc" in kinds:
@@ -154,9 +155,19 @@ def measure(
     return rows, comparison
 
 
-def check_needs(kinds: list[str], extractor: Extractor, real: Reference, generated: dict | None = None) -> None:
-    """Raise ValueError if the reference or the extractor does not have what a metric needs."""
+def check_needs(
+    kinds: list[str], extractor: Extractor, real: Reference, count: int, generated: dict | None = None
+) -> None:
+    """Raise ValueError if the reference or the extractor does not have what a metric needs, or there are too few images.
+
+    Args:
+        count: number of generated images.
+    """
     for kind in kinds:
+        fewest = FEWEST.get(kind, 2)
+        for name, number in (("generated", count), ("real", real.count)):
+            if number is not None and number < fewest:
+                raise ValueError(f"{KINDS[kind]} need {fewest} {name} images or more, not {number}")
         if kind in ("kd", "prc", "dc") and real.features is None:
             raise ValueError(
                 f"{KINDS[kind]} need features of real images, and {real.description['images']} holds moments alone; give --data"
