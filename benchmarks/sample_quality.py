@@ -173,9 +173,11 @@ def measure_batches(data, pipeline):
 
 
 def recorded(data, kind):
-    """The rows of a results file, of the machine with the most of them."""
+    """The rows of a results file, for each extractor those of the machine with the most of them."""
     sections = json.loads((RESULTS / f"sample_quality_{data}_{kind}.json").read_text())
-    return max((section["rows"] for section in sections), key=len)
+    names = dict.fromkeys(row["extractor"] for section in sections for row in section["rows"])
+    rows = [[[row for row in section["rows"] if row["extractor"] == name] for section in sections] for name in names]
+    return [row for of_extractor in rows for row in max(of_extractor, key=len)]
 
 
 def plot(data):
