@@ -186,6 +186,7 @@ def plot(data):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     by_count, by_steps = recorded(data, "count"), recorded(data, "steps")
     names = list(dict.fromkeys(row["extractor"] for row in by_count))
@@ -199,6 +200,7 @@ def plot(data):
         ):
             errors = [row[error] for row in rows]
             above.errorbar(x, [row[value] for row in rows], errors, label=label, capsize=3, marker=".")
+        above.set_ylim(bottom=0.4 * min(row["distance"] for row in rows))
         above.set(xscale="log", yscale="log", xlabel="samples", title=f"{name}, {rows[0]['features']:,} features")
         for sampler in SAMPLERS:
             rows = [row for row in by_steps if (row["extractor"], row["sampler"]) == (name, sampler)]
@@ -209,6 +211,7 @@ def plot(data):
         below.minorticks_off()
     for axis in axes.flat:
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.yaxis.set_minor_formatter("{x:g}")
     axes[0, 0].set_ylabel("Fréchet distance, 95 % interval")
     axes[1, 0].set_ylabel("Fréchet distance, 95 % interval")
