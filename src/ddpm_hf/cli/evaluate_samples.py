@@ -41,9 +41,8 @@ def run(parser: Parser, arguments: argparse.Namespace, command_of) -> None:
         report_folder.check_out(arguments.out)
     processes = Processes.launched()
     device = processes.device if processes.device and arguments.device is None else choose_device(arguments.device)
-    extractors = {
-        spec: open_extractor(spec, device) for spec in by_extractor
-    }  # their mistakes before anything is drawn
+    # opened first, so that their mistakes are said before anything is drawn
+    extractors = {spec: open_extractor(spec, device) for spec in by_extractor}
     pipeline, folder = None, None if arguments.out is None else Path(arguments.out)
     if arguments.pipeline is not None:
         pipeline = open_with_scheduler(arguments, device)

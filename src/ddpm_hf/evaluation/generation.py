@@ -1,9 +1,11 @@
 """Images by the thousand: one for each seed, on any number of processes.
 
-from ddpm_hf.evaluation.generation import generate
-from ddpm_hf.evaluation.samples import open_pipeline
+    from ddpm_hf.evaluation.generation import generate
+    from ddpm_hf.evaluation.samples import open_pipeline
 
-generate(open_pipeline("runs/digits/pipeline"), range(50_000), "samples/", num_inference_steps=100)
+    generate(open_pipeline("runs/digits/pipeline"), range(50_000), "samples/", num_inference_steps=100)
+
+The same call again draws only what is missing.
 """
 
 import hashlib
@@ -203,7 +205,7 @@ def _draw_missing(generator, folder, missing, total, batch_size, processes):
                 continue
             list(writers.map(folder.write, batch, images))
             mine = mine[batch_size:]
-            bar.update(min(len(images) * processes.world_size, total - bar.n))  # the others are about as fast
+            bar.update(min(len(batch) * processes.world_size, total - bar.n))  # the others are about as fast
 
 
 def _is_optimized(generator):
