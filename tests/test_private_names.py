@@ -13,6 +13,7 @@ GATHERING = {"accelerate_internals.py", "diffusers_internals.py", "hub_internals
 ALLOWED = {
     ("chain.py", "_get_variance"): "published, and listed in diffusers_internals.PRIVATE_NAMES",
     ("generation.py", "_interrupt"): "documented by diffusers: how a callback ends sampling",
+    ("sample_metrics.py", "_interrupt"): "the same",
     ("encoding.py", "_replace"): "documented: a method of named tuples",
 }
 

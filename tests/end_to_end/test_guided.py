@@ -117,6 +117,7 @@ def images_of(pipeline):
     return pipeline(2, generator=torch.Generator().manual_seed(0), **kwargs).images
 
 
+@pytest.mark.slow
 def test_opened_in_a_new_process(trained, tmp_path):
     """With the package and as remote code: the same pixels, and the same folder saved again; by plain diffusers stock parts."""
     folder = trained / "classifier/pipeline"

@@ -2,12 +2,14 @@
 
 import inspect
 import json
+from importlib.util import find_spec
 
 import diffusers
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils import DummyObject
 from safetensors.torch import save_file
 
 from ddpm_hf.files import diffusers_internals as internals
@@ -81,3 +83,13 @@ def test_offloaded_modules_are_seen():
     module = torch.nn.Linear(2, 2)
     assert not internals.is_offloaded(module)
     assert internals.is_offloaded(add_hook_to_module(module, ModelHook())), changed("the attribute _hf_hook")
+
+
+def test_stand_ins_name_their_packages():
+    class Absent(metaclass=DummyObject):
+        _backends = ["torch", "torchsde"]
+
+    assert internals.missing_packages(Absent) == ["torch", "torchsde"]
+    assert internals.missing_packages(DDPMScheduler) == []
+    if find_spec("torchsde") is None:
+        assert "torchsde" in internals.missing_packages(diffusers.DPMSolverSDEScheduler), changed("_backends")

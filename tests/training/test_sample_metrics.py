@@ -112,6 +112,7 @@ def test_the_number_is_that_of_the_saved_pipeline(measured):
     assert last["fd_standard_error"] == pytest.approx(error, rel=1e-6) and 0 < error < last["fd"]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_same(tmp_path):
     """Of the same first weights, which a learning rate of almost 0 keeps; both keep the same best checkpoint."""
     keys = {**RUN, **METRICS, "learning_rate": 1e-30, "steps": 2, "eval_every": 1, "best_by": "fd", "eval_samples": 65}

@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import ddpm_hf
 from ddpm_hf.arguments import listed, shown
 from ddpm_hf.command_help import did_you_mean
+from ddpm_hf.files.diffusers_internals import missing_packages
 
 TOLERANCE = 0.005  # between a process in continuous time and its timesteps
 
@@ -75,7 +76,7 @@ def _scheduler_class(name):
     cls = getattr(ddpm_hf, name, None) or getattr(diffusers, name, None)
     if isinstance(cls, type) and issubclass(cls, SchedulerMixin):
         return cls
-    if hasattr(cls, "_backends"):  # diffusers' stand-in for a class that cannot be imported
-        raise ValueError(f"{name} needs {' and '.join(cls._backends)}; install them, or use another scheduler")
+    if packages := missing_packages(cls):
+        raise ValueError(f"{name} needs {' and '.join(packages)}; install them, or use another scheduler")
     known = [key for key in dir(diffusers) if key.endswith("Scheduler") and not key.startswith("Flax")]
     raise ValueError(f"scheduler={shown(name)} is no scheduler of diffusers{did_you_mean(name, known)}")

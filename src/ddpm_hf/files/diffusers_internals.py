@@ -65,3 +65,8 @@ def rename_old_keys(network: ModelMixin, state_dict: dict) -> None:
 def is_offloaded(module: torch.nn.Module) -> bool:
     """Whether a hook of accelerate moves the module's weights, as offloading and device maps do."""
     return hasattr(module, "_hf_hook")
+
+
+def missing_packages(cls) -> list[str]:
+    """Returns the packages without which diffusers has only a stand-in for a class; [] for a class that is there."""
+    return list(getattr(cls, "_backends", []))
