@@ -53,6 +53,7 @@ def installed(built, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_wheel_trains_samples_measures_and_pushes_from_any_folder(installed):
     place = installed("python", "-c", "import ddpm_hf; print(ddpm_hf.__file__)").stdout.strip()
     assert place == str(installed.packages / "ddpm_hf/__init__.py")

@@ -257,6 +257,7 @@ def _share_histories(rank, port, queue):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_share_one_history():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -118,6 +118,7 @@ def test_a_run_pushes_at_its_checkpoints(hub, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_ends_no_run(tmp_path):
     """Nor does it hold one up: the port is closed."""
     result = script(
