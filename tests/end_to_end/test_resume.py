@@ -153,7 +153,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     assert left[-2:] == ["0000020", "0000024"] and len(left) <= 2 + ("--eval_every" in extra)  # and the best
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_group_of_processes(tmp_path, number):
     """Also to those that read images, as a batch system sends it; and one of them that was killed before."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup

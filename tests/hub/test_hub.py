@@ -59,10 +59,10 @@ def classes(opener):
 
 
 # from a folder, all of them are in test_pipeline.py
-SLOW = [pytest.param(opener, marks=pytest.mark.slow) for opener in ("stock", "remote", "package")]
+SLOW = [pytest.param(opener, marks=pytest.mark.slow) for opener in ("stock", "remote", "package", "branch")]
 
 
-@pytest.mark.parametrize("opener", [*SLOW, "branch"])
+@pytest.mark.parametrize("opener", SLOW)
 def test_who_opens_what(hub, saved, tmp_path, opener):
     push_folder(saved, f"user/opened-{opener}")
     pipe = DDPMImagePipeline.from_pretrained(saved)

@@ -281,7 +281,15 @@ OPEN = """
 OWN_CODE = needs("diffusers", "0.41", "it calls `_dict_from_json_file` with an argument that 0.1.0 did not expect")
 
 
-@pytest.mark.parametrize("name", ["ddpm", *(pytest.param(name, marks=OWN_CODE) for name in CALLS if name != "ddpm")])
+# each takes a process of its own, some of them in make test-slow
+KEPT = ["ddpm"] + [
+    pytest.param(name, marks=[OWN_CODE, *([pytest.mark.slow] if name in ("guided", "sde") else [])])
+    for name in CALLS
+    if name != "ddpm"
+]
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_folders_of_0_1_open_with_their_own_code(published_0_1, tmp_path, name):
     run_elsewhere(
         OPEN,
@@ -327,7 +335,7 @@ def test_what_is_saved_now_works_without_the_package(published_0_1, tmp_path, na
     np.testing.assert_allclose(images, np.load(tmp_path / "out.npy"), atol=ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["sde", "guided"])
+@pytest.mark.parametrize("name", ["sde", pytest.param("guided", marks=pytest.mark.slow)])
 def test_stages_whose_parts_no_stock_class_opens(published_0_1, tmp_path, name):
     """diffusers opens a stage by its class, without its consent to run the code of the stage's parts once more."""
     base = DDPMImagePipeline.from_pretrained(published_0_1 / name)

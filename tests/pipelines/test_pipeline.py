@@ -266,6 +266,7 @@ def test_wrong_labels_and_channels(make_pipeline):
 # the saved folder
 
 
+@pytest.mark.slow
 def test_a_saved_folder_opens_three_ways_in_a_new_process(make_pipeline, tmp_path):
     scheduler = VariationalDDPMScheduler(
         beta_schedule="cosine", variance_type="fixed_large_log", timestep_spacing="iddpm", levels=17

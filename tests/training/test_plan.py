@@ -101,6 +101,7 @@ def test_steps_and_minutes_contradict_each_other():
             load_config(["--minutes", text])
 
 
+@pytest.mark.slow
 def test_the_same_command_resumes_with_the_plan_of_the_run(tmp_path, monkeypatch, capsys):
     """Whatever is measured then: the plan stands in config.yaml. Another number of minutes is another run."""
     monkeypatch.setattr(planning, "TIMED_SECONDS", 0.0)
