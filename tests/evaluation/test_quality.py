@@ -168,7 +168,7 @@ def test_bits_per_dim_and_the_quality_of_samples_stand_side_by_side(pipeline):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda: signal.raise_signal(signal.SIGINT), "ddpm-hf evaluate: interrupted"),
+        (lambda: signal.default_int_handler(signal.SIGINT, None), "ddpm-hf evaluate: interrupted"),
         (lambda: os.open("/nowhere/x", os.O_RDONLY), "complete images stay, and the same command goes on from them"),
     ],
 )
