@@ -79,8 +79,7 @@ class Features:
         features, seconds = {name: [] for name in self.extractors}, dict.fromkeys(["drawing", *self.extractors], 0.0)
         for start in tqdm(range(0, len(seeds), self.batch_size), leave=False):
             began = time.perf_counter()
-            batch = generator.draw(seeds[start : start + self.batch_size], output_type="pt")
-            pixels = (batch * 255).round().to(torch.uint8)
+            pixels = generator.draw_pixels(seeds[start : start + self.batch_size])
             seconds["drawing"] += self._since(began)
             for name, extractor in self.extractors.items():
                 began = time.perf_counter()
@@ -156,10 +155,10 @@ def measure_batches(data, pipeline):
     seeds, drawn = range(256), {}
     for size in BATCHES:
         batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
-        drawn[size] = torch.cat([generator.draw(batch, output_type="pt").cpu() for batch in batches])
+        drawn[size] = torch.cat([generator.draw_pixels(batch).cpu().int() for batch in batches])
     best, reason = find_batch_size(generator.try_batch, 4096)
     for size in BATCHES[1:]:
-        difference = ((drawn[size] * 255).round() - (drawn[BATCHES[0]] * 255).round()).abs()
+        difference = (drawn[size] - drawn[BATCHES[0]]).abs()
         row = {
             "device": pipeline.device.type,
             "batches": f"{BATCHES[0]} and {size}",

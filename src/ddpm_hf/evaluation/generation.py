@@ -105,6 +105,11 @@ class Generator:
             return self.pipeline(self.low_resolution[rows], **arguments).images
         return self.pipeline(len(seeds), **arguments).images
 
+    def draw_pixels(self, seeds: Sequence[int], **kwargs) -> torch.Tensor:
+        """The images of `draw` as uint8 (B, C, H, W), on the pipeline's device."""
+        images: Any = self.draw(seeds, output_type="pt", **kwargs)
+        return (images * 255).round().to(torch.uint8)
+
     def try_batch(self, size: int) -> None:
         """Take the first step of a batch, and no more."""
 

@@ -12,6 +12,7 @@ from ddpm_hf.errors import UserError
 from ddpm_hf.evaluation.features.extractors import Extractor
 from ddpm_hf.evaluation.features.reference import Reference
 from ddpm_hf.evaluation.metrics.estimate import Estimate
+from ddpm_hf.evaluation.metrics.features import float64_device
 from ddpm_hf.evaluation.metrics.frechet import Moments, frechet_at_infinity, frechet_distance, frechet_error
 from ddpm_hf.evaluation.metrics.inception_score import inception_score
 from ddpm_hf.evaluation.metrics.kernel import kernel_distance
@@ -121,9 +122,7 @@ def measure(
     Raises:
         ValueError: features that a metric needs are not there, or too few images.
     """
-    device = (
-        extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
-    )  # Apple's GPUs have no float64
+    device = float64_device(extractor.device)
     features = generated["features"].to(device)
     real_features = None if real.features is None else real.features.to(device)
     counts: dict[str, Any] = dict(real_images=real.count, generated_images=len(features))

@@ -16,7 +16,7 @@ from ddpm_hf.arguments import shown
 from ddpm_hf.data.sources import BUILT_IN, is_hub_id, load_images, public_name, public_path
 from ddpm_hf.evaluation.likelihood_report import LikelihoodReport, plot_terms, terms_table
 from ddpm_hf.evaluation.sheets import save_picture
-from ddpm_hf.files.atomic import is_writable, write_text
+from ddpm_hf.files.atomic import check_output_folder, is_writable, write_text
 from ddpm_hf.hub.card import evaluation_command, has_our_card, write_model_card
 from ddpm_hf.hub.records import read_record, weights_digest
 
@@ -117,12 +117,7 @@ def check_out(out: str) -> None:
         ValueError: it is not a folder, is not writable, or has files of the same names from elsewhere.
     """
     folder = Path(out)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
-    if not folder.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {folder.absolute().parent}; make it first")
-    if not is_writable(folder if folder.exists() else folder.absolute().parent):
-        raise ValueError(f"--out {out} may not be written to; give another folder")
+    check_output_folder(folder, f"--out {out}")
     foreign = [
         name
         for name in (REPORT, *TERMS, *PICTURES)

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import secrets
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm_hf.arguments import shown
-from ddpm_hf.files.atomic import is_writable, remove_leftovers, replacing_file, write_text
+from ddpm_hf.files.atomic import check_output_folder, remove_leftovers, replacing_file, write_text
 
 RECORD, TABLE = "samples.json", "metadata.csv"  # the second is read by datasets' "imagefolder"
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -44,12 +43,7 @@ class SampleFolder:
             ValueError: it is a file, is not writable, or holds other files, or samples that were drawn with other settings.
         """
         folder = self.folder
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; give a folder")
-        if not folder.absolute().parent.is_dir():
-            raise ValueError(f"{folder}: there is no folder {folder.absolute().parent}; make it first")
-        if not is_writable(folder if folder.exists() else folder.absolute().parent):
-            raise ValueError(f"{folder} may not be written to; give another folder")
+        check_output_folder(folder, str(folder))
         if not folder.exists() or not any(folder.iterdir()):
             return
         found = read_record(folder)
@@ -84,14 +78,8 @@ class SampleFolder:
 
     def write(self, seed: int, image: Image.Image) -> None:
         """Write the image of a seed: the whole file or none. It is not flushed to the disk, which `missing` accounts for."""
-        path = self.path(seed)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        try:
+        with replacing_file(self.path(seed), flush=False) as temporary:
             image.save(temporary, format="PNG")
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def finish(self, labels: dict[int, int] | None, class_names: list[str] | None) -> None:
         """Write the table of file names, seeds and labels; no process may be writing images.

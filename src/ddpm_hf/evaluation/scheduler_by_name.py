@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import ddpm_hf
 from ddpm_hf.arguments import listed, shown
 from ddpm_hf.command_help import did_you_mean
+from ddpm_hf.evaluation.generation import stages_of
 from ddpm_hf.files.diffusers_internals import missing_packages
 
 TOLERANCE = 0.005  # between a process in continuous time and its timesteps
@@ -26,7 +27,7 @@ def use_scheduler(pipeline, name: str | None, settings: dict[str, Any]) -> None:
         ValueError: an unknown class or setting, with the nearest name, a setting that the class refuses, or a class that does
             not sample the process of the pipeline.
     """
-    for stage in (pipeline.base, pipeline.upsampler) if hasattr(pipeline, "upsampler") else (pipeline,):
+    for stage in stages_of(pipeline):
         cls = type(stage.scheduler) if name is None else _scheduler_class(name)
         known = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", "kwargs")]
         for key in settings:

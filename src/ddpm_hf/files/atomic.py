@@ -47,12 +47,12 @@ def _remove(path):
 
 
 @contextlib.contextmanager
-def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
+def replacing_file(path: str | os.PathLike, flush: bool = True) -> Iterator[Path]:
     """Replaces a file atomically: yields a new file to write to, which is renamed to `path` when the context ends.
 
     The file is created exclusively, under a random name, with the permissions of the user's umask. A link at `path` is
-    replaced, not followed. The content is flushed to the disk before the rename. After an error the new file is
-    removed, and `path` is unchanged.
+    replaced, not followed. The content is flushed to the disk before the rename, unless `flush` is False, for thousands of
+    small files: these may be incomplete after a power cut. After an error the new file is removed, and `path` is unchanged.
 
     Raises:
         OSError: the folder is missing or not writable, the disk is full, or `path` is a folder.
@@ -63,12 +63,14 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
     os.close(os.open(temporary, flags, 0o666))
     try:
         yield temporary
-        _flush(temporary)
+        if flush:
+            _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    if flush:
+        _flush(path.parent)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
@@ -165,3 +167,22 @@ def is_writable(folder: str | Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def check_output_folder(folder: str | Path, name: str) -> None:
+    """Check that files may be written to a folder, or that it may be made; nothing is changed.
+
+    Args:
+        name: what messages call it.
+
+    Raises:
+        ValueError: it is a file, its parent is missing, or it is not writable.
+    """
+    folder = Path(folder)
+    parent = folder.absolute().parent
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{name} is a file; give a folder")
+    if not parent.is_dir():
+        raise ValueError(f"{name}: there is no folder {parent}; make it first")
+    if not is_writable(folder if folder.exists() else parent):
+        raise ValueError(f"{name} may not be written to; give another folder")

@@ -12,6 +12,7 @@ from ddpm_hf.evaluation.features.extractors import open_extractor
 from ddpm_hf.evaluation.features.reference import Reference, reference_of
 from ddpm_hf.evaluation.generation import Generator
 from ddpm_hf.evaluation.image_sets import DataImages
+from ddpm_hf.evaluation.metrics.features import float64_device
 from ddpm_hf.evaluation.metrics.frechet import Moments, frechet_distance, frechet_error
 from ddpm_hf.evaluation.processes import Processes
 from ddpm_hf.pipelines.chain import default_steps
@@ -113,7 +114,7 @@ class SampleMetrics:
         return torch.cat([torch.empty(0, self.reference.moments.dimensions), *map(self._features_of_batch, batches)])
 
     def _features_of_batch(self, seeds, **kwargs):
-        pixels = (self.generator.draw(seeds, output_type="pt", **kwargs) * 255).round().to(torch.uint8)
+        pixels = self.generator.draw_pixels(seeds, **kwargs)
         try:
             features = self.extractor(pixels)["features"].cpu()
         except Exception as error:  # of a function of the user's
@@ -123,8 +124,7 @@ class SampleMetrics:
         return features
 
     def _compare(self, real, features):
-        # Apple's GPUs have no float64
-        device = self.accelerator.device if self.accelerator.device.type == "cuda" else torch.device("cpu")
+        device = float64_device(self.accelerator.device)
         real, features = real.to(device), features.to(device)
         generator = torch.Generator().manual_seed(0)
         error = frechet_error(real, features, groups=ERROR_GROUPS, generator=generator)

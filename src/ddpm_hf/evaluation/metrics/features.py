@@ -44,6 +44,11 @@ def check_pair(real: torch.Tensor, generated: torch.Tensor, fewest: int = 2) -> 
     check_features("generated", generated, fewest, real.shape[1])
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return the device on which metrics of features on `device` are computed: not Apple's GPUs, which have no float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def float64_blocks(features: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the features in float64, a block of rows at a time."""
     return (to_float64(rows) for rows in features.split(_ROWS))
