@@ -228,6 +228,20 @@ def test_the_process_is_the_pipelines(tmp_path, saved):
         resolved(*arguments)
 
 
+def test_a_network_that_stock_does_not_have(tmp_path, saved):
+    """The settings that its config keeps apart are the pipeline's, too."""
+    folder = saved(num_attention_heads=2, block_scale_factor=1.5)
+    arguments = ["--init_from", folder, "--output_dir", tmp_path / "run"]
+    config = resolved(*arguments, "--unet.num_attention_heads", 2)
+    assert (config.unet["num_attention_heads"], config.unet["block_scale_factor"]) == (2, 1.5)
+    network, original = DiffusionTask(config).network, DDPMImagePipeline.from_pretrained(folder).unet
+    assert network.arguments == {**original.arguments, "sample_size": (8, 8)}
+    with pytest.raises(ConfigError, match="unet.num_attention_heads=4, but the network of .* has 2; leave it out"):
+        resolved(*arguments, "--unet.num_attention_heads", 4)
+    chosen = resolved("--config", "digits", "--unet.num_attention_heads", 2, "--output_dir", tmp_path / "new")
+    assert DiffusionTask(chosen).network.mid_block.attentions[0].heads == 2
+
+
 def test_a_stock_pipeline(tmp_path):
     kwargs = dict(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, down_block_types=["DownBlock2D"] * 2

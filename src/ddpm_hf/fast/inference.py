@@ -322,7 +322,7 @@ def _check_plain(unet):
 
 def _architecture(unet):
     """Returns a value that is equal for networks whose weights have the same names and shapes."""
-    return type(unet), {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    return type(unet), unet.arguments
 
 
 @torch.no_grad()

@@ -20,8 +20,12 @@ class SinusoidalEmbedding(nn.Module):
 
     def forward(self, t):
         half = self.dim // 2
-        exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t[:, None].float() * torch.exp(exponents / (half - self.freq_shift))
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device)
+        if self.freq_shift == 1:  # rounded as in the code of Ho et al. and Song et al.
+            exponents = exponents * (-math.log(10000) / (half - 1))
+        else:  # as in OpenAI's code and diffusers
+            exponents = -math.log(10000) * exponents / (half - self.freq_shift)
+        angles = t[:, None].float() * torch.exp(exponents)
         features = (angles.cos(), angles.sin()) if self.flip_sin_to_cos else (angles.sin(), angles.cos())
         return F.pad(torch.cat(features, dim=-1), (0, self.dim % 2))
 
@@ -51,14 +55,19 @@ class EmbeddingMLP(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves H and W by a strided 3x3 convolution; padding 0 pads right and bottom only, as in the paper's code."""
+    """Halves H and W by a strided 3x3 convolution; padding 0 pads right and bottom only, as in the paper's code.
 
-    def __init__(self, channels, padding):
+    fir: a `FIR` that smooths and pads before the convolution, in place of the padding.
+    """
+
+    def __init__(self, in_channels, channels, padding, fir=None):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
-        self.pad = (0, 1, 0, 1) if padding == 0 else None
+        self.conv = nn.Conv2d(in_channels, channels, 3, stride=2, padding=padding)
+        self.pad, self.fir = (0, 1, 0, 1) if padding == 0 else None, fir
 
     def forward(self, x, emb):
+        if self.fir is not None:
+            return self.conv(self.fir(x))
         return self.conv(x if self.pad is None else F.pad(x, self.pad))
 
 
@@ -74,11 +83,14 @@ class Upsample(nn.Module):
 
 
 class FIR(nn.Module):
-    """Halves or doubles H and W, smoothed by the kernel (1, 3, 3, 1) along each, as StyleGAN2 (Score-SDE, appendix H.1)."""
+    """Halves or doubles H and W, smoothed by the kernel (1, 3, 3, 1) along each, as StyleGAN2 (Score-SDE, appendix H.1).
 
-    def __init__(self, up):
+    stride 1 with padding 2 only smooths, and adds a row and a column.
+    """
+
+    def __init__(self, up=False, stride=2, padding=1):
         super().__init__()
-        self.up = up
+        self.up, self.stride, self.padding = up, stride, padding
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
         if taps.is_meta:  # the values are needed even on the meta device, because no checkpoint holds them
             taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu")
@@ -88,7 +100,8 @@ class FIR(nn.Module):
     def forward(self, x):
         x = x.contiguous() if self.training else x  # as in diffusers; why: see ResidualBlock.forward
         conv, channels = F.conv_transpose2d if self.up else F.conv2d, x.shape[1]
-        return conv(x, self.kernel.expand(channels, -1, -1, -1), stride=2, padding=1, groups=channels)
+        kernel = self.kernel.expand(channels, -1, -1, -1)
+        return conv(x, kernel, stride=self.stride, padding=self.padding, groups=channels)
 
 
 class Dropout(nn.Dropout):
@@ -147,7 +160,8 @@ class ResidualBlock(nn.Module):
         scale_shift: whether the time embedding scales and shifts the second norm's output (ADM), or is added before that norm.
         output_scale: the output is divided by it.
         resample: how both branches are resampled: "down" (2x2 mean) or "up" (nearest neighbor) as in ADM, or a `FIR` as in
-            NCSN++, where the shortcut is always a convolution; None for not at all.
+            NCSN++; None for not at all.
+        shortcut: whether the shortcut is a 1x1 convolution even if the channels stay.
 
     `forward` takes the embedding already activated: (B, emb_dim).
     """
@@ -165,6 +179,7 @@ class ResidualBlock(nn.Module):
         scale_shift,
         output_scale,
         resample=None,
+        shortcut=False,
     ):
         super().__init__()
         self.scale_shift, self.output_scale, self.resample = scale_shift, output_scale, resample
@@ -178,7 +193,7 @@ class ResidualBlock(nn.Module):
             self.norm2 = ActivatedNorm(groups[1], out_channels, eps, self.act)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        shortcut = in_channels != out_channels or isinstance(resample, FIR)
+        shortcut = shortcut or in_channels != out_channels
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if shortcut else None
 
     def forward(self, x, emb):
@@ -276,11 +291,16 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
-    """A level of the way down: appends its outputs to `skips`. `image` is for the levels of NCSN++, and returned as it is."""
+    """A level of the way down: appends its outputs to `skips`.
 
-    def __init__(self, resnets, attentions, downsampler):
+    With `pyramid_conv`, which halves it, `image` is added to the output, and the sum over `pyramid_scale` is the next level's
+    image ("input residual" of Score-SDE); without, `image` is returned as it is.
+    """
+
+    def __init__(self, resnets, attentions, downsampler, pyramid_conv=None, pyramid_scale=1):
         super().__init__(resnets, attentions)
         self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
+        self.pyramid_conv, self.pyramid_scale = pyramid_conv, pyramid_scale
 
     def forward(self, x, emb, skips, image):
         for i in range(len(self.resnets)):
@@ -288,6 +308,9 @@ class DownLevel(Level):
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x, emb)
+            if self.pyramid_conv is not None:
+                x = x + self.pyramid_conv(image, emb)
+                image = x = x if self.pyramid_scale == 1 else x / self.pyramid_scale
             skips.append(x)
         return x, image
 

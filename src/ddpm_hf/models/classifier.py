@@ -62,7 +62,8 @@ class NoisyClassifier(Encoder):
     Args:
         sample_size: side of the images, or (height, width).
         in_channels, block_out_channels, down_block_types, layers_per_block, attention_head_dim, norm_num_groups, norm_eps,
-            dropout, downsample_type, resnet_time_scale_shift: as in `DDPMUNet`; the defaults are ADM's blocks.
+            dropout, downsample_type, resnet_time_scale_shift, num_attention_heads, sinusoid_dim: as in `DDPMUNet`; the
+            defaults are ADM's blocks.
         num_classes: labels are 0 .. num_classes - 1.
         pool: "attention" or "average".
         scheduler: config of the scheduler whose x_t it was trained on; a pipeline compares it with its own.
@@ -97,6 +98,8 @@ class NoisyClassifier(Encoder):
         resnet_time_scale_shift: str = "scale_shift",
         pool: str = "attention",
         scheduler: dict | None = None,
+        num_attention_heads: int | None = None,
+        sinusoid_dim: int | None = None,
     ):
         super().__init__()
         if any(name in DOWN_BLOCKS and DOWN_BLOCKS[name].ncsnpp for name in plain_names(down_block_types)):
@@ -115,7 +118,7 @@ class NoisyClassifier(Encoder):
             )
         self.conv_norm_out = ActivatedNorm(norm_num_groups, channels, norm_eps, F.silu)
         if pool == "attention":
-            head_dim = attention_head_dim or channels
+            head_dim = channels // num_attention_heads if num_attention_heads else attention_head_dim or channels
             if channels % head_dim:
                 raise ValueError(
                     f"attention_head_dim={head_dim} must divide the last of block_out_channels, {channels}"

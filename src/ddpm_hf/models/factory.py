@@ -35,11 +35,13 @@ class BlockFactory:
         self.channels = tuple(config["block_out_channels"])
         self.act_fn = config["act_fn"].lower()
         self.scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
-        self.emb_dim = config["time_embedding_dim"] or 4 * self.channels[0]
+        self.fir = config["fir_resampling"]
+        self.time_dim = config["sinusoid_dim"] or self.channels[0]
+        self.emb_dim = config["time_embedding_dim"] or 4 * self.time_dim
 
     def time_projection(self) -> tuple[nn.Module, int]:
         """The features of a time, and how many there are."""
-        config, dim = self.config, self.channels[0]
+        config, dim = self.config, self.time_dim
         if config["time_embedding_type"] == "positional":
             return SinusoidalEmbedding(dim, config["flip_sin_to_cos"], config["freq_shift"]), dim
         if config["time_embedding_type"] == "fourier":
@@ -55,8 +57,11 @@ class BlockFactory:
             return nn.Identity()
         return None if classes is None else nn.Embedding(classes, self.emb_dim)
 
-    def down_level(self, block_type: BlockType, c_in: int, c: int, is_last: bool) -> DownLevel:
-        """A level of the way down, from `c_in` channels to `c`; the last one does not halve the image."""
+    def down_level(self, block_type: BlockType, c_in: int, c: int, image_channels: int, is_last: bool) -> DownLevel:
+        """A level of the way down, from `c_in` channels to `c`; the last one does not halve the image.
+
+        image_channels: of the input pyramid, see `DownLevel`.
+        """
         ncsnpp, down = block_type.ncsnpp, None
         resnets = [
             self._resnet(c_in if i == 0 else c, c, ncsnpp=ncsnpp) for i in range(self.config["layers_per_block"])
@@ -64,12 +69,18 @@ class BlockFactory:
         attentions = [self._attention(c, ncsnpp) for _ in resnets] if block_type.attention else []
         if not is_last:
             if ncsnpp:
-                down = self._resnet(c, c, ncsnpp=True, resample=FIR(up=False))
+                down = self._resnet(c, c, ncsnpp=True, resample=FIR())
             elif self._resamples_by_resnet(block_type, "downsample_type"):
-                down = self._resnet(c, c, resample="down")
+                down = self._resnet(c, c, resample=FIR() if self.fir else "down")
             else:
-                down = Downsample(c, self.config["downsample_padding"])
-        return (SkipDownLevel if ncsnpp else DownLevel)(resnets, attentions, down)
+                down = Downsample(c, c, self.config["downsample_padding"])
+        if ncsnpp:
+            return SkipDownLevel(resnets, attentions, down)
+        pyramid_conv = None
+        if self.config["input_pyramid"] is not None and not is_last:
+            fir = FIR(stride=1, padding=2) if self.fir else None
+            pyramid_conv = Downsample(image_channels, c, 0, fir)
+        return DownLevel(resnets, attentions, down, pyramid_conv, self.config["block_scale_factor"])
 
     def mid_level(self) -> MidLevel | None:
         """The middle, at the coarsest resolution; None where the config has none."""
@@ -80,7 +91,8 @@ class BlockFactory:
         default = None if self.scale_shift else self._groups(c)
         groups = self.config["attn_norm_num_groups"] or default
         resnets = [self._resnet(c, c, output_scale=scale) for _ in range(2)]
-        attentions = [self._self_attention(c, groups, scale)] if self.config["add_attention"] else []
+        heads = self.config["num_attention_heads"]
+        attentions = [self._self_attention(c, groups, scale, heads)] if self.config["add_attention"] else []
         return MidLevel(resnets, attentions)
 
     def up_level(self, block_type: BlockType, c_in: int, c: int, skip_channels: list[int], is_last: bool) -> UpLevel:
@@ -94,13 +106,14 @@ class BlockFactory:
             groups = min(c_in + c_skip // 4, 32) if ncsnpp and block_type.attention else None
             resnets.append(self._resnet(c_in + c_skip, c, ncsnpp=ncsnpp, in_groups=groups))
             c_in = c
-        attended = resnets[:1] if ncsnpp else resnets
-        attentions = [self._attention(c, ncsnpp) for _ in attended] if block_type.attention else []
+        attended = resnets[:1] if ncsnpp or self.config["up_attention"] == "last" else resnets
+        heads = self.config["up_attention_heads"]
+        attentions = [self._attention(c, ncsnpp, heads) for _ in attended] if block_type.attention else []
         if not is_last:
             if ncsnpp:
                 up = self._resnet(c, c, ncsnpp=True, resample=FIR(up=True))
             elif self._resamples_by_resnet(block_type, "upsample_type"):
-                up = self._resnet(c, c, resample="up")
+                up = self._resnet(c, c, resample=FIR(up=True) if self.fir else "up")
             else:
                 up = Upsample(c)
         return (SkipUpLevel if ncsnpp else UpLevel)(resnets, attentions, up)
@@ -111,18 +124,18 @@ class BlockFactory:
         return ActivatedNorm(self._groups(c), c, self.config["norm_eps"], F.silu)
 
     def _groups(self, c):
-        return self.config["norm_num_groups"] or min(c // 4, 32)
+        return self.config["norm_num_groups"] or self._ncsnpp_groups(c)
 
     def _ncsnpp_groups(self, c, groups=None):
         groups = groups or min(c // 4, 32)
         if groups < 1 or c % groups:
             raise ValueError(
-                f"block_out_channels={shown(self.channels)} gives a Skip block {c} channels, which its {groups} groups do "
+                f"block_out_channels={shown(self.channels)} gives a block {c} channels, which its {groups} groups do "
                 "not divide; use multiples of 32"
             )
         return groups
 
-    def _resnet(self, c_in, c_out, *, ncsnpp=False, output_scale=1, resample=None, in_groups=None):
+    def _resnet(self, c_in, c_out, *, ncsnpp=False, output_scale=None, resample=None, in_groups=None):
         groups = (self.config["norm_num_groups"],) * 2
         if ncsnpp or groups[0] is None:  # NCSN++ has groups of its own whatever norm_num_groups says
             groups = self._ncsnpp_groups(c_in, in_groups), self._ncsnpp_groups(c_out)
@@ -135,17 +148,19 @@ class BlockFactory:
             act_fn=self.act_fn,
             dropout=self.config["dropout"],
             scale_shift=self.scale_shift,
-            output_scale=NCSNPP_SCALE if ncsnpp else output_scale,
+            output_scale=NCSNPP_SCALE if ncsnpp else output_scale or self.config["block_scale_factor"],
             resample=resample,
+            shortcut=resample is not None and (ncsnpp or self.config["resample_shortcut"]),
         )
 
-    def _attention(self, c, ncsnpp):
+    def _attention(self, c, ncsnpp, heads=None):
+        heads = heads or self.config["num_attention_heads"]
         if ncsnpp:
-            return self._self_attention(c, self._ncsnpp_groups(c, 32), NCSNPP_SCALE)
-        return self._self_attention(c, self.config["norm_num_groups"], 1)
+            return self._self_attention(c, self._ncsnpp_groups(c, 32), NCSNPP_SCALE, heads)
+        return self._self_attention(c, self._groups(c), self.config["block_scale_factor"], heads)
 
-    def _self_attention(self, c, groups, output_scale):
-        head_dim = self.config["attention_head_dim"] or c
+    def _self_attention(self, c, groups, output_scale, heads):
+        head_dim = c // heads if heads else self.config["attention_head_dim"] or c
         return SelfAttention(c, head_dim, groups=groups, eps=self.config["norm_eps"], output_scale=output_scale)
 
     def _resamples_by_resnet(self, block_type, key):

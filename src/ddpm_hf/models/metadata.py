@@ -54,10 +54,7 @@ class NetworkMetadata:
         Raises:
             ValueError: the config holds something else there.
         """
-        settings = self.config.get("_ddpm_hf") or {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"_ddpm_hf={shown(settings)} in the network's config must hold keys and values")
-        return settings
+        return own_settings_of(self.config)
 
     def _set(self, **settings):
         settings = {**self.own_settings(), **settings}
@@ -73,6 +70,14 @@ class NetworkMetadata:
                 f"{self.num_classes or 'no'} classes; give one for each label"
             )
         return list(names)
+
+
+def own_settings_of(config: dict) -> dict:
+    """The settings of this package in a network's config. Raises as `NetworkMetadata.own_settings`."""
+    settings = config.get("_ddpm_hf") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"_ddpm_hf={shown(settings)} in the network's config must hold keys and values")
+    return settings
 
 
 def _check_preprocessing(values):

@@ -1,6 +1,7 @@
 """What the config of a network may hold: block types, choices, ranges, and the checks that involve several keys."""
 
 import dataclasses
+from typing import Any
 
 from ddpm_hf.arguments import shown
 from ddpm_hf.models.blocks import ACTIVATIONS
@@ -41,7 +42,27 @@ CHOICES: dict[str, tuple] = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None, "timestep", "identity"),
     "act_fn": tuple(ACTIVATIONS),
+    "up_attention": ("every", "last"),
+    "input_pyramid": (None, "residual"),
 }
+
+
+# The arguments of `DDPMUNet` that `UNet2DModel` does not have, with their defaults. A config keeps other values under
+# "_ddpm_hf", and its block types have the prefix: UNet2DModel then refuses it instead of computing something else.
+OWN_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": None,
+    "up_attention_heads": None,
+    "sinusoid_dim": None,
+    "up_attention": "every",
+    "block_scale_factor": 1,
+    "resample_shortcut": False,
+    "fir_resampling": False,
+    "input_pyramid": None,
+    "sigma_table": None,
+}
+
+
+OWN_PREFIX = "DDPM"
 
 
 # What the arguments of `DDPMUNet` and `NoisyClassifier` may be: beyond these ranges a config is a mistake, or hostile.
@@ -66,6 +87,9 @@ NETWORK_RANGES: dict[str, str | tuple | None] = CHOICES | {
     "norm_eps": "(0, 1]",
     "num_class_embeds": "[1, 100000000]",
     "num_train_timesteps": "[1, 100000]",
+    **dict.fromkeys(("num_attention_heads", "up_attention_heads", "sinusoid_dim"), CHANNELS),
+    "block_scale_factor": "[0.001, 1000]",
+    "sigma_table": "(0, 1000000]",
 }
 
 
@@ -76,8 +100,8 @@ MAX_PARAMETERS = 2 * 10**10  # compared with `parameters_upper_bound`
 
 
 def plain_names(block_types: tuple[str, ...]) -> list[str]:
-    """Names of block types without the prefix that they had in configs of 2022."""
-    return [name.removeprefix("UNetRes") for name in block_types]
+    """Names of block types without `OWN_PREFIX`, and without the prefix that they had in configs of 2022."""
+    return [name.removeprefix(OWN_PREFIX).removeprefix("UNetRes") for name in block_types]
 
 
 def block_types_down(config: dict) -> list[BlockType]:
@@ -88,6 +112,11 @@ def block_types_down(config: dict) -> list[BlockType]:
 def block_types_up(config: dict) -> list[BlockType]:
     """The levels of the way up, the coarsest first; none for a network without a way up."""
     return [UP_BLOCKS[name] for name in plain_names(config.get("up_block_types", ()))]
+
+
+def has_ncsnpp_levels_only(config: dict) -> bool:
+    """Whether all levels are of NCSN++, which have groups of their own whatever `norm_num_groups` says."""
+    return all(level.ncsnpp for level in (*block_types_down(config), *block_types_up(config)))
 
 
 def check_config(config: dict, network: str) -> None:
@@ -105,6 +134,7 @@ def check_config(config: dict, network: str) -> None:
     _check_block_types(config, network)
     _check_number_of_parameters(config)
     _check_time_embedding(config)
+    _check_sigma_table(config)
     _check_ncsnpp_levels(config)
     _check_groups(config)
     _check_heads(config)
@@ -113,12 +143,13 @@ def check_config(config: dict, network: str) -> None:
 def parameters_upper_bound(config: dict) -> int:
     """An upper bound of the number of parameters: a network of this config has a quarter to a half as many."""
     channels, layers = config["block_out_channels"], config["layers_per_block"]
-    widest, embedding = max(channels), config["time_embedding_dim"] or 4 * channels[0]
+    features = config["sinusoid_dim"] or channels[0]
+    widest, embedding = max(channels), config["time_embedding_dim"] or 4 * features
     # a level's blocks on both ways, those that resample, and the middle's; an input beside its skip connection is the widest
     blocks = sum((2 * layers + 3) * c * (20 * widest + 13 * c + 2 * embedding) for c in (*channels, channels[-1]))
-    tables = (config["num_class_embeds"] or 0) * embedding + (config["num_train_timesteps"] or 0) * channels[0]
-    convolutions = 9 * channels[0] * (config["in_channels"] + config["out_channels"])
-    return blocks + tables + convolutions + 6 * embedding * (channels[0] + embedding)
+    tables = (config["num_class_embeds"] or 0) * embedding + (config["num_train_timesteps"] or 0) * features
+    convolutions = 9 * channels[0] * (2 * config["in_channels"] + config["out_channels"])  # twice: the input pyramid's
+    return blocks + tables + convolutions + 6 * embedding * (features + embedding)
 
 
 def _check_activation(config):
@@ -152,7 +183,7 @@ def _check_block_types(config, network):
 def _check_number_of_parameters(config):
     parameters = parameters_upper_bound(config)
     if parameters > MAX_PARAMETERS:
-        sizes = ("block_out_channels", "layers_per_block", "time_embedding_dim", "num_class_embeds")
+        sizes = ("block_out_channels", "layers_per_block", "time_embedding_dim", "sinusoid_dim", "num_class_embeds")
         raise ValueError(
             f"{', '.join(f'{key}={shown(config[key])}' for key in sizes)} make up to {parameters:.1e} parameters; "
             f"{MAX_PARAMETERS:.0e} is the limit; choose smaller sizes"
@@ -160,11 +191,29 @@ def _check_number_of_parameters(config):
 
 
 def _check_time_embedding(config):
-    kind, half = config["time_embedding_type"], config["block_out_channels"][0] // 2
+    kind, half = config["time_embedding_type"], (config["sinusoid_dim"] or config["block_out_channels"][0]) // 2
     if kind == "learned" and config["num_train_timesteps"] is None:
         raise ValueError("time_embedding_type='learned' needs num_train_timesteps (the size of its table), got None")
     if kind == "positional" and half <= config["freq_shift"]:
-        raise ValueError(f"freq_shift={config['freq_shift']} must be below block_out_channels[0] // 2 = {half}")
+        raise ValueError(
+            f"freq_shift={config['freq_shift']} must be below {half}, half the number of features of a time"
+        )
+
+
+def _check_sigma_table(config):
+    table = config["sigma_table"]
+    if table is None:
+        return
+    sigma_min, sigma_max, count = table
+    if sigma_min >= sigma_max or count not in range(2, 100_001):
+        raise ValueError(
+            f"sigma_table={shown(table)} must be (sigma_min, sigma_max, count): a lower and a higher noise level, and an "
+            "integer in [2, 100000]"
+        )
+    if config["time_embedding_type"] != "positional":
+        raise ValueError(
+            f"sigma_table={shown(table)} needs time_embedding_type='positional', got {config['time_embedding_type']!r}"
+        )
 
 
 def _check_ncsnpp_levels(config):
@@ -184,18 +233,20 @@ def _check_ncsnpp_levels(config):
                 f"{channels_key}={config[channels_key]} must be 3 with the Skip blocks of {key}; "
                 "set 3 or use other blocks"
             )
+    if config["input_pyramid"] is not None and any(level.ncsnpp for level in block_types_down(config)):
+        raise ValueError(
+            f"input_pyramid={config['input_pyramid']!r} is for levels without a pyramid of their own, but down_block_types="
+            f"{shown(config['down_block_types'])} has Skip blocks; use other blocks"
+        )
 
 
 def _check_groups(config):
     channels, groups = tuple(config["block_out_channels"]), config["norm_num_groups"]
     normed = channels
-    if all(level.ncsnpp for level in (*block_types_down(config), *block_types_up(config))):
-        # these levels have groups of their own: norm_num_groups is for the output and the middle, and may be None
-        ends = channels[:1] if config["mid_block_type"] is None else channels[:1] + channels[-1:]
-        normed = () if groups is None else ends
-    for c in normed:
-        if groups is None or c % groups:
-            raise ValueError(f"norm_num_groups={groups} must divide each of {normed} of block_out_channels")
+    if has_ncsnpp_levels_only(config):  # norm_num_groups is for the output and the middle
+        normed = channels[:1] if config["mid_block_type"] is None else channels[:1] + channels[-1:]
+    if groups is not None and any(c % groups for c in normed):  # None: see `BlockFactory`
+        raise ValueError(f"norm_num_groups={groups} must divide each of {normed} of block_out_channels")
     mid_groups = config["attn_norm_num_groups"]
     if mid_groups is not None and channels[-1] % mid_groups:
         raise ValueError(
@@ -205,11 +256,18 @@ def _check_groups(config):
 
 def _check_heads(config):
     channels, head_dim = config["block_out_channels"], config["attention_head_dim"]
-    attention = [c for c, level in zip(channels, block_types_down(config)) if level.attention]
-    attention += [c for c, level in zip(reversed(channels), block_types_up(config)) if level.attention]
+    down = [c for c, level in zip(channels, block_types_down(config)) if level.attention]
+    up = [c for c, level in zip(reversed(channels), block_types_up(config)) if level.attention]
     if config["mid_block_type"] is not None and config["add_attention"]:
-        attention.append(channels[-1])
-    if head_dim is not None and any(head_dim > c for c in attention):
+        down.append(channels[-1])
+    key_up = "num_attention_heads" if config["up_attention_heads"] is None else "up_attention_heads"
+    by_dim = []  # channels of the levels whose heads have attention_head_dim channels
+    for key, attention in (("num_attention_heads", down), (key_up, up)):
+        heads = config[key]
+        by_dim += attention if heads is None else []
+        if heads is not None and any(c % heads for c in attention):
+            raise ValueError(f"{key}={heads} must divide the channels of each level with attention, {attention}")
+    if head_dim is not None and any(head_dim > c for c in by_dim):
         raise ValueError(
-            f"attention_head_dim={head_dim} must be 1 to {min(attention)}, the fewest channels of a level with attention"
+            f"attention_head_dim={head_dim} must be 1 to {min(by_dim)}, the fewest channels of a level with attention"
         )

@@ -5,19 +5,31 @@ The network of Ho, Jain, Abbeel 2020 (appendix B: "the paper") with the switches
 those of diffusers' `UNet2DModel`, so that either class opens the other's checkpoints.
 """
 
+import inspect
+import math
+from typing import Any
+
 import torch
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel, UNet2DOutput
 from torch import nn
 
 from ddpm_hf.arguments import checked_arguments
-from ddpm_hf.files.saved_config import SavedConfig
+from ddpm_hf.files.saved_config import SavedConfig, package_only
 from ddpm_hf.models.blocks import ACTIVATIONS, EmbeddingMLP, ResidualBlock, SelfAttention
 from ddpm_hf.models.factory import BlockFactory
-from ddpm_hf.models.metadata import NetworkMetadata
+from ddpm_hf.models.metadata import NetworkMetadata, own_settings_of
 from ddpm_hf.models.ncsnpp import SkipUpLevel
-from ddpm_hf.models.network_config import NETWORK_RANGES, block_types_down, block_types_up, check_config
+from ddpm_hf.models.network_config import (
+    NETWORK_RANGES,
+    OWN_DEFAULTS,
+    OWN_PREFIX,
+    block_types_down,
+    block_types_up,
+    check_config,
+    has_ncsnpp_levels_only,
+)
 from ddpm_hf.models.weights import CheckedModel
 
 
@@ -43,12 +55,12 @@ class Encoder(NetworkMetadata, SavedConfig, CheckedModel):
         # down
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        skip_channels, c_in = [channels[0]], channels[0]
+        skip_channels, c_in, image_channels = [channels[0]], channels[0], config["in_channels"]
         for i, (block_type, c) in enumerate(zip(block_types_down(config), channels)):
             is_last = i == len(channels) - 1
-            self.down_blocks.append(factory.down_level(block_type, c_in, c, is_last))
+            self.down_blocks.append(factory.down_level(block_type, c_in, c, image_channels, is_last))
             skip_channels += [c] * (config["layers_per_block"] + (not is_last))
-            c_in = c
+            c_in = image_channels = c
 
         self.mid_block = factory.mid_level()
         return factory, skip_channels
@@ -139,17 +151,35 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
     """A U-Net that predicts, from a noisy image and its timestep, what the scheduler's `prediction_type` says.
 
     It has the config keys and defaults of diffusers' `UNet2DModel`, opens its checkpoints and returns the same outputs. It is
-    saved under the name of that class, so that every published folder opens without this package.
+    saved under the name of that class, so that a published folder opens without this package, unless `has_own_settings`.
 
     Block types, and the same with Up for Down:
         DownBlock2D, AttnDownBlock2D: the paper's levels, without and with attention.
         ResnetDownsampleBlock2D: a level that resamples within a residual block (ADM).
         SkipDownBlock2D, AttnSkipDownBlock2D: the levels of NCSN++ (Score-SDE, appendix H). Beside them the image goes down,
             and the output up, as pyramids of 3 channels. Their number of groups does not depend on `norm_num_groups`, which
-            is for the other levels, the middle and the output, and may be None if all levels are of NCSN++.
+            is for the other levels, the middle and the output.
     `mid_block_type` is UNetMidBlock2D or None; `network_config.CHOICES` has the values of the other choices.
     `attention_head_dim=None` means one head over all channels, as in the paper. The weights of a new network are drawn as
     in the paper's code, see `reset_parameters`.
+
+    Arguments that `UNet2DModel` does not have, for the authors' checkpoints:
+        num_attention_heads: number of heads of every attention, in place of `attention_head_dim` (IDDPM, ADM).
+        up_attention_heads: another number on the way up (`num_heads_upsample` of IDDPM and ADM).
+        sinusoid_dim: number of features of a time, of which the default of `time_embedding_dim` is four times as many; None:
+            block_out_channels[0] (another in ADM for 512 pixels).
+        sigma_table: (sigma_min, sigma_max, count): the output is divided by the noise level of the timestep, from sigma_max at
+            0 to sigma_min at count - 1, in geometric steps (Score-SDE, VE in discrete time).
+    For levels other than Skip (Score-SDE, code of DDPM++ and NCSN++):
+        up_attention: "last" for one attention in a level on the way up, after its last residual block; "every" for one
+            after each block.
+        block_scale_factor: outputs of residual blocks and of attention are divided by it; in the middle by
+            `mid_block_scale_factor`.
+        resample_shortcut: residual blocks that resample have a 1x1 convolution as shortcut.
+        fir_resampling: these blocks resample by a FIR filter, not by mean and nearest neighbor.
+        input_pyramid: "residual": the image is halved by strided convolutions and added to each level on the way down.
+        norm_num_groups: None for min(C // 4, 32) groups in each norm of C channels.
+    `config` holds such values under "_ddpm_hf"; `arguments` has all. UNet2DModel refuses these networks.
 
     Limits keep a downloaded config from asking for all memory: sides and channels of at most 65,536, 16 levels of 64 blocks,
     and 20 billion parameters by an upper bound that is two to four times their number.
@@ -193,9 +223,18 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
+        num_attention_heads: int | None = None,
+        up_attention_heads: int | None = None,
+        sinusoid_dim: int | None = None,
+        up_attention: str = "every",
+        block_scale_factor: float = 1,
+        resample_shortcut: bool = False,
+        fir_resampling: bool = False,
+        input_pyramid: str | None = None,
+        sigma_table: tuple[float, float, int] | None = None,
     ):
         super().__init__()
-        self.sample_size = sample_size
+        self.sample_size, self.sigma_table = sample_size, sigma_table
         config = dict(self.config)
         factory, skip_channels = self._build_encoder(config)
         channels = tuple(block_out_channels)
@@ -211,6 +250,51 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         self.conv_norm_out = factory.output_norm()
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self.reset_parameters()
+        self._make_config_stock(config)
+
+    def _make_config_stock(self, config):
+        """Moves own settings from the config to "_ddpm_hf", and has UNet2DModel refuse the block types if there are any."""
+        own = {key: value for key, default in OWN_DEFAULTS.items() if (value := config.pop(key)) != default}
+        settings = self.own_settings()
+        if known := sorted(OWN_DEFAULTS.keys() & settings.keys()):
+            raise ValueError(f"_ddpm_hf holds {', '.join(known)}; give them as arguments, or use DDPMUNet.from_config")
+        if own:
+            config["_ddpm_hf"] = settings | own
+        groups_per_norm = config["norm_num_groups"] is None and not has_ncsnpp_levels_only(config)
+        prefix = OWN_PREFIX if own or groups_per_norm else ""
+        for key in ("down_block_types", "up_block_types"):
+            names = config[key]
+            config[key] = type(names)(prefix + name.removeprefix(OWN_PREFIX) for name in names)
+        if "_use_default_values" in config:
+            config["_use_default_values"] = [key for key in config["_use_default_values"] if key in config]
+        self._internal_dict = FrozenDict(config)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """diffusers' hook in `from_config`: the constructor gets the own settings that `config` keeps under "_ddpm_hf"."""
+        settings = own_settings_of(config_dict)
+        own = {key: settings[key] for key in OWN_DEFAULTS if key in settings}
+        arguments, unused, hidden = super().extract_init_dict({**own, **config_dict}, **kwargs)
+        if own:
+            del hidden["_ddpm_hf"]
+            arguments["_ddpm_hf"] = {key: value for key, value in settings.items() if key not in own}
+        return arguments, unused, hidden
+
+    @property
+    def has_own_settings(self) -> bool:
+        """Whether UNet2DModel cannot compute this network, because of arguments that it does not have."""
+        return self.config.down_block_types[0].startswith(OWN_PREFIX)
+
+    @property
+    @package_only
+    def arguments(self) -> dict[str, Any]:
+        """All arguments of the constructor with their values, as `config` holds them or `config["_ddpm_hf"]`."""
+        settings, values = self.own_settings(), {**self.config}
+        values |= {key: settings.get(key, default) for key, default in OWN_DEFAULTS.items()}
+        for key in ("down_block_types", "up_block_types"):
+            values[key] = type(values[key])(name.removeprefix(OWN_PREFIX) for name in values[key])
+        names = list(inspect.signature(DDPMUNet.__init__).parameters)[1:]
+        return {name: values[name] for name in names}
 
     @property
     def null_class(self) -> int | None:
@@ -275,9 +359,14 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
 
     def divide_by_noise_level(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """`denoise`'s output as `forward` returns it. With fourier embedding t, (), (1,) or (B,), is the noise level sigma,
-        and the output is sigma times the score.
+        and the output is sigma times the score. With `sigma_table` sigma is entry t of the table.
         """
-        if self.config.time_embedding_type != "fourier":
+        if self.sigma_table is not None:
+            sigma_min, sigma_max, count = self.sigma_table
+            start, end = math.log(sigma_max), math.log(sigma_min)
+            t = t.to(torch.float32 if t.device.type == "mps" else torch.float64)  # MPS has no float64
+            t = torch.exp(start + t * ((end - start) / (count - 1)))
+        elif self.config.time_embedding_type != "fourier":
             return x
         return (x / t.reshape(-1, 1, 1, 1)).to(x.dtype)
 
@@ -285,6 +374,8 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         """Raises ValueError as `forward`; t is `time_tensor`'s."""
         self.check_images(sample, t)
         config = self.config
+        if self.sigma_table is not None:
+            _check_range("timestep", t.long(), int(self.sigma_table[2]))
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given, but this network has no class embedding; leave them out")

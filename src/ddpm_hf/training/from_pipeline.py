@@ -119,9 +119,7 @@ def with_base_pipeline(config: TrainConfig) -> tuple[TrainConfig, int | None]:
 
 def _network_keys(config, subject, unet):
     """The keys of the pipeline's network, which explicit keys must agree with; only dropout may differ."""
-    keys = {
-        key: _as_list(unet.config[key]) for key in inspect.signature(DDPMUNet).parameters if key not in config.DERIVED
-    }
+    keys = {key: _as_list(value) for key, value in unet.arguments.items() if key not in config.DERIVED}
     keys["num_class_embeds"] = unet.num_classes
     for key, value in config.unet.items():
         if f"unet.{key}" in config.explicit:
