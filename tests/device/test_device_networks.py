@@ -27,6 +27,22 @@ NETWORKS = {
         norm_num_groups=8,
         mid_block_scale_factor=2**0.5,
     ),
+    "ncsnpp_cifar10": RGB
+    | dict(
+        down_block_types=("AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D"),
+        downsample_type="resnet",
+        upsample_type="resnet",
+        freq_shift=1,
+        norm_num_groups=None,
+        num_attention_heads=2,
+        up_attention="last",
+        block_scale_factor=2**0.5,
+        resample_shortcut=True,
+        fir_resampling=True,
+        input_pyramid="residual",
+        sigma_table=(0.01, 50.0, 100),
+    ),
     "learned": dict(time_embedding_type="learned", num_train_timesteps=100, downsample_padding=0, dropout=0.1),
     "timestep_classes": dict(class_embed_type="timestep"),
 }
