@@ -46,11 +46,14 @@ def test_a_subclass_opens_the_configs_of_diffusers(parent, config):
 
 
 def test_how_the_schedulers_are_saved():
-    """Each stock class is opened by one of ours; a class that no stock class opens brings its source."""
+    """Each stock class is opened by one of ours; what no stock class samples rightly brings its source."""
     stock = [name for cls in SCHEDULERS for name in cls.stands_for]
     assert sorted(stock) == ["DDPMScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"]
     for cls in SCHEDULERS:
-        assert (cls.stock_class is None) != (cls.source_name is None)
+        scheduler = cls()
+        assert scheduler.is_stock == (cls.stock_class is not None) == (scheduler.own_source is None)
+    own = VariationalDDPMScheduler(rescale_timesteps=True)
+    assert not own.is_stock and own.own_source == "ddpm_scheduler"
 
 
 def test_subclasses_of_diffusers_keep_their_methods():

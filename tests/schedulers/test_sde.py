@@ -6,9 +6,11 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler
+from ddpm_hf.likelihood import encode, ode_log_likelihood
 from ddpm_hf.schedulers.prediction import SDE_PREDICTIONS
 from ddpm_hf.schedulers.sde import VESDE, VPSDE, SubVPSDE
 from ddpm_hf.schedulers.sde_samplers import SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from ddpm_hf.training.losses import ScoreObjective
 from support.analytic import Mixture
 from support.elsewhere import ROUNDING, open_elsewhere
 from support.golden_data import assert_fingerprint, golden_cases, randn
@@ -551,3 +553,113 @@ def test_x_start_of_ve_is_by_the_score_at_the_networks_time(prediction_type):
     assert scheduler._tables["x_start"][3] == pytest.approx(
         [float(weight) for weight in expected], rel=1e-12, abs=1e-15
     )
+
+
+# VE of discrete noise levels: ve/cifar10_ncsnpp and ve/cifar10_ddpm of Score-SDE
+
+
+def falling_sigmas(N, sigma_min=0.01, sigma_max=50.0):
+    """The table by whose entries Score-SDE's networks divide; index 0 is the highest level."""
+    return torch.linspace(np.log(sigma_max), np.log(sigma_min), N, dtype=torch.float64).exp()
+
+
+def test_conditioning_by_the_index_of_the_level():
+    sde, N = VESDE(N=1000, conditioning="level_index"), 1000
+    t = torch.rand(5000, dtype=torch.float64)
+    labels = sde.conditioning_times(t)
+    assert torch.equal(labels, torch.round((1 - t) * (N - 1)).long())  # their words
+    assert sde.conditioning_times(1.0) == 0 and sde.conditioning_times(1e-5) == N - 1
+    assert sde.time_embedding_type == "positional" and VESDE().time_embedding_type == "fourier"
+    index = torch.arange(N)
+    assert torch.equal(sde.conditioning_times(sde.times(index)), index)
+    torch.testing.assert_close(sde.std(sde.times(index)), falling_sigmas(N), rtol=1e-9, atol=0)
+    torch.testing.assert_close(sde.std(sde.trained_times(t)), falling_sigmas(N)[labels], rtol=1e-9, atol=0)
+    continuous = VESDE()
+    assert continuous.trained_times(t) is t and torch.equal(continuous.conditioning_times(t), continuous.std(t))
+
+
+@pytest.mark.parametrize("n", [2, 7, 10])
+@pytest.mark.parametrize("eps", [1e-5, 0.05])
+def test_steps_through_discrete_levels(n, eps):
+    """Steps count up, and each is at its level exactly; there are no more than levels."""
+    scheduler = VESDEScheduler(10, sampling_eps=eps, conditioning="level_index")
+    if n == 10 and eps > 1e-5:
+        scheduler = VESDEScheduler(1000, sampling_eps=eps, conditioning="level_index")
+    scheduler.set_timesteps(n)
+    labels, N = scheduler.timesteps, scheduler.config.num_train_timesteps
+    assert labels.dtype == torch.int64 and labels[0] == 0 and (labels.diff() > 0).all()
+    assert labels[-1] == round((1 - (0 if eps == 1e-5 else eps)) * (N - 1))
+    assert n != 10 or eps > 1e-5 or labels.tolist() == list(range(10))
+    stds = [scheduler._tables["correct"][i][1] for i in range(n)]
+    torch.testing.assert_close(torch.tensor(stds, dtype=torch.float64), falling_sigmas(N)[labels], rtol=1e-9, atol=0)
+
+
+def test_no_more_steps_than_levels():
+    with pytest.raises(ValueError, match="num_inference_steps=11 gives two steps the same timestep; give fewer steps"):
+        VESDEScheduler(10, conditioning="level_index").set_timesteps(11)
+
+
+def test_reverse_diffusion_through_discrete_levels():
+    """As Score-SDE's `ReverseDiffusionPredictor` with a network that is not continuous, and the mean at the end."""
+    N, sigmas, x = 20, falling_sigmas(20), 50 * randn(SEED, torch.float64)
+    scheduler = VESDEScheduler(N, correct_steps=0, conditioning="level_index")
+    scheduler.set_timesteps(N)
+    expected, noises = x, torch.randn(N, *x.shape, dtype=torch.float64)
+
+    def score(x, label):  # of data N(0.2, 0.3^2), by the table
+        return (0.2 - x) / (0.3**2 + sigmas[label] ** 2)
+
+    for label, noise in zip(scheduler.timesteps, noises):
+        x = scheduler.step(score(x, label), label, x, variance_noise=noise).prev_sample
+    for i, noise in enumerate(noises):
+        G2 = sigmas[i] ** 2 - (sigmas[i + 1] ** 2 if i + 1 < N else 0)
+        mean = expected + G2 * score(expected, i)
+        expected = mean + G2.sqrt() * noise
+    torch.testing.assert_close(x, mean, rtol=1e-9, atol=1e-9)
+
+
+def test_a_pipeline_of_discrete_levels(tmp_path):
+    scheduler = VESDEScheduler(50, sigma_max=5.0, conditioning="level_index")
+    unet = small_unet()
+    pipe, told = DDPMImagePipeline(unet, scheduler), []
+    pipe.set_progress_bar_config(disable=True)
+    hook = unet.register_forward_pre_hook(lambda module, arguments: told.append(int(arguments[1])))
+    images = pipe(2, torch.Generator().manual_seed(0), 5, "latent").images
+    assert told == [label for label in (0, 12, 24, 37, 49) for _ in range(2)]  # corrector and predictor
+    told.clear()
+    pipe.interpolate(images, -images, [0.5], 24, generator=torch.Generator().manual_seed(0), num_inference_steps=5)
+    assert told[::2] == [24, 37, 49]
+    hook.remove()
+    with pytest.raises(ValueError, match="timestep=50 is beyond the process; choose one from 0 to 49"):
+        pipe.interpolate(images, -images, [0.5], 50)
+    x_t = scheduler.add_noise(torch.zeros_like(images), torch.ones_like(images), torch.tensor([0, 49]))
+    torch.testing.assert_close(x_t[:, 0, 0, 0], torch.tensor([5.0, 0.01]))
+    pipe.save_pretrained(tmp_path)
+    opened = DDPMImagePipeline.from_pretrained(tmp_path)
+    assert opened.scheduler.config.conditioning == "level_index" and opened.scheduler.sde.has_levels
+    opened.set_progress_bar_config(disable=True)
+    again = opened(2, torch.Generator().manual_seed(0), 5, "latent").images
+    torch.testing.assert_close(again, images, rtol=1e-4, atol=1e-4)
+
+
+def test_the_ode_needs_the_levels_between():
+    for process in (scheduler := VESDEScheduler(conditioning="level_index"), scheduler.sde):
+        for call in ode_log_likelihood, encode:
+            with pytest.raises(ValueError, match="^conditioning='level_index': .* noise levels only, [^\n]*$"):
+                call(small_unet(), process, torch.zeros(1, 1, 8, 8))
+
+
+def test_score_matching_at_discrete_levels():
+    """Noise of the level that the network is told, as in Score-SDE's `get_smld_loss_fn`."""
+    sde, told = VESDE(N=30, conditioning="level_index"), []
+
+    def network(x, label, class_labels=None, return_dict=True):
+        told.append(label)
+        return (x,)
+
+    x_start, noise, t = torch.zeros(64, 1, 2, 2), torch.randn(64, 1, 2, 2), torch.rand(64)
+    losses = ScoreObjective(sde)(network, x_start, t=t, noise=noise)
+    sigma = falling_sigmas(30)[torch.round((1 - t.double()) * 29).long()].float().view(-1, 1, 1, 1)
+    assert torch.equal(told[0], torch.round((1 - t) * 29))
+    expected = (sigma * (sigma * noise) + noise).square().mean((1, 2, 3))  # std * score + noise
+    torch.testing.assert_close(losses, expected)

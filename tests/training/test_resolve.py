@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler
+from ddpm_hf.schedulers import conditioning_times
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, as_yaml
 from ddpm_hf.training.diffusion import DiffusionTask
@@ -260,6 +261,29 @@ def test_a_pipeline_of_continuous_time(tmp_path, saved):
     assert (config.process, config.scheduler["beta_max"], config.scheduler["predictor"]) == ("vp", 15.0, "ddim")
     with pytest.raises(ConfigError, match=r"scheduler.beta_max=20.0, but .* trained with 15.0"):
         resolved(*arguments, "--scheduler.beta_max", "20.0")
+
+
+@pytest.mark.parametrize("cls", [None, DDIMScheduler, DPMSolverMultistepScheduler])
+def test_what_a_network_is_told_is_the_pipelines(tmp_path, saved, cls):
+    process = VariationalDDPMScheduler(4000, beta_schedule="cosine", rescale_timesteps=True)
+    folder = saved(scheduler=process if cls is None else cls.from_config(process.config))
+    arguments = ["--init_from", folder, "--output_dir", tmp_path / "run", "--sample_steps", "50"]
+    for extra in [], ["--scheduler.rescale_timesteps", "true"]:
+        config = resolved(*arguments, *extra)
+        scheduler = DiffusionTask(config).scheduler
+        assert config.scheduler["rescale_timesteps"] is True and conditioning_times(scheduler, 8) == 2
+        torch.testing.assert_close(scheduler.betas, process.betas, rtol=1e-6, atol=0)
+    with pytest.raises(ConfigError, match="scheduler.rescale_timesteps=False, but the network of .* trained with True"):
+        resolved(*arguments, "--scheduler.rescale_timesteps", "false")
+
+
+def test_discrete_noise_levels(tmp_path):
+    arguments = ["--data", "digits", "--process", "ve", "--scheduler.conditioning", "level_index"]
+    arguments += ["--output_dir", tmp_path / "run"]
+    with pytest.raises(ConfigError, match="^scheduler.conditioning=level_index: held-out bits/dim .* --eval_every 0"):
+        resolved(*arguments, "--eval_every", 5)
+    task = DiffusionTask(resolved(*arguments, "--eval_every", 0))
+    assert task.scheduler.sde.has_levels and task.network.config.time_embedding_type == "positional"
 
 
 def test_classes_keep_their_labels(tmp_path, make_pipeline):

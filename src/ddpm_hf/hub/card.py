@@ -19,6 +19,7 @@ from ddpm_hf.hub.records import RECORD, records_of
 from ddpm_hf.hub.saved import CASCADE, class_of_part, kind_of_class
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.schedulers.conditioning_times import rescales_timesteps
 from ddpm_hf.schedulers.ddpm import LEARNED_VARIANCES
 
 # installed beside the package; at the project's root in a checkout
@@ -158,6 +159,8 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "with learned variances": variance in LEARNED_VARIANCES,
         "a class-conditional network": network.class_embedding is not None,
         "a network of no fixed size": size is None,
+        "a network with settings that only ddpm-hf has": classes["unet"] == DDPMUNet.__name__,
+        "a network that is told t * 1000 / T": rescales_timesteps(scheduler),
     }
     reason = next((reason for reason, applies in reasons.items() if applies), None)
     classifier = _network(folder / "classifier", NoisyClassifier, folder) if "classifier" in classes else None

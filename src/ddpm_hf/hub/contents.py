@@ -43,10 +43,11 @@ def published_files(folder: Path, pipeline_folder: Path | None = None) -> dict[s
         for stage in kind.components:
             files |= {f"{stage}/{name}": file for name, file in published_files(folder / stage, root).items()}
         return files | {"model_index.json": folder / "model_index.json"}
-    files["model_index.json"] = sorted_json({**index, "_class_name": kind.saved_name(index)}).encode()
     classes = component_classes(index, folder, kind.components)
     for name in classes:
         files |= _files_of_part(folder / name, own_sources(index).get(name), root)
+    class_name = kind.saved_name(index, read_config(folder / "scheduler/scheduler_config.json", root))
+    files["model_index.json"] = sorted_json({**index, "_class_name": class_name}).encode()
     records = records_of(folder, root)
     for path in folder.iterdir():
         record = "training" if path.stem in ("samples", "animation") else path.stem

@@ -15,6 +15,7 @@ from ddpm_hf.files.saved_config import SavedConfig
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.schedulers import SCHEDULERS
+from ddpm_hf.schedulers.conditioning_times import rescales_timesteps
 
 NETWORKS = {"unet": DDPMUNet, "classifier": NoisyClassifier}
 
@@ -41,10 +42,14 @@ class PipelineKind(NamedTuple):
         """The values that `_class_name` may have in the index of a repository of this kind."""
         return [["pipeline", self.name], *([self.stock_class] if self.stock_class else [])]
 
-    def saved_name(self, index: dict) -> str | list[str]:
-        """Returns `_class_name` for an index: the stock class if it can sample these parts, else [module, class]."""
-        own_scheduler = "scheduler" in own_sources(index)
-        return self.index_names[0] if self.stock_class is None or own_scheduler else self.stock_class
+    def saved_name(self, index: dict, scheduler: dict) -> str | list[str]:
+        """Returns `_class_name` for an index: the stock class if it can sample these parts, else [module, class].
+
+        Args:
+            scheduler: the config of the scheduler.
+        """
+        is_own = not own_sources(index).keys().isdisjoint({"unet", "scheduler"}) or rescales_timesteps(scheduler)
+        return self.index_names[0] if self.stock_class is None or is_own else self.stock_class
 
 
 IMAGE = PipelineKind("DDPMImagePipeline", stock_class="DDPMPipeline")

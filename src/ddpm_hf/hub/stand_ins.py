@@ -73,8 +73,8 @@ class PackagedPipeline:
         """Writes `model_index.json` and this file; beside the config of a part, the file with its class."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         for name, part in {".": self, **self.components}.items():
-            if getattr(part, "source_name", None) is not None:
-                file = Path(save_directory, name, f"{part.source_name}.py")
+            if source := getattr(part, "own_source", None):
+                file = Path(save_directory, name, f"{source}.py")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(part.published_source)
 

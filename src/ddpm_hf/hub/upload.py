@@ -10,7 +10,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from ddpm_hf.files.digests import file_sha256
 from ddpm_hf.files.guarded import read_json, read_text
-from ddpm_hf.files.pipeline_folder import variant_of
+from ddpm_hf.files.pipeline_folder import PARTS, variant_of
 from ddpm_hf.files.saved_config import sorted_json
 from ddpm_hf.hub.card import card_text, is_our_card, license_of, licensed
 from ddpm_hf.hub.contents import published_files
@@ -153,9 +153,10 @@ def _outdated_files(files, online_files):
         variant_of(name) not in sent_variants for name in others
     )
     removed = {name for name in others if variant_of(name) in sent_variants or not (same or adds_variant)}
-    if not adds_variant:  # the folder may have lost its classifier or its scheduler's source
+    if not adds_variant:  # the folder may have lost its classifier or the source of a part
         removed |= {name for name in online_files if "classifier" in name.split("/")[:-1]} - files.keys()
-        removed |= {f"scheduler/{source}.py" for source in SOURCES} & online_files.keys() - files.keys()
+        sources = {f"{part}/{source}.py" for part in PARTS for source in SOURCES}
+        removed |= sources & online_files.keys() - files.keys()
     if not adds_variant and (not same or "README.md" in files):
         removed |= {name for name in online_files if RECORD.fullmatch(name)} - files.keys()
     return removed, not (same or adds_variant)

@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.models.evaluation_mode import evaluation_mode
+from ddpm_hf.schedulers.conditioning_times import conditioning_times
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.precision import to_float64
 
@@ -74,8 +75,9 @@ def bits_per_dim(
 
     Args:
         unet: a diffusers model, or any function called as `unet(x_t, t, class_labels=..., return_dict=False)` that returns a
-            tuple with the output first. t is an int, or int64 (rows,) if a call holds several timesteps. Dropout is off
-            during the call. With half precision or autocast, the terms are still computed in float32.
+            tuple with the output first. t is an int, or int64 (rows,) if a call holds several timesteps; floats with
+            rescale_timesteps. Dropout is off during the call. With half precision or autocast, the terms are still computed in
+            float32.
         scheduler: its chain is used: all T steps unless `set_timesteps` was called. `DDPMImagePipeline` does not change it.
         x_start: images (B, C, H, W) on the grid of `levels` grey levels in [-1, 1], float32 or float64.
         class_labels: (B,), for a class-conditional network.
@@ -272,7 +274,8 @@ class BoundEvaluator:
         scheduler, x_start = self.scheduler, self.x_start[index]
         labels = None if self.class_labels is None else self.class_labels[index]
         t = t if isinstance(t, int) else t.to(x_t.device)
-        output = self.unet(x_t.to(self.dtype), t, class_labels=labels, return_dict=False)[0]
+        c_noise = conditioning_times(scheduler, t)
+        output = self.unet(x_t.to(self.dtype), c_noise, class_labels=labels, return_dict=False)[0]
         if output.shape[0] != len(x_t) or output.shape[2:] != x_t.shape[2:]:
             raise ValueError(
                 f"the network made {tuple(output.shape)} of {tuple(x_t.shape)}; the output must have the input's batch size, "

@@ -18,6 +18,7 @@ from ddpm_hf.likelihood.solver import (
     solve_ode,
     to_process_range,
 )
+from ddpm_hf.schedulers.conditioning_times import conditioning_times
 from ddpm_hf.schedulers.precision import to_float64
 
 
@@ -164,7 +165,7 @@ def _ddim_solution(process, num_inference_steps, options, to_latents):
     @torch.no_grad()
     def solve(batch, network, bar):
         for t in chain:
-            batch = step(network(batch, t), t, batch).prev_sample
+            batch = step(network(batch, conditioning_times(scheduler, t)), t, batch).prev_sample
             bar.update()
         return batch, len(chain)
 

@@ -25,6 +25,7 @@ from ddpm_hf.likelihood.solver import (
     to_process_range,
 )
 from ddpm_hf.models.evaluation_mode import evaluation_mode
+from ddpm_hf.schedulers.conditioning_times import conditioning_times
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.precision import finest_dtype, to_float64
 from ddpm_hf.schedulers.sde import SDE
@@ -261,10 +262,11 @@ def ode_bits_per_dim(
         result = ode_log_likelihood(unet, process, x, **options)
         std = math.sqrt(1 - chain.alphas_cumprod[first].item())
         log_q = -0.5 * (to_float64(noise) ** 2).flatten(1).sum(1) - dimensions * math.log(math.sqrt(2 * math.pi) * std)
+        c_noise = conditioning_times(chain, first)
         decoder = torch.cat(
             [
                 chain.decoder_bits_per_dim(chain.p_mean_variance(output, x_batch, first, True), start, levels)
-                for output, x_batch, start in _outputs(unet, x, x_start, first, options)
+                for output, x_batch, start in _outputs(unet, x, x_start, c_noise, options)
             ]
         )
         nats = -result.log_likelihood + log_q + to_float64(decoder) * dimensions * math.log(2)
@@ -280,14 +282,14 @@ def dequantized(x_start: torch.Tensor, levels: int, generator: torch.Generator |
 
 
 @torch.no_grad()
-def _outputs(unet, x, x_start, t, options):
-    """Yield (output, x, x_start) of each batch at a timestep, the output with its learned variance if there is one."""
+def _outputs(unet, x, x_start, c_noise, options):
+    """Yield (output, x, x_start) of each batch at a conditioning time, the output with its learned variance if there is one."""
     size, labels = options.get("batch_size") or len(x), options.get("class_labels")
     label_batches = [None] * len(x) if labels is None else torch.as_tensor(labels, device=x.device).split(size)
     with evaluation_mode(unet):
         for x_batch, start, batch_labels in zip(x.split(size), x_start.split(size), label_batches):
             x_in = x_batch.to(getattr(unet, "dtype", x_batch.dtype))
-            yield unet(x_in, t, class_labels=batch_labels, return_dict=False)[0], x_batch, start
+            yield unet(x_in, c_noise, class_labels=batch_labels, return_dict=False)[0], x_batch, start
 
 
 def _quadratic_form(output, x, e):

@@ -20,6 +20,7 @@ from ddpm_hf.errors import UserError
 from ddpm_hf.extras import require_extra
 from ddpm_hf.likelihood.bound import check_scheduler
 from ddpm_hf.models.evaluation_mode import evaluation_mode
+from ddpm_hf.schedulers.conditioning_times import rescales_timesteps
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.precision import finest_dtype
 from ddpm_hf.schedulers.prediction import SDE_PREDICTIONS
@@ -76,7 +77,7 @@ def process_of(process: Process) -> SDE:
     """The SDE of an `SDE`, of one of its schedulers, or of a `VariationalDDPMScheduler`: `ChainSDE` through all T timesteps.
 
     Raises:
-        ValueError: another scheduler, prediction_type="previous", or zero terminal SNR.
+        ValueError: another scheduler, prediction_type="previous", zero terminal SNR, or discrete noise levels.
     """
     if hasattr(process, "alphas_cumprod"):
         check_scheduler(process)
@@ -85,12 +86,18 @@ def process_of(process: Process) -> SDE:
                 f"prediction_type={process.prediction_type!r} is defined for one step of a chain, not in continuous time; the "
                 "ODE takes 'epsilon', 'sample' and 'v_prediction'"
             )
-        return ChainSDE(process.alphas_cumprod, process.prediction_type)
+        rescale_timesteps = rescales_timesteps(cast(VariationalDDPMScheduler, process).config)
+        return ChainSDE(process.alphas_cumprod, process.prediction_type, rescale_timesteps)
     sde = cast(SDEScheduler, process).sde if getattr(process, "is_continuous", False) else process
     if not hasattr(sde, "score_weights"):
         raise ValueError(
             f"process is of {type(process)}; give VPSDE, SubVPSDE, VESDE, one of their schedulers, or a "
             "VariationalDDPMScheduler"
+        )
+    if sde.has_levels:
+        raise ValueError(
+            "conditioning='level_index': the network knows discrete noise levels only, but the ODE needs those between them; "
+            "give a network and a process with conditioning='sigma'"
         )
     return sde
 

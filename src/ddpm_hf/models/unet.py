@@ -151,7 +151,8 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
     """A U-Net that predicts, from a noisy image and its timestep, what the scheduler's `prediction_type` says.
 
     It has the config keys and defaults of diffusers' `UNet2DModel`, opens its checkpoints and returns the same outputs. It is
-    saved under the name of that class, so that a published folder opens without this package, unless `has_own_settings`.
+    saved under the name of that class, so that a published folder opens without this package, or if it `has_own_settings` with
+    its source beside it.
 
     Block types, and the same with Up for Down:
         DownBlock2D, AttnDownBlock2D: the paper's levels, without and with attention.
@@ -189,6 +190,7 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
     """
 
     stock_class = "UNet2DModel"
+    source_name = "ddpm_unet"
     stands_for = ("UNet2DModel",)
 
     @checked_arguments(**NETWORK_RANGES)
@@ -295,6 +297,11 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
             values[key] = type(values[key])(name.removeprefix(OWN_PREFIX) for name in values[key])
         names = list(inspect.signature(DDPMUNet.__init__).parameters)[1:]
         return {name: values[name] for name in names}
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether diffusers' `UNet2DModel` gives the same outputs."""
+        return not self.has_own_settings
 
     @property
     def null_class(self) -> int | None:

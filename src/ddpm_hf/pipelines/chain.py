@@ -92,8 +92,9 @@ def takes_learned_variance(scheduler) -> bool:
 
 def check_within_process(timestep, scheduler) -> None:
     """Raises ValueError if a timestep is no number, or beyond the last timestep of the process."""
-    continuous = getattr(scheduler, "is_continuous", False)
-    most = scheduler.sde.conditioning_times(1.0).item() if continuous else scheduler.config.num_train_timesteps - 1
+    most = scheduler.config.num_train_timesteps - 1
+    if getattr(scheduler, "is_continuous", False):  # VE's index of discrete levels rises as the noise falls
+        most = max(scheduler.sde.conditioning_times(t).item() for t in (0.0, 1.0))
     if not (isinstance(timestep, (Real, torch.Tensor)) and timestep <= most):
         raise ValueError(f"timestep={timestep} is beyond the process; choose one from 0 to {most}")
 
@@ -109,7 +110,8 @@ def first_step(scheduler, timestep) -> int:
         raise ValueError(
             f"{type(scheduler).__name__} visits its first timesteps twice and cannot start at another; use a DDIM scheduler"
         )
-    start = next((i for i in range(0, len(chain), order) if chain[i] <= timestep), None)
+    sign = -1 if chain[-1] > chain[0] else 1  # VE's index of discrete levels rises
+    start = next((i for i in range(0, len(chain), order) if sign * chain[i] <= sign * timestep), None)
     if start is None:
         raise ValueError(f"timestep={timestep} is below the chain, which ends at {chain[-1].item()}")
     return start

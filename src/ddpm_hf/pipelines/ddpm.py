@@ -44,6 +44,7 @@ from ddpm_hf.pipelines.options import (
 )
 from ddpm_hf.pipelines.packaged import PackagedImagePipeline
 from ddpm_hf.schedulers import SCHEDULERS
+from ddpm_hf.schedulers.conditioning_times import conditioning_times
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Sampling:
     Attributes:
         noise: x_T, (B, C, H, W).
         scheduler: a copy of the pipeline's scheduler with its timesteps set.
-        network: called as network(x_t, t); applies classifier-free guidance if there is any.
+        network: called as network(x_t, c_noise); applies classifier-free guidance if there is any.
         gradient: `ClassifierGradient`; None without classifier guidance.
         step_kwargs: arguments of `scheduler.step` beside output, timestep and sample.
         step_arguments: the names of all arguments of `scheduler.step`.
@@ -103,7 +104,10 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
     _exclude_from_cpu_offload = ["classifier"]  # gradients go through it
     _callback_tensor_inputs = ["sample", "latents", "model_output"]
 
-    def __init__(self, unet: DDPMUNet | UNet2DModel, scheduler: SchedulerMixin, classifier: ModelMixin | None = None):
+    # ModelMixin: trusted code may bring a DDPMUNet of its own file
+    def __init__(
+        self, unet: DDPMUNet | UNet2DModel | ModelMixin, scheduler: SchedulerMixin, classifier: ModelMixin | None = None
+    ):
         super().__init__()
         self.register_modules(unet=our_unet(unet), scheduler=our_scheduler(scheduler), classifier=classifier)
 
@@ -233,14 +237,15 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         corrections = scheduler.config.get("correct_steps", 0) if hasattr(scheduler, "step_correct") else 0
 
         for i, t in enumerate(self.progress_bar(scheduler.timesteps[first:])):
+            c_noise = conditioning_times(scheduler, t)
             for _ in range(corrections):  # in continuous time: Score-SDE, Algorithms 2 and 3
-                sample = scheduler.step_correct(network(sample, t), t, sample, **kwargs)
+                sample = scheduler.step_correct(network(sample, c_noise), t, sample, **kwargs)
 
             x_t = sample
             model_input = scheduler.scale_model_input(x_t, t)
-            model_output = network(model_input, t)
+            model_output = network(model_input, c_noise)
             if sampling.gradient is not None and "gradient" in sampling.step_arguments:  # ADM, Algorithm 1
-                kwargs["gradient"] = sampling.gradient(model_input, t)
+                kwargs["gradient"] = sampling.gradient(model_input, c_noise)
             elif sampling.gradient is not None:  # ADM, Algorithm 2
                 model_output = sampling.gradient.shifted(model_output, model_input, scheduler, t)
             if "order" in sampling.step_arguments:  # LMS counts from the chain's start, even if sampling began later
@@ -405,7 +410,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         if options.eta is not None:
             step_kwargs["eta"] = options.eta
         # the timesteps stay on the CPU: reading them never waits for the device
-        network = self._network(scheduler.timesteps)
+        network = self._network(conditioning_times(scheduler, scheduler.timesteps))
         network = network if planes is None else Conditioned(network, planes)
         network = GuidedNetwork(network, channels, with_variance=takes_learned_variance(scheduler), **guidance)
         noise = noise.to(device, dtype) * scheduler.init_noise_sigma

@@ -9,6 +9,7 @@ import torch
 
 from ddpm_hf.arguments import sides
 from ddpm_hf.pipelines.labels import check_names
+from ddpm_hf.schedulers.conditioning_times import conditioning_times, rescales_timesteps
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.precision import in_working_precision
 from ddpm_hf.schedulers.prediction import PREDICTION_TYPES, score_weights
@@ -98,12 +99,12 @@ class GuidedNetwork:
         if self.scale is not None:  # both in one call
             self._labels = torch.cat((self.class_labels, torch.full_like(self.class_labels, self.null_class)))
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Returns the output at x_t (B, C, H, W) and timestep t (): (B, C, H, W), or (B, 2 C, H, W) with the variance."""
+    def __call__(self, x_t: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
+        """Returns the output at x_t (B, C, H, W) and c_noise (): (B, C, H, W), or (B, 2 C, H, W) with the variance."""
         if self.scale is None:
-            output = self.network(x_t, t, class_labels=self._labels, return_dict=False)[0]
+            output = self.network(x_t, c_noise, class_labels=self._labels, return_dict=False)[0]
         else:
-            output = self.network(torch.cat((x_t, x_t)), t, class_labels=self._labels, return_dict=False)[0]
+            output = self.network(torch.cat((x_t, x_t)), c_noise, class_labels=self._labels, return_dict=False)[0]
             output = classifier_free(*output.chunk(2), self.scale, self.channels)
         if not self.with_variance and output.shape[1] == 2 * self.channels:
             output = output[:, : self.channels]
@@ -139,13 +140,13 @@ class ClassifierGradient:
     class_labels: torch.Tensor
     scale: torch.Tensor
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
         """Returns the gradient of scale * log p(y | x_t) with respect to x_t, (B, C, H, W), float32."""
-        return self.classifier.gradient(x_t, t, self.class_labels, self.scale)
+        return self.classifier.gradient(x_t, c_noise, self.class_labels, self.scale)
 
     def shifted(self, model_output: torch.Tensor, x_t: torch.Tensor, scheduler, t: torch.Tensor) -> torch.Tensor:
         """Returns `shifted_output` with the gradient at x_t."""
-        return shifted_output(model_output, self(x_t, t), scheduler, t)
+        return shifted_output(model_output, self(x_t, conditioning_times(scheduler, t)), scheduler, t)
 
 
 def classifier_gradient(
@@ -218,7 +219,11 @@ def check_classifier(
             "the classifier's config does not say of which process its noisy images are; train it by "
             "training/train_classifier.py, or set its `scheduler`"
         )
-    trained = VariationalDDPMScheduler.from_config(config.scheduler).alphas_cumprod
+    process = VariationalDDPMScheduler.from_config(config.scheduler)
+    theirs, ours = (rescales_timesteps(of.config) for of in (process, scheduler))
+    if theirs != ours:
+        raise ValueError(f"the classifier was trained with rescale_timesteps={theirs}, the scheduler has {ours}")
+    trained = process.alphas_cumprod
     if len(trained) != len(abar):
         raise ValueError(f"the classifier was trained with T={len(trained)}, the scheduler has T={len(abar)}")
     difference = (trained - abar.cpu().double()).abs()

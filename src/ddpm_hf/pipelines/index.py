@@ -2,7 +2,8 @@
 
 import json
 
-from ddpm_hf.files.saved_config import SavedConfig, saved_class, sorted_json
+from ddpm_hf.files.saved_config import SavedConfig, saved_name, sorted_json
+from ddpm_hf.schedulers.conditioning_times import rescales_timesteps
 from ddpm_hf.torch_internals import without_compiler
 
 
@@ -16,9 +17,16 @@ class SavedPipeline(SavedConfig):
 
     @property
     def is_stock(self) -> bool:
-        """Whether `stock_class` can sample the saved pipeline: not if its scheduler exists only in this package."""
-        scheduler = self.components.get("scheduler")
-        return self.stock_class is not None and getattr(scheduler, "source_name", None) is None
+        """Whether `stock_class` can sample the saved pipeline: not if only this package has its network or its scheduler."""
+        unet, scheduler = (without_compiler(self.components.get(name)) for name in ("unet", "scheduler"))
+        is_stock = all(getattr(part, "is_stock", True) for part in (unet, scheduler))
+        # a scheduler of diffusers may have the setting, too
+        return self.stock_class is not None and is_stock and not rescales_timesteps(getattr(scheduler, "config", {}))
+
+    @property
+    def own_source(self) -> str:
+        """`source_name`: every pipeline has its source beside it."""
+        return self.source_name
 
     def to_json_string(self) -> str:
         """The content of model_index.json."""
@@ -27,10 +35,7 @@ class SavedPipeline(SavedConfig):
             part = without_compiler(part)
             if part is None:
                 index.pop(name, None)  # diffusers does not know the optional parts
-            elif getattr(part, "source_name", None) is not None:
-                index[name] = [part.source_name, saved_class(type(part)).__name__]
-            elif getattr(part, "stock_class", None) is not None:
-                index[name] = ["diffusers", part.stock_class]
-        if not self.is_stock:
-            index["_class_name"] = [self.source_name, saved_class(type(self)).__name__]
+            elif hasattr(part, "own_source"):
+                index[name] = [part.own_source or "diffusers", saved_name(part)]
+        index["_class_name"] = self.stock_class if self.is_stock else [self.source_name, saved_name(self)]
         return sorted_json(index)

@@ -28,10 +28,9 @@ from ddpm_hf.files.pipeline_folder import (
 )
 from ddpm_hf.files.saved_config import SavedConfig, saved_class
 from ddpm_hf.hub.records import copy_record
-from ddpm_hf.hub.saved import NETWORKS, PIPELINES, class_of_part, kind_of_class, scheduler_class
+from ddpm_hf.hub.saved import NETWORKS, PIPELINES, class_of_part, kind_of_class, own_sources, scheduler_class
 from ddpm_hf.hub.source import write_source
 from ddpm_hf.hub.upload import push_folder
-from ddpm_hf.schedulers import SCHEDULERS
 from ddpm_hf.torch_internals import without_compiler
 
 logger = logging.get_logger(__name__)
@@ -117,8 +116,9 @@ class PackagedPipeline(ConfigReader):
         write_source(save_directory, self.source_name, saved_classes(self))
         for name, part in self.components.items():
             part = without_compiler(part)
-            if getattr(part, "source_name", None) is not None and not isinstance(part, DiffusionPipeline):
-                write_source(os.path.join(save_directory, name), part.source_name, [type(part)])
+            source = getattr(part, "own_source", None)
+            if source and not isinstance(part, DiffusionPipeline):
+                write_source(os.path.join(save_directory, name), source, [type(part)])
 
     def push_to_hub(
         self,
@@ -242,7 +242,7 @@ class PackagedImagePipeline(PackagedPipeline):
         index = cls.load_config(path, **{name: kwargs[name] for name in DOWNLOAD_KWARGS if name in kwargs})
         classes = cls._check_index(index, path)
         kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
-        folder = local_folder(cls, path, all_files=_is_ours(index, classes), **kwargs)
+        folder = local_folder(cls, path, all_files=_is_ours(index), **kwargs)
         part_names, setting_names = constructor_arguments(cls)
         components = {name: kwargs.pop(name) for name in part_names if name in kwargs}
         settings = {name: kwargs.pop(name, index.get(name)) for name in setting_names if name in kwargs.keys() | index}
@@ -314,10 +314,9 @@ class PackagedImagePipeline(PackagedPipeline):
         return network.at_timesteps(timesteps)
 
 
-def _is_ours(index, classes):
+def _is_ours(index):
     """Whether the index names classes that diffusers lacks; it would run the repository's code for them."""
-    own_parts = {cls.__name__ for cls in (*NETWORKS.values(), *SCHEDULERS) if cls.source_name}
-    return index["_class_name"] in {kind.name for kind in PIPELINES} or not own_parts.isdisjoint(classes.values())
+    return index["_class_name"] in {kind.name for kind in PIPELINES} or bool(own_sources(index))
 
 
 def _open_networks(places, kwargs):

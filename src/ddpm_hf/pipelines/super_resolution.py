@@ -43,7 +43,7 @@ class DDPMSuperResolutionPipeline(DDPMImagePipeline):
     @checked_arguments(low_resolution="[1, 65536]", conditioning_noise="[0, 1)")
     def __init__(
         self,
-        unet: DDPMUNet | UNet2DModel,
+        unet: DDPMUNet | UNet2DModel | ModelMixin,
         scheduler: SchedulerMixin,
         classifier: ModelMixin | None = None,
         low_resolution: list[int] | int = (8, 8),

@@ -1,6 +1,7 @@
 """The diffusion processes as diffusers schedulers, in discrete and in continuous time."""
 
 from ddpm_hf.schedulers.betas import BETA_SCHEDULES, space_timesteps
+from ddpm_hf.schedulers.conditioning_times import conditioning_times
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.gaussian import Gaussian, discretized_gaussian_log_likelihood
 from ddpm_hf.schedulers.sde import SDE, VESDE, VPSDE, ChainSDE, SubVPSDE
@@ -20,6 +21,7 @@ __all__ = [
     "VESDEScheduler",
     "VPSDEScheduler",
     "VariationalDDPMScheduler",
+    "conditioning_times",
     "discretized_gaussian_log_likelihood",
     "space_timesteps",
 ]

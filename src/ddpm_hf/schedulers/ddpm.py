@@ -5,6 +5,7 @@ Meng, Ermon 2020) is named. Timesteps are 0-based: t = 0 here is t = 1 in the pa
 the name says so, otherwise in nats. All tables are float64.
 """
 
+import json
 import operator
 from numbers import Integral, Real
 
@@ -17,8 +18,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.arguments import check_argument, checked_arguments, shown
 from ddpm_hf.files.pipeline_folder import GuardedConfig
-from ddpm_hf.files.saved_config import SavedConfig, package_only
+from ddpm_hf.files.saved_config import SavedConfig, package_only, sorted_json
 from ddpm_hf.schedulers.betas import BETA_SCHEDULES, MOST_TIMESTEPS, OWN_SCHEDULES, check_betas, space_timesteps
+from ddpm_hf.schedulers.conditioning_times import rescales_timesteps
 from ddpm_hf.schedulers.gaussian import Gaussian, discretized_gaussian_log_likelihood, gaussian_kl, nats_to_bits_per_dim
 from ddpm_hf.schedulers.precision import in_working_precision
 from ddpm_hf.schedulers.prediction import PREDICTION_TYPES, is_posterior_mean, is_x_start, prediction_target
@@ -50,6 +52,10 @@ STOCK_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
 PROCESS_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
+# The schedule in a saved config that diffusers' classes must refuse; their message contains it.
+REFUSED = "ddpm_hf.rescale_timesteps"
+
+
 def _shortened(chain):
     """Timesteps in an error message, of many the first and the last."""
     if len(chain) <= 8:
@@ -78,6 +84,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         prediction_type: also "previous": the output is the mean of x_{t-1} (the paper's mu-tilde prediction).
         timestep_spacing: also "iddpm": even fractional strides that keep both ends, as `space_timesteps(T, n)`.
         levels: number of grey levels of the data for the decoder L_0, 256 for 8 bits.
+        rescale_timesteps: whether the network is told t * 1000 / T in place of t (IDDPM's code); see `conditioning_times`. No
+            class of diffusers opens what is then saved. `from_config` of its schedulers keeps the setting.
 
     `config` holds keys and values that diffusers' classes understand, and the others under "_ddpm_hf". A schedule that some of
     these classes do not know is saved as `trained_betas` too. `from_config` of any scheduler accepts the config, and the config
@@ -91,6 +99,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     """
 
     stock_class = "DDPMScheduler"
+    source_name = "ddpm_scheduler"
     stands_for = ("DDPMScheduler",)
     is_continuous = False
 
@@ -126,6 +135,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         levels: int = 256,
+        rescale_timesteps: bool = False,
     ):
         if variance_type not in VARIANCE_TYPES:
             if variance_type is not None:  # configs of other schedulers have None
@@ -148,7 +158,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
         # the rescaled betas are saved for classes that do not rescale; rescaling them again changes nothing
-        self._make_config_stock(betas, beta_schedule, trained_betas, variance_type, levels)
+        self._make_config_stock(betas, beta_schedule, trained_betas, variance_type, levels, rescale_timesteps)
         schedule = "trained_betas"
         if trained_betas is None:
             schedule = (
@@ -176,8 +186,9 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
     # configuration
 
-    def _make_config_stock(self, betas, beta_schedule, trained_betas, variance_type, levels):
-        extra, stock = {"levels": levels}, {"num_train_timesteps": len(betas), "variance_type": variance_type}
+    def _make_config_stock(self, betas, beta_schedule, trained_betas, variance_type, levels, rescale_timesteps):
+        extra: dict = {"levels": levels, **({"rescale_timesteps": True} if rescale_timesteps else {})}
+        stock = {"num_train_timesteps": len(betas), "variance_type": variance_type}
         for key, replacements in STOCK_VALUES.items():
             value = stock.get(key, self.config[key])
             if value in replacements:
@@ -187,9 +198,9 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             if trained_betas is None:
                 extra["trained_betas"] = None  # to be computed from the schedule's name
         config = {**self.config, **stock, "_ddpm_hf": extra}
-        del config["levels"]
+        del config["levels"], config["rescale_timesteps"]
         if "_use_default_values" in config:
-            explicit = {"levels", *PROCESS_KEYS, *extra}
+            explicit = {"levels", "rescale_timesteps", *PROCESS_KEYS, *extra}
             config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in explicit]
         self._internal_dict = FrozenDict(config)
 
@@ -203,6 +214,21 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             if replaced is None or config_dict.get(key) in replaced:
                 config_dict[key] = value
         return super().extract_init_dict(config_dict, **kwargs)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether diffusers' pipelines tell the network what it was trained with."""
+        return not rescales_timesteps(self.config)
+
+    def to_json_string(self) -> str:
+        """The config as JSON. Unless `is_stock`, its schedule stands under "_ddpm_hf", so that diffusers' classes refuse it."""
+        text = super().to_json_string()
+        if self.is_stock:
+            return text
+        config = json.loads(text)
+        schedule = {key: config[key] for key in ("beta_schedule", "trained_betas")}
+        config |= {"beta_schedule": REFUSED, "trained_betas": None, "_ddpm_hf": schedule | config["_ddpm_hf"]}
+        return sorted_json(config)
 
     @property
     def learns_variance(self) -> bool:

@@ -17,6 +17,9 @@ PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "probability_f
 CORRECTORS = ("langevin", "annealed_langevin")
 
 
+CONDITIONINGS = ("sigma", "level_index")  # of VE
+
+
 # Ranges of the arguments of the processes and of their schedulers; `VPSDE` restricts beta_min and beta_max further.
 SDE_RANGES: dict[str, str | tuple] = {
     "N": "[1, 100000]",
@@ -33,6 +36,7 @@ SDE_RANGES: dict[str, str | tuple] = {
     "prediction_type": SDE_PREDICTIONS,
     "trained_betas": "(0, 1]",
     "levels": "[2, 16777216]",
+    "conditioning": CONDITIONINGS,
 }
 
 
@@ -50,10 +54,12 @@ class SDE:
         prior_std: standard deviation of the normal distribution at t = 1, whose mean is 0.
         t_min: the time at which x_t is taken for data.
         time_embedding_type: the embedding of a network that is made for the process's conditioning times.
+        has_levels: whether networks know N discrete noise levels only.
     """
 
     prior_std = 1.0
     time_embedding_type = "positional"
+    has_levels = False
     t_min = 1e-5
 
     @checked_arguments(**SDE_RANGES)
@@ -85,6 +91,10 @@ class SDE:
     def times(self, conditioning_times: torch.Tensor | float) -> torch.Tensor:
         """The inverse of `conditioning_times`."""
         raise NotImplementedError
+
+    def trained_times(self, t: torch.Tensor) -> torch.Tensor:
+        """The times nearest to t at which networks are trained: t itself, except for discrete noise levels."""
+        return t
 
     def discrete(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
         """F and G of the discretization x_{k+1} = (1 + F) x_k + G z, by default that of Euler and Maruyama."""
@@ -154,7 +164,8 @@ class SDE:
 class VPSDE(SDE):
     """Variance preserving SDE: the continuous limit of the DDPM chain with betas from beta_min / N to beta_max / N.
 
-    Eq. 11 and 32. The conditioning times are t (N - 1), in [0, N - 1] like the timesteps of a chain.
+    Eq. 11 and 32. The conditioning times are t (N - 1), in [0, N - 1] like the timesteps of a chain; with rescale_timesteps
+    they are multiplied by 1000 / N, see `conditioning_times`.
 
     Raises:
         ValueError: not 0 < beta_min <= beta_max, or their sum is above 300.
@@ -163,8 +174,16 @@ class VPSDE(SDE):
     short_name = "VP"
 
     @checked_arguments(**SDE_RANGES)
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, N: int = 1000, prediction_type: str = "epsilon"):
+    def __init__(
+        self,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        N: int = 1000,
+        prediction_type: str = "epsilon",
+        rescale_timesteps: bool = False,
+    ):
         super().__init__(N, prediction_type)
+        self.time_scale = 1000 / N if rescale_timesteps else 1.0
         if beta_min > beta_max:
             raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: must be 0 < beta_min <= beta_max")
         if beta_min + beta_max > 300:  # x_1 would have less than 1e-32 of x_0, beyond float32
@@ -198,10 +217,10 @@ class VPSDE(SDE):
         return torch.expm1(0.5 * torch.log1p(-beta)), torch.sqrt(beta)
 
     def conditioning_times(self, t: torch.Tensor | float) -> torch.Tensor:
-        return _to_float64(t) * (self.N - 1)
+        return _to_float64(t) * (self.N - 1) * self.time_scale
 
     def times(self, conditioning_times: torch.Tensor | float) -> torch.Tensor:
-        return _to_float64(conditioning_times) / max(self.N - 1, 1)
+        return _to_float64(conditioning_times) / self.time_scale / max(self.N - 1, 1)
 
 
 class ChainSDE(VPSDE):
@@ -214,15 +233,16 @@ class ChainSDE(VPSDE):
     Args:
         alphas_cumprod: (T,), best in float64.
         prediction_type: that of the chain, but not "previous", which has no score between timesteps.
+        rescale_timesteps: as in `VPSDE`.
 
     Raises:
         ValueError: alphas_cumprod does not fall, or reaches 0.
     """
 
-    def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon"):
+    def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon", rescale_timesteps: bool = False):
         abar = torch.as_tensor(alphas_cumprod).detach().double().cpu()
         SDE.__init__(self, len(abar), prediction_type)
-        self.t_min = 1 / self.N
+        self.t_min, self.time_scale = 1 / self.N, 1000 / self.N if rescale_timesteps else 1.0
         if not (abar.min() > 0 and (torch.diff(abar, prepend=torch.ones(1)) < 0).all()):
             raise ValueError("alphas_cumprod must fall and stay above 0: the ODE cannot leave zero terminal SNR")
         knots = torch.cat((torch.zeros(1, dtype=torch.float64), 0.5 * abar.log()))
@@ -255,10 +275,10 @@ class ChainSDE(VPSDE):
         return -torch.expm1(2 * (self.log_scale(t) - self.log_scale(before)))
 
     def conditioning_times(self, t: torch.Tensor | float) -> torch.Tensor:
-        return _to_float64(t) * self.N - 1
+        return (_to_float64(t) * self.N - 1) * self.time_scale
 
     def times(self, conditioning_times: torch.Tensor | float) -> torch.Tensor:
-        return (_to_float64(conditioning_times) + 1) / self.N
+        return (_to_float64(conditioning_times) / self.time_scale + 1) / self.N
 
 
 class SubVPSDE(VPSDE):
@@ -279,7 +299,11 @@ class SubVPSDE(VPSDE):
 class VESDE(SDE):
     """Variance exploding SDE of NCSN: noise of standard deviation sigma(t) = sigma_min (sigma_max / sigma_min)^t (eq. 9, 30).
 
-    The conditioning times are sigma(t). At t = 0 the variance is sigma_min^2, as in the code of Score-SDE.
+    At t = 0 the variance is sigma_min^2, as in the code of Score-SDE.
+
+    Args in addition to sigma_min, sigma_max and those of `SDE`:
+        conditioning: "sigma": the conditioning times are sigma(t). "level_index": they are round((1 - t) (N - 1)), int64, the
+            index among N discrete noise levels, 0 for sigma_max (NCSN; networks of Score-SDE that are not continuous).
 
     Raises:
         ValueError: not 0 < sigma_min < sigma_max.
@@ -290,8 +314,18 @@ class VESDE(SDE):
     time_embedding_type = "fourier"
 
     @checked_arguments(**SDE_RANGES)
-    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, N: int = 1000, prediction_type: str = "score"):
+    def __init__(
+        self,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        N: int = 1000,
+        prediction_type: str = "score",
+        conditioning: str = "sigma",
+    ):
         super().__init__(N, prediction_type)
+        self.has_levels = conditioning == "level_index"
+        if self.has_levels:
+            self.time_embedding_type = "positional"
         if sigma_min >= sigma_max:
             raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}: must be 0 < sigma_min < sigma_max")
         self.sigma_min, self.sigma_max, self.prior_std = sigma_min, sigma_max, sigma_max
@@ -317,9 +351,14 @@ class VESDE(SDE):
         return torch.zeros_like(G), G
 
     def conditioning_times(self, t: torch.Tensor | float) -> torch.Tensor:
-        return self.std(t)
+        return ((1 - _to_float64(t)) * (self.N - 1)).round().long() if self.has_levels else self.std(t)
+
+    def trained_times(self, t: torch.Tensor) -> torch.Tensor:
+        return self.times(self.conditioning_times(t)) if self.has_levels else t
 
     def times(self, conditioning_times: torch.Tensor | float) -> torch.Tensor:
+        if self.has_levels:
+            return 1 - _to_float64(conditioning_times) / max(self.N - 1, 1)
         return torch.log(_to_float64(conditioning_times) / self.sigma_min) / self.log_ratio
 
 

@@ -20,9 +20,9 @@ from ddpm_hf.schedulers.sde import SDE, SDE_RANGES, VESDE, VPSDE, ChainSDE, SubV
 class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
     """The base class of the samplers of reverse SDEs: predictor steps from each time to the next, corrector steps before them.
 
-    `timesteps` are the conditioning times that the network is given: t (N - 1) for VP and sub-VP, sigma for VE. A pipeline
-    therefore needs no knowledge of the process. Times run evenly from 1 down to `sampling_eps`. Each predictor step uses the
-    process's own transition between two times; the last one goes to data, and returns the mean without noise.
+    `timesteps` are the conditioning times that the network is given: t (N - 1) for VP and sub-VP, sigma or an index for VE. A
+    pipeline therefore needs no knowledge of the process. Times run evenly from 1 down to `sampling_eps`. Each predictor step
+    uses the process's own transition between two times; the last one goes to data, and returns the mean without noise.
 
     `step` makes one predictor step from one network output. `DDPMImagePipeline` calls the network again for each of the
     `correct_steps` corrector steps (Algorithms 2 and 3); other pipelines make no corrector steps.
@@ -41,6 +41,7 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
         snr: signal-to-noise ratio r of a corrector step.
         prediction_type: the meaning of the network's output: "epsilon", "score", "sample" or "v_prediction".
         levels: number of grey levels of the data, 256 for 8 bits.
+        rescale_timesteps: of VP and sub-VP, see `VPSDE`. From the config of a DDPM the DDPM's value is taken.
         clip_sample: whether predictor steps and the ODE clip the predicted x_0 to [-1, 1], as DDPM samplers do. Without
             clipping, the ODE multiplies the network's errors by thousands at the noisy end of a cosine schedule. From the
             config of a DDPM the DDPM's value is taken.
@@ -76,7 +77,7 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps: at least 2.
-            device: the device of `timesteps` (float32); None for the CPU.
+            device: the device of `timesteps` (float32; int64 for indices); None for the CPU.
 
         Raises:
             ValueError: too few steps for the predictor, or so many that two have the same timestep.
@@ -91,6 +92,8 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
         # NCSN's sigmas go down to t = 0, its conditioning times only to sampling_eps
         if isinstance(sde, VESDE) and config.sampling_eps <= 1e-5:
             times = torch.linspace(1.0, 0.0, n, dtype=torch.float64)
+        if sde.has_levels:
+            t = times = sde.trained_times(times)
         scale, std = torch.cat((sde.scale(times), one[:1])), torch.cat((sde.std(times), zero[:1]))
         scale, std, next_scale, next_std = scale[:-1], std[:-1], scale[1:], std[1:]
         ratio = scale / next_scale
@@ -131,7 +134,8 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
             "correct": (alpha, std),
         }
         self._tables = {name: list(zip(*(column.tolist() for column in row))) for name, row in columns.items()}
-        timesteps = sde.conditioning_times(t).float()
+        timesteps = sde.conditioning_times(t)
+        timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps
         self.timesteps, self.num_inference_steps = timesteps.to(device), n
         self._positions = {timestep: i for i, timestep in enumerate(timesteps.tolist())}
         if len(self._positions) < n:
@@ -226,8 +230,6 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
         """diffusers' hook in `from_config`: express the schedule of a DDPM by the arguments of the process."""
         config_dict = dict(config_dict)
         own_keys = check_argument("_ddpm_hf", config_dict.get("_ddpm_hf") or {}, dict)
-        if "levels" in own_keys:
-            config_dict.setdefault("levels", own_keys["levels"])
         variance_exploding = issubclass(cls.process_class, VESDE)
         if "predictor" not in config_dict:  # the config of another class, with other defaults
             config_dict["_use_default_values"] = []
@@ -256,6 +258,8 @@ class SDEScheduler(SavedConfig, GuardedConfig, SchedulerMixin, ConfigMixin):
                     f"{cls.__name__} has no process for beta_schedule={schedule!r}; use VPSDEScheduler, which takes every "
                     "schedule, or with beta_schedule='linear' SubVPSDEScheduler"
                 )
+        for key in own_keys.keys() & {"levels", "rescale_timesteps"}:
+            config_dict.setdefault(key, own_keys[key])
         return super().extract_init_dict(config_dict, **kwargs)
 
     def __len__(self) -> int:
@@ -284,6 +288,7 @@ class VPSDEScheduler(SDEScheduler):
         trained_betas: list[float] | None = None,
         levels: int = 256,
         clip_sample: bool = False,
+        rescale_timesteps: bool = False,
     ):
         if trained_betas is not None:
             if self.process_class is not VPSDE or not 1 <= len(trained_betas) <= MOST_TIMESTEPS:
@@ -294,11 +299,11 @@ class VPSDEScheduler(SDEScheduler):
             self.register_to_config(num_train_timesteps=num_train_timesteps, trained_betas=list(trained_betas))
             alphas_cumprod = torch.cumprod(1 - torch.tensor(trained_betas, dtype=torch.float64), dim=0)
             try:
-                sde = ChainSDE(alphas_cumprod, prediction_type)
+                sde = ChainSDE(alphas_cumprod, prediction_type, rescale_timesteps)
             except ValueError as error:
                 raise ValueError(f"trained_betas={shown(trained_betas)}: {error}") from None
         else:
-            sde = self.process_class(beta_min, beta_max, num_train_timesteps, prediction_type)
+            sde = self.process_class(beta_min, beta_max, num_train_timesteps, prediction_type, rescale_timesteps)
         self._build(sde)
 
 
@@ -312,8 +317,10 @@ class SubVPSDEScheduler(VPSDEScheduler):
 class VESDEScheduler(SDEScheduler):
     """Samplers of `VESDE`; see `SDEScheduler`.
 
-    Further argument:
+    Further arguments:
         centered: whether the images are in [-1, 1]; False for [0, 1], as in NCSN and diffusers' ScoreSdeVeScheduler.
+        conditioning: "sigma", or "level_index" for networks of N discrete noise levels, see `VESDE`. Times are then those of
+            the levels, and there are at most N steps.
     """
 
     process_class = VESDE
@@ -335,8 +342,9 @@ class VESDEScheduler(SDEScheduler):
         centered: bool = True,
         levels: int = 256,
         clip_sample: bool = False,
+        conditioning: str = "sigma",
     ):
-        self._build(self.process_class(sigma_min, sigma_max, num_train_timesteps, prediction_type))
+        self._build(self.process_class(sigma_min, sigma_max, num_train_timesteps, prediction_type, conditioning))
 
 
 def clip_limits(config: dict) -> tuple[float, float]:

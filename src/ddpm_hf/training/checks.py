@@ -233,6 +233,11 @@ def _check_continuous(config):
             f"scheduler.prediction_type={shown(prediction)}: networks that take sigma divide their output by it, which gives a "
             "score; leave it out"
         )
+    if config.scheduler.get("conditioning") == "level_index" and config.resolved and config.eval_every:
+        raise ConfigError(
+            "scheduler.conditioning=level_index: held-out bits/dim are the ODE's, which needs the noise levels between the "
+            "discrete ones; give --eval_every 0"
+        )
     if not config.scheduler.get("centered", True):
         raise ConfigError(
             "scheduler.centered=false: images are trained in [-1, 1]; leave it out, and double sigma_min and sigma_max"

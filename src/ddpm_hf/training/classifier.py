@@ -15,6 +15,7 @@ from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.evaluation_mode import evaluation_mode
 from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
+from ddpm_hf.schedulers.conditioning_times import conditioning_times
 from ddpm_hf.training.config import ClassifierConfig, image_size
 from ddpm_hf.training.errors import PIPELINE_ERRORS, as_config_error
 from ddpm_hf.training.from_pipeline import guided_class_names
@@ -70,7 +71,8 @@ class ClassifierTask(Task):
         x_start = pixels_to_batch(batch["pixels"], self.scheduler.levels, self.config.random_flip)
         x_start = random_crop(x_start, self.config.random_crop)
         t, weights = self.timesteps.sample(len(x_start), x_start.device)
-        logits = network(self.scheduler.q_sample(x_start, t, torch.randn_like(x_start)), t).float()
+        x_t = self.scheduler.q_sample(x_start, t, torch.randn_like(x_start))
+        logits = network(x_t, conditioning_times(self.scheduler, t)).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
         return BatchLoss(x_start, t, losses, weights, (logits.argmax(1) == labels,))
 
@@ -126,7 +128,9 @@ def held_out_accuracy(config, interrupts, network, scheduler, x_start, labels) -
         for part in torch.arange(count * ROUNDS).split(config.batch_size):
             x, y = x_start[part % count].to(device), labels[part % count].to(device)
             noise = torch.randn(x.shape, generator=generator).to(device)
-            logits = network(scheduler.q_sample(x, t[part].to(device), noise), t[part].to(device)).float()
+            t_part = t[part].to(device)
+            x_t = scheduler.q_sample(x, t_part, noise)
+            logits = network(x_t, conditioning_times(scheduler, t_part)).float()
             losses.append(F.cross_entropy(logits, y, reduction="none").cpu())
             is_right.append((logits.argmax(1) == y).float().cpu())
         return torch.cat(losses), torch.cat(is_right)

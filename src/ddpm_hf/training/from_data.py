@@ -61,7 +61,8 @@ def with_values_for_data(config: RunConfig, classes: int | None) -> tuple[RunCon
     channels, batch_size, learning_rate = NETWORKS[min([side for side in NETWORKS if side >= max(size)], default=256)]
     if not shape <= explicit and (not config.base_pipeline or isinstance(config, ClassifierConfig)):
         keys = _network_for(size, channels, config.network, has_up_blocks=isinstance(config, TrainConfig))
-        if getattr(config, "process", None) == "ve":  # its networks take sigma
+        has_levels = config.scheduler.get("conditioning") == "level_index"
+        if getattr(config, "process", None) == "ve" and not has_levels:  # its networks take sigma
             keys = {"time_embedding_type": "fourier", **keys}
         config = dataclasses.replace(config, **{section: keys})
     config = _with_held_out(config, count, facts)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ddpm_hf.arguments import checked_arguments
+from ddpm_hf.schedulers.conditioning_times import conditioning_times
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.precision import finest_dtype, in_working_precision
 from ddpm_hf.schedulers.prediction import BOUNDED_PREDICTIONS, epsilon_weights, x_start_weights
@@ -107,7 +108,8 @@ class DiffusionObjective:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = scheduler.q_sample(x_start, t, noise)
-        output = unet(x_t, t, class_labels=class_labels, return_dict=False)[0]
+        c_noise = conditioning_times(scheduler, t)
+        output = unet(x_t, c_noise, class_labels=class_labels, return_dict=False)[0]
         if self.loss == "vlb":
             return steps * scheduler.vlb_term(output, x_start, x_t, t, clip_sample=False)
         prediction = output[:, : x_start.shape[1]]
@@ -169,7 +171,7 @@ class ScoreObjective:
         sde = self.sde
         if t is None:
             t, _ = ContinuousTimes(sde).sample(len(x_start), x_start.device)
-        t = t.to(x_start.device, finest_dtype(x_start.device))
+        t = sde.trained_times(t.to(x_start.device, finest_dtype(x_start.device)))
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = sde.sample(x_start, t, noise)
