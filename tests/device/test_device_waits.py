@@ -13,7 +13,7 @@ import torch
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler, bits_per_dim
 from ddpm_hf.evaluation import animate
 from ddpm_hf.schedulers.sde import VPSDE, ChainSDE
-from ddpm_hf.training.losses import ScoreObjective
+from ddpm_hf.training.losses import DiffusionObjective, ScoreObjective
 from ddpm_hf.training.timesteps import ContinuousTimes, LossSecondMomentTimesteps
 from support.networks import small_classifier
 from support.scripts import script
@@ -68,9 +68,12 @@ def test_a_training_step_waits_for_nothing(device, tmp_path, fresh_accelerate, n
     assert sum(more.values()) == 3 * copied, more
 
 
-@pytest.mark.parametrize("kind", ["ddpm", "ddim", "learned", "guided", "classifier", "continuous", "optimized"])
+@pytest.mark.parametrize(
+    "kind", ["ddpm", "ddim", "learned", "guided", "classifier", "continuous", "optimized", "rescaled"]
+)
 def test_a_sampling_step_waits_for_nothing(device, unet, kind):
-    scheduler = VariationalDDPMScheduler(100, variance_type="learned_range" if kind == "learned" else "fixed_large")
+    variance_type = "learned_range" if kind == "learned" else "fixed_large"
+    scheduler = VariationalDDPMScheduler(100, variance_type=variance_type, rescale_timesteps=kind == "rescaled")
     config, call, classifier = {}, {}, None
     if kind == "learned":
         config = dict(out_channels=2)
@@ -104,10 +107,12 @@ def test_what_samplers_of_timesteps_and_losses_wait_for(device, unet):
     learned = LossSecondMomentTimesteps(scheduler, history_per_timestep=1)
     times = [ContinuousTimes(VPSDE(), importance) for importance in (False, True)]
     objectives = [ScoreObjective(sde) for sde in (VPSDE(), ChainSDE(scheduler.alphas_cumprod))]
+    rescaled = DiffusionObjective(VariationalDDPMScheduler(10, rescale_timesteps=True))
 
     def step():
         t, _ = learned.sample(4, device)
         learned.update(t, losses)
+        rescaled(network, x_start, t=t)
         for sampler in times:
             t, _ = sampler.sample(4, device)
         for objective in objectives:
