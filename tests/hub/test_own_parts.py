@@ -12,8 +12,8 @@ from ddpm_hf import (
     CascadePipeline,
     DDPMImagePipeline,
     DDPMSuperResolutionPipeline,
-    DDPMUNet,
     VariationalDDPMScheduler,
+    VESDEScheduler,
 )
 from ddpm_hf.hub.card import card_text
 from ddpm_hf.hub.contents import published_files
@@ -21,9 +21,7 @@ from ddpm_hf.schedulers import conditioning_times
 from support.elsewhere import ROUNDING, open_elsewhere, run_elsewhere
 from support.networks import small_unet
 
-
-class OwnUNet(DDPMUNet):
-    has_own_settings = True  # saved as a DDPMUNet
+OWN_NETWORK = dict(attention_head_dim=None, num_attention_heads=2, up_attention="last", block_scale_factor=2**0.5)
 
 
 def rescaled(**config):
@@ -32,7 +30,7 @@ def rescaled(**config):
 
 def pipeline(own, cls=DDPMImagePipeline, **kwargs):
     """A pipeline whose parts in `own` are such that no class of diffusers samples them rightly."""
-    unet = small_unet(OwnUNet if "unet" in own else DDPMUNet, **kwargs.pop("network", {}))
+    unet = small_unet(**(OWN_NETWORK if "unet" in own else {}), **kwargs.pop("network", {}))
     pipe = cls(unet, rescaled() if "scheduler" in own else VariationalDDPMScheduler(), **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -69,11 +67,10 @@ def test_who_opens_it(own, tmp_path):
     output = open_elsewhere("remote", folder, tmp_path / "remote", tmp_path / "home", steps=4)
     assert "DDPMImagePipeline DDPMUNet VariationalDDPMScheduler 256\nmessages: []" in output
     np.testing.assert_allclose(np.load(tmp_path / "remote.npy"), here, atol=ROUNDING)
-    if "unet" not in own:  # what is saved there is the same
-        again = Path(f"{tmp_path / 'remote'}_again")
-        files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
-        assert files == {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
-        assert all((folder / file).read_bytes() == (again / file).read_bytes() for file in files)
+    again = Path(f"{tmp_path / 'remote'}_again")  # what is saved there is the same
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
+    assert all((folder / file).read_bytes() == (again / file).read_bytes() for file in files)
 
 
 @pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
@@ -120,6 +117,23 @@ def test_what_is_pushed(hub, tmp_path):
     pipeline(()).push_to_hub("user/own-parts")  # the sources of parts that it does not have any more are removed
     assert not [name for name in hub.files("user/own-parts") if name.endswith(".py") and "/" in name]
     assert type(DiffusionPipeline.from_pretrained("user/own-parts")).__name__ == "DDPMPipeline"
+
+
+def test_discrete_noise_levels(tmp_path):
+    """The network divides by the noise level that its scheduler tells it the index of (ve/cifar10_ncsnpp)."""
+    unet = small_unet(sigma_table=(0.01, 50.0, 20))
+    pipe = DDPMImagePipeline(unet, VESDEScheduler(20, conditioning="level_index"))
+    pipe.set_progress_bar_config(disable=True)
+    sde, x, index = pipe.scheduler.sde, torch.randn(1, 1, 8, 8), torch.tensor([7])
+    plain = small_unet()
+    plain.load_state_dict(unet.state_dict())
+    torch.testing.assert_close(unet(x, index).sample * sde.std(sde.times(7)), plain(x, index).sample)
+    here = images_of(pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert index_of(tmp_path / "saved")["unet"] == PARTS["unet"]
+    output = open_elsewhere("remote", tmp_path / "saved", tmp_path / "remote", tmp_path / "home", steps=4)
+    assert "DDPMImagePipeline DDPMUNet VESDEScheduler 256\nmessages: []" in output
+    np.testing.assert_allclose(np.load(tmp_path / "remote.npy"), here, atol=ROUNDING)
 
 
 def test_a_missing_source_is_not_pushed(tmp_path):

@@ -288,7 +288,7 @@ def test_configs_are_kept(name, tmp_path):
     x, t = x.float(), t.float() if t.is_floating_point() else t
     net.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["_class_name"] == "UNet2DModel" and saved.keys() & OWN_DEFAULTS.keys() == set()
+    assert saved["_class_name"] == "DDPMUNet" and saved.keys() & OWN_DEFAULTS.keys() == set()
     with torch.device("meta"):
         on_meta = DDPMUNet.from_config(DDPMUNet.load_config(tmp_path))
     assert output(on_meta, x.to("meta"), t.to("meta")).shape == (2, 3, 8, 12)

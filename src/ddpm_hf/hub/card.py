@@ -159,7 +159,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "with learned variances": variance in LEARNED_VARIANCES,
         "a class-conditional network": network.class_embedding is not None,
         "a network of no fixed size": size is None,
-        "a network with settings that only ddpm-hf has": classes["unet"] == DDPMUNet.__name__,
+        "a network with settings that only ddpm-hf has": network.has_own_settings,
         "a network that is told t * 1000 / T": rescales_timesteps(scheduler),
     }
     reason = next((reason for reason, applies in reasons.items() if applies), None)
