@@ -1,4 +1,4 @@
-"""The command line: ddpm-hf train | train-classifier | sample | evaluate | push.
+"""The command line: ddpm-hf train | train-classifier | sample | evaluate | convert | push.
 
 Arguments are parsed and checked before anything slow is imported, so that mistakes are reported at once.
 """
@@ -16,6 +16,7 @@ COMMANDS = {
     "train-classifier": "train a classifier of noisy images, for classifier guidance",
     "sample": "draw a sheet of samples from a saved pipeline",
     "evaluate": "measure bits/dim of a data set under a saved pipeline",
+    "convert": "open a checkpoint of another code base as a saved pipeline, or write one",
     "push": "publish a saved pipeline on the Hub",
 }
 EXAMPLES = [
@@ -24,6 +25,7 @@ EXAMPLES = [
     ("train --config digits", "a preset"),
     ("sample runs/my_folder/pipeline", "a sheet of samples"),
     ("evaluate runs/my_folder/pipeline --data my_folder/", "bits/dim of the held-out images"),
+    ("convert 256x256_diffusion_uncond.pt --out adm-256", "OpenAI's checkpoint as a pipeline"),
     ("push runs/my_folder/pipeline --repo_id user/name", "publish it on the Hub"),
 ]
 
@@ -69,6 +71,8 @@ def run(command: str, argv: list[str], program: str) -> None:
         from ddpm_hf.cli.sample import main as run_command
     elif command == "evaluate":
         from ddpm_hf.cli.evaluate import main as run_command
+    elif command == "convert":
+        from ddpm_hf.cli.convert import main as run_command
     else:
         from ddpm_hf.cli.push import main as run_command
     try:

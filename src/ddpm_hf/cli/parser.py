@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = words[place].partition("=")
             if not equals and (place + 1 == len(words) or words[place + 1].startswith("--")):
                 self.error(f"{name} needs a value")
-            settings[name.removeprefix(start)] = _json_or_text(value if equals else words.pop(place + 1))
+            settings[name.removeprefix(start)] = json_or_text(value if equals else words.pop(place + 1))
             del words[place]
         return dict(reversed(settings.items()))
 
@@ -177,7 +177,7 @@ def hide_progress_in_logs() -> None:
         sys.modules["datasets"].disable_progress_bars()
 
 
-def _json_or_text(text):
+def json_or_text(text):
     """A value of the command line: a number, true, false, null or a list, or else a text."""
     try:
         return json.loads(text)

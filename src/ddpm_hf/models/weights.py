@@ -11,6 +11,7 @@ from diffusers.utils import logging
 
 from ddpm_hf.files.diffusers_internals import read_weights, rename_old_keys
 from ddpm_hf.files.pipeline_folder import GuardedConfig, check_part, folder_of_part
+from ddpm_hf.models.single_file import SingleFileModel
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +20,7 @@ logger = logging.get_logger(__name__)
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 
 
-class CheckedModel(GuardedConfig, ModelMixin, ConfigMixin):
+class CheckedModel(SingleFileModel, GuardedConfig, ModelMixin, ConfigMixin):
     """diffusers' `ModelMixin`, which opens only weights that fit the config, and saves only weights that it can open again."""
 
     @classmethod

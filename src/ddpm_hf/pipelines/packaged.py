@@ -31,6 +31,7 @@ from ddpm_hf.hub.records import copy_record
 from ddpm_hf.hub.saved import NETWORKS, PIPELINES, class_of_part, kind_of_class, own_sources, scheduler_class
 from ddpm_hf.hub.source import write_source
 from ddpm_hf.hub.upload import push_folder
+from ddpm_hf.pipelines.single_file import SingleFilePipeline
 from ddpm_hf.torch_internals import without_compiler
 
 logger = logging.get_logger(__name__)
@@ -213,7 +214,7 @@ def saved_classes(pipeline) -> list[type]:
     return classes
 
 
-class PackagedImagePipeline(PackagedPipeline):
+class PackagedImagePipeline(SingleFilePipeline, PackagedPipeline):
     """Base class of pipelines of a network, a scheduler and an optional classifier, with `optimize`."""
 
     _inference = None  # the optimized network

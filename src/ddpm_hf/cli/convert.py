@@ -1,0 +1,132 @@
+"""`ddpm-hf convert`: a checkpoint of another code base -> a saved pipeline, and back."""
+
+from pathlib import Path
+
+from ddpm_hf.cli.parser import Parser, hide_progress_in_logs, json_or_text
+from ddpm_hf.errors import UserError
+from ddpm_hf.files.missing import did_you_mean_path, pipeline_of_run
+from ddpm_hf.original.options import OPTIONS
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def make_parser(program: str = "ddpm-hf convert") -> Parser:
+    """The options of the command."""
+    parser = Parser(
+        program,
+        "FILE --out FOLDER [--OPTION VALUE ...]\n       FOLDER --to FORMAT FILE",
+        "Open a checkpoint of guided-diffusion, improved-diffusion, pytorch_diffusion, ddim, diffusion (TensorFlow) or "
+        "score_sde_pytorch, and save it as a pipeline that gives the same outputs. Published files need no options. With --to, "
+        "write the network of a saved pipeline as such a checkpoint.",
+        [
+            ("256x256_diffusion_uncond.pt --out adm-256", ""),
+            ("256x256_diffusion.pt --classifier 256x256_classifier.pt --out adm-256-guided", ""),
+            ("checkpoint_8.pth --like vp/cifar10_ddpmpp_continuous --out ddpmpp", ""),
+            ("adm-256 --to guided-diffusion out.pt", "the same tensors as before"),
+        ],
+    )
+    add = parser.group("what to convert")
+    add("source", metavar="FILE", help="checkpoint: .pt, .pth, .ckpt, .safetensors, .npz, or a folder of .npy")
+    add("--out", metavar="FOLDER", help="new folder of the saved pipeline")
+    add(
+        "--like",
+        metavar="NAME",
+        help="published checkpoint of the same configuration (by the names of file and folder)",
+    )
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights where there are any, or not (ema)")
+    add("--dtype", choices=DTYPES, help="dtype of the saved weights (that of the file)")
+    add("--classifier", metavar="FILE", help="checkpoint of a classifier, for classifier guidance")
+    add(
+        "--to",
+        nargs=2,
+        metavar=("FORMAT", "FILE"),
+        help="write a saved pipeline's network as a checkpoint of that code",
+    )
+    add = parser.group("where to publish")
+    add("--push", metavar="USER/NAME", help="publish the pipeline on the Hub")
+    add("--private", action="store_true", help="create the repository for its owner only")
+    add = parser.group("what the file does not say, in the words of the original code")
+    for name, option in OPTIONS.items():
+        add(f"--{name}", metavar="VALUE", type=json_or_text, help=option.help)
+    add("-h", "--help", action="help", help="show this and stop")
+    return parser
+
+
+def main(argv: list[str], program: str) -> None:
+    arguments = make_parser(program).parse_args(argv)
+    options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    source = Path(arguments.source)
+    if "://" not in arguments.source and not source.exists():
+        raise UserError(f"there is no file {arguments.source!r} here{did_you_mean_path(source)}")
+    if (arguments.to is None) == (arguments.out is None):
+        raise UserError("give either --out FOLDER, or --to FORMAT FILE")
+    if arguments.to is not None:
+        format, path = arguments.to
+        return _write_original(pipeline_of_run(source) or source, format, path, options)
+    out = Path(arguments.out)
+    if out.exists():
+        raise UserError(f"--out {arguments.out} exists; give a new folder")
+    _save_pipeline(arguments, out, options)
+
+
+def _write_original(folder, format, path, options):
+    from ddpm_hf.files.atomic import check_output_folder
+    from ddpm_hf.files.pipeline_folder import read_config
+    from ddpm_hf.models.classifier import NoisyClassifier
+    from ddpm_hf.models.unet import DDPMUNet
+
+    check_output_folder(Path(path).parent, f"the folder of {path}")
+    hide_progress_in_logs()
+    if (folder / "model_index.json").is_file():
+        folder = folder / "unet"
+    is_classifier = read_config(folder / "config.json").get("_class_name") == "NoisyClassifier"
+    network = (NoisyClassifier if is_classifier else DDPMUNet).from_pretrained(folder)
+    network.save_single_file(path, format, **options)
+    print(f"{_summary(network)} -> {path}, a checkpoint of {format}")
+
+
+def _save_pipeline(arguments, out, options):
+    import torch
+
+    from ddpm_hf.files.atomic import check_output_folder, replacing_folder
+    from ddpm_hf.models.classifier import NoisyClassifier
+    from ddpm_hf.original.checkpoint import open_original
+    from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
+    from ddpm_hf.pipelines.super_resolution import DDPMSuperResolutionPipeline
+
+    check_output_folder(out, f"--out {out}")
+    hide_progress_in_logs()
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    original = open_original(arguments.source, arguments.like, arguments.weights, **options)
+    if original.description.network == "NoisyClassifier":
+        if arguments.push or arguments.classifier:
+            raise UserError(
+                f"{arguments.source} is a classifier; give it as --classifier beside the model that it guides"
+            )
+        saved = network = NoisyClassifier.from_original(original, dtype)
+    else:
+        classifier = arguments.classifier and NoisyClassifier.from_single_file(arguments.classifier, torch_dtype=dtype)
+        upsamples = original.description.low_resolution is not None
+        cls = DDPMSuperResolutionPipeline if upsamples else DDPMImagePipeline
+        saved = cls.from_original(original, dtype, classifier)
+        network = saved.unet
+    with replacing_folder(out) as folder:
+        saved.save_pretrained(folder)
+    print(f"{_summary(network)} -> {out}, a {type(saved).__name__}")
+    if saved is not network:
+        opens = (
+            "opens it"
+            if saved.is_stock
+            else "cannot compute it and refuses it: custom_pipeline, trust_remote_code=True"
+        )
+        print(f"{type(saved.scheduler).__name__}; plain diffusers {opens}")
+    if arguments.push:
+        from ddpm_hf.hub.upload import push_folder
+
+        info = push_folder(out, arguments.push, private=arguments.private or None)
+        print(f"published {info.commit_url}")
+
+
+def _summary(network):
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return f"{parameters:,} parameters, {str(network.dtype).removeprefix('torch.')}"

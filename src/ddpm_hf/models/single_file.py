@@ -1,0 +1,101 @@
+"""Networks in the files of other code bases. No part of a published pipeline.py."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ddpm_hf.arguments import shown
+from ddpm_hf.command_help import did_you_mean
+from ddpm_hf.files.saved_config import saved_class
+from ddpm_hf.original.checkpoint import Original, open_original
+from ddpm_hf.original.options import Options
+from ddpm_hf.original.published import PUBLISHED
+from ddpm_hf.original.writing import FORMATS, original_tensors, write_original
+
+# arguments that change neither the tensors of a network nor its outputs
+WITHOUT_EFFECT = ("sample_size", "dropout")
+
+
+class SingleFileModel:
+    """Base class of networks that open and write the checkpoints of OpenAI's, Ho et al.'s and Song et al.'s code."""
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike,
+        like: str | None = None,
+        weights: str = "ema",
+        torch_dtype: torch.dtype | None = None,
+        **options: object,
+    ):
+        """Opens the network in a checkpoint file of another code base.
+
+        Args:
+            pretrained_model_link_or_path: a file of guided-diffusion, improved-diffusion, pytorch_diffusion, ddim or
+                score_sde_pytorch, or the variables of diffusion (TensorFlow) as an .npz or a folder of .npy.
+            like: the published checkpoint whose configuration it has, such as "256x256_diffusion_uncond". None: the name and
+                the content of the file decide.
+            weights: "ema" for averaged weights where the file has both, "raw" for the others.
+            torch_dtype: of the weights; None for that of the file.
+            options: what the file does not say, by the names of the original flags: num_heads, image_size, ...; they precede
+                those of `like`. An error lists what is missing.
+
+        Raises:
+            ValueError: as `original.checkpoint.open_original`; the file holds another kind of network.
+            OSError: the file is missing or cannot be read.
+        """
+        original = open_original(pretrained_model_link_or_path, like, weights, **options)
+        return cls.from_original(original, torch_dtype)
+
+    @classmethod
+    def from_original(cls, original: Original, torch_dtype: torch.dtype | None = None):
+        """Builds the network of an opened checkpoint, around the tensors of its file. Raises ValueError."""
+        name = original.description.network
+        if name != saved_class(cls).__name__:
+            raise ValueError(f"{original.path} holds a {name}; open it with {name}.from_single_file")
+        with torch.device("meta"):
+            network = cls(**original.description.config)
+        shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+        network.load_state_dict(original.state_dict(shapes), assign=True)
+        network.register_to_config(_ddpm_hf={**network.own_settings(), "original": original.options})
+        return network.to(torch_dtype).eval()
+
+    def save_single_file(self, path: str | os.PathLike, format: str, **options: object) -> None:
+        """Writes the weights as a checkpoint of another code base. One that was opened from there gets the same tensors.
+
+        Args:
+            path: the file, which is replaced.
+            format: "guided-diffusion", "improved-diffusion", "pytorch_diffusion", "ddim", "diffusion" (an .npz of
+                TensorFlow's variables) or "score_sde_pytorch".
+            options: as of `from_single_file`; a network that was opened from a file has them.
+
+        Raises:
+            ValueError: an unknown format or ending; a setting of the network that the format lacks; missing options.
+            OSError: the folder is missing or not writable.
+        """
+        path = Path(path)
+        if format not in FORMATS:
+            raise ValueError(
+                f"format={shown(format)} is not known{did_you_mean(format, list(FORMATS)) or ''}; "
+                f"choose one of {', '.join(FORMATS)}"
+            )
+        if path.suffix not in FORMATS[format].suffixes:
+            raise ValueError(f"{path} must end in {' or '.join(FORMATS[format].suffixes)} for {format}")
+        checked = Options({**self.own_settings().get("original", {}), **options})
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        theirs = original_tensors(format, self.arguments, checked, tensors)
+        self._check_described_by(theirs, format, checked)
+        write_original(path, format, theirs)
+
+    def _check_described_by(self, theirs, format, options):
+        """Raises ValueError if the tensors, opened again, would not give this network."""
+        description = FORMATS[format].code.describe(theirs, options)
+        options.check_complete(f"{format}: the network", PUBLISHED)
+        with torch.device("meta"):
+            twin = type(self)(**description.config)
+        for key, value in self.arguments.items():
+            if key not in WITHOUT_EFFECT and value != twin.arguments[key]:
+                raise ValueError(
+                    f"{format} has no network with {key}={shown(value)}; there it is {shown(twin.arguments[key])}"
+                )

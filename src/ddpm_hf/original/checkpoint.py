@@ -1,0 +1,152 @@
+"""Checkpoints of other code bases: opened as a description and tensors of this package, and written again."""
+
+import hashlib
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ddpm_hf.arguments import shown
+from ddpm_hf.command_help import did_you_mean
+from ddpm_hf.original import ho, openai, score_sde
+from ddpm_hf.original.description import Description
+from ddpm_hf.original.files import WEIGHTS, local_file, read_tensors
+from ddpm_hf.original.options import Options
+from ddpm_hf.original.pairs import first_five, to_ours
+from ddpm_hf.original.published import MD5, PUBLISHED
+
+CODE_BASES: tuple[types.ModuleType, ...] = (openai, ho, score_sde)
+
+# tensors that a checkpoint holds and its network does not use
+UNUSED = ("sigmas", "logvar")
+
+
+@dataclass
+class Original:
+    """An opened checkpoint.
+
+    Attributes:
+        path: its file.
+        description: the network and its process.
+        tensors: its weights, by their original names.
+        options: what its file does not say; with the config of the network enough to write the file again.
+        code: the module for its code base.
+    """
+
+    path: Path
+    description: Description
+    tensors: dict[str, torch.Tensor]
+    options: dict
+    code: types.ModuleType
+
+    def state_dict(self, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+        """The tensors for a network whose tensors have these shapes. Only q, k and v, and what is transposed, is copied.
+
+        Raises:
+            ValueError: the network has other tensors.
+        """
+        is_tensorflow = self.code is ho and next(iter(self.tensors)).startswith("model/")
+        pairs = ho.tensorflow_pairs if is_tensorflow else self.code.pairs
+        try:
+            return to_ours(pairs(self.description.config, self.options, shapes), self.tensors, shapes)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+
+def open_original(
+    path: str | os.PathLike, like: str | None = None, weights: str = "ema", **options: object
+) -> Original:
+    """Opens a checkpoint of OpenAI's, Ho et al.'s or Song et al.'s code.
+
+    Args:
+        path: a file, a link to one on the Hub, or a folder of TensorFlow's variables as .npy.
+        like: a name in `PUBLISHED`: the configuration of that checkpoint. None: the file's name and content decide.
+        weights: "ema" for averaged weights where the file has both, "raw" for the others.
+        options: those of `original.options.OPTIONS`, which precede those of `like`.
+
+    Raises:
+        ValueError: the file is of another kind, damaged, or would need code to be run; the network is not supported, or not
+            that of `like`; options are missing. One line.
+        OSError: the file is missing or cannot be read.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={shown(weights)} is not known; choose one of {', '.join(WEIGHTS)}")
+    if like is not None and published_name(like) is None:
+        hint = did_you_mean(like, list(PUBLISHED)) or f"; choose one of {', '.join(PUBLISHED)}"
+        raise ValueError(f"like={shown(like)} is no published checkpoint{hint}")
+    Options(options)  # before the file is read
+    path = local_file(path)
+    tensors = read_tensors(path, weights)
+    code = next((code for code in CODE_BASES if code.is_recognized(tensors)), None)
+    if code is None:
+        raise ValueError(f"{path} {_other_model(tensors)}")
+    name = published_name(like) if like is not None else _name_of_file(path)
+    description, checked = _describe(path, code, tensors, PUBLISHED[name] if name else None, options)
+    difference = name and _difference(description.config, PUBLISHED[name].network)
+    if difference and like is not None:
+        raise ValueError(f"{path} is not like {name}: {difference}")
+    if difference:  # another network in a file of this name
+        description, checked = _describe(path, code, tensors, None, options)
+    checked.check_complete(str(path), PUBLISHED)
+    used = {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
+    return Original(path, description, used, dict(checked), code)
+
+
+def _describe(path, code, tensors, published, options):
+    checked = Options((published.options if published else {}) | options)
+    try:
+        return code.describe(tensors, checked), checked
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (LookupError, TypeError):
+        raise ValueError(f"{path} lacks tensors of the network that it seems to hold; download it again") from None
+
+
+def published_name(name: str) -> str | None:
+    """The name in `PUBLISHED` for a name with or without the end of a file and the folder of its process; None if unknown."""
+    name = name.removesuffix(".pt").removeprefix("ema_").rstrip("/")
+    ends = [known for known in PUBLISHED if known == name or known.rpartition("/")[2] == name]
+    return name if name in PUBLISHED else ends[0] if len(ends) == 1 else None
+
+
+def _name_of_file(path):
+    """The published checkpoint of a file's name, or of its folder's, or of its digest."""
+    folders = path.absolute().parent.parts[-2:]
+    for name in (path.stem, path.name, "/".join(folders), folders[-1], path.stem.rpartition("-")[0]):
+        if (known := published_name(name)) is not None:
+            return known
+    if path.is_file() and path.suffix == ".ckpt":
+        with path.open("rb") as file:
+            return MD5.get(hashlib.file_digest(file, "md5").hexdigest())
+    return None
+
+
+def _difference(config, network):
+    """What distinguishes a network's config from that of a published checkpoint; None if nothing does."""
+    values = {
+        "attention": ["Attn" in name for name in config["down_block_types"]],
+        "classes": config.get("num_class_embeds", config.get("num_classes")),
+    }
+    for key, value in network.items():
+        found = values.get(key, config.get(key))
+        if found != value:
+            return f"its {key} is {shown(found)}, and not {shown(value)}"
+    return None
+
+
+def _other_model(tensors):
+    """Says what a file of another model seems to hold."""
+    names = list(tensors)
+    if any(name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for name in names):
+        return "holds a latent diffusion model; diffusers' StableDiffusionPipeline.from_single_file opens these"
+    if any("lora" in name.lower() for name in names):
+        return "holds a LoRA, which is no network; load it into one with diffusers"
+    if "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in names):
+        return "holds a network of diffusers; open its folder with from_pretrained"
+    return (
+        "holds none of the networks of guided-diffusion, improved-diffusion, pytorch_diffusion, ddim, diffusion (TensorFlow) "
+        f"or score_sde_pytorch, but {first_five(names)}"
+    )

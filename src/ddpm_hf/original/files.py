@@ -1,0 +1,147 @@
+"""Opens checkpoint files of other code bases without running code from them, and finds the weights in them."""
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import constants, hf_hub_download
+from safetensors.torch import load_file
+
+from ddpm_hf.arguments import listed, shown
+from ddpm_hf.files.guarded import one_line
+from ddpm_hf.original import score_sde
+from ddpm_hf.original.pairs import first_five
+
+WEIGHTS = ("ema", "raw")
+
+HUBS = ("huggingface.co", "hf.co", constants.ENDPOINT.partition("://")[2])
+
+AVERAGE = "/ExponentialMovingAverage"  # the end of TensorFlow's names of averages
+
+
+def local_file(link: str | os.PathLike) -> Path:
+    """Returns the local path of a checkpoint; a file on the Hub is downloaded, as diffusers' `from_single_file` does.
+
+    Args:
+        link: a path, or https://huggingface.co/<repository>/blob/<revision>/<file>.
+
+    Raises:
+        ValueError: an address of another server.
+        OSError: there is no such file.
+    """
+    text = str(link)
+    match = re.fullmatch(r"https?://[^/]+/([\w.-]+/[\w.-]+)/(?:blob|resolve)/([^/]+)/(.+)", text)
+    if match and text.partition("://")[2].partition("/")[0] in HUBS:
+        return Path(hf_hub_download(match[1], match[3], revision=match[2]))
+    if "://" in text:
+        raise ValueError(f"{shown(text)} is not the address of a file on the Hub; download it, and give its path")
+    if not os.path.exists(text):
+        raise FileNotFoundError(f"there is no file {text}")
+    return Path(text)
+
+
+def read_tensors(path: Path, weights: str) -> dict[str, torch.Tensor]:
+    """Returns the weights in a checkpoint by their original names, without optimizer state.
+
+    The tensors of a file in torch's zip format, of safetensors and of .npy stay on the disk until they are read.
+
+    Args:
+        path: a file of torch.save (.pt, .pth, .ckpt), .safetensors or .npz, or a folder of .npy.
+        weights: "ema" for the averaged weights where the file has any, "raw" for the others.
+
+    Raises:
+        ValueError: the file is damaged, or of another kind; it would need code to be run; it holds no weights.
+        OSError: it is missing or cannot be read.
+    """
+    if path.is_dir() or path.suffix == ".npz":
+        return _of_tensorflow(_read_arrays(path), weights, path)
+    content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+    tensors = _state(content, weights, path)
+    prefixed = [name for name in tensors if name.startswith("module.")]
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()} if prefixed else dict(tensors)
+
+
+def _unpickle(path):
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; download it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        match = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
+        if match:
+            raise ValueError(
+                f"{path} holds {match[1] or match[2]}, which would need code to be run, and is not opened; open it where you "
+                "trust it, and save its state dict alone by torch.save"
+            ) from None
+        raise ValueError(f"{path} is no checkpoint of torch.save, or damaged: {one_line(error, 200)}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint of torch.save: {one_line(error, 200)}") from None
+
+
+def _state(content, weights, path) -> Mapping[str, torch.Tensor]:
+    """The tensors by name in the content of a file: that of a state dict, of score_sde_pytorch, or of ddim."""
+    if isinstance(content, list) and len(content) >= 4 and _is_state(content[0]):  # ddim
+        averages = content[-1] if len(content) > 4 and _is_state(content[-1]) else None
+        return content[0] if averages is None or weights == "raw" else averages
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the weights of a network")
+    if _is_state(content.get("model")) and isinstance(content.get("ema"), dict):  # score_sde_pytorch
+        state = {name.removeprefix("module."): tensor for name, tensor in content["model"].items()}
+        shadow_params = content["ema"].get("shadow_params")
+        if weights == "raw" or not isinstance(shadow_params, list):
+            return state
+        return score_sde.averages(state, shadow_params)
+    if _is_state(content.get("state_dict")):  # of Lightning
+        return content["state_dict"]
+    if not _is_state(content):
+        if {"state", "param_groups"} <= content.keys():
+            raise ValueError(f"{path} holds the state of an optimizer; give the file of the weights beside it")
+        raise ValueError(f"{path} has the keys {listed(content)} and no state dict of a network")
+    return content
+
+
+def _is_state(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items())
+    )
+
+
+def _read_arrays(path):
+    """The arrays of an .npz, or of the .npy files in a folder, whose paths in the folder are the names."""
+    try:
+        if path.is_dir():
+            files = {file.relative_to(path).with_suffix("").as_posix(): file for file in sorted(path.rglob("*.npy"))}
+            arrays = {name: np.load(file, mmap_mode="c", allow_pickle=False) for name, file in files.items()}
+        else:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged, or holds more than arrays of numbers: {one_line(error, 200)}") from None
+    if not arrays and (path / "model_index.json").is_file():
+        raise ValueError(f"{path} is the folder of a saved pipeline; open it with from_pretrained")
+    if not arrays:
+        raise ValueError(f"{path} is a folder without .npy files; give the file of a checkpoint")
+    # names without slashes, as files in one folder must have them
+    return {name if "/" in name else re.sub(r"__|\.", "/", name): array for name, array in arrays.items()}
+
+
+def _of_tensorflow(arrays, weights, path):
+    """Variables by name, without optimizer slots and counters; the averages have a name that ends in `AVERAGE`."""
+    variables = {name: array for name, array in arrays.items() if name.startswith("model/")}
+    averages = {name.removesuffix(AVERAGE): array for name, array in variables.items() if name.endswith(AVERAGE)}
+    raw = {name: array for name, array in variables.items() if not name.endswith((AVERAGE, "/Adam", "/Adam_1"))}
+    chosen = averages if averages and weights == "ema" else raw
+    if not chosen:
+        raise ValueError(f"{path} has no variable model/...; it holds {first_five(arrays)}")
+    wrong = [name for name, array in chosen.items() if array.dtype.kind != "f"]
+    if wrong:
+        raise ValueError(f"{path} has arrays that are not of floating point, {first_five(wrong)}")
+    return {name: torch.from_numpy(array) for name, array in chosen.items()}
