@@ -83,14 +83,17 @@ def open_original(
     code = next((code for code in CODE_BASES if code.is_recognized(tensors)), None)
     if code is None:
         raise ValueError(f"{path} {_other_model(tensors)}")
+    of_this_code = {name: known for name, known in PUBLISHED.items() if known.code == code.__name__.rpartition(".")[2]}
     name = published_name(like) if like is not None else _name_of_file(path)
-    description, checked = _describe(path, code, tensors, PUBLISHED[name] if name else None, options)
-    difference = name and _difference(description.config, PUBLISHED[name].network)
+    difference = f"it is of another code base, as {', '.join(of_this_code)}" if name and name not in of_this_code else None
+    if difference is None:
+        description, checked = _describe(path, code, tensors, of_this_code.get(name), options)
+        difference = name and _difference(description.config, of_this_code[name].network)
     if difference and like is not None:
         raise ValueError(f"{path} is not like {name}: {difference}")
     if difference:  # another network in a file of this name
         description, checked = _describe(path, code, tensors, None, options)
-    checked.check_complete(str(path), PUBLISHED)
+    checked.check_complete(str(path), of_this_code)
     used = {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
     return Original(path, description, used, dict(checked), code)
 

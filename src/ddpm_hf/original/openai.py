@@ -213,6 +213,7 @@ def _heads(options, widths, classifies):
     """attention_head_dim where that says it all, because stock diffusers knows it; else a number of heads."""
     if "num_heads" not in options and "num_head_channels" not in options:
         options.ask("num_heads or num_head_channels")
+        options.required("use_new_attention_order")
     if options.get("num_head_channels", -1) != -1:
         return {"attention_head_dim": options["num_head_channels"]}
     heads, up_heads = options.get("num_heads", 1), options.get("num_heads_upsample", -1)

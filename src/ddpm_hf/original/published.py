@@ -7,10 +7,12 @@ class Published(NamedTuple):
     """A published checkpoint.
 
     Attributes:
+        code: the module of `original` for its code base.
         options: what `original.options` calls them.
         network: keys of the network's config that it must have: these tell it from other networks of the same file name.
     """
 
+    code: str
     options: dict
     network: dict
 
@@ -24,7 +26,7 @@ def _openai(size, channels, multipliers, blocks, attention, classes=None, **opti
         "attention": [side in attention for side in sides],
         "classes": classes,
     }
-    return Published({"image_size": size, **options}, network)
+    return Published("openai", {"image_size": size, **options}, network)
 
 
 ADM = {
@@ -71,7 +73,7 @@ def _ho(size, channels, multipliers, var_type, dropout=0.0):
         "layers_per_block": 2,
         "attention": [side == 16 for side in sides],
     }
-    return Published({"image_size": size, "var_type": var_type, "dropout": dropout}, network)
+    return Published("ho", {"image_size": size, "var_type": var_type, "dropout": dropout}, network)
 
 
 HO_256 = _ho(256, 128, (1, 1, 2, 2, 4, 4), "fixedsmall")
@@ -85,7 +87,7 @@ def _song(size, channels, multipliers, blocks, sde, continuous, **options):
         "layers_per_block": blocks,
         "attention": [side == 16 for side in sides],
     }
-    return Published({"image_size": size, "sde": sde, "continuous": continuous, **options}, network)
+    return Published("score_sde", {"image_size": size, "sde": sde, "continuous": continuous, **options}, network)
 
 
 def _song_cifar_10(blocks, sde, continuous, **options):
