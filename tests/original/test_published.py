@@ -1,9 +1,5 @@
 """The published configurations at full size: every tensor of their files is used once, and every shape fits."""
 
-import json
-import math
-
-import original_checkpoints as golden
 import pytest
 import torch
 
@@ -11,6 +7,7 @@ from ddpm_hf import DDPMUNet, NoisyClassifier
 from ddpm_hf.original.checkpoint import CODE_BASES, open_original, published_name
 from ddpm_hf.original.options import OPTIONS
 from ddpm_hf.original.published import PUBLISHED
+from support import original_checkpoints as golden
 
 CASES = {file: case for case in golden.cases("published_shapes").values() for file in case["files"]}
 

@@ -35,7 +35,7 @@ def make_parser(program: str = "ddpm-hf convert") -> Parser:
     )
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights where there are any, or not (ema)")
     add("--dtype", choices=DTYPES, help="dtype of the saved weights (that of the file)")
-    add("--classifier", metavar="FILE", help="checkpoint of a classifier, for classifier guidance")
+    add("--classifier", metavar="FILE", help="classifier for classifier guidance: a checkpoint, or a saved folder")
     add(
         "--to",
         nargs=2,
@@ -105,7 +105,7 @@ def _save_pipeline(arguments, out, options):
             )
         saved = network = NoisyClassifier.from_original(original, dtype)
     else:
-        classifier = arguments.classifier and NoisyClassifier.from_single_file(arguments.classifier, torch_dtype=dtype)
+        classifier = arguments.classifier and _open_classifier(arguments.classifier, dtype, options)
         upsamples = original.description.low_resolution is not None
         cls = DDPMSuperResolutionPipeline if upsamples else DDPMImagePipeline
         saved = cls.from_original(original, dtype, classifier)
@@ -125,6 +125,14 @@ def _save_pipeline(arguments, out, options):
 
         info = push_folder(out, arguments.push, private=arguments.private or None)
         print(f"published {info.commit_url}")
+
+
+def _open_classifier(path, dtype, options):
+    from ddpm_hf.models.classifier import NoisyClassifier
+
+    if (Path(path) / "config.json").is_file():
+        return NoisyClassifier.from_pretrained(path, torch_dtype=dtype)
+    return NoisyClassifier.from_single_file(path, torch_dtype=dtype, **options)
 
 
 def _summary(network):

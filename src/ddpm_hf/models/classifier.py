@@ -1,6 +1,7 @@
 """A classifier of noisy images, for classifier guidance (Dhariwal & Nichol 2021, section 4: "ADM")."""
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ddpm_hf.arguments import checked_arguments, shown, sides
+from ddpm_hf.files.saved_config import package_only
 from ddpm_hf.models.blocks import ActivatedNorm
 from ddpm_hf.models.network_config import DOWN_BLOCKS, MAX_PARAMETERS, NETWORK_RANGES, plain_names
 from ddpm_hf.models.unet import DDPMUNet, Encoder, time_tensor
@@ -133,6 +135,14 @@ class NoisyClassifier(Encoder):
         else:
             self.head = AveragePool(channels, num_classes)
         self.reset_parameters("torch")
+
+    @property
+    @package_only
+    def arguments(self) -> dict[str, Any]:
+        """All arguments of the constructor with their values."""
+        return {
+            name: self.config[name] for name in inspect.signature(NoisyClassifier.__init__).parameters if name != "self"
+        }
 
     @property
     def num_classes(self) -> int:

@@ -14,7 +14,7 @@ from ddpm_hf.original.published import PUBLISHED
 from ddpm_hf.original.writing import FORMATS, original_tensors, write_original
 
 # arguments that change neither the tensors of a network nor its outputs
-WITHOUT_EFFECT = ("sample_size", "dropout")
+WITHOUT_EFFECT = ("sample_size", "dropout", "scheduler")
 
 
 class SingleFileModel:
@@ -95,7 +95,11 @@ class SingleFileModel:
         with torch.device("meta"):
             twin = type(self)(**description.config)
         for key, value in self.arguments.items():
-            if key not in WITHOUT_EFFECT and value != twin.arguments[key]:
+            if key not in WITHOUT_EFFECT and _as_list(value) != _as_list(twin.arguments[key]):
                 raise ValueError(
                     f"{format} has no network with {key}={shown(value)}; there it is {shown(twin.arguments[key])}"
                 )
+
+
+def _as_list(value):
+    return list(value) if isinstance(value, tuple) else value

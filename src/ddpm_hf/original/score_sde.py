@@ -129,10 +129,11 @@ def _levels(options, attention, biggan, pyramid, output_skip, channels):
         raise ValueError("progressive_combine='cat' is not supported; 'sum' is")
     if input_skip != output_skip:
         raise ValueError("only one of progressive='output_skip' and progressive_input='input_skip': not supported")
-    prefix = "Skip" if output_skip else ""
+    skip = "Skip" if output_skip else ""
+    down, up = ("ResnetDownsample", "ResnetUpsample") if biggan and not output_skip else (f"{skip}Down", f"{skip}Up")
     keys = {
-        "down_block_types": [f"{'Attn' * attends}{prefix}DownBlock2D" for attends in attention],
-        "up_block_types": [f"{'Attn' * attends}{prefix}UpBlock2D" for attends in attention[::-1]],
+        "down_block_types": [f"Attn{skip}DownBlock2D" if attends else f"{down}Block2D" for attends in attention],
+        "up_block_types": [f"Attn{skip}UpBlock2D" if attends else f"{up}Block2D" for attends in attention[::-1]],
     }
     model = "ncsnpp" if biggan else options.required("model")
     if model == "ddpm":
