@@ -82,9 +82,11 @@ class SingleFileModel:
             )
         if path.suffix not in FORMATS[format].suffixes:
             raise ValueError(f"{path} must end in {' or '.join(FORMATS[format].suffixes)} for {format}")
-        checked = Options({**self.own_settings().get("original", {}), **options})
+        known = {**self.own_settings().get("original", {})}
+        sigmas = known.pop("sigmas", None)
+        checked = Options(known | options)
         tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        theirs = original_tensors(format, self.arguments, checked, tensors)
+        theirs = original_tensors(format, self.arguments, checked, tensors, sigmas)
         self._check_described_by(theirs, format, checked)
         write_original(path, format, theirs)
 

@@ -12,7 +12,7 @@ import torch
 from ddpm_hf.arguments import shown
 from ddpm_hf.command_help import did_you_mean
 from ddpm_hf.original import ho, openai, score_sde
-from ddpm_hf.original.description import Description
+from ddpm_hf.original.description import Description, UnsupportedNetwork
 from ddpm_hf.original.files import WEIGHTS, local_file, read_tensors
 from ddpm_hf.original.options import Options
 from ddpm_hf.original.pairs import first_five, to_ours
@@ -97,16 +97,20 @@ def open_original(
         description, checked = _describe(path, code, tensors, None, options)
     checked.check_complete(str(path), of_this_code)
     used = {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
-    return Original(path, description, used, dict(checked), code)
+    original = Original(path, description, used, dict(checked), code)
+    sigmas = tensors.get("sigmas")
+    if sigmas is not None and not sigmas.is_meta and not torch.equal(sigmas, score_sde.noise_levels(checked)):
+        original.options["sigmas"] = sigmas.tolist()  # exp of another machine, kept to the last bit
+    return original
 
 
 def _describe(path, code, tensors, published, options):
     checked = Options((published.options if published else {}) | options)
     try:
         return code.describe(tensors, checked), checked
-    except ValueError as error:
+    except UnsupportedNetwork as error:
         raise ValueError(f"{path}: {error}") from None
-    except (LookupError, TypeError):
+    except (ArithmeticError, LookupError, TypeError, ValueError):
         raise ValueError(f"{path} lacks tensors of the network that it seems to hold; download it again") from None
 
 

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 
+class UnsupportedNetwork(ValueError):
+    """An error that says which variant of a network is not supported, or which option does not fit the tensors."""
+
+
 @dataclass
 class Description:
     """A network and its process.

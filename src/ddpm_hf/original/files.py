@@ -96,7 +96,10 @@ def _state(content, weights, path) -> Mapping[str, torch.Tensor]:
         shadow_params = content["ema"].get("shadow_params")
         if weights == "raw" or not isinstance(shadow_params, list):
             return state
-        return score_sde.averages(state, shadow_params)
+        try:
+            return score_sde.averages(state, shadow_params)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if _is_state(content.get("state_dict")):  # of Lightning
         return content["state_dict"]
     if not _is_state(content):

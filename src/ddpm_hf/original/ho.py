@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
-from ddpm_hf.original.description import Description
+from ddpm_hf.original.description import Description, UnsupportedNetwork
 from ddpm_hf.original.options import Options
 from ddpm_hf.original.pairs import HWIO, POINTWISE_2D, SAME, TRANSPOSED, TRANSPOSED_TO_2D, Pair, parameter_pairs
 
@@ -37,7 +37,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     """Infers the network from names and shapes; the rest is taken from the options.
 
     Raises:
-        ValueError: the variant is not supported.
+        UnsupportedNetwork: the variant is not supported.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tensorflow = "model/temb/dense0/W" in shapes
@@ -46,7 +46,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     levels = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"down\.(\d+)\.", name)))
     blocks = len([name for name in shapes if re.fullmatch(r"down\.0\.block\.\d+\.conv1\.weight", name)])
     if levels > 1 and "down.0.downsample.conv.weight" not in shapes:
-        raise ValueError("resamp_with_conv=False (resampling without convolutions) is not supported")
+        raise UnsupportedNetwork("resamp_with_conv=False (resampling without convolutions) is not supported")
     attention = [f"down.{level}.attn.0.q.weight" in shapes for level in range(levels)]
     out_channels, in_channels = shapes["conv_out.weight"][0], shapes["conv_in.weight"][1]
     config = {

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
-from ddpm_hf.original.description import Description
+from ddpm_hf.original.description import Description, UnsupportedNetwork
 from ddpm_hf.original.options import Options
 from ddpm_hf.original.pairs import POINTWISE_1D, POINTWISE_2D, TRANSPOSED, Pair, fused_qkv, parameter_pairs
 
@@ -34,7 +34,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     """Infers the network from names and shapes; the rest is taken from the options.
 
     Raises:
-        ValueError: an option contradicts the tensors, or the variant is not supported.
+        UnsupportedNetwork: an option contradicts the tensors, or the variant is not supported.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     classifies = not any(name.startswith("output_blocks.") for name in shapes)
@@ -58,7 +58,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     if sinusoid != channels[0]:
         config["sinusoid_dim"] = sinusoid
     if emb_dim != 4 * sinusoid:
-        raise ValueError(f"time_embed.0 has {emb_dim} outputs; 4 times its {sinusoid} inputs are supported")
+        raise UnsupportedNetwork(f"time_embed.0 has {emb_dim} outputs; 4 times its {sinusoid} inputs are supported")
     if classifies:
         return _classifier(shapes, options, config)
     config |= {
@@ -161,7 +161,7 @@ def _structure(shapes):
     absent = [i for i in range(1, count) if f"input_blocks.{i}.0.in_layers.2.weight" not in shapes]
     halvings = [i for i in absent if f"input_blocks.{i}.0.op.weight" in shapes]
     if len(halvings) < len(absent):
-        raise ValueError("conv_resample=False (resampling without convolutions) is not supported")
+        raise UnsupportedNetwork("conv_resample=False (resampling without convolutions) is not supported")
     doublings = {
         name.split(".")[1]
         for name in shapes
@@ -171,14 +171,16 @@ def _structure(shapes):
     if halvings or doublings or up_count:
         levels = len(halvings or doublings) + 1
         if up_count and len(doublings) != levels - 1:
-            raise ValueError("conv_resample=False (resampling without convolutions) is not supported")
+            raise UnsupportedNetwork("conv_resample=False (resampling without convolutions) is not supported")
         if count % levels:
-            raise ValueError(f"its {count} input blocks are not {levels} resolution levels of one length")
+            raise UnsupportedNetwork(f"its {count} input blocks are not {levels} resolution levels of one length")
         return levels, count // levels - 1, bool(doublings) and not halvings
     # a classifier whose residual blocks resample: the levels are where widths and attention may change
     fitting = [n for n in range(1, count) if count % (n + 1) == 0 and _levels_fit(shapes, count // (n + 1), n)]
     if len(fitting) != 1:
-        raise ValueError(f"its {count} input blocks do not tell the number of residual blocks at each resolution level")
+        raise UnsupportedNetwork(
+            f"its {count} input blocks do not tell the number of residual blocks at each resolution level"
+        )
     return count // (fitting[0] + 1), fitting[0], True
 
 
@@ -219,7 +221,7 @@ def _heads(options, widths, classifies):
     heads, up_heads = options.get("num_heads", 1), options.get("num_heads_upsample", -1)
     wrong = next((c for c in sorted(widths) if c % heads), None)
     if wrong:
-        raise ValueError(f"num_heads={heads} does not divide the {wrong} channels of an attention")
+        raise UnsupportedNetwork(f"num_heads={heads} does not divide the {wrong} channels of an attention")
     up = {} if up_heads in (-1, heads) else {"up_attention_heads": up_heads}
     if up or (heads > 1 and len(widths) > 1):
         return {"num_attention_heads": heads, "attention_head_dim": None, **up}
@@ -247,13 +249,17 @@ def _scheduler(options, learns_variance):
 
 def _classifier(shapes, options, config):
     if "out.0.weight" in shapes and len(shapes["out.0.weight"]) == 2:
-        raise ValueError("classifier_pool='spatial' and 'spatial_v2' are not supported; 'attention' and 'adaptive' are")
+        raise UnsupportedNetwork(
+            "classifier_pool='spatial' and 'spatial_v2' are not supported; 'attention' and 'adaptive' are"
+        )
     stride = 2 ** (len(config["block_out_channels"]) - 1)
     if "out.2.positional_embedding" in shapes:
         positions = shapes["out.2.positional_embedding"][1] - 1
         config["sample_size"], pool = math.isqrt(positions) * stride, "attention"
         if options.get("image_size", config["sample_size"]) != config["sample_size"]:
-            raise ValueError(f"image_size={options['image_size']}, but its pool is for {config['sample_size']} pixels")
+            raise UnsupportedNetwork(
+                f"image_size={options['image_size']}, but its pool is for {config['sample_size']} pixels"
+            )
     else:
         config["sample_size"], pool = options.required("image_size"), "average"
     config |= {"pool": pool, "num_classes": shapes["out.2.c_proj.weight" if pool == "attention" else "out.3.weight"][0]}

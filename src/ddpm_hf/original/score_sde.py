@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 import numpy as np
 import torch
 
-from ddpm_hf.original.description import Description
+from ddpm_hf.original.description import Description, UnsupportedNetwork
 from ddpm_hf.original.options import Options
 from ddpm_hf.original.pairs import TRANSPOSED, TRANSPOSED_TO_2D, Pair, parameter_pairs
 
@@ -62,16 +62,18 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     """Infers the network from names, shapes and the table of noise levels; the rest is taken from the options.
 
     Raises:
-        ValueError: an option contradicts the tensors, or the variant is not supported.
+        UnsupportedNetwork: an option contradicts the tensors, or the variant is not supported.
     """
     modules = _modules(tensors)
     fourier = "W" in modules[0]
     embedding = [module["weight"] for module in modules[fourier : fourier + 3] if "weight" in module]
     if [len(shape) for shape in embedding] != [2, 2, 4]:
-        raise ValueError("conditional=False (a network that is not told the time) is not supported")
+        raise UnsupportedNetwork("conditional=False (a network that is not told the time) is not supported")
     width, image_channels = embedding[2][:2]
     if embedding[0] != (4 * width, (2 if fourier else 1) * width):
-        raise ValueError("the width of its time embedding does not follow from its first convolution; not supported")
+        raise UnsupportedNetwork(
+            "the width of its time embedding does not follow from its first convolution; not supported"
+        )
     body = modules[fourier + 3 :]
     convolutions = [module for module in body if module.kernel and not module.is_block]
     biggan = any("Conv_2.weight" in module for module in body)
@@ -80,14 +82,14 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     else:
         halvings, pyramid = convolutions, []
         if any("Conv2d_0.weight" in module for module in convolutions):
-            raise ValueError(
+            raise UnsupportedNetwork(
                 "fir=True with resblock_type='ddpm' is not supported; the original code cannot run it either"
             )
     blocks = [module for module in body if module.is_block and not module.resamples]
     levels = len(halvings) // 2 + 1
     per_level = ((len(blocks) - 2) // levels - 1) // 2
     if per_level < 1 or len(blocks) != (2 * per_level + 1) * levels + 2:
-        raise ValueError(f"its {len(blocks)} residual blocks are not {levels} resolution levels of one length")
+        raise UnsupportedNetwork(f"its {len(blocks)} residual blocks are not {levels} resolution levels of one length")
     first = [blocks[level * per_level] for level in range(levels)]
     channels = [module.kernel[0] for module in first]
     places = {id(module): place for place, module in enumerate(body)}
@@ -116,7 +118,7 @@ def _modules(tensors):
         if match := re.fullmatch(r"all_modules\.(\d+)\.(.+)", name):
             entries.setdefault(int(match[1]), _Module())[match[2]] = tuple(tensor.shape)
     if sorted(entries) != list(range(len(entries))):
-        raise ValueError(
+        raise UnsupportedNetwork(
             "all_modules has gaps: resamp_with_conv=False (resampling without convolutions) is not supported"
         )
     return [entries[place] for place in range(len(entries))]
@@ -126,9 +128,11 @@ def _levels(options, attention, biggan, pyramid, output_skip, channels):
     """Keys of the config that say what the resolution levels are made of."""
     input_skip = bool(pyramid) and pyramid[0].kernel[2] == 1
     if input_skip and any(module.kernel[0] != c for module, c in zip(pyramid, channels)):
-        raise ValueError("progressive_combine='cat' is not supported; 'sum' is")
+        raise UnsupportedNetwork("progressive_combine='cat' is not supported; 'sum' is")
     if input_skip != output_skip:
-        raise ValueError("only one of progressive='output_skip' and progressive_input='input_skip': not supported")
+        raise UnsupportedNetwork(
+            "only one of progressive='output_skip' and progressive_input='input_skip': not supported"
+        )
     skip = "Skip" if output_skip else ""
     down, up = ("ResnetDownsample", "ResnetUpsample") if biggan and not output_skip else (f"{skip}Down", f"{skip}Up")
     keys = {
@@ -142,10 +146,10 @@ def _levels(options, attention, biggan, pyramid, output_skip, channels):
     keys |= {"norm_num_groups": None, "mid_block_scale_factor": SQRT_2 if rescales else 1}
     if output_skip:
         if not rescales or options.get("fir") is False:
-            raise ValueError("progressive='output_skip' is supported with fir=True and skip_rescale=True only")
+            raise UnsupportedNetwork("progressive='output_skip' is supported with fir=True and skip_rescale=True only")
         narrow = [c for c, attends in zip(channels, attention) if attends and c < 128]
         if narrow:
-            raise ValueError(
+            raise UnsupportedNetwork(
                 f"attention at {narrow[0]} channels with progressive='output_skip' is not supported; 128 are"
             )
         return keys
@@ -156,7 +160,9 @@ def _levels(options, attention, biggan, pyramid, output_skip, channels):
     if pyramid:
         fir = "Conv2d_0.weight" in pyramid[0]
         if options.get("fir", fir) != fir:
-            raise ValueError(f"fir={options['fir']}, but its input pyramid has {'a' if fir else 'no'} FIR filter")
+            raise UnsupportedNetwork(
+                f"fir={options['fir']}, but its input pyramid has {'a' if fir else 'no'} FIR filter"
+            )
         return keys | {"fir_resampling": fir, "input_pyramid": "residual"}
     return keys | {"fir_resampling": options.required("fir")}
 
@@ -167,15 +173,19 @@ def _process(sigmas, options, fourier):
     continuous = options.get("continuous", True) if fourier or sde == "subvpsde" else options.required("continuous")
     centered = options.get("centered", sde != "vesde")
     if (sde != "vesde" or not continuous) and fourier:
-        raise ValueError(
+        raise UnsupportedNetwork(
             f"Fourier features with sde={sde!r}, continuous={continuous} are not supported; vesde, True is"
         )
     if sde == "vesde" and continuous and not fourier:
-        raise ValueError("sde='vesde', continuous=True without Fourier features is not supported; continuous=False is")
+        raise UnsupportedNetwork(
+            "sde='vesde', continuous=True without Fourier features is not supported; continuous=False is"
+        )
     if sde != "vesde" and not centered:
-        raise ValueError(f"centered=False (images in [0, 1]) with sde={sde!r} is not supported; with vesde it is")
+        raise UnsupportedNetwork(
+            f"centered=False (images in [0, 1]) with sde={sde!r} is not supported; with vesde it is"
+        )
     if options.get("scale_by_sigma", sde == "vesde") != (sde == "vesde"):
-        raise ValueError(f"scale_by_sigma={options['scale_by_sigma']} with sde={sde!r} is not supported")
+        raise UnsupportedNetwork(f"scale_by_sigma={options['scale_by_sigma']} with sde={sde!r} is not supported")
     table = _table_of(sigmas, options)
     N = table[2]
     network_keys = {} if centered else {"center_input_sample": True}
@@ -193,7 +203,9 @@ def _process(sigmas, options, fourier):
     beta_min, beta_max = options.get("beta_min", 0.1), options.get("beta_max", 20.0)
     if continuous:
         if N != 1000:
-            raise ValueError(f"num_scales={N} in continuous time is not supported: the network is told 999 t; 1000 is")
+            raise UnsupportedNetwork(
+                f"num_scales={N} in continuous time is not supported: the network is told 999 t; 1000 is"
+            )
         config = {"num_train_timesteps": N, "beta_min": beta_min, "beta_max": beta_max, "predictor": "euler_maruyama"}
         return {"vpsde": "VPSDEScheduler", "subvpsde": "SubVPSDEScheduler"}[sde], config, network_keys
     config = {
@@ -215,7 +227,7 @@ def _table_of(sigmas, options):
     table = [last, first, len(sigmas)]
     for name, value in zip(("sigma_min", "sigma_max", "num_scales"), table):
         if options.setdefault(name, value) != value:
-            raise ValueError(f"{name}={options[name]}, but its table of noise levels has {value}")
+            raise UnsupportedNetwork(f"{name}={options[name]}, but its table of noise levels has {value}")
     return table
 
 

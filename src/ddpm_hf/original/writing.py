@@ -33,7 +33,11 @@ FORMATS = {
 
 
 def original_tensors(
-    format: str, config: Mapping, options: Options, tensors: Mapping[str, torch.Tensor]
+    format: str,
+    config: Mapping,
+    options: Options,
+    tensors: Mapping[str, torch.Tensor],
+    sigmas: list[float] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a network by the names and in the layout of a code base, in its order.
 
@@ -42,12 +46,14 @@ def original_tensors(
         config: the arguments of `DDPMUNet` or `NoisyClassifier`.
         options: what the file would not say, see `original.options`.
         tensors: those of the network, by name.
+        sigmas: the table of noise levels of score_sde_pytorch; None to compute it.
     """
     code = FORMATS[format].code
     pairs = ho.tensorflow_pairs if format == "diffusion" else code.pairs
     theirs = to_theirs(pairs(config, options, tensors), tensors)
     if code is score_sde:
-        theirs = {"sigmas": score_sde.noise_levels(options), **theirs}
+        table = torch.tensor(sigmas, dtype=torch.float64) if sigmas else score_sde.noise_levels(options)
+        theirs = {"sigmas": table, **theirs}
     return theirs
 
 
