@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ddpm_hf import DDPMUNet, NoisyClassifier, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler
-from ddpm_hf.cli import evaluate, push, sample
+from ddpm_hf.cli import convert, evaluate, push, sample
 from ddpm_hf.training.config import ClassifierConfig, TrainConfig, keys_of
 
 PAGE = Path(__file__).with_name("options.md")
@@ -24,7 +24,12 @@ other commands, print the same.
 
 `python docs/make_options.py` writes this page from the code.
 """
-COMMANDS = {"sample": sample.make_parser, "evaluate": evaluate.make_parser, "push": push.make_parser}
+COMMANDS = {
+    "sample": sample.make_parser,
+    "evaluate": evaluate.make_parser,
+    "convert": convert.make_parser,
+    "push": push.make_parser,
+}
 SECTIONS = {
     "unet": DDPMUNet,
     "classifier": NoisyClassifier,

@@ -14,9 +14,7 @@ from ddpm_hf.extras import MissingExtra
 from ddpm_hf.hub.errors import HubError
 from ddpm_hf.likelihood.ode import OdeStopped
 from ddpm_hf.training.config import ConfigError
-from support.scripts import ROOT, script
-
-PARSERS = {"sample": sample.make_parser, "evaluate": evaluate.make_parser, "push": push.make_parser}
+from support.scripts import PARSERS, ROOT, script
 
 
 def command(*argv, check=True):

@@ -16,19 +16,18 @@ import torch
 from PIL import Image
 
 from ddpm_hf import cli
-from ddpm_hf.cli import evaluate, push, sample
 from ddpm_hf.cli.train import with_data_option
 from ddpm_hf.evaluation.quality import LEGEND
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, as_yaml, sections_of
 from ddpm_hf.training.sections import section_keys
 from ddpm_hf.training.usage import usage
-from support.scripts import ROOT
+from support.scripts import PARSERS, ROOT
 
 DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES = [ROOT / name for name in DOCS]
 KINDS = {"train": TrainConfig, "train-classifier": ClassifierConfig}
-PARSERS = {"sample": sample.make_parser, "evaluate": evaluate.make_parser, "push": push.make_parser}
+
 # how a command of ours begins: the program, or a launcher and the module or a script
 LAUNCHERS = r"(?:python|accelerate launch|torchrun) (?:--\w+ (?:\d+ )?)*"
 STARTS = re.compile(rf"(?:ddpm-hf |{LAUNCHERS}(?:-m ddpm_hf |training/(?=\w+\.py)))([\w-]+)(?:\.py)?")

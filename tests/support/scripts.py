@@ -10,9 +10,17 @@ import types
 from pathlib import Path
 from unittest import mock
 
-from ddpm_hf.cli import main
+from ddpm_hf.cli import convert, evaluate, main, push, sample
 
 ROOT = Path(__file__).parents[2]
+
+# commands whose options argparse reads
+PARSERS = {
+    "sample": sample.make_parser,
+    "evaluate": evaluate.make_parser,
+    "convert": convert.make_parser,
+    "push": push.make_parser,
+}
 
 
 def script(name, *argv, check=True, launcher=None, **environment):
