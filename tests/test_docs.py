@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import cli
+from ddpm_hf import DDPMUNet, NoisyClassifier, cli
 from ddpm_hf.cli.train import with_data_option
 from ddpm_hf.evaluation.quality import LEGEND
+from ddpm_hf.original.published import PUBLISHED, Published
 from ddpm_hf.training.command_line import load_config
 from ddpm_hf.training.config import ClassifierConfig, ConfigError, TrainConfig, as_yaml, sections_of
 from ddpm_hf.training.sections import section_keys
@@ -182,7 +183,32 @@ def world(tmp_path_factory, hub):
     return folder
 
 
+@pytest.fixture
+def original_checkpoints(world, monkeypatch):
+    """Small networks in files with the names of published checkpoints, which are known as such."""
+    small = {
+        "sample_size": 8,
+        "block_out_channels": (32, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": 32,
+    }
+    levels = {"up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attn_norm_num_groups": 32, "out_channels": 6}
+    networks = {
+        "256x256_diffusion_uncond": DDPMUNet(**small, **levels),
+        "256x256_diffusion": DDPMUNet(**small, **levels, num_class_embeds=1000),
+        "256x256_classifier": NoisyClassifier(
+            num_classes=1000, **small, downsample_type="conv", resnet_time_scale_shift="default"
+        ),
+    }
+    for name, network in networks.items():
+        options = PUBLISHED[name].options | {"image_size": 8, "num_head_channels": 32}
+        network.save_single_file(world / f"{name}.pt", "guided-diffusion", **options)
+        monkeypatch.setitem(PUBLISHED, name, Published("openai", options, {}))
+
+
 @pytest.mark.parametrize("name", [name for name in DOCS if fenced(ROOT / name, "python")])
+@pytest.mark.usefixtures("original_checkpoints")
 def test_python_runs(name, world, hub, monkeypatch, tmp_path):
     """The blocks of a document, one after the other, as a reader types them; their output has the lines that it shows."""
     monkeypatch.chdir(world)
