@@ -89,7 +89,7 @@ def open_original(
         f"it is of another code base, as {', '.join(of_this_code)}" if name and name not in of_this_code else None
     )
     if difference is None:
-        description, checked = _describe(path, code, tensors, of_this_code.get(name), options)
+        description, checked = _describe(path, code, tensors, of_this_code[name] if name else None, options)
         difference = name and _difference(description.config, of_this_code[name].network)
     if difference and like is not None:
         raise ValueError(f"{path} is not like {name}: {difference}")
