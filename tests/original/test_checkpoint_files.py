@@ -1,6 +1,5 @@
 """Files of checkpoints: wrappers, TensorFlow's variables, and files that are refused in one line."""
 
-import json
 import pickle
 import zipfile
 
@@ -196,7 +195,7 @@ class TestRefused:
         torch.save({"a": Exploit()}, tmp_path / "a.pt")
         assert "would need code to be run" in refusal(tmp_path / "a.pt")
         with (tmp_path / "b.pt").open("wb") as file:
-            pickle.dump(Exploit(), file)
+            pickle.dump(Exploit(), file, protocol=2)
         refusal(tmp_path / "b.pt")
         np.savez(tmp_path / "c.npz", **{"model/temb/dense0/W": np.array([Exploit()], dtype=object)})
         refusal(tmp_path / "c.npz")
@@ -280,5 +279,3 @@ def test_write_refuses_what_the_format_lacks(tmp_path, ho_state):
         with pytest.raises(ValueError, match=text):
             network.save_single_file(tmp_path / path, format, **ADM | {"use_new_attention_order": False})
         assert not (tmp_path / path).exists()
-    stock = json.loads((tmp_path / "x").read_text()) if (tmp_path / "x").exists() else None
-    assert stock is None

@@ -46,7 +46,6 @@ IDDPM = {
     "num_heads": 4,
 }
 BY_SIZE = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
-LSUN_ADM = _openai(256, 256, BY_SIZE[256], 2, (32, 16, 8), **ADM, **HEADS_OF_64, dropout=0.1)
 IMAGENET_64 = _openai(64, 128, BY_SIZE[64], 3, (16, 8), **IDDPM)
 CIFAR_10 = _openai(32, 128, (1, 2, 2, 2), 3, (16, 8), **IDDPM, dropout=0.3)
 LSUN_IDDPM = _openai(
@@ -60,6 +59,10 @@ LSUN_IDDPM = _openai(
     diffusion_steps=1000,
     rescale_timesteps=False,
 )
+
+
+def _lsun(dropout=0.1):
+    return _openai(256, 256, BY_SIZE[256], 2, (32, 16, 8), **ADM, **HEADS_OF_64, dropout=dropout)
 
 
 def _classifier(size, **options):
@@ -115,10 +118,10 @@ PUBLISHED = {
     "512x512_diffusion": _openai(512, 256, BY_SIZE[512], 2, (32, 16, 8), 1000, **ADM, **HEADS_OF_64),
     "64_256_upsampler": _openai(256, 192, BY_SIZE[256], 2, (32, 16, 8), 1000, **ADM, **FOUR_HEADS, small_size=64),
     "128_512_upsampler": _openai(512, 192, BY_SIZE[256], 2, (32, 16), 1000, **ADM, **HEADS_OF_64, small_size=128),
-    "lsun_bedroom": LSUN_ADM,
-    "lsun_cat": LSUN_ADM,
-    "lsun_horse": LSUN_ADM,
-    "lsun_horse_nodropout": LSUN_ADM._replace(options={**LSUN_ADM.options, "dropout": 0.0}),
+    "lsun_bedroom": _lsun(),
+    "lsun_cat": _lsun(),
+    "lsun_horse": _lsun(),
+    "lsun_horse_nodropout": _lsun(dropout=0.0),
     "64x64_classifier": _classifier(64, **COSINE),
     "128x128_classifier": _classifier(128),
     "256x256_classifier": _classifier(256),
