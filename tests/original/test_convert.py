@@ -17,6 +17,7 @@ from ddpm_hf import (
 from ddpm_hf.cli import main
 from ddpm_hf.original.published import PUBLISHED
 from support import original_checkpoints as golden
+from support.scripts import script
 
 ADM = {
     "image_size": 16,
@@ -132,6 +133,31 @@ def test_guidance_by_a_converted_classifier(files):
     torch.log_softmax(classifier(x, 700), dim=-1)[[0, 1], y].sum().backward()
     assert (variance * x.grad).abs().max() > 1e-4
     torch.testing.assert_close(mean.double(), expected + 3.0 * variance * x.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("iddpm", ADM | {"noise_schedule": "cosine", "diffusion_steps": 4000, "rescale_timesteps": True}),
+        ("vp", {"image_size": 8, "model": "ddpm", "sde": "vpsde", "continuous": True}),
+    ],
+)
+def test_fine_tuning(files, tmp_path, name, options):
+    """A run begins with the converted weights, keeps the network and the process, and its network can be written again."""
+    DDPMImagePipeline.from_single_file(files[name], **options).save_pretrained(tmp_path / "base")
+    short = {"steps": 2, "batch_size": 4, "sample_every": 0, "eval_every": 0, "learning_rate": 1e-12, "data": "digits"}
+    words = [word for key, value in short.items() for word in (f"--{key}", value)]
+    script("train.py", *words, "--init_from", tmp_path / "base", "--output_dir", tmp_path / "run")
+    base, tuned = (DDPMImagePipeline.from_pretrained(tmp_path / place) for place in ("base", "run/pipeline"))
+    size = options["image_size"]
+    assert tuned.unet.arguments == base.unet.arguments | {"sample_size": [size, size], "dropout": 0.0}
+    for key, value in base.unet.state_dict().items():
+        torch.testing.assert_close(tuned.unet.state_dict()[key], value, rtol=0, atol=1e-9)
+    own_settings = tuned.scheduler.config.get("_ddpm_hf", {})
+    assert tuned.scheduler.config.num_train_timesteps == base.scheduler.config.num_train_timesteps
+    assert own_settings.get("rescale_timesteps", False) == options.get("rescale_timesteps", False)
+    if name == "iddpm":
+        tuned.unet.save_single_file(tmp_path / "tuned.pt", "improved-diffusion", **options)
 
 
 class TestCommand:
