@@ -70,7 +70,8 @@ def parser_table(parser) -> str:
     for action in parser._actions:
         if action.dest != "help":
             name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
-            values = f" {action.metavar}" if action.option_strings and action.nargs != 0 and action.metavar else ""
+            metavar = action.metavar if isinstance(action.metavar, str | None) else " ".join(action.metavar)
+            values = f" {metavar}" if action.option_strings and action.nargs != 0 and metavar else ""
             rows.append([f"`{name}{values}`", (action.help or "") % {"default": action.default}])
     return table(["option", "meaning (default)"], rows)
 

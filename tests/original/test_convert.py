@@ -186,7 +186,8 @@ class TestCommand:
 
     def test_a_classifier_beside_its_model(self, files, tmp_path, capsys):
         words = ["--classifier", files["classifier"], "--dtype", "bfloat16", *self.options(ADM)]
-        assert "bfloat16" in self.run(capsys, files["adm"], "--out", tmp_path / "guided", *words)
+        out = self.run(capsys, files["adm"], "--out", tmp_path / "guided", *words)
+        assert "bfloat16" in out and "opens it, but cannot sample from it" in out
         assert DDPMImagePipeline.from_pretrained(tmp_path / "guided").classifier.num_classes == 10
         out = self.run(capsys, files["classifier"], "--out", tmp_path / "alone", *self.options(ADM))
         assert out.rstrip().endswith("a NoisyClassifier")
@@ -197,7 +198,7 @@ class TestCommand:
 
     def test_what_stock_diffusers_cannot_compute_it_refuses(self, files, tmp_path, capsys):
         words = self.options({"image_size": 8, "model": "ddpm", "sde": "vpsde", "continuous": False})
-        assert "plain diffusers cannot compute it" in self.run(capsys, files["vp"], "--out", tmp_path / "vp", *words)
+        assert "plain diffusers refuses it" in self.run(capsys, files["vp"], "--out", tmp_path / "vp", *words)
         with pytest.raises(ValueError, match="trust_remote_code|does not exist"):
             DiffusionPipeline.from_pretrained(tmp_path / "vp")
         pipe = DDPMImagePipeline.from_pretrained(tmp_path / "vp")
@@ -208,7 +209,7 @@ class TestCommand:
         before = sorted(tmp_path.iterdir())
         for words, text in (
             ([tmp_path / "none.pt", "--out", tmp_path / "a"], "there is no file"),
-            ([files["ho"]], "give either --out FOLDER, or --to FORMAT FILE"),
+            ([files["ho"]], "give either --out FOLDER or --to FORMAT FILE"),
             ([files["ho"], "--out", tmp_path], "exists; give a new folder"),
             ([files["ho"], "--out", tmp_path / "x" / "y"], "there is no folder"),
             ([files["ho"], "--out", tmp_path / "a"], "does not say image_size, var_type"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from ddpm_hf.cli.parser import Parser, hide_progress_in_logs, json_or_text
 from ddpm_hf.errors import UserError
 from ddpm_hf.files.missing import did_you_mean_path, pipeline_of_run
-from ddpm_hf.original.options import OPTIONS
+from ddpm_hf.original.options import OPTIONS, OPTIONS_OF
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -14,41 +14,52 @@ def make_parser(program: str = "ddpm-hf convert") -> Parser:
     """The options of the command."""
     parser = Parser(
         program,
-        "FILE --out FOLDER [--OPTION VALUE ...]\n       FOLDER --to FORMAT FILE",
-        "Open a checkpoint of guided-diffusion, improved-diffusion, pytorch_diffusion, ddim, diffusion (TensorFlow) or "
-        "score_sde_pytorch, and save it as a pipeline that gives the same outputs. Published files need no options. With --to, "
-        "write the network of a saved pipeline as such a checkpoint.",
+        f"FILE --out FOLDER [--OPTION VALUE ...]\n       {program} FOLDER --to FORMAT FILE",
+        "Save a checkpoint of guided-diffusion, improved-diffusion, pytorch_diffusion, ddim, diffusion (TensorFlow) or "
+        "score_sde_pytorch as a pipeline whose network gives the same outputs. Published files under their own names need no "
+        "options. With --to, write the network of a saved pipeline as such a checkpoint.",
         [
-            ("256x256_diffusion_uncond.pt --out adm-256", ""),
-            ("256x256_diffusion.pt --classifier 256x256_classifier.pt --out adm-256-guided", ""),
-            ("checkpoint_8.pth --like vp/cifar10_ddpmpp_continuous --out ddpmpp", ""),
-            ("adm-256 --to guided-diffusion out.pt", "the same tensors as before"),
+            ("256x256_diffusion_uncond.pt --out adm-256", "a published file"),
+            ("256x256_diffusion.pt --classifier 256x256_classifier.pt --out adm-256-guided", "with its classifier"),
+            ("checkpoint_8.pth --like vp/cifar10_ddpmpp_continuous --out ddpmpp", "a file without a telling name"),
+            ("adm-256 --to guided-diffusion out.pt", "back to the original format"),
         ],
     )
     add = parser.group("what to convert")
-    add("source", metavar="FILE", help="checkpoint: .pt, .pth, .ckpt, .safetensors, .npz, or a folder of .npy")
+    add(
+        "source",
+        metavar="FILE",
+        help="checkpoint: .pt, .pth, .ckpt, .safetensors, .npz, a folder of .npy, or the address of a file on the Hub; with "
+        "--to, the folder of a saved pipeline, of its run or of a classifier",
+    )
     add("--out", metavar="FOLDER", help="new folder of the saved pipeline")
     add(
         "--like",
         metavar="NAME",
-        help="published checkpoint of the same configuration (by the names of file and folder)",
+        help="published checkpoint of the same configuration (recognized by the names of the file and its folder)",
     )
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights where there are any, or not (ema)")
+    add(
+        "--weights",
+        choices=("ema", "raw"),
+        default="ema",
+        help="averaged weights if the file has them, or raw ones (ema)",
+    )
     add("--dtype", choices=DTYPES, help="dtype of the saved weights (that of the file)")
     add("--classifier", metavar="FILE", help="classifier for classifier guidance: a checkpoint, or a saved folder")
     add(
         "--to",
         nargs=2,
         metavar=("FORMAT", "FILE"),
-        help="write a saved pipeline's network as a checkpoint of that code",
+        help="write the network as a checkpoint; FORMAT is a code base named above, such as guided-diffusion",
     )
+    add("-h", "--help", action="help", help="show this and stop")
     add = parser.group("where to publish")
     add("--push", metavar="USER/NAME", help="publish the pipeline on the Hub")
     add("--private", action="store_true", help="create the repository for its owner only")
-    add = parser.group("what the file does not say, in the words of the original code")
-    for name, option in OPTIONS.items():
-        add(f"--{name}", metavar="VALUE", type=json_or_text, help=option.help)
-    add("-h", "--help", action="help", help="show this and stop")
+    for code_bases, options in OPTIONS_OF.items():
+        add = parser.group(f"what the file does not say (flags of {code_bases})")
+        for name, option in options.items():
+            add(f"--{name}", metavar="VALUE", type=json_or_text, help=option.help)
     return parser
 
 
@@ -59,7 +70,7 @@ def main(argv: list[str], program: str) -> None:
     if "://" not in arguments.source and not source.exists():
         raise UserError(f"there is no file {arguments.source!r} here{did_you_mean_path(source)}")
     if (arguments.to is None) == (arguments.out is None):
-        raise UserError("give either --out FOLDER, or --to FORMAT FILE")
+        raise UserError("give either --out FOLDER or --to FORMAT FILE")
     if arguments.to is not None:
         format, path = arguments.to
         return _write_original(pipeline_of_run(source) or source, format, path, options)
@@ -114,17 +125,22 @@ def _save_pipeline(arguments, out, options):
         saved.save_pretrained(folder)
     print(f"{_summary(network)} -> {out}, a {type(saved).__name__}")
     if saved is not network:
-        opens = (
-            "opens it"
-            if saved.is_stock
-            else "cannot compute it and refuses it: custom_pipeline, trust_remote_code=True"
-        )
-        print(f"{type(saved.scheduler).__name__}; plain diffusers {opens}")
+        print(f"{type(saved.scheduler).__name__}; plain diffusers {_in_plain_diffusers(saved)}")
     if arguments.push:
         from ddpm_hf.hub.upload import push_folder
 
         info = push_folder(out, arguments.push, private=arguments.private or None)
         print(f"published {info.commit_url}")
+
+
+def _in_plain_diffusers(pipe):
+    if not pipe.is_stock:
+        return "refuses it; there, open it with custom_pipeline=FOLDER, trust_remote_code=True"
+    if pipe.unet.class_embedding is not None:
+        return "opens it, but cannot sample from it: the network needs class labels"
+    if pipe.scheduler.learns_variance:
+        return "opens it, but cannot sample from it: the variance is learned"
+    return "opens it"
 
 
 def _open_classifier(path, dtype, options):

@@ -160,7 +160,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "a class-conditional network": network.class_embedding is not None,
         "a network of no fixed size": size is None,
         "a network with settings that only ddpm-hf has": network.has_own_settings,
-        "a network that is told t * 1000 / T": rescales_timesteps(scheduler),
+        "a network that is given t * 1000 / T in place of t": rescales_timesteps(scheduler),
     }
     reason = next((reason for reason, applies in reasons.items() if applies), None)
     classifier = _network(folder / "classifier", NoisyClassifier, folder) if "classifier" in classes else None

@@ -10,7 +10,6 @@ from ddpm_hf.command_help import did_you_mean
 from ddpm_hf.files.saved_config import saved_class
 from ddpm_hf.original.checkpoint import Original, open_original
 from ddpm_hf.original.options import Options
-from ddpm_hf.original.published import PUBLISHED
 from ddpm_hf.original.writing import FORMATS, original_tensors, write_original
 
 # arguments that change neither the tensors of a network nor its outputs
@@ -77,8 +76,8 @@ class SingleFileModel:
         path = Path(path)
         if format not in FORMATS:
             raise ValueError(
-                f"format={shown(format)} is not known{did_you_mean(format, list(FORMATS)) or ''}; "
-                f"choose one of {', '.join(FORMATS)}"
+                f"format={shown(format)} is not known"
+                f"{did_you_mean(format, list(FORMATS)) or '; choose one of ' + ', '.join(FORMATS)}"
             )
         if path.suffix not in FORMATS[format].suffixes:
             raise ValueError(f"{path} must end in {' or '.join(FORMATS[format].suffixes)} for {format}")
@@ -93,7 +92,7 @@ class SingleFileModel:
     def _check_described_by(self, theirs, format, options):
         """Raises ValueError if the tensors, opened again, would not give this network."""
         description = FORMATS[format].code.describe(theirs, options)
-        options.check_complete(f"{format}: the network", PUBLISHED)
+        options.check_complete(f"{format}: the network")
         with torch.device("meta"):
             twin = type(self)(**description.config)
         for key, value in self.arguments.items():

@@ -214,7 +214,7 @@ def _block_types(attention, way, resamples_by_resnet):
 def _heads(options, widths, classifies):
     """attention_head_dim where that says it all, because stock diffusers knows it; else a number of heads."""
     if "num_heads" not in options and "num_head_channels" not in options:
-        options.ask("num_heads or num_head_channels")
+        options.report_missing("num_heads or num_head_channels")
         options.required("use_new_attention_order")
     if options.get("num_head_channels", -1) != -1:
         return {"attention_head_dim": options["num_head_channels"]}

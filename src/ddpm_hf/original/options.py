@@ -1,4 +1,4 @@
-"""What a checkpoint does not say of its network and process: options with the names of the original code's flags."""
+"""What a checkpoint does not say about its network and process: options with the names of the original flags."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -15,44 +15,58 @@ class Option(NamedTuple):
     help: str
 
 
-OPENAI = "guided-diffusion"
-HO = "pytorch_diffusion"
-SONG = "score_sde_pytorch"
+def _flag(help):
+    return Option(bool, None, f"{help}: True or False")
 
 
-OPTIONS = {
-    "image_size": Option(int, "[1, 65536]", "side of the images in pixels"),
-    "dropout": Option(float, "[0, 1)", "dropout, for fine-tuning (0)"),
-    # OpenAI's flags
-    "small_size": Option(int, "[1, 65536]", "upsampler: side of the low-resolution images"),
-    "num_heads": Option(int, "[1, 1024]", "number of heads of every attention"),
-    "num_head_channels": Option(int, "[-1, 65536]", "channels of each head, in place of num_heads"),
-    "num_heads_upsample": Option(int, "[-1, 1024]", "number of heads on the way up (num_heads)"),
-    "use_new_attention_order": Option(bool, None, "order of the tensors of q, k and v: True or False"),
-    "noise_schedule": Option(str, ("linear", "cosine"), "linear or cosine"),
-    "diffusion_steps": Option(int, "[1, 100000]", "number of timesteps T"),
-    "rescale_timesteps": Option(bool, None, "whether the network is told t * 1000 / T: True or False"),
-    # of Ho et al.
-    "var_type": Option(str, ("fixedlarge", "fixedsmall"), "fixedlarge or fixedsmall: variance of the reverse process"),
-    # of Song et al.
-    "model": Option(str, ("ddpm", "ncsnpp"), "ddpm or ncsnpp, whose narrow levels have fewer groups"),
-    "sde": Option(str, ("vpsde", "subvpsde", "vesde"), "vpsde, subvpsde or vesde"),
-    "continuous": Option(bool, None, "whether the network was trained in continuous time: True or False"),
-    "fir": Option(bool, None, "whether residual blocks resample by the FIR filter: True or False"),
-    "skip_rescale": Option(bool, None, "whether residual sums are divided by sqrt(2): True or False"),
-    "scale_by_sigma": Option(bool, None, "whether the output is divided by the noise level: True or False"),
-    "centered": Option(bool, None, "whether images are in [-1, 1] and not in [0, 1]: True or False"),
-    "beta_min": Option(float, "(0, 150]", "beta at t = 0 (0.1)"),
-    "beta_max": Option(float, "(0, 300]", "beta at t = 1 (20)"),
-    "sigma_min": Option(float, "[0.000001, 1000000]", "lowest noise level (that of the checkpoint)"),
-    "sigma_max": Option(float, "[0.000001, 1000000]", "highest noise level (that of the checkpoint)"),
-    "num_scales": Option(int, "[2, 100000]", "number of noise levels (that of the checkpoint)"),
-    "snr": Option(float, "(0, 100]", "signal-to-noise ratio of the corrector of VE (0.16)"),
+SIDE, CHANNELS, LEVEL = "[1, 65536]", "[-1, 65536]", "[0.000001, 1000000]"
+
+# code bases -> their options, by the names of their flags; in parentheses what happens without the option
+OPTIONS_OF = {
+    "all code bases": {
+        "image_size": Option(int, SIDE, "height and width of the images, in pixels"),
+        "dropout": Option(float, "[0, 1)", "dropout rate; only fine-tuning uses it (0)"),
+    },
+    "guided-diffusion, improved-diffusion": {
+        "small_size": Option(int, SIDE, "upsampler: height and width of the low-resolution images"),
+        "num_heads": Option(int, "[1, 1024]", "heads of every attention, whatever its channels"),
+        "num_head_channels": Option(int, CHANNELS, "channels of each attention head, in place of num_heads"),
+        "num_heads_upsample": Option(int, "[-1, 1024]", "heads on the way up (num_heads)"),
+        "use_new_attention_order": _flag(
+            "whether tensors hold q of all heads, then k, then v (new), not q, k, v by head"
+        ),
+        "noise_schedule": Option(str, ("linear", "cosine"), "schedule of the betas: linear or cosine"),
+        "diffusion_steps": Option(int, "[1, 100000]", "number of timesteps T (Ho et al.: 1000)"),
+        "rescale_timesteps": _flag("whether the network is given t * 1000 / T in place of t"),
+    },
+    "pytorch_diffusion, ddim, diffusion": {
+        "var_type": Option(
+            str,
+            ("fixedlarge", "fixedsmall"),
+            "variance of a reverse step: fixedlarge (beta_t) or fixedsmall (posterior)",
+        ),
+    },
+    "score_sde_pytorch": {
+        "model": Option(str, ("ddpm", "ncsnpp"), "kind of network: ddpm or ncsnpp"),
+        "sde": Option(str, ("vpsde", "subvpsde", "vesde"), "process: vpsde, subvpsde or vesde"),
+        "continuous": _flag("whether it was trained in continuous time"),
+        "fir": _flag("whether residual blocks resample by a FIR filter"),
+        "skip_rescale": _flag("whether residual sums are divided by sqrt(2)"),
+        "scale_by_sigma": _flag("whether the output is divided by the noise level (True for vesde)"),
+        "centered": _flag("whether images are in [-1, 1], not in [0, 1] (False for vesde)"),
+        "beta_min": Option(float, "(0, 150]", "VP, sub-VP: beta at t = 0 (0.1)"),
+        "beta_max": Option(float, "(0, 300]", "VP, sub-VP: beta at t = 1 (20)"),
+        "sigma_min": Option(float, LEVEL, "VE: lowest noise level (that of the file)"),
+        "sigma_max": Option(float, LEVEL, "VE: highest noise level (that of the file)"),
+        "num_scales": Option(int, "[2, 100000]", "number of noise levels N (that of the file)"),
+        "snr": Option(float, "(0, 100]", "VE: signal-to-noise ratio of a corrector step (0.16)"),
+    },
 }
+OPTIONS = {name: option for options in OPTIONS_OF.values() for name, option in options.items()}
 
 
 class Options(dict):
-    """Checked options by name, which remembers what was asked for in vain.
+    """Checked options by name. `missing` lists those that were required and not given.
 
     Raises:
         ValueError: an unknown name, or a value that is not allowed.
@@ -73,22 +87,26 @@ class Options(dict):
         self.missing: list[str] = []
 
     def required(self, name: str) -> Any:
-        """The value of an option; a harmless one if it is missing, which `missing` then names."""
+        """The value of an option. If it is missing, any allowed value, so that `check_complete` can list all at once."""
         if name in self:
             return self[name]
-        self.ask(name)
+        self.report_missing(name)
         kind, allowed, _ = OPTIONS[name]
         return allowed[0] if isinstance(allowed, tuple) else kind(1)
 
-    def ask(self, name: str) -> None:
-        """Notes that an option is missing."""
+    def report_missing(self, name: str) -> None:
+        """Adds an option to `missing`."""
         if name not in self.missing:
             self.missing.append(name)
 
-    def check_complete(self, subject: str, published: Iterable[str]) -> None:
-        """Raises ValueError, one line with all missing options, if any is missing."""
+    def check_complete(self, subject: str, published: Iterable[str] = ()) -> None:
+        """Raises ValueError, one line with all missing options, if any is missing.
+
+        Args:
+            subject: the beginning of the message.
+            published: names that `like` may have instead.
+        """
         if self.missing:
-            raise ValueError(
-                f"{subject} does not say {', '.join(self.missing)}; give them as options, or the published checkpoint of the "
-                f"same configuration as like, one of {', '.join(published)}"
-            )
+            names = ", ".join(published)
+            instead = f", or as `like` a published checkpoint of the same configuration: {names}" if names else ""
+            raise ValueError(f"{subject} does not say {', '.join(self.missing)}; give these options{instead}")

@@ -148,7 +148,7 @@ PUBLISHED = {
     "diffusion_lsun_bedroom_model": HO_256,
     "diffusion_lsun_cat_model": HO_256,
     "diffusion_lsun_church_model": HO_256,
-    "diffusion_celeba_hq_model": HO_256,
+    "diffusion_celebahq_model": HO_256,
     "ddim_celeba": _ho(64, 128, (1, 2, 2, 2, 4), "fixedlarge", dropout=0.1),
     "vp/cifar10_ddpm": _song_cifar_10(2, "vpsde", False, **DDPM),
     "vp/cifar10_ddpm_continuous": _song_cifar_10(2, "vpsde", True, **DDPM),

@@ -68,7 +68,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     fourier = "W" in modules[0]
     embedding = [module["weight"] for module in modules[fourier : fourier + 3] if "weight" in module]
     if [len(shape) for shape in embedding] != [2, 2, 4]:
-        raise UnsupportedNetwork("conditional=False (a network that is not told the time) is not supported")
+        raise UnsupportedNetwork("conditional=False (a network without a time embedding) is not supported")
     width, image_channels = embedding[2][:2]
     if embedding[0] != (4 * width, (2 if fourier else 1) * width):
         raise UnsupportedNetwork(
@@ -204,7 +204,7 @@ def _process(sigmas, options, fourier):
     if continuous:
         if N != 1000:
             raise UnsupportedNetwork(
-                f"num_scales={N} in continuous time is not supported: the network is told 999 t; 1000 is"
+                f"num_scales={N} in continuous time is not supported: the network is given 999 t; num_scales=1000 is"
             )
         config = {"num_train_timesteps": N, "beta_min": beta_min, "beta_max": beta_max, "predictor": "euler_maruyama"}
         return {"vpsde": "VPSDEScheduler", "subvpsde": "SubVPSDEScheduler"}[sde], config, network_keys

@@ -84,7 +84,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         prediction_type: also "previous": the output is the mean of x_{t-1} (the paper's mu-tilde prediction).
         timestep_spacing: also "iddpm": even fractional strides that keep both ends, as `space_timesteps(T, n)`.
         levels: number of grey levels of the data for the decoder L_0, 256 for 8 bits.
-        rescale_timesteps: whether the network is told t * 1000 / T in place of t (IDDPM's code); see `conditioning_times`. No
+        rescale_timesteps: whether the network is given t * 1000 / T in place of t (IDDPM's code); see `conditioning_times`. No
             class of diffusers opens what is then saved. `from_config` of its schedulers keeps the setting.
 
     `config` holds keys and values that diffusers' classes understand, and the others under "_ddpm_hf". A schedule that some of
