@@ -135,7 +135,7 @@ def _save_pipeline(arguments, out, options):
 
 def _in_plain_diffusers(pipe):
     if not pipe.is_stock:
-        return "refuses it; there, open it with custom_pipeline=FOLDER, trust_remote_code=True"
+        return "opens it only with trust_remote_code=True"
     if pipe.unet.class_embedding is not None:
         return "opens it, but cannot sample from it: the network needs class labels"
     if pipe.scheduler.learns_variance:
