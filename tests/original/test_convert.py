@@ -198,7 +198,9 @@ class TestCommand:
 
     def test_what_stock_diffusers_cannot_compute_it_refuses(self, files, tmp_path, capsys):
         words = self.options({"image_size": 8, "model": "ddpm", "sde": "vpsde", "continuous": False})
-        assert "plain diffusers opens it only with trust_remote_code=True" in self.run(capsys, files["vp"], "--out", tmp_path / "vp", *words)
+        assert "plain diffusers opens it only with trust_remote_code=True" in self.run(
+            capsys, files["vp"], "--out", tmp_path / "vp", *words
+        )
         with pytest.raises(ValueError, match="trust_remote_code|does not exist"):
             DiffusionPipeline.from_pretrained(tmp_path / "vp")
         pipe = DDPMImagePipeline.from_pretrained(tmp_path / "vp")

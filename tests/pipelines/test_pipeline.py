@@ -318,6 +318,21 @@ def test_learned_variance_fails_loudly_in_stock_classes(make_pipeline, tmp_path)
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)(num_inference_steps=2)
 
 
+def test_stock_classes_sample_with_the_variance_of_iddpm(make_pipeline, tmp_path):
+    pipe = make_pipeline(
+        channels=3,
+        out_channels=6,
+        scheduler=VariationalDDPMScheduler(num_train_timesteps=20, variance_type="learned_range"),
+    )
+    pipe.save_pretrained(tmp_path)
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is diffusers.DDPMPipeline
+    draw = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 20, "output_type": "np"}
+    theirs = stock(2, **draw).images
+    draw["generator"].manual_seed(0)
+    np.testing.assert_allclose(theirs, pipe(2, **draw).images, atol=1e-4)
+
+
 def test_modules_are_attributes_of_the_package():
     """Also before they are imported, when the package is asked for them."""
     for name in ddpm_hf.PACKAGES:

@@ -138,8 +138,6 @@ def _in_plain_diffusers(pipe):
         return "opens it only with trust_remote_code=True"
     if pipe.unet.class_embedding is not None:
         return "opens it, but cannot sample from it: the network needs class labels"
-    if pipe.scheduler.learns_variance:
-        return "opens it, but cannot sample from it: the variance is learned"
     return "opens it"
 
 

@@ -156,7 +156,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "a network that makes images larger": low,
         "a network of continuous time": process,
         "a network that predicts the previous image": stock_prediction == "previous",
-        "with learned variances": variance in LEARNED_VARIANCES,
+        'with the variance "learned"': variance == "learned",  # "learned_range" it can
         "a class-conditional network": network.class_embedding is not None,
         "a network of no fixed size": size is None,
         "a network with settings that only ddpm-hf has": network.has_own_settings,
@@ -167,7 +167,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
     cited = {
         "ho2020denoising": True,
         "song2021scorebased": process,
-        "nichol2021improved": reason == "with learned variances" or scheduler["beta_schedule"] == "cosine",
+        "nichol2021improved": variance in LEARNED_VARIANCES or scheduler["beta_schedule"] == "cosine",
         "dhariwal2021diffusion": classifier is not None,
         "ho2021classifier": network.null_class is not None,
     }
