@@ -146,7 +146,10 @@ def test_a_missing_source_is_not_pushed(tmp_path):
 def test_the_card_says_why(tmp_path):
     pipeline(("scheduler",)).save_pretrained(tmp_path)
     card = card_text(tmp_path)
-    assert "Plain diffusers cannot sample a network that is given t * 1000 / T in place of t and stops with an error" in card
+    assert (
+        "Plain diffusers cannot sample a network that is given t * 1000 / T in place of t and stops with an error"
+        in card
+    )
     assert '4000 timesteps, schedule "cosine"' in card
 
 

@@ -226,6 +226,10 @@ class TestRefused:
         )
         assert "is of another code base" in refusal(path, like="vp/cifar10_ddpm")
         for options, text in (
+            (
+                ADM | {"var_type": "fixedlarge", "fir": True},
+                "guided-diffusion, improved-diffusion have no var_type, fir; leave these options out",
+            ),
             ({"image_sizes": 3}, "unknown option 'image_sizes'; did you mean 'image_size'?"),
             ({"image_size": "x"}, "image_size='x' must be an integer"),
             ({"noise_schedule": "square"}, "choose one of linear, cosine"),
@@ -241,7 +245,9 @@ class TestRefused:
 
     def test_a_known_name_of_another_network_needs_options(self, tmp_path, adm_state):
         torch.save(adm_state, tmp_path / "64x64_diffusion.pt")
-        assert "does not say num_heads" in refusal(tmp_path / "64x64_diffusion.pt")
+        message = refusal(tmp_path / "64x64_diffusion.pt")
+        assert "is not the published 64x64_diffusion (its block_out_channels is [64, 128], not [192, " in message
+        assert ") and does not say num_heads" in message
         assert open_original(tmp_path / "64x64_diffusion.pt", **ADM).description.config["sample_size"] == 16
 
     def test_the_class_must_be_that_of_the_file(self, tmp_path, adm_state):

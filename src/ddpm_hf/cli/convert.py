@@ -56,10 +56,13 @@ def make_parser(program: str = "ddpm-hf convert") -> Parser:
     add = parser.group("where to publish")
     add("--push", metavar="USER/NAME", help="publish the pipeline on the Hub")
     add("--private", action="store_true", help="create the repository for its owner only")
+    added: set[str] = set()
     for code_bases, options in OPTIONS_OF.items():
         add = parser.group(f"what the file does not say (flags of {code_bases})")
         for name, option in options.items():
-            add(f"--{name}", metavar="VALUE", type=json_or_text, help=option.help)
+            if name not in added:  # diffusion_steps is a flag of two code bases
+                add(f"--{name}", metavar="VALUE", type=json_or_text, help=option.help)
+                added.add(name)
     return parser
 
 

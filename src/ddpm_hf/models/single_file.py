@@ -12,7 +12,7 @@ from ddpm_hf.original.checkpoint import Original, open_original
 from ddpm_hf.original.options import Options
 from ddpm_hf.original.writing import FORMATS, original_tensors, write_original
 
-# arguments that change neither the tensors of a network nor its outputs
+# arguments of a network that change neither its tensors nor its outputs in evaluation mode
 WITHOUT_EFFECT = ("sample_size", "dropout", "scheduler")
 
 
@@ -32,16 +32,21 @@ class SingleFileModel:
 
         Args:
             pretrained_model_link_or_path: a file of guided-diffusion, improved-diffusion, pytorch_diffusion, ddim or
-                score_sde_pytorch, or the variables of diffusion (TensorFlow) as an .npz or a folder of .npy.
-            like: the published checkpoint whose configuration it has, such as "256x256_diffusion_uncond". None: the name and
-                the content of the file decide.
-            weights: "ema" for averaged weights where the file has both, "raw" for the others.
+                score_sde_pytorch, or its address on the Hub; or the variables of diffusion (TensorFlow) as an .npz or a
+                folder of .npy.
+            like: the published checkpoint whose configuration it has, such as "256x256_diffusion_uncond". None: the names of
+                the file and its folders decide; a file without a known name needs options.
+            weights: "ema" for averaged weights if the file has them, "raw" for the others.
             torch_dtype: of the weights; None for that of the file.
-            options: what the file does not say, by the names of the original flags: num_heads, image_size, ...; they precede
-                those of `like`. An error lists what is missing.
+            options: what the file does not say, by the names of the original flags: num_heads, image_size, ... They override
+                those of `like`. An error lists those that are missing; `ddpm-hf convert --help` explains them.
+
+        Returns:
+            The network in evaluation mode, on the CPU.
 
         Raises:
-            ValueError: as `original.checkpoint.open_original`; the file holds another kind of network.
+            ValueError: the file is of another kind, damaged, or would run code; the network is not supported, not that of
+                `like`, or of another class; an option is missing, unknown, or contradicts the tensors. One line.
             OSError: the file is missing or cannot be read.
         """
         original = open_original(pretrained_model_link_or_path, like, weights, **options)
@@ -61,13 +66,14 @@ class SingleFileModel:
         return network.to(torch_dtype).eval()
 
     def save_single_file(self, path: str | os.PathLike, format: str, **options: object) -> None:
-        """Writes the weights as a checkpoint of another code base. One that was opened from there gets the same tensors.
+        """Writes the weights as a checkpoint of another code base. Opened from there, they get their original bytes again.
 
         Args:
-            path: the file, which is replaced.
+            path: the file, which is replaced if it exists. It ends as that code's files do, such as .pt; an error lists
+                the endings.
             format: "guided-diffusion", "improved-diffusion", "pytorch_diffusion", "ddim", "diffusion" (an .npz of
                 TensorFlow's variables) or "score_sde_pytorch".
-            options: as of `from_single_file`; a network that was opened from a file has them.
+            options: as for `from_single_file`. A network that was opened from a file needs none.
 
         Raises:
             ValueError: an unknown format or ending; a setting of the network that the format lacks; missing options.
@@ -90,7 +96,7 @@ class SingleFileModel:
         write_original(path, format, theirs)
 
     def _check_described_by(self, theirs, format, options):
-        """Raises ValueError if the tensors, opened again, would not give this network."""
+        """Raises ValueError if the tensors and options, opened again, would give another network."""
         description = FORMATS[format].code.describe(theirs, options)
         options.check_complete(f"{format}: the network")
         with torch.device("meta"):

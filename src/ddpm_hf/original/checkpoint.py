@@ -14,7 +14,7 @@ from ddpm_hf.command_help import did_you_mean
 from ddpm_hf.original import ho, openai, score_sde
 from ddpm_hf.original.description import Description, UnsupportedNetwork
 from ddpm_hf.original.files import WEIGHTS, local_file, read_tensors
-from ddpm_hf.original.options import Options
+from ddpm_hf.original.options import ALL, OPTIONS_OF, Options
 from ddpm_hf.original.pairs import first_five, to_ours
 from ddpm_hf.original.published import MD5, PUBLISHED
 
@@ -32,7 +32,7 @@ class Original:
         path: its file.
         description: the network and its process.
         tensors: its weights, by their original names.
-        options: what its file does not say; with the config of the network enough to write the file again.
+        options: what its file does not say. With the network's config they suffice to write the file again.
         code: the module for its code base.
     """
 
@@ -43,7 +43,7 @@ class Original:
     code: types.ModuleType
 
     def state_dict(self, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-        """The tensors for a network whose tensors have these shapes. Only q, k and v, and what is transposed, is copied.
+        """The tensors for a network whose tensors have these shapes. Only fused q, k and v and transposed tensors are copied.
 
         Raises:
             ValueError: the network has other tensors.
@@ -62,14 +62,15 @@ def open_original(
     """Opens a checkpoint of OpenAI's, Ho et al.'s or Song et al.'s code.
 
     Args:
-        path: a file, a link to one on the Hub, or a folder of TensorFlow's variables as .npy.
-        like: a name in `PUBLISHED`: the configuration of that checkpoint. None: the file's name and content decide.
-        weights: "ema" for averaged weights where the file has both, "raw" for the others.
-        options: those of `original.options.OPTIONS`, which precede those of `like`.
+        path: a file, its address on the Hub, or a folder of TensorFlow's variables as .npy.
+        like: a name in `PUBLISHED`: the checkpoint has the configuration of this one. None: the names of the file and its
+            folders decide, and the MD5 sum of a .ckpt; other checkpoints need options.
+        weights: "ema" for averaged weights if the file has them, "raw" for the others.
+        options: those of `original.options.OPTIONS` for this code base. They override those of `like`.
 
     Raises:
-        ValueError: the file is of another kind, damaged, or would need code to be run; the network is not supported, or not
-            that of `like`; options are missing. One line.
+        ValueError: the file is of another kind, damaged, or would run code; the network is not supported, or not that of
+            `like`; an option is missing, unknown, or contradicts the tensors. One line.
         OSError: the file is missing or cannot be read.
     """
     if weights not in WEIGHTS:
@@ -83,6 +84,8 @@ def open_original(
     code = next((code for code in CODE_BASES if code.is_recognized(tensors)), None)
     if code is None:
         raise ValueError(f"{path} {_other_model(tensors)}")
+    if foreign := [name for name in options if name not in OPTIONS_OF[ALL] | OPTIONS_OF[code.CODE_BASE_NAMES]]:
+        raise ValueError(f"{path}: {code.CODE_BASE_NAMES} have no {', '.join(foreign)}; leave these options out")
     of_this_code = {name: known for name, known in PUBLISHED.items() if known.code == code.__name__.rpartition(".")[2]}
     name = published_name(like) if like is not None else _name_of_file(path)
     difference = (
@@ -93,9 +96,11 @@ def open_original(
         difference = name and _difference(description.config, of_this_code[name].network)
     if difference and like is not None:
         raise ValueError(f"{path} is not like {name}: {difference}")
+    subject = str(path)
     if difference:  # another network in a file of this name
         description, checked = _describe(path, code, tensors, None, options)
-    checked.check_complete(str(path), of_this_code)
+        subject += f" is not the published {name} ({difference}) and"
+    checked.check_complete(subject, of_this_code)
     used = {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
     original = Original(path, description, used, dict(checked), code)
     sigmas = tensors.get("sigmas")
@@ -115,14 +120,14 @@ def _describe(path, code, tensors, published, options):
 
 
 def published_name(name: str) -> str | None:
-    """The name in `PUBLISHED` for a name with or without the end of a file and the folder of its process; None if unknown."""
+    """The full name in `PUBLISHED`, which may be given with ".pt" or "ema_", or without "vp/" and so on; None if unknown."""
     name = name.removesuffix(".pt").removeprefix("ema_").rstrip("/")
     ends = [known for known in PUBLISHED if known == name or known.rpartition("/")[2] == name]
     return name if name in PUBLISHED else ends[0] if len(ends) == 1 else None
 
 
 def _name_of_file(path):
-    """The published checkpoint of a file's name, or of its folder's, or of its digest."""
+    """The published checkpoint that the name of the file, of its folders, or its MD5 sum stands for; None if unknown."""
     folders = path.absolute().parent.parts[-2:]
     for name in (path.stem, path.name, "/".join(folders), folders[-1], path.stem.rpartition("-")[0]):
         if (known := published_name(name)) is not None:
@@ -134,7 +139,7 @@ def _name_of_file(path):
 
 
 def _difference(config, network):
-    """What distinguishes a network's config from that of a published checkpoint; None if nothing does."""
+    """The first difference between a network's config and a published checkpoint's `Published.network`; None if they agree."""
     values = {
         "attention": ["Attn" in name for name in config["down_block_types"]],
         "classes": config.get("num_class_embeds", config.get("num_classes")),
@@ -142,12 +147,12 @@ def _difference(config, network):
     for key, value in network.items():
         found = values.get(key, config.get(key))
         if found != value:
-            return f"its {key} is {shown(found)}, and not {shown(value)}"
+            return f"its {key} is {shown(found)}, not {shown(value)}"
     return None
 
 
 def _other_model(tensors):
-    """Says what a file of another model seems to hold."""
+    """The rest of a message about a file of no known code base: what it seems to hold."""
     names = list(tensors)
     if any(name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for name in names):
         return "holds a latent diffusion model; diffusers' StableDiffusionPipeline.from_single_file opens these"

@@ -9,8 +9,10 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 
 from ddpm_hf.original.description import Description, UnsupportedNetwork
-from ddpm_hf.original.options import Options
+from ddpm_hf.original.options import HO, Options
 from ddpm_hf.original.pairs import HWIO, POINTWISE_2D, SAME, TRANSPOSED, TRANSPOSED_TO_2D, Pair, parameter_pairs
+
+CODE_BASE_NAMES = HO  # the key in `options.OPTIONS_OF`
 
 # ours -> theirs
 RESIDUAL_BLOCK = {

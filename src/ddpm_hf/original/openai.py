@@ -11,8 +11,10 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 
 from ddpm_hf.original.description import Description, UnsupportedNetwork
-from ddpm_hf.original.options import Options
+from ddpm_hf.original.options import OPENAI, Options
 from ddpm_hf.original.pairs import POINTWISE_1D, POINTWISE_2D, TRANSPOSED, Pair, fused_qkv, parameter_pairs
+
+CODE_BASE_NAMES = OPENAI  # the key in `options.OPTIONS_OF`
 
 # ours -> theirs
 RESIDUAL_BLOCK = {

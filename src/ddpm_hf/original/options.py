@@ -21,13 +21,17 @@ def _flag(help):
 
 SIDE, CHANNELS, LEVEL = "[1, 65536]", "[-1, 65536]", "[0.000001, 1000000]"
 
+TIMESTEPS = Option(int, "[1, 100000]", "number of timesteps T (Ho et al.: 1000)")
+ALL, OPENAI = "all code bases", "guided-diffusion, improved-diffusion"
+HO, SONG = "pytorch_diffusion, ddim, diffusion", "score_sde_pytorch"
+
 # code bases -> their options, by the names of their flags; in parentheses what happens without the option
 OPTIONS_OF = {
-    "all code bases": {
+    ALL: {
         "image_size": Option(int, SIDE, "height and width of the images, in pixels"),
         "dropout": Option(float, "[0, 1)", "dropout rate; only fine-tuning uses it (0)"),
     },
-    "guided-diffusion, improved-diffusion": {
+    OPENAI: {
         "small_size": Option(int, SIDE, "upsampler: height and width of the low-resolution images"),
         "num_heads": Option(int, "[1, 1024]", "heads of every attention, whatever its channels"),
         "num_head_channels": Option(int, CHANNELS, "channels of each attention head, in place of num_heads"),
@@ -36,17 +40,18 @@ OPTIONS_OF = {
             "whether tensors hold q of all heads, then k, then v (new), not q, k, v by head"
         ),
         "noise_schedule": Option(str, ("linear", "cosine"), "schedule of the betas: linear or cosine"),
-        "diffusion_steps": Option(int, "[1, 100000]", "number of timesteps T (Ho et al.: 1000)"),
+        "diffusion_steps": TIMESTEPS,
         "rescale_timesteps": _flag("whether the network is given t * 1000 / T in place of t"),
     },
-    "pytorch_diffusion, ddim, diffusion": {
+    HO: {
         "var_type": Option(
             str,
             ("fixedlarge", "fixedsmall"),
             "variance of a reverse step: fixedlarge (beta_t) or fixedsmall (posterior)",
         ),
+        "diffusion_steps": TIMESTEPS,
     },
-    "score_sde_pytorch": {
+    SONG: {
         "model": Option(str, ("ddpm", "ncsnpp"), "kind of network: ddpm or ncsnpp"),
         "sde": Option(str, ("vpsde", "subvpsde", "vesde"), "process: vpsde, subvpsde or vesde"),
         "continuous": _flag("whether it was trained in continuous time"),

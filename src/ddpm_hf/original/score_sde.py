@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from ddpm_hf.original.description import Description, UnsupportedNetwork
-from ddpm_hf.original.options import Options
+from ddpm_hf.original.options import SONG, Options
 from ddpm_hf.original.pairs import TRANSPOSED, TRANSPOSED_TO_2D, Pair, parameter_pairs
 
 SQRT_2 = 2**0.5
+
+CODE_BASE_NAMES = SONG  # the key in `options.OPTIONS_OF`
 
 # ours -> theirs; the shortcut is NIN_0 in blocks of ddpm, and Conv_2 in those of BigGAN
 RESIDUAL_BLOCK = {

@@ -27,10 +27,14 @@ class SingleFilePipeline:
 
         Args:
             pretrained_model_link_or_path, like, weights, torch_dtype, options: as `DDPMUNet.from_single_file`.
-            classifier: for classifier guidance, such as `NoisyClassifier.from_single_file(...)`.
+            classifier: for classifier guidance, such as `NoisyClassifier.from_single_file(...)`; None for none.
+
+        Returns:
+            The pipeline, on the CPU.
 
         Raises:
-            ValueError: as `DDPMUNet.from_single_file`; the file holds a classifier, or is for another class of pipeline.
+            ValueError: as `DDPMUNet.from_single_file`; the file holds a classifier, or an upsampler for
+                `DDPMSuperResolutionPipeline`.
             OSError: the file is missing or cannot be read.
         """
         original = open_original(pretrained_model_link_or_path, like, weights, **options)
