@@ -1,6 +1,7 @@
 """Files of checkpoints: wrappers, TensorFlow's variables, and files that are refused in one line."""
 
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -187,6 +188,84 @@ class TestRefused:
         np.savez(tmp_path / "b.npz", other=np.zeros(3))
         assert "has no variable model/..." in refusal(tmp_path / "b.npz")
 
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+    @pytest.mark.parametrize("kind", ["pt", "legacy.pt", "safetensors", "npz", "compressed.npz"])
+    def test_damaged_bytes_are_one_error(self, tmp_path, kind):
+        """Files with random bytes open, or are refused by a ValueError or OSError: whatever the libraries raise for them."""
+        path, random = tmp_path / f"a.{kind}", np.random.default_rng(0)
+        tensors = {f"model/temb/dense{i}/W": torch.randn(4, 4) for i in range(9)}
+        if kind == "safetensors":
+            save_file(tensors, path)
+        elif path.suffix == ".npz":
+            save = np.savez_compressed if kind == "compressed.npz" else np.savez
+            save(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        else:
+            torch.save(tensors, path, _use_new_zipfile_serialization=kind == "pt")
+        content, refused = path.read_bytes(), 0
+        for _ in range(200):
+            damaged = np.frombuffer(content, dtype=np.uint8).copy()
+            damaged[random.integers(len(damaged), size=random.integers(1, 20))] = random.integers(256)
+            path.write_bytes(damaged.tobytes())
+            try:
+                read_tensors(path, "ema")
+            except (ValueError, OSError) as error:
+                refused += 1
+                assert "\n" not in str(error)
+        assert refused > 20
+
+    def test_arrays_that_numpy_cannot_read(self, tmp_path):
+        path, name = tmp_path / "a.npz", "model/temb/dense0/W"
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+        assert "holds more than arrays" in refusal(path)
+        for shape in (b"(1000000000000000,), ", b"(4, ((((("):  # larger than any memory; no Python
+            header = b"{'descr': '<f4', 'fortran_order': False, 'shape': " + shape
+            header = (header + (b"}" if b"," in shape[-2:] else b"")).ljust(117) + b"\n"
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+            assert "larger than the memory" in refusal(path)
+        for dtype in (">f4", np.longdouble, np.int32):
+            np.savez(path, **{name: np.zeros((2, 2), dtype)})
+            assert "not float16, float32 or float64" in refusal(path)
+
+    def test_tensors_of_other_kinds(self, tmp_path, ho_state):
+        name, path = "temb.dense.0.weight", tmp_path / "a.ckpt"
+        weight = ho_state[name]
+        for tensor in (weight.to_sparse(), weight.int(), weight.to(torch.float8_e4m3fn), weight.to(torch.complex64)):
+            torch.save({**ho_state, name: tensor}, path)
+            with pytest.raises(ValueError, match=rf"does not fit 1 tensor \({name}"):
+                DDPMUNet.from_single_file(path, **HO)
+        torch.save({**ho_state, name: weight.to("meta")}, path)
+        assert "names and shapes of 1 tensor (temb.dense.0.weight) without numbers" in refusal(path, **HO)
+        torch.save({**ho_state, f"module.{name}": weight}, path)
+        assert "with and without 'module.'" in refusal(path, **HO)
+        torch.save({**ho_state, "down.99999999.block.0.conv1.weight": weight}, path)
+        assert "lacks tensors" in refusal(path, **HO)
+        torch.save({**ho_state, "down.0.block.0.conv1.weight": torch.zeros(0, 64, 3, 3)}, path)
+        with pytest.raises(ValueError, match=r"a\.ckpt: block_out_channels="):
+            DDPMUNet.from_single_file(path, **HO)
+
+    def test_a_tensor_of_two_names_becomes_two(self, tmp_path, ho_state):
+        ho_state = {**ho_state, "norm_out.weight": ho_state["norm_out.bias"]}
+        torch.save(ho_state, tmp_path / "a.ckpt")
+        network = DDPMUNet.from_single_file(tmp_path / "a.ckpt", **HO)
+        network.conv_norm_out.weight.data.fill_(7)
+        assert torch.equal(network.conv_norm_out.bias, ho_state["norm_out.bias"])
+        network.save_pretrained(tmp_path / "saved")  # safetensors refuses tensors that share memory
+
+    def test_averages_and_noise_levels(self, tmp_path):
+        state, path = golden.state_dict(golden.cases("score_sde")["ddpm_vp"]), tmp_path / "a.pth"
+        averages = [tensor for name, tensor in state.items() if name != "sigmas"]
+        for shadow_params, text in (
+            (averages[::-1], "shapes of its parameters"),
+            ([1] * len(averages), "are no tensors"),
+        ):
+            torch.save({"model": state, "ema": {"shadow_params": shadow_params}}, path)
+            assert text in refusal(path)
+        for sigmas in (state["sigmas"][None], state["sigmas"] / 0, torch.arange(1000)):
+            torch.save({**state, "sigmas": sigmas}, path)
+            assert "its table of noise levels is" in refusal(path, image_size=8, model="ddpm", sde="vpsde")
+
     def test_code_is_not_run(self, tmp_path):
         class Exploit:
             def __reduce__(self):
@@ -242,6 +321,20 @@ class TestRefused:
             open_original(tmp_path / "none.pt")
         with pytest.raises(ValueError, match="is not the address of a file on the Hub"):
             open_original("https://example.org/model.pt")
+
+    @pytest.mark.parametrize(
+        "options, text",
+        [
+            ({"num_heads_upsample": 3}, "num_heads_upsample=3 does not divide the 128 channels"),
+            ({"num_heads_upsample": 0}, "num_heads_upsample=0 does not divide"),
+            ({"num_head_channels": 7}, "num_head_channels=7 does not divide"),
+            ({"small_size": 8}, "takes 3 channels and gives 3; .* leave out small_size"),
+            ({"sde": "vpsde", "snr": 1}, "have no sde, snr; leave these options out"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, tmp_path, adm_state, options, text):
+        torch.save(adm_state, tmp_path / "a.pt")
+        assert re.search(text, refusal(tmp_path / "a.pt", **ADM | {"use_new_attention_order": False} | options))
 
     def test_a_known_name_of_another_network_needs_options(self, tmp_path, adm_state):
         torch.save(adm_state, tmp_path / "64x64_diffusion.pt")

@@ -219,6 +219,10 @@ class TestCommand:
             ([files["ho"], "--out", tmp_path / "a", "--image_size", "big"], "image_size='big' must be an integer"),
             ([files["classifier"], "--out", tmp_path / "a", "--push", "a/b", *self.options(ADM)], "is a classifier"),
             ([files["ho"], "--to", "ddim", tmp_path / "a.pth"], "ho.ckpt"),
+            ([files["ho"], "--out", tmp_path / "a", "--private"], "--private is for the repository of --push"),
+            ([files["ho"], "--out", tmp_path / "a", "--image_size", "[" * 9999], "image_size="),
+            ([files["adm"], "--out", tmp_path / "a", "--classifier", "", *self.options(ADM)], "there is no file ''"),
+            ([files["adm"], "--out", tmp_path / "a", "--push", "a/b/c", *self.options(ADM)], "no name of a repository"),
         ):
             assert text in self.refused(*words)
             assert sorted(tmp_path.iterdir()) == before

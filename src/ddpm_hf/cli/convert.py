@@ -74,6 +74,8 @@ def main(argv: list[str], program: str) -> None:
         raise UserError(f"there is no file {arguments.source!r} here{did_you_mean_path(source)}")
     if (arguments.to is None) == (arguments.out is None):
         raise UserError("give either --out FOLDER or --to FORMAT FILE")
+    if arguments.private and not arguments.push:
+        raise UserError("--private is for the repository of --push USER/NAME; give both, or neither")
     if arguments.to is not None:
         format, path = arguments.to
         return _write_original(pipeline_of_run(source) or source, format, path, options)
@@ -119,19 +121,21 @@ def _save_pipeline(arguments, out, options):
             )
         saved = network = NoisyClassifier.from_original(original, dtype)
     else:
-        classifier = arguments.classifier and _open_classifier(arguments.classifier, dtype, options)
+        classifier = None if arguments.classifier is None else _open_classifier(arguments.classifier, dtype, options)
         upsamples = original.description.low_resolution is not None
         cls = DDPMSuperResolutionPipeline if upsamples else DDPMImagePipeline
         saved = cls.from_original(original, dtype, classifier)
         network = saved.unet
+    if arguments.push:
+        from ddpm_hf.hub.upload import check_repository, push_folder
+
+        check_repository(arguments.push, private=arguments.private or None)
     with replacing_folder(out) as folder:
         saved.save_pretrained(folder)
     print(f"{_summary(network)} -> {out}, a {type(saved).__name__}")
     if saved is not network:
         print(f"{type(saved.scheduler).__name__}; plain diffusers {_in_plain_diffusers(saved)}")
     if arguments.push:
-        from ddpm_hf.hub.upload import push_folder
-
         info = push_folder(out, arguments.push, private=arguments.private or None)
         print(f"published {info.commit_url}")
 

@@ -181,7 +181,7 @@ def json_or_text(text):
     """A value of the command line: a number, true, false, null or a list, or else a text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 

@@ -37,7 +37,7 @@ def nearest_path(path: Path) -> Path | None:
     except OSError:  # not a folder, or not readable
         return None
     remainder = path.relative_to(missing)
-    names = [name for name in names if name[:1] != "." and os.path.lexists(folder / name / remainder)]
+    names = [name for name in names if name[:1] != "." and os.path.exists(folder / name / remainder)]
     close = difflib.get_close_matches(missing.name, names, n=1)
     return folder / close[0] / remainder if close else None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_hf.arguments import shown
+from ddpm_hf.arguments import check_argument, shown
 from ddpm_hf.command_help import did_you_mean
 from ddpm_hf.files.saved_config import saved_class
 from ddpm_hf.original.checkpoint import Original, open_original
@@ -58,8 +58,11 @@ class SingleFileModel:
         name = original.description.network
         if name != saved_class(cls).__name__:
             raise ValueError(f"{original.path} holds a {name}; open it with {name}.from_single_file")
-        with torch.device("meta"):
-            network = cls(**original.description.config)
+        try:
+            with torch.device("meta"):
+                network = cls(**original.description.config)
+        except ValueError as error:
+            raise ValueError(f"{original.path}: {error}") from None
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
         network.load_state_dict(original.state_dict(shapes), assign=True)
         network.register_to_config(_ddpm_hf={**network.own_settings(), "original": original.options})
@@ -87,7 +90,7 @@ class SingleFileModel:
             )
         if path.suffix not in FORMATS[format].suffixes:
             raise ValueError(f"{path} must end in {' or '.join(FORMATS[format].suffixes)} for {format}")
-        known = {**self.own_settings().get("original", {})}
+        known = {**check_argument("original", self.own_settings().get("original", {}), dict)}
         sigmas = known.pop("sigmas", None)
         checked = Options(known | options)
         tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}

@@ -89,7 +89,9 @@ def open_original(
     of_this_code = {name: known for name, known in PUBLISHED.items() if known.code == code.__name__.rpartition(".")[2]}
     name = published_name(like) if like is not None else _name_of_file(path)
     difference = (
-        f"it is of another code base, as {', '.join(of_this_code)}" if name and name not in of_this_code else None
+        f"that is of another code base; known of this one: {', '.join(of_this_code)}"
+        if name and name not in of_this_code
+        else None
     )
     if difference is None:
         description, checked = _describe(path, code, tensors, of_this_code[name] if name else None, options)

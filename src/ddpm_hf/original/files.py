@@ -14,7 +14,6 @@ from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
 
 from ddpm_hf.arguments import listed, shown
-from ddpm_hf.files.guarded import one_line
 from ddpm_hf.original import score_sde
 from ddpm_hf.original.pairs import first_five
 
@@ -42,7 +41,7 @@ def local_file(link: str | os.PathLike) -> Path:
     if "://" in text:
         raise ValueError(f"{shown(text)} is not the address of a file on the Hub; download it, and give its path")
     if not os.path.exists(text):
-        raise FileNotFoundError(f"there is no file {text}")
+        raise FileNotFoundError(f"there is no file {shown(text)}")
     return Path(text)
 
 
@@ -59,29 +58,36 @@ def read_tensors(path: Path, weights: str) -> dict[str, torch.Tensor]:
         ValueError: the file is damaged, or of another kind; it would need code to be run; it holds no weights.
         OSError: it is missing or cannot be read.
     """
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; download it again")
     if path.is_dir() or path.suffix == ".npz":
         return _of_tensorflow(_read_arrays(path), weights, path)
-    content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-    tensors = _state(content, weights, path)
-    prefixed = [name for name in tensors if name.startswith("module.")]
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()} if prefixed else dict(tensors)
+    tensors = _state(_read_content(path), weights, path)
+    plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        raise ValueError(f"{path} holds tensors twice, with and without 'module.'; save one of each by torch.save")
+    if empty := [name for name, tensor in plain.items() if tensor.is_meta]:
+        raise ValueError(f"{path} holds the names and shapes of {first_five(empty)} without numbers")
+    return plain
 
 
-def _unpickle(path):
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; download it again")
+def _read_content(path):
+    """What the file holds, whatever its form; an untrusted one can make the libraries raise any exception."""
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    except OSError:
+        raise
+    except Exception as error:
         match = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
-        if match:
+        if isinstance(error, pickle.UnpicklingError) and match:
             raise ValueError(
                 f"{path} holds {match[1] or match[2]}, which would need code to be run, and is not opened; open it where you "
                 "trust it, and save its state dict alone by torch.save"
             ) from None
-        raise ValueError(f"{path} is no checkpoint of torch.save, or damaged: {one_line(error, 200)}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint of torch.save: {one_line(error, 200)}") from None
+        kind = "safetensors" if path.suffix == ".safetensors" else "torch.save"
+        raise ValueError(f"{path} is damaged, or no file of {kind}; download it again") from error
 
 
 def _state(content, weights, path) -> Mapping[str, torch.Tensor]:
@@ -103,6 +109,8 @@ def _state(content, weights, path) -> Mapping[str, torch.Tensor]:
     if _is_state(content.get("state_dict")):  # of Lightning
         return content["state_dict"]
     if not _is_state(content):
+        if not content:
+            raise ValueError(f"{path} holds no weights")
         if {"state", "param_groups"} <= content.keys():
             raise ValueError(f"{path} holds the state of an optimizer; give the file of the weights beside it")
         raise ValueError(f"{path} has the keys {listed(content)} and no state dict of a network")
@@ -126,11 +134,15 @@ def _read_arrays(path):
         else:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged, or holds more than arrays of numbers: {one_line(error, 200)}") from None
+    except OSError:
+        raise
+    except Exception as error:  # an untrusted file can make numpy raise any exception
+        raise ValueError(
+            f"{path} is damaged, holds more than arrays of numbers, or is larger than the memory"
+        ) from error
     if not arrays and (path / "model_index.json").is_file():
         raise ValueError(f"{path} is the folder of a saved pipeline; open it with from_pretrained")
-    if not arrays:
+    if not arrays and path.is_dir():
         raise ValueError(f"{path} is a folder without .npy files; give the file of a checkpoint")
     # names without slashes, as files in one folder must have them
     return {name if "/" in name else re.sub(r"__|\.", "/", name): array for name, array in arrays.items()}
@@ -144,7 +156,7 @@ def _of_tensorflow(arrays, weights, path):
     chosen = averages if averages and weights == "ema" else raw
     if not chosen:
         raise ValueError(f"{path} has no variable model/...; it holds {first_five(arrays)}")
-    wrong = [name for name, array in chosen.items() if array.dtype.kind != "f"]
+    wrong = [name for name, array in chosen.items() if array.dtype not in (np.float16, np.float32, np.float64)]
     if wrong:
-        raise ValueError(f"{path} has arrays that are not of floating point, {first_five(wrong)}")
+        raise ValueError(f"{path} has arrays that are not float16, float32 or float64: {first_five(wrong)}")
     return {name: torch.from_numpy(array) for name, array in chosen.items()}

@@ -10,7 +10,16 @@ import torch
 
 from ddpm_hf.original.description import Description, UnsupportedNetwork
 from ddpm_hf.original.options import HO, Options
-from ddpm_hf.original.pairs import HWIO, POINTWISE_2D, SAME, TRANSPOSED, TRANSPOSED_TO_2D, Pair, parameter_pairs
+from ddpm_hf.original.pairs import (
+    HWIO,
+    POINTWISE_2D,
+    SAME,
+    TRANSPOSED,
+    TRANSPOSED_TO_2D,
+    Pair,
+    count_numbered,
+    parameter_pairs,
+)
 
 CODE_BASE_NAMES = HO  # the key in `options.OPTIONS_OF`
 
@@ -45,7 +54,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     tensorflow = "model/temb/dense0/W" in shapes
     if tensorflow:
         shapes = {pytorch_name(name): _pytorch_shape(shape) for name, shape in shapes.items()}
-    levels = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"down\.(\d+)\.", name)))
+    levels = count_numbered(r"down\.(\d+)\.", shapes)
     blocks = len([name for name in shapes if re.fullmatch(r"down\.0\.block\.\d+\.conv1\.weight", name)])
     if levels > 1 and "down.0.downsample.conv.weight" not in shapes:
         raise UnsupportedNetwork("resamp_with_conv=False (resampling without convolutions) is not supported")

@@ -12,7 +12,15 @@ import torch
 
 from ddpm_hf.original.description import Description, UnsupportedNetwork
 from ddpm_hf.original.options import OPENAI, Options
-from ddpm_hf.original.pairs import POINTWISE_1D, POINTWISE_2D, TRANSPOSED, Pair, fused_qkv, parameter_pairs
+from ddpm_hf.original.pairs import (
+    POINTWISE_1D,
+    POINTWISE_2D,
+    TRANSPOSED,
+    Pair,
+    count_numbered,
+    fused_qkv,
+    parameter_pairs,
+)
 
 CODE_BASE_NAMES = OPENAI  # the key in `options.OPTIONS_OF`
 
@@ -72,6 +80,11 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     }
     upsamples = config["in_channels"] == 6 or "small_size" in options
     image_channels = config["in_channels"] // 2 if upsamples else config["in_channels"]
+    if config["out_channels"] not in (image_channels, 2 * image_channels):
+        raise UnsupportedNetwork(
+            f"its network takes {config['in_channels']} channels and gives {config['out_channels']}; those of an image, or "
+            f"twice as many, are supported{'; leave out small_size' if 'small_size' in options else ''}"
+        )
     config["sample_size"] = options.required("image_size")
     _ask_for_order(options, config)
     return Description(
@@ -159,7 +172,7 @@ def _classifier_head(pool):
 
 def _structure(shapes):
     """Resolution levels, residual blocks in each, and whether residual blocks resample."""
-    count = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"input_blocks\.(\d+)\.", name)))
+    count = count_numbered(r"input_blocks\.(\d+)\.", shapes)
     absent = [i for i in range(1, count) if f"input_blocks.{i}.0.in_layers.2.weight" not in shapes]
     halvings = [i for i in absent if f"input_blocks.{i}.0.op.weight" in shapes]
     if len(halvings) < len(absent):
@@ -218,12 +231,19 @@ def _heads(options, widths, classifies):
     if "num_heads" not in options and "num_head_channels" not in options:
         options.report_missing("num_heads or num_head_channels")
         options.required("use_new_attention_order")
-    if options.get("num_head_channels", -1) != -1:
-        return {"attention_head_dim": options["num_head_channels"]}
+    head_dim = options.get("num_head_channels", -1)
+    if head_dim != -1:
+        wrong = next((c for c in sorted(widths) if head_dim < 1 or c % head_dim), None)
+        if wrong:
+            raise UnsupportedNetwork(
+                f"num_head_channels={head_dim} does not divide the {wrong} channels of an attention"
+            )
+        return {"attention_head_dim": head_dim}
     heads, up_heads = options.get("num_heads", 1), options.get("num_heads_upsample", -1)
-    wrong = next((c for c in sorted(widths) if c % heads), None)
-    if wrong:
-        raise UnsupportedNetwork(f"num_heads={heads} does not divide the {wrong} channels of an attention")
+    for name, number in {"num_heads": heads, "num_heads_upsample": heads if up_heads == -1 else up_heads}.items():
+        wrong = next((c for c in sorted(widths) if number < 1 or c % number), None)
+        if wrong:
+            raise UnsupportedNetwork(f"{name}={number} does not divide the {wrong} channels of an attention")
     up = {} if up_heads in (-1, heads) else {"up_attention_heads": up_heads}
     if up or (heads > 1 and len(widths) > 1):
         return {"num_attention_heads": heads, "attention_head_dim": None, **up}

@@ -1,6 +1,7 @@
 """Pairs of tensors: one of another code base's network, and those of `DDPMUNet` that hold the same numbers."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 logger = logging.get_logger(__name__)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Layout(NamedTuple):
@@ -94,7 +97,7 @@ def to_ours(
         if names:
             raise ValueError(f"it {problem} {first_five(names)}")
     result: dict[str, torch.Tensor] = {}
-    misfits, not_finite = [], []
+    misfits, not_finite, addresses = [], [], set()
     for pair in tqdm(pairs, desc="converting", unit=" tensors", leave=False, disable=None):
         tensor = tensors[pair.theirs]
         wanted = [tuple(shapes[name]) for name in pair.ours]
@@ -102,10 +105,19 @@ def to_ours(
             parts = pair.layout.to_ours(tensor)
         except (IndexError, RuntimeError):  # another number of dimensions, or one that heads do not divide
             parts = ()
-        if [tuple(part.shape) for part in parts] != wanted or not tensor.is_floating_point():
+        if (
+            [tuple(part.shape) for part in parts] != wanted
+            or tensor.dtype not in DTYPES
+            or tensor.layout != torch.strided
+        ):
             misfits.append(f"{pair.theirs} of the shape {tuple(tensor.shape)}, {tensor.dtype}")
             continue
-        result.update(zip(pair.ours, (part.contiguous() for part in parts)))
+        for name, part in zip(pair.ours, parts):
+            part = part.contiguous()
+            if part.data_ptr() in addresses and not part.is_meta:  # a tensor that the file has under two names
+                part = part.clone()
+            addresses.add(part.data_ptr())
+            result[name] = part
         if not tensor.is_meta and not tensor.isfinite().all():
             not_finite.append(pair.theirs)
     if misfits:
@@ -127,8 +139,16 @@ def to_theirs(pairs: Iterable[Pair], tensors: Mapping[str, torch.Tensor]) -> dic
     }
 
 
+def count_numbered(pattern: str, names: Collection[str]) -> int:
+    """One more than the highest number, the group of a pattern that names begin with. Raises LookupError for absurd ones."""
+    count = 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+    if not 0 < count <= len(names):
+        raise LookupError(f"{count} modules in {len(names)} tensors")
+    return count
+
+
 def first_five(names: Iterable[str]) -> str:
     """ "7 tensors (a, b, c, d, e, ...)" of names of untrusted length."""
     names = list(names)
     listing = ", ".join(repr(name[:80])[1:-1] for name in names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({listing})"
+    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({listing})"

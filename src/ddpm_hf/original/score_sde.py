@@ -225,6 +225,10 @@ def _table_of(sigmas, options):
     """(sigma_min, sigma_max, number) of the table of noise levels, which a checkpoint of any process holds."""
     if sigmas is None or sigmas.is_meta:
         return [options.get("sigma_min", 0.01), options.get("sigma_max", 50.0), options.get("num_scales", 1000)]
+    if sigmas.dim() != 1 or not sigmas.is_floating_point() or not sigmas.isfinite().all():
+        raise UnsupportedNetwork(
+            f"its table of noise levels is {sigmas.dtype} of the shape {tuple(sigmas.shape)}, or not finite"
+        )
     first, last = (float(f"{sigmas[i].item():.10g}") for i in (0, -1))
     table = [last, first, len(sigmas)]
     for name, value in zip(("sigma_min", "sigma_max", "num_scales"), table):
@@ -246,8 +250,12 @@ def averages(state: Mapping[str, torch.Tensor], shadow_params: list[torch.Tensor
         ValueError: there are more or fewer averages than parameters.
     """
     names = averaged_names(state)
+    if not all(isinstance(average, torch.Tensor) for average in shadow_params):
+        raise ValueError("its averages are no tensors; weights='raw' ignores them")
     if len(names) != len(shadow_params):
         raise ValueError(f"it has {len(shadow_params)} averages of {len(names)} parameters; weights='raw' ignores them")
+    if any(state[name].shape != average.shape for name, average in zip(names, shadow_params)):
+        raise ValueError("its averages do not have the shapes of its parameters; weights='raw' ignores them")
     return {**state, **dict(zip(names, shadow_params))}
 
 
