@@ -272,7 +272,7 @@ class TestRefused:
                 return (open, (str(tmp_path / "made by the file"), "w"))
 
         torch.save({"a": Exploit()}, tmp_path / "a.pt")
-        assert "would need code to be run" in refusal(tmp_path / "a.pt")
+        assert "would run code" in refusal(tmp_path / "a.pt")
         with (tmp_path / "b.pt").open("wb") as file:
             pickle.dump(Exploit(), file, protocol=2)
         refusal(tmp_path / "b.pt")

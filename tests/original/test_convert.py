@@ -15,6 +15,7 @@ from ddpm_hf import (
     VPSDEScheduler,
 )
 from ddpm_hf.cli import main
+from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.original.published import PUBLISHED
 from support import original_checkpoints as golden
 from support.scripts import script
@@ -178,6 +179,7 @@ class TestCommand:
         assert out.startswith("4,873,731 parameters, float32 -> ") and "plain diffusers opens it" in out
         assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "ho"), DDPMPipeline)
         assert DDPMImagePipeline.from_pretrained(tmp_path / "ho").scheduler.variance_type == "fixed_small"
+        assert "converted from a checkpoint" in write_model_card(tmp_path / "ho").read_text()
         self.run(capsys, tmp_path / "ho", "--to", "ddim", tmp_path / "again.pth")
         again = DDPMUNet.from_single_file(tmp_path / "again.pth", image_size=16, var_type="fixedsmall")
         assert torch.equal(

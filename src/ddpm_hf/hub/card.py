@@ -200,6 +200,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "stock_reason": reason,
         "pictures": sorted(path.name for path in folder.iterdir() if RECORD.fullmatch(path.name)),
         "training": training,
+        "is_converted": "original" in network.own_settings(),
         "ema_decay": training and _decay_at(training["steps"], training["ema_decay"]),
         "configuration": training and fenced_json(training),
         "evaluation": evaluation,

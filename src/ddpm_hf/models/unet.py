@@ -151,8 +151,8 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
     """A U-Net that predicts, from a noisy image and its timestep, what the scheduler's `prediction_type` says.
 
     It has the config keys and defaults of diffusers' `UNet2DModel`, opens its checkpoints and returns the same outputs. It is
-    saved under the name of that class, so that a published folder opens without this package, or if it `has_own_settings` with
-    its source beside it.
+    saved under the name of that class, so that a published folder opens without this package. If it `has_own_settings`, it is
+    saved under its own name, with its source beside it.
 
     Block types, and the same with Up for Down:
         DownBlock2D, AttnDownBlock2D: the paper's levels, without and with attention.
@@ -167,10 +167,10 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
     Arguments that `UNet2DModel` does not have, for the authors' checkpoints:
         num_attention_heads: number of heads of every attention, in place of `attention_head_dim` (IDDPM, ADM).
         up_attention_heads: another number on the way up (`num_heads_upsample` of IDDPM and ADM).
-        sinusoid_dim: number of features of a time, of which the default of `time_embedding_dim` is four times as many; None:
-            block_out_channels[0] (another in ADM for 512 pixels).
-        sigma_table: (sigma_min, sigma_max, count): the output is divided by the noise level of the timestep, from sigma_max at
-            0 to sigma_min at count - 1, in geometric steps (Score-SDE, VE in discrete time).
+        sinusoid_dim: number of sines and cosines of the time; None for block_out_channels[0], which ADM for 512 pixels does
+            not have. `time_embedding_dim` is four times as many by default.
+        sigma_table: (sigma_min, sigma_max, count): the output is divided by the noise level with the index t, in geometric
+            steps from sigma_max at 0 to sigma_min at count - 1 (Score-SDE, VE in discrete time).
     For levels other than Skip (Score-SDE, code of DDPM++ and NCSN++):
         up_attention: "last" for one attention in a level on the way up, after its last residual block; "every" for one
             after each block.
@@ -180,7 +180,7 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         fir_resampling: these blocks resample by a FIR filter, not by mean and nearest neighbor.
         input_pyramid: "residual": the image is halved by strided convolutions and added to each level on the way down.
         norm_num_groups: None for min(C // 4, 32) groups in each norm of C channels.
-    `config` holds such values under "_ddpm_hf"; `arguments` has all. UNet2DModel refuses these networks.
+    `config` holds these values under "_ddpm_hf"; `arguments` has all. UNet2DModel refuses such a network.
 
     Limits keep a downloaded config from asking for all memory: sides and channels of at most 65,536, 16 levels of 64 blocks,
     and 20 billion parameters by an upper bound that is two to four times their number.

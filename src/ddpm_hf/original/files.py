@@ -55,7 +55,7 @@ def read_tensors(path: Path, weights: str) -> dict[str, torch.Tensor]:
         weights: "ema" for the averaged weights where the file has any, "raw" for the others.
 
     Raises:
-        ValueError: the file is damaged, or of another kind; it would need code to be run; it holds no weights.
+        ValueError: the file is damaged or of another kind, would run code, or holds no weights.
         OSError: it is missing or cannot be read.
     """
     if path.is_file() and path.stat().st_size == 0:
@@ -83,8 +83,8 @@ def _read_content(path):
         match = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and match:
             raise ValueError(
-                f"{path} holds {match[1] or match[2]}, which would need code to be run, and is not opened; open it where you "
-                "trust it, and save its state dict alone by torch.save"
+                f"{path} holds {match[1] or match[2]}, and reading that would run code, so it is not opened; if you trust the "
+                "file, open it with torch.load(..., weights_only=False) and save only its state dict"
             ) from None
         kind = "safetensors" if path.suffix == ".safetensors" else "torch.save"
         raise ValueError(f"{path} is damaged, or no file of {kind}; download it again") from error

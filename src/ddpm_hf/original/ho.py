@@ -90,7 +90,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
 
 
 def pairs(config: Mapping, options: Mapping, names: Collection[str]) -> Iterator[Pair]:
-    """Pairs of all tensors, in the order of pytorch_diffusion; those of modules that this network lacks are to be left out.
+    """Pairs of all tensors, in pytorch_diffusion's order. Leave out those for modules that this network lacks.
 
     Args:
         config: of `DDPMUNet`.

@@ -86,7 +86,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
             f"twice as many, are supported{'; leave out small_size' if 'small_size' in options else ''}"
         )
     config["sample_size"] = options.required("image_size")
-    _ask_for_order(options, config)
+    _require_order(options, config)
     return Description(
         network="DDPMUNet",
         config=config,
@@ -97,7 +97,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
 
 
 def pairs(config: Mapping, options: Mapping, names: Collection[str]) -> Iterator[Pair]:
-    """Pairs of all tensors, in the order of the original; those of modules that this network lacks are to be left out.
+    """Pairs of all tensors, in the original order. Leave out those for modules that this network lacks.
 
     Args:
         config: of `DDPMUNet` or `NoisyClassifier`.
@@ -171,7 +171,7 @@ def _classifier_head(pool):
 
 
 def _structure(shapes):
-    """Resolution levels, residual blocks in each, and whether residual blocks resample."""
+    """The number of resolution levels, of residual blocks in each, and whether residual blocks resample."""
     count = count_numbered(r"input_blocks\.(\d+)\.", shapes)
     absent = [i for i in range(1, count) if f"input_blocks.{i}.0.in_layers.2.weight" not in shapes]
     halvings = [i for i in absent if f"input_blocks.{i}.0.op.weight" in shapes]
@@ -188,7 +188,9 @@ def _structure(shapes):
         if up_count and len(doublings) != levels - 1:
             raise UnsupportedNetwork("conv_resample=False (resampling without convolutions) is not supported")
         if count % levels:
-            raise UnsupportedNetwork(f"its {count} input blocks are not {levels} resolution levels of one length")
+            raise UnsupportedNetwork(
+                f"its {count} input blocks are not {levels} resolution levels of equally many blocks"
+            )
         return levels, count // levels - 1, bool(doublings) and not halvings
     # a classifier whose residual blocks resample: the levels are where widths and attention may change
     fitting = [n for n in range(1, count) if count % (n + 1) == 0 and _levels_fit(shapes, count // (n + 1), n)]
@@ -227,7 +229,7 @@ def _block_types(attention, way, resamples_by_resnet):
 
 
 def _heads(options, widths, classifies):
-    """attention_head_dim where that says it all, because stock diffusers knows it; else a number of heads."""
+    """Keys of the config: attention_head_dim if that suffices, because UNet2DModel has it; else num_attention_heads."""
     if "num_heads" not in options and "num_head_channels" not in options:
         options.report_missing("num_heads or num_head_channels")
         options.required("use_new_attention_order")
@@ -250,7 +252,7 @@ def _heads(options, widths, classifies):
     return {"attention_head_dim": None if heads == 1 else widths.pop() // heads}
 
 
-def _ask_for_order(options, config):
+def _require_order(options, config):
     has_one_head = config["attention_head_dim"] is None and config.get("num_attention_heads") is None
     if not has_one_head:  # with one head, both orders are the same
         options.required("use_new_attention_order")
@@ -285,7 +287,7 @@ def _classifier(shapes, options, config):
     else:
         config["sample_size"], pool = options.required("image_size"), "average"
     config |= {"pool": pool, "num_classes": shapes["out.2.c_proj.weight" if pool == "attention" else "out.3.weight"][0]}
-    _ask_for_order(options, config)
+    _require_order(options, config)
     scheduler = _scheduler(options, learns_variance=False)
     del scheduler["variance_type"]
     return Description("NoisyClassifier", config | {"scheduler": scheduler}, "VariationalDDPMScheduler", scheduler)

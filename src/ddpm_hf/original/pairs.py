@@ -1,4 +1,4 @@
-"""Pairs of tensors: one of another code base's network, and those of `DDPMUNet` that hold the same numbers."""
+"""Pairs of tensors with the same numbers: one of another code base, and one or more of `DDPMUNet`."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -59,7 +59,7 @@ def fused_qkv(heads: int, is_weight: bool) -> Layout:
 
 
 class Pair(NamedTuple):
-    """A tensor of another code base, the names of ours with the same numbers, and how it arranges them."""
+    """The name of a tensor of another code base, our names for the same numbers, and how theirs are arranged."""
 
     theirs: str
     ours: tuple[str, ...]

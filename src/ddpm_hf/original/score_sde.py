@@ -72,10 +72,9 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     if [len(shape) for shape in embedding] != [2, 2, 4]:
         raise UnsupportedNetwork("conditional=False (a network without a time embedding) is not supported")
     width, image_channels = embedding[2][:2]
-    if embedding[0] != (4 * width, (2 if fourier else 1) * width):
-        raise UnsupportedNetwork(
-            "the width of its time embedding does not follow from its first convolution; not supported"
-        )
+    expected = (4 * width, (2 if fourier else 1) * width)
+    if embedding[0] != expected:
+        raise UnsupportedNetwork(f"its time embedding has the shape {embedding[0]}, not {expected}; not supported")
     body = modules[fourier + 3 :]
     convolutions = [module for module in body if module.kernel and not module.is_block]
     biggan = any("Conv_2.weight" in module for module in body)
@@ -91,7 +90,9 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     levels = len(halvings) // 2 + 1
     per_level = ((len(blocks) - 2) // levels - 1) // 2
     if per_level < 1 or len(blocks) != (2 * per_level + 1) * levels + 2:
-        raise UnsupportedNetwork(f"its {len(blocks)} residual blocks are not {levels} resolution levels of one length")
+        raise UnsupportedNetwork(
+            f"its {len(blocks)} residual blocks are not {levels} resolution levels of equally many blocks"
+        )
     first = [blocks[level * per_level] for level in range(levels)]
     channels = [module.kernel[0] for module in first]
     places = {id(module): place for place, module in enumerate(body)}
@@ -133,7 +134,7 @@ def _levels(options, attention, biggan, pyramid, output_skip, channels):
         raise UnsupportedNetwork("progressive_combine='cat' is not supported; 'sum' is")
     if input_skip != output_skip:
         raise UnsupportedNetwork(
-            "only one of progressive='output_skip' and progressive_input='input_skip': not supported"
+            "only one of progressive='output_skip' and progressive_input='input_skip' is not supported; both are"
         )
     skip = "Skip" if output_skip else ""
     down, up = ("ResnetDownsample", "ResnetUpsample") if biggan and not output_skip else (f"{skip}Down", f"{skip}Up")
@@ -152,7 +153,7 @@ def _levels(options, attention, biggan, pyramid, output_skip, channels):
         narrow = [c for c, attends in zip(channels, attention) if attends and c < 128]
         if narrow:
             raise UnsupportedNetwork(
-                f"attention at {narrow[0]} channels with progressive='output_skip' is not supported; 128 are"
+                f"attention at {narrow[0]} channels with progressive='output_skip' is not supported; 128 or more are"
             )
         return keys
     keys |= {"up_attention": "last", "block_scale_factor": SQRT_2 if rescales else 1}
@@ -266,7 +267,7 @@ def averaged_names(names: Collection[str]) -> list[str]:
 
 
 def pairs(config: Mapping, options: Mapping, names: Collection[str]) -> Iterator[Pair]:
-    """Pairs of all tensors, in the order of the original; those of modules that this network lacks are to be left out.
+    """Pairs of all tensors, in the original order. Leave out those for modules that this network lacks.
 
     Args:
         config: of `DDPMUNet`.
