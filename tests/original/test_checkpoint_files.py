@@ -378,3 +378,23 @@ def test_write_refuses_what_the_format_lacks(tmp_path, ho_state):
         with pytest.raises(ValueError, match=text):
             network.save_single_file(tmp_path / path, format, **ADM | {"use_new_attention_order": False})
         assert not (tmp_path / path).exists()
+
+
+def test_a_network_without_options_is_written_if_the_file_needs_none(tmp_path, ho_state):
+    torch.save(ho_state, tmp_path / "a.ckpt")
+    network = DDPMUNet.from_single_file(tmp_path / "a.ckpt", **HO)
+    network.register_to_config(_ddpm_hf={})  # as after training
+    network.save_single_file(tmp_path / "b.ckpt", "pytorch_diffusion")
+    assert torch.equal(torch.load(tmp_path / "b.ckpt")["conv_in.weight"], ho_state["conv_in.weight"])
+    torch.save(golden.state_dict(golden.cases("score_sde")["ddpm_ve"]), tmp_path / "a.pth")
+    song = {"model": "ddpm", "sde": "vesde", "continuous": False}
+    network = DDPMUNet.from_single_file(tmp_path / "a.pth", image_size=8, **song)
+    for original, options, text in (
+        ({}, {}, "does not say model, sde, continuous"),
+        ({}, song, "does not say sigma_min, sigma_max, num_scales"),
+        (5, {}, "original=5 must be a dictionary"),
+        ({"sigmas": "x"}, {}, "original.sigmas='x' must be a list"),
+    ):
+        network.register_to_config(_ddpm_hf={**network.own_settings(), "original": original})
+        with pytest.raises(ValueError, match=text):
+            network.save_single_file(tmp_path / "b.pth", "score_sde_pytorch", **options)

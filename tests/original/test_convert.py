@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, DPMSolverMultistepScheduler
+from safetensors import SafetensorError
 
 from ddpm_hf import (
     DDPMImagePipeline,
@@ -209,6 +210,27 @@ class TestCommand:
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         assert pipe(1, num_inference_steps=4, output_type="pt").images.isfinite().all()
 
+    def test_the_dtype_stays(self, files, tmp_path, capsys):
+        words = self.options({"image_size": 16, "var_type": "fixedsmall", "dtype": "bfloat16"})
+        self.run(capsys, files["ho"], "--out", tmp_path / "ho", *words)
+        assert "bfloat16" in self.run(capsys, tmp_path / "ho", "--to", "pytorch_diffusion", tmp_path / "again.ckpt")
+        weights = torch.load(tmp_path / "again.ckpt")
+        assert torch.equal(weights["conv_in.weight"], torch.load(files["ho"])["conv_in.weight"].bfloat16())
+
+    def test_a_full_disk_is_one_error_and_leaves_nothing(self, files, tmp_path, capsys, monkeypatch):
+        def fail(*arguments, **kwargs):
+            raise error
+
+        words = self.options({"image_size": 16, "var_type": "fixedsmall"})
+        self.run(capsys, files["ho"], "--out", tmp_path / "ho", *words)
+        error = SafetensorError("I/O error: No space left on device")
+        monkeypatch.setattr(DDPMUNet, "save_pretrained", fail)
+        assert "cannot be written" in self.refused(files["ho"], "--out", tmp_path / "a", *words)
+        error = RuntimeError("unexpected pos 2715456 vs 2715344")
+        monkeypatch.setattr(torch, "save", fail)
+        assert "a.pth cannot be written" in self.refused(tmp_path / "ho", "--to", "ddim", tmp_path / "a.pth")
+        assert [path.name for path in tmp_path.iterdir()] == ["ho"]
+
     def test_mistakes_write_nothing(self, files, tmp_path):
         before = sorted(tmp_path.iterdir())
         for words, text in (
@@ -221,6 +243,9 @@ class TestCommand:
             ([files["ho"], "--out", tmp_path / "a", "--image_size", "big"], "image_size='big' must be an integer"),
             ([files["classifier"], "--out", tmp_path / "a", "--push", "a/b", *self.options(ADM)], "is a classifier"),
             ([files["ho"], "--to", "ddim", tmp_path / "a.pth"], "ho.ckpt"),
+            ([files["ho"], "--to", "ddim", tmp_path / "a.pth", "--like", "ddim_celeba"], "--like is for --out"),
+            ([files["ho"], "--to", "ddim", tmp_path / "x" / "a.pth"], "must be a file in a folder that exists"),
+            ([files["ho"], "--to", "ddim", tmp_path], "must be a file in a folder that exists"),
             ([files["ho"], "--out", tmp_path / "a", "--private"], "--private is for the repository of --push"),
             ([files["ho"], "--out", tmp_path / "a", "--image_size", "[" * 9999], "image_size="),
             ([files["adm"], "--out", tmp_path / "a", "--classifier", "", *self.options(ADM)], "there is no file ''"),

@@ -1,5 +1,6 @@
 """`ddpm-hf convert`: a checkpoint of another code base -> a saved pipeline, and back."""
 
+import contextlib
 from pathlib import Path
 
 from ddpm_hf.cli.parser import Parser, hide_progress_in_logs, json_or_text
@@ -77,6 +78,9 @@ def main(argv: list[str], program: str) -> None:
     if arguments.private and not arguments.push:
         raise UserError("--private is for the repository of --push USER/NAME; give both, or neither")
     if arguments.to is not None:
+        for name in ("like", "dtype", "classifier", "push"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} is for --out; leave it out with --to")
         format, path = arguments.to
         return _write_original(pipeline_of_run(source) or source, format, path, options)
     out = Path(arguments.out)
@@ -91,20 +95,33 @@ def _write_original(folder, format, path, options):
     from ddpm_hf.models.classifier import NoisyClassifier
     from ddpm_hf.models.unet import DDPMUNet
 
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise UserError(f"--to {format} {path} must be a file in a folder that exists")
     check_output_folder(Path(path).parent, f"the folder of {path}")
     hide_progress_in_logs()
     if (folder / "model_index.json").is_file():
         folder = folder / "unet"
     is_classifier = read_config(folder / "config.json").get("_class_name") == "NoisyClassifier"
-    network = (NoisyClassifier if is_classifier else DDPMUNet).from_pretrained(folder)
+    cls = NoisyClassifier if is_classifier else DDPMUNet
+    network = cls.from_pretrained(folder, torch_dtype=_saved_dtype(folder))
     network.save_single_file(path, format, **options)
     print(f"{_summary(network)} -> {path}, a checkpoint of {format}")
+
+
+def _saved_dtype(folder):
+    """The dtype of the weights in a folder, of the first tensor; None if none can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors"))[:1]:
+        with contextlib.suppress(SafetensorError), safe_open(path, "pt") as file:
+            return file.get_tensor(next(iter(file.keys()))).dtype
+    return None
 
 
 def _save_pipeline(arguments, out, options):
     import torch
 
-    from ddpm_hf.files.atomic import check_output_folder, replacing_folder
+    from ddpm_hf.files.atomic import check_output_folder, full_disk_as_oserror, replacing_folder
     from ddpm_hf.models.classifier import NoisyClassifier
     from ddpm_hf.original.checkpoint import open_original
     from ddpm_hf.pipelines.ddpm import DDPMImagePipeline
@@ -130,7 +147,7 @@ def _save_pipeline(arguments, out, options):
         from ddpm_hf.hub.upload import check_repository, push_folder
 
         check_repository(arguments.push, private=arguments.private or None)
-    with replacing_folder(out) as folder:
+    with replacing_folder(out) as folder, full_disk_as_oserror(out):
         saved.save_pretrained(folder)
     print(f"{_summary(network)} -> {out}, a {type(saved).__name__}")
     if saved is not network:

@@ -73,6 +73,19 @@ def replacing_file(path: str | os.PathLike, flush: bool = True) -> Iterator[Path
         _flush(path.parent)
 
 
+@contextlib.contextmanager
+def full_disk_as_oserror(path: str | os.PathLike) -> Iterator[None]:
+    """Within this context what torch and safetensors raise when they cannot write becomes an OSError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
+            raise OSError(
+                f"{path} cannot be written, as on a full disk: {' '.join(str(error).split())[:200]}"
+            ) from error
+        raise
+
+
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """Writes a UTF-8 text file with "\\n" line ends by `replacing_file`; returns its path."""
     return write_bytes(path, text.encode("utf-8"))

@@ -15,6 +15,9 @@ from ddpm_hf.original.writing import FORMATS, original_tensors, write_original
 # arguments of a network that change neither its tensors nor its outputs in evaluation mode
 WITHOUT_EFFECT = ("sample_size", "dropout", "scheduler")
 
+# options of the process, which a written file does not hold
+NOT_WRITTEN = ("image_size", "small_size", "noise_schedule", "diffusion_steps", "rescale_timesteps", "var_type")
+
 
 class SingleFileModel:
     """Base class of networks that open and write the checkpoints of OpenAI's, Ho et al.'s and Song et al.'s code."""
@@ -66,7 +69,9 @@ class SingleFileModel:
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
         network.load_state_dict(original.state_dict(shapes), assign=True)
         network.register_to_config(_ddpm_hf={**network.own_settings(), "original": original.options})
-        return network.to(torch_dtype).eval()
+        if torch_dtype is not None:
+            torch.nn.Module.to(network, torch_dtype)  # diffusers' own method warns
+        return network.eval()
 
     def save_single_file(self, path: str | os.PathLike, format: str, **options: object) -> None:
         """Writes the weights as a checkpoint of another code base. Opened from there, they get their original bytes again.
@@ -91,7 +96,7 @@ class SingleFileModel:
         if path.suffix not in FORMATS[format].suffixes:
             raise ValueError(f"{path} must end in {' or '.join(FORMATS[format].suffixes)} for {format}")
         known = {**check_argument("original", self.own_settings().get("original", {}), dict)}
-        sigmas = known.pop("sigmas", None)
+        sigmas = check_argument("original.sigmas", known.pop("sigmas", None), list[float] | None)
         checked = Options(known | options)
         tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         theirs = original_tensors(format, self.arguments, checked, tensors, sigmas)
@@ -101,6 +106,7 @@ class SingleFileModel:
     def _check_described_by(self, theirs, format, options):
         """Raises ValueError if the tensors and options, opened again, would give another network."""
         description = FORMATS[format].code.describe(theirs, options)
+        options.missing = [name for name in options.missing if name not in NOT_WRITTEN]
         options.check_complete(f"{format}: the network")
         with torch.device("meta"):
             twin = type(self)(**description.config)

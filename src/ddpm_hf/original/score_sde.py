@@ -240,7 +240,7 @@ def _table_of(sigmas, options):
 
 def noise_levels(options: Mapping) -> torch.Tensor:
     """The table of noise levels, (num_scales,) float64, falling from sigma_max to sigma_min."""
-    sigma_min, sigma_max, count = (options[name] for name in ("sigma_min", "sigma_max", "num_scales"))
+    sigma_min, sigma_max, count = _table_of(None, options)
     return torch.from_numpy(np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), count)))
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ddpm_hf.files.atomic import replacing_file
+from ddpm_hf.files.atomic import full_disk_as_oserror, replacing_file
 from ddpm_hf.original import ho, openai, score_sde
 from ddpm_hf.original.files import AVERAGE
 from ddpm_hf.original.options import Options
@@ -52,6 +52,10 @@ def original_tensors(
     pairs = ho.tensorflow_pairs if format == "diffusion" else code.pairs
     theirs = to_theirs(pairs(config, options, tensors), tensors)
     if code is score_sde:
+        explodes = config.get("time_embedding_type") == "fourier" or options.get("sde") == "vesde"
+        for name in ("sigma_min", "sigma_max", "num_scales"):
+            if explodes and not sigmas and name not in options:
+                options.report_missing(name)
         table = torch.tensor(sigmas, dtype=torch.float64) if sigmas else score_sde.noise_levels(options)
         theirs = {"sigmas": table, **theirs}
     return theirs
@@ -63,7 +67,7 @@ def write_original(path: Path, format: str, tensors: Mapping[str, torch.Tensor])
     Raises:
         OSError: the folder is missing or not writable.
     """
-    with replacing_file(path) as temporary:
+    with replacing_file(path) as temporary, full_disk_as_oserror(path):
         if format == "diffusion":
             arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
             arrays |= {name + AVERAGE: array for name, array in arrays.items()}
