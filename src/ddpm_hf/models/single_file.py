@@ -70,7 +70,7 @@ class SingleFileModel:
         network.load_state_dict(original.state_dict(shapes), assign=True)
         network.register_to_config(_ddpm_hf={**network.own_settings(), "original": original.options})
         if torch_dtype is not None:
-            torch.nn.Module.to(network, torch_dtype)  # diffusers' own method warns
+            torch.nn.Module.to(network, torch_dtype)  # type: ignore[call-overload]  # diffusers' own method warns
         return network.eval()
 
     def save_single_file(self, path: str | os.PathLike, format: str, **options: object) -> None:
