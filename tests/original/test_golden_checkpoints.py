@@ -128,6 +128,129 @@ def test_a_pool_that_is_not_supported_is_refused_by_its_name(tmp_path):
         open_original(tmp_path / "a.pt", **options_of("guided_diffusion", case))
 
 
+def saved(path, code, name, change=None):
+    """Saves the state of a golden case, changed by a function, and returns its options."""
+    case = golden.cases(code)[name]
+    state = golden.state_dict(case)
+    if change is not None:
+        change(state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content_of_file(code, state), path)
+    return options_of(code, case)
+
+
+def table_in_equal_steps(state):
+    state["sigmas"] = torch.linspace(50, 0.01, 1000, dtype=torch.float64)
+
+
+def first_multiplier_of_two(state):
+    """As if the first convolution had half as many channels as the first level."""
+    for name in ("temb.dense.0.weight", "all_modules.0.weight"):
+        if name in state:
+            state[name] = torch.zeros(128, 32)
+    for name in ("conv_in", "all_modules.2"):
+        if f"{name}.weight" in state:
+            state[f"{name}.weight"] = torch.zeros(32, 3, 3, 3)
+
+
+def concatenated_pyramid(state):
+    """As if the image were put before the output of the first level: the next block has twice as many channels."""
+    state["all_modules.7.Conv_0.weight"] = torch.zeros(64, 64, 3, 3)
+    del state["all_modules.7.Conv_2.weight"], state["all_modules.7.Conv_2.bias"]
+
+
+def grey_images(state):
+    state["all_modules.3.weight"] = torch.zeros(32, 1, 3, 3)
+
+
+UPSAMPLER, CLASSIFIER = "superres_cond_updown", "classifier_attention_pool"
+PLAIN, VE = "uncond_convresample_plain_onehead", "ncsnpp_ve_continuous_inputresidual_narrow"
+
+
+@pytest.mark.parametrize(
+    "code, name, change, options, text",
+    [
+        ("guided_diffusion", PLAIN, None, {"num_head_channels": 48}, "num_head_channels=48 does not divide the 128 "),
+        ("guided_diffusion", PLAIN, None, {"num_head_channels": 0}, "num_head_channels=0 does not divide the 128 "),
+        ("guided_diffusion", PLAIN, None, {"num_heads_upsample": 3}, "num_heads_upsample=3 does not divide the 128 "),
+        ("guided_diffusion", PLAIN, None, {"small_size": 8}, "takes 3 channels and gives 3; those of an image, "),
+        ("guided_diffusion", PLAIN, None, {"image_size": 15}, "image_size=15 must be a multiple of 2"),
+        ("guided_diffusion", PLAIN, None, {"num_heads": None}, "does not say num_heads or num_head_channels; "),
+        ("guided_diffusion", UPSAMPLER, None, {"small_size": None}, "does not say small_size; "),
+        ("guided_diffusion", CLASSIFIER, None, {"num_head_channels": -1}, "does not say num_head_channels; "),
+        ("pytorch_diffusion", "cifar_like", first_multiplier_of_two, {}, "ch_mult whose first number is not 1"),
+        ("score_sde", "ddpm_vp", first_multiplier_of_two, {}, "ch_mult whose first number is not 1"),
+        ("score_sde", "ncsnpp_ve_skips", concatenated_pyramid, {}, "progressive_combine='cat' is not supported"),
+        ("score_sde", "ddpm_ve", table_in_equal_steps, {}, "noise levels are not in geometric steps"),
+        (
+            "score_sde",
+            "ncsnpp_ddpm_blocks",
+            None,
+            {"fir": True},
+            "fir=True, but its resampling convolutions have no FIR",
+        ),
+        ("score_sde", VE, None, {"fir": False}, "fir=False, but its input pyramid has a FIR filter"),
+        ("score_sde", VE, None, {"model": "ddpm"}, "model='ddpm', but its blocks or its embedding are those of 'ncsn"),
+    ],
+)
+def test_what_contradicts_the_tensors_is_refused(tmp_path, code, name, change, options, text):
+    path = tmp_path / "a.pt"
+    known = saved(path, code, name, change)
+    if change is None:
+        open_original(path, **known)
+    with pytest.raises(ValueError) as caught:
+        open_original(path, **known | options)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_the_network_refuses_is_refused_with_the_name_of_the_file(tmp_path):
+    options = saved(tmp_path / "a.pth", "score_sde", "ncsnpp_ve_skips", grey_images)
+    with pytest.raises(ValueError, match="a.pth: in_channels=1 must be 3 with the Skip blocks"):
+        DDPMUNet.from_single_file(tmp_path / "a.pth", **options)
+
+
+@pytest.mark.parametrize(
+    "code, name, file, omitted",
+    [
+        ("guided_diffusion", CLASSIFIER, "64x64_classifier.pt", "image_size"),
+        ("score_sde", "ncsnpp_ve_skips", "ve/church_ncsnpp_continuous/checkpoint_8.pth", "sde"),
+    ],
+)
+def test_the_name_of_a_published_checkpoint_does_not_decide_on_another_network(tmp_path, code, name, file, omitted):
+    """Its options contradict the tensors, as its images have another size, or its table another length."""
+    options = saved(tmp_path / file, code, name)
+    del options[omitted]
+    original = open_original(tmp_path / file, **options)
+    assert original.description.config["sample_size"] == 16
+
+
+def test_a_classifier_ignores_the_number_of_heads_on_the_way_up(tmp_path):
+    case = golden.cases("guided_diffusion")["classifier_adaptive_pool"]
+    options = saved(tmp_path / "a.pt", "guided_diffusion", "classifier_adaptive_pool") | {"num_heads_upsample": 1}
+    network = NoisyClassifier.from_single_file(tmp_path / "a.pt", **options)
+    assert golden.relative_error(output_of(network, case, torch.float32), case["output_float32"]) < 1e-5
+
+
+@pytest.mark.parametrize("pool", ["attention", "average"])
+def test_a_classifier_with_levels_of_one_width(tmp_path, pool):
+    """Its tensors fit two levels of one block, and one level of three; the size of an attention pool decides."""
+    types = ("ResnetDownsampleBlock2D",) * 2
+    network = NoisyClassifier(8, 4, 3, (32, 32), types, 1, attention_head_dim=16, pool=pool)
+    known = options_of("guided_diffusion", golden.cases("guided_diffusion")[CLASSIFIER])
+    known |= {"image_size": 8, "num_head_channels": 16}
+    network.save_single_file(tmp_path / "a.pt", "guided-diffusion", **known, num_res_blocks=1)
+    if pool == "average":
+        with pytest.raises(ValueError, match="does not say num_res_blocks; "):
+            open_original(tmp_path / "a.pt", **known)
+        known["num_res_blocks"] = 2
+        with pytest.raises(ValueError, match="its 4 input blocks are not levels of 2 residual blocks for 8 pixels"):
+            open_original(tmp_path / "a.pt", **known)
+        known["num_res_blocks"] = 1
+    again = NoisyClassifier.from_single_file(tmp_path / "a.pt", **known)
+    x = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
+    assert torch.equal(again(x, 3), network.eval()(x, 3))
+
+
 def double_precision_errors(path, cases):
     """The error of each case in float64, by its name."""
     errors = {}

@@ -94,8 +94,13 @@ def open_original(
         else None
     )
     if difference is None:
-        description, checked = _describe(path, code, tensors, of_this_code[name] if name else None, options)
-        difference = name and _difference(description.config, of_this_code[name].network)
+        try:
+            description, checked = _describe(path, code, tensors, of_this_code[name] if name else None, options)
+            difference = name and _difference(description.config, of_this_code[name].network)
+        except ValueError as error:
+            if name is None or like is not None:
+                raise
+            difference = str(error)
     if difference and like is not None:
         raise ValueError(f"{path} is not like {name}: {difference}")
     subject = str(path)
@@ -114,7 +119,11 @@ def open_original(
 def _describe(path, code, tensors, published, options):
     checked = Options((published.options if published else {}) | options)
     try:
-        return code.describe(tensors, checked), checked
+        description = code.describe(tensors, checked)
+        stride = 2 ** (len(description.config["block_out_channels"]) - 1)
+        if checked.get("image_size", stride) % stride:
+            raise UnsupportedNetwork(f"image_size={checked['image_size']} must be a multiple of {stride}")
+        return description, checked
     except UnsupportedNetwork as error:
         raise ValueError(f"{path}: {error}") from None
     except (ArithmeticError, LookupError, TypeError, ValueError):

@@ -76,9 +76,8 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
         "freq_shift": 1,
         "dropout": options.get("dropout", 0.0),
     }
-    base = shapes["temb.dense.0.weight"][1]
-    if base != config["block_out_channels"][0]:
-        config["sinusoid_dim"] = base
+    if shapes["temb.dense.0.weight"][1] != config["block_out_channels"][0]:
+        raise UnsupportedNetwork("ch_mult whose first number is not 1 is not supported")
     scheduler_config = {
         "num_train_timesteps": options.get("diffusion_steps", 1000),
         "beta_schedule": "linear",

@@ -48,11 +48,11 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     classifies = not any(name.startswith("output_blocks.") for name in shapes)
-    levels, blocks, resamples_by_resnet = _structure(shapes)
+    levels, blocks, resamples_by_resnet = _structure(shapes, options)
     channels = [_width(shapes, 1 + level * (blocks + 1)) for level in range(levels)]
     attention = [f"input_blocks.{1 + level * (blocks + 1)}.1.qkv.weight" in shapes for level in range(levels)]
     emb_dim, sinusoid = shapes["time_embed.0.weight"]
-    widths = {c for c, attends in zip(channels, attention) if attends} | {channels[-1]}
+    widths = [c for c, attends in zip(channels, attention) if attends] + [channels[-1]]
     config = {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "block_out_channels": channels,
@@ -78,12 +78,14 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
         "out_channels": shapes["out.2.weight"][0],
         "num_class_embeds": shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
     }
-    upsamples = config["in_channels"] == 6 or "small_size" in options
-    image_channels = config["in_channels"] // 2 if upsamples else config["in_channels"]
-    if config["out_channels"] not in (image_channels, 2 * image_channels):
+    both, out_channels = config["in_channels"], config["out_channels"]
+    # an upsampler takes the low-resolution image beside its own
+    upsamples = "small_size" in options or (both in (2, 6) and out_channels in (both // 2, both))
+    image_channels = both // 2 if upsamples else both
+    if out_channels not in (image_channels, 2 * image_channels) or (upsamples and both % 2):
         raise UnsupportedNetwork(
-            f"its network takes {config['in_channels']} channels and gives {config['out_channels']}; those of an image, or "
-            f"twice as many, are supported{'; leave out small_size' if 'small_size' in options else ''}"
+            f"its network takes {both} channels and gives {out_channels}; those of an image, or twice as many, are "
+            f"supported{'; leave out small_size' if 'small_size' in options else ''}"
         )
     config["sample_size"] = options.required("image_size")
     _require_order(options, config)
@@ -91,7 +93,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
         network="DDPMUNet",
         config=config,
         scheduler="VariationalDDPMScheduler",
-        scheduler_config=_scheduler(options, learns_variance=config["out_channels"] == 2 * image_channels),
+        scheduler_config=_scheduler(options, learns_variance=out_channels == 2 * image_channels),
         low_resolution=options.required("small_size") if upsamples else None,
     )
 
@@ -170,7 +172,7 @@ def _classifier_head(pool):
     yield from parameter_pairs("head.to_out", "out.2.c_proj", POINTWISE_1D)
 
 
-def _structure(shapes):
+def _structure(shapes, options):
     """The number of resolution levels, of residual blocks in each, and whether residual blocks resample."""
     count = count_numbered(r"input_blocks\.(\d+)\.", shapes)
     absent = [i for i in range(1, count) if f"input_blocks.{i}.0.in_layers.2.weight" not in shapes]
@@ -194,11 +196,23 @@ def _structure(shapes):
         return levels, count // levels - 1, bool(doublings) and not halvings
     # a classifier whose residual blocks resample: the levels are where widths and attention may change
     fitting = [n for n in range(1, count) if count % (n + 1) == 0 and _levels_fit(shapes, count // (n + 1), n)]
-    if len(fitting) != 1:
+    if len(fitting) > 1 and "out.2.positional_embedding" in shapes and "image_size" in options:
+        fitting = [n for n in fitting if _pool_size(shapes, count // (n + 1)) == options["image_size"]]
+    if len(fitting) > 1:
+        if "num_res_blocks" not in options:
+            options.report_missing("num_res_blocks")
+        fitting = [n for n in fitting if n == options.get("num_res_blocks", fitting[-1])]
+    if not fitting:
+        blocks, size = options.get("num_res_blocks", "as many"), options.get("image_size", "some")
         raise UnsupportedNetwork(
-            f"its {count} input blocks do not tell the number of residual blocks at each resolution level"
+            f"its {count} input blocks are not levels of {blocks} residual blocks for {size} pixels"
         )
     return count // (fitting[0] + 1), fitting[0], True
+
+
+def _pool_size(shapes, levels):
+    """Side of the images of a classifier with an attention pool."""
+    return math.isqrt(shapes["out.2.positional_embedding"][1] - 1) * 2 ** (levels - 1)
 
 
 def _levels_fit(shapes, levels, blocks):
@@ -228,28 +242,33 @@ def _block_types(attention, way, resamples_by_resnet):
     return [f"Attn{way}Block2D" if attends else plain for attends in attention]
 
 
-def _heads(options, widths, classifies):
-    """Keys of the config: attention_head_dim if that suffices, because UNet2DModel has it; else num_attention_heads."""
-    if "num_heads" not in options and "num_head_channels" not in options:
+def _heads(options, attention, classifies):
+    """Keys of the config: attention_head_dim if that suffices, because UNet2DModel has it; else num_attention_heads.
+
+    attention: channels of each level with attention, and of the middle.
+    """
+    head_dim = options.get("num_head_channels", -1)
+    if "num_heads" not in options and head_dim == -1:
         options.report_missing("num_heads or num_head_channels")
         options.required("use_new_attention_order")
-    head_dim = options.get("num_head_channels", -1)
     if head_dim != -1:
-        wrong = next((c for c in sorted(widths) if head_dim < 1 or c % head_dim), None)
-        if wrong:
-            raise UnsupportedNetwork(
-                f"num_head_channels={head_dim} does not divide the {wrong} channels of an attention"
-            )
+        _check_divides("num_head_channels", head_dim, attention)
         return {"attention_head_dim": head_dim}
     heads, up_heads = options.get("num_heads", 1), options.get("num_heads_upsample", -1)
-    for name, number in {"num_heads": heads, "num_heads_upsample": heads if up_heads == -1 else up_heads}.items():
-        wrong = next((c for c in sorted(widths) if number < 1 or c % number), None)
-        if wrong:
-            raise UnsupportedNetwork(f"{name}={number} does not divide the {wrong} channels of an attention")
-    up = {} if up_heads in (-1, heads) else {"up_attention_heads": up_heads}
-    if up or (heads > 1 and len(widths) > 1):
+    _check_divides("num_heads", heads, attention)
+    up = {}
+    if up_heads not in (-1, heads) and not classifies:
+        _check_divides("num_heads_upsample", up_heads, attention[:-1])
+        up = {"up_attention_heads": up_heads}
+    if up or (heads > 1 and len(set(attention)) > 1):
         return {"num_attention_heads": heads, "attention_head_dim": None, **up}
-    return {"attention_head_dim": None if heads == 1 else widths.pop() // heads}
+    return {"attention_head_dim": None if heads == 1 else attention[0] // heads}
+
+
+def _check_divides(option, number, attention):
+    wrong = next((c for c in attention if number < 1 or c % number), None)
+    if wrong:
+        raise UnsupportedNetwork(f"{option}={number} does not divide the {wrong} channels of an attention")
 
 
 def _require_order(options, config):
@@ -276,14 +295,14 @@ def _classifier(shapes, options, config):
         raise UnsupportedNetwork(
             "classifier_pool='spatial' and 'spatial_v2' are not supported; 'attention' and 'adaptive' are"
         )
-    stride = 2 ** (len(config["block_out_channels"]) - 1)
     if "out.2.positional_embedding" in shapes:
-        positions = shapes["out.2.positional_embedding"][1] - 1
-        config["sample_size"], pool = math.isqrt(positions) * stride, "attention"
+        config["sample_size"], pool = _pool_size(shapes, len(config["block_out_channels"])), "attention"
         if options.get("image_size", config["sample_size"]) != config["sample_size"]:
             raise UnsupportedNetwork(
                 f"image_size={options['image_size']}, but its pool is for {config['sample_size']} pixels"
             )
+        if options.get("num_head_channels", -1) == -1 and "num_heads" in options:
+            options.report_missing("num_head_channels")  # the pool of the original code has no other number of heads
     else:
         config["sample_size"], pool = options.required("image_size"), "average"
     config |= {"pool": pool, "num_classes": shapes["out.2.c_proj.weight" if pool == "attention" else "out.3.weight"][0]}

@@ -33,6 +33,9 @@ OPTIONS_OF = {
     },
     OPENAI: {
         "small_size": Option(int, SIDE, "upsampler: height and width of the low-resolution images"),
+        "num_res_blocks": Option(
+            int, "[1, 64]", "classifier: residual blocks of a level, if several numbers fit the file"
+        ),
         "num_heads": Option(int, "[1, 1024]", "heads of every attention, whatever its channels"),
         "num_head_channels": Option(int, CHANNELS, "channels of each attention head, in place of num_heads"),
         "num_heads_upsample": Option(int, "[-1, 1024]", "heads on the way up (num_heads)"),

@@ -86,6 +86,8 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
             raise UnsupportedNetwork(
                 "fir=True with resblock_type='ddpm' is not supported; the original code cannot run it either"
             )
+        if not all(module.keeps_channels for module in convolutions):
+            raise UnsupportedNetwork("progressive_input with resblock_type='ddpm' is not supported")
     blocks = [module for module in body if module.is_block and not module.resamples]
     levels = len(halvings) // 2 + 1
     per_level = ((len(blocks) - 2) // levels - 1) // 2
@@ -95,6 +97,10 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
         )
     first = [blocks[level * per_level] for level in range(levels)]
     channels = [module.kernel[0] for module in first]
+    if channels[0] != width:
+        raise UnsupportedNetwork("ch_mult whose first number is not 1 is not supported")
+    if pyramid and first[1].kernel[1] != width:
+        raise UnsupportedNetwork("progressive_combine='cat' is not supported; 'sum' is")
     places = {id(module): place for place, module in enumerate(body)}
     attention = [body[places[id(module)] + 1].is_attention for module in first]
     output_skip = sum(len(module.get("weight", ())) == 4 for module in body) > 1
@@ -109,7 +115,7 @@ def describe(tensors: Mapping[str, torch.Tensor], options: Options) -> Descripti
         "norm_eps": 1e-6,
         "dropout": options.get("dropout", 0.0),
         **({"time_embedding_type": "fourier"} if fourier else {"flip_sin_to_cos": False, "freq_shift": 1}),
-        **_levels(options, attention, biggan, pyramid, output_skip, channels),
+        **_levels(options, attention, biggan, pyramid, output_skip, channels, fourier),
     }
     scheduler, scheduler_config, network_keys = _process(tensors.get("sigmas"), options, fourier)
     return Description("DDPMUNet", config | network_keys, scheduler, scheduler_config)
@@ -127,11 +133,9 @@ def _modules(tensors):
     return [entries[place] for place in range(len(entries))]
 
 
-def _levels(options, attention, biggan, pyramid, output_skip, channels):
+def _levels(options, attention, biggan, pyramid, output_skip, channels, fourier):
     """Keys of the config that say what the resolution levels are made of."""
     input_skip = bool(pyramid) and pyramid[0].kernel[2] == 1
-    if input_skip and any(module.kernel[0] != c for module, c in zip(pyramid, channels)):
-        raise UnsupportedNetwork("progressive_combine='cat' is not supported; 'sum' is")
     if input_skip != output_skip:
         raise UnsupportedNetwork(
             "only one of progressive='output_skip' and progressive_input='input_skip' is not supported; both are"
@@ -142,7 +146,10 @@ def _levels(options, attention, biggan, pyramid, output_skip, channels):
         "down_block_types": [f"Attn{skip}DownBlock2D" if attends else f"{down}Block2D" for attends in attention],
         "up_block_types": [f"Attn{skip}UpBlock2D" if attends else f"{up}Block2D" for attends in attention[::-1]],
     }
-    model = "ncsnpp" if biggan else options.required("model")
+    is_ncsnpp = biggan or fourier or output_skip
+    model = options.get("model", "ncsnpp") if is_ncsnpp else options.required("model")
+    if is_ncsnpp and model != "ncsnpp":
+        raise UnsupportedNetwork(f"model={model!r}, but its blocks or its embedding are those of 'ncsnpp'")
     if model == "ddpm":
         return keys | {"norm_num_groups": 32, "downsample_padding": 0, "up_attention": "last"}
     rescales = options.required("skip_rescale")
@@ -158,6 +165,8 @@ def _levels(options, attention, biggan, pyramid, output_skip, channels):
         return keys
     keys |= {"up_attention": "last", "block_scale_factor": SQRT_2 if rescales else 1}
     if not biggan:
+        if options.get("fir") and len(channels) > 1:
+            raise UnsupportedNetwork("fir=True, but its resampling convolutions have no FIR filter")
         return keys | {"downsample_padding": 0}
     keys |= {"downsample_type": "resnet", "upsample_type": "resnet", "resample_shortcut": True}
     if pyramid:
@@ -201,6 +210,8 @@ def _process(sigmas, options, fourier):
             "snr": options.get("snr", 0.16),
         }
         if not continuous:
+            if sigmas is not None and not sigmas.is_meta and not torch.allclose(sigmas.double(), noise_levels(options)):
+                raise UnsupportedNetwork("its noise levels are not in geometric steps, which is not supported")
             config["conditioning"], network_keys["sigma_table"] = "level_index", table
         return "VESDEScheduler", config, network_keys
     beta_min, beta_max = options.get("beta_min", 0.1), options.get("beta_max", 20.0)
