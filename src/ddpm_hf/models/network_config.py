@@ -191,12 +191,13 @@ def _check_number_of_parameters(config):
 
 
 def _check_time_embedding(config):
+    width_key = "block_out_channels[0]" if config["sinusoid_dim"] is None else "sinusoid_dim"
     kind, half = config["time_embedding_type"], (config["sinusoid_dim"] or config["block_out_channels"][0]) // 2
     if kind == "learned" and config["num_train_timesteps"] is None:
         raise ValueError("time_embedding_type='learned' needs num_train_timesteps (the size of its table), got None")
     if kind == "positional" and half <= config["freq_shift"]:
         raise ValueError(
-            f"freq_shift={config['freq_shift']} must be below {half}, half the number of features of a time"
+            f"freq_shift={config['freq_shift']} must be below {half}, half of {width_key}, the number of features of a time"
         )
 
 
