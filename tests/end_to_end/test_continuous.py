@@ -92,7 +92,7 @@ def test_a_run_that_went_on_is_one_that_was_let_alone(run):
 
 def test_evaluation_and_samples(run, tmp_path):
     folder = run[0] / "run/pipeline"
-    output = script("evaluate.py", folder, "--images", 3, "--ode", "--tolerance", "1e-2", "--probes", 2).stdout
+    output = script("evaluate.py", folder, "--images", 3, "--tolerance", "1e-2", "--probes", 2).stdout
     report = json.loads((folder / "evaluation.json").read_text())
     assert f"total    {report['total']:.4f}" in output and "network calls an image" in output
     assert report["dequantization"] == "uniform" and report["sampling_error"] > 0 and report["images"] == 3
@@ -101,8 +101,8 @@ def test_evaluation_and_samples(run, tmp_path):
     assert "by the probability-flow ODE with\nuniform dequantization" in card and "probability-flow ODE" in card[:900]
     script("sample.py", folder, "--count", 4, "--steps", 4, "--out", tmp_path / "samples.png")
     assert np.asarray(Image.open(tmp_path / "samples.png")).std() > 0
-    refused = script("evaluate.py", folder, "--images", 3, check=False)
-    assert refused.returncode == 2 and "in continuous time, where there is no bound; give --ode" in refused.stderr
+    refused = script("evaluate.py", folder, "--images", 3, "--estimate", 8, check=False)
+    assert refused.returncode == 2 and "in continuous time, where there is no bound; leave out" in refused.stderr
     refused = script("evaluate.py", folder, "--images", 3, "--ode", "--first", 3, check=False)
     assert refused.returncode == 2 and "--first 3 is of a chain" in refused.stderr
     refused = script("evaluate.py", folder, "--images", 3, "--ode", "--tolerance", 0, check=False)

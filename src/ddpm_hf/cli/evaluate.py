@@ -50,7 +50,7 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
         [
             ("runs/digits/pipeline", "bits/dim of the test split of its data set"),
             ("runs/digits/pipeline --data digits --images 64", "64 images, always the same"),
-            ("runs/digits-vp/pipeline --ode", "a model in continuous time"),
+            ("runs/digits-vp/pipeline", "a model in continuous time: by the ODE"),
             ("google/ddpm-cifar10-32 --data uoft-cs/cifar10 --estimate 50", "50 network calls for each image"),
             (
                 "runs/digits/pipeline --metrics fid,kid,prc --samples 50000",
@@ -132,7 +132,7 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     add("--first", type=number(int, 0), metavar="T0", default=0, help="leave out the timesteps below T0 (%(default)s)")
     add("--estimate", type=number(int, 8), metavar="N", help="estimate from N network calls for each image, 8 or more")
     add = parser.group("probability-flow ODE")
-    add("--ode", action="store_true", help="measure by the ODE instead of the bound")
+    add("--ode", action="store_true", help="measure by the ODE instead of the bound; always in continuous time")
     add("--dequantization", choices=DEQUANTIZATIONS, help="uniform or decoder (decoder for a chain, else uniform)")
     add(
         "--tolerance",
@@ -270,7 +270,10 @@ def open_chain(parser: Parser, arguments: argparse.Namespace, scheduler) -> None
 
     name, continuous = type(scheduler).__name__, getattr(scheduler, "is_continuous", False)
     if not arguments.ode and continuous:
-        parser.error(f"{name} is in continuous time, where there is no bound; give --ode")
+        if arguments.estimate is not None or arguments.steps is not None or arguments.optimize:
+            parser.error(f"{name} is in continuous time, where there is no bound; leave out what is of the bound")
+        require_extra("torchdiffeq", "ode", "likelihoods by the ODE")
+        arguments.ode = True
     if continuous and arguments.first:
         parser.error(f"--first {arguments.first} is of a chain; {name} has none")
     if not continuous:
