@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -160,7 +159,13 @@ def _ddim_solution(process, num_inference_steps, options, to_latents):
         scheduler.register_to_config(clip_sample=options.clip_sample, thresholding=False)
     scheduler.set_timesteps(num_inference_steps)
     chain = scheduler.chain if to_latents else scheduler.chain[::-1]
-    step = scheduler.reverse_step if to_latents else partial(scheduler.step, eta=0.0)
+
+    def step(output, t, x_t):
+        if to_latents:
+            return scheduler.reverse_step(output, t, x_t)
+        return scheduler.step(
+            output, t, x_t, eta=0.0, variance_noise=torch.zeros_like(x_t)
+        )  # "analytic" has noise here, too
 
     @torch.no_grad()
     def solve(batch, network, bar):

@@ -34,11 +34,14 @@ def prepared_scheduler(scheduler, options: SamplingOptions):
     choices = {name: getattr(options, name) for name in ("num_inference_steps", "timesteps", "sigmas")}
     choices = {name: value for name, value in choices.items() if value is not None}
     name, cls = next(iter(choices), "num_inference_steps"), type(scheduler).__name__
-    if len(choices) > 1:
+    named = isinstance(options.timesteps, str) and getattr(scheduler, "timestep_lists", None) is not None
+    if named and "sigmas" not in choices:
+        scheduler.set_timesteps(options.num_inference_steps, timesteps=options.timesteps)
+    elif len(choices) > 1:
         raise ValueError(f"{' and '.join(choices)} were given; give one of them")
-    if name not in inspect.signature(scheduler.set_timesteps).parameters:
+    elif name not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(f"{name}: {cls} takes none; give num_inference_steps, or use another scheduler")
-    if name != "num_inference_steps":
+    elif name != "num_inference_steps":
         # this package's scheduler checks its timesteps itself
         bounded = name == "timesteps" and not hasattr(scheduler, "chain")
         most = scheduler.config.num_train_timesteps - 1 if bounded else math.inf

@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED_VARIANCES = ("learned", "learned_range")  # the network's output has twice the channels of the images
-VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
+VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES, "analytic")
 
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "iddpm")
@@ -44,7 +44,7 @@ TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "iddpm")
 # learned its log variance directly; with "fixed_small" they stop at the doubled channels instead of sampling NaN.
 STOCK_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
     "timestep_spacing": {"iddpm": ("leading", "linspace")},
-    "variance_type": {"fixed_large_log": ("fixed_large",), "learned": ("fixed_small",)},
+    "variance_type": {"fixed_large_log": ("fixed_large",), "learned": ("fixed_small",), "analytic": ("fixed_small",)},
 }
 
 
@@ -79,6 +79,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         variance_type: "fixed_small" (the posterior variance, 0 at the first step), "fixed_large" (beta, and at the first step
             the posterior variance of the second), "learned" (the second half of the output channels is the log variance) or
             "learned_range" (it interpolates between the logarithms of the two fixed variances, IDDPM eq. 15).
+            "analytic" is the variance with the lowest bound (Bao et al. 2022), from `x_start_mse`.
             "fixed_small_log" and "fixed_large_log" are the same distributions. The log variance of the first step is always
             that of the second step's posterior, as in the paper's code.
         prediction_type: also "previous": the output is the mean of x_{t-1} (the paper's mu-tilde prediction).
@@ -86,6 +87,9 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         levels: number of grey levels of the data for the decoder L_0, 256 for 8 bits.
         rescale_timesteps: whether the network is given t * 1000 / T in place of t (IDDPM's code); see `conditioning_times`. No
             class of diffusers opens what is then saved. `from_config` of its schedulers keeps the setting.
+        x_start_mse: (T,) numbers in [0, 1], the mean squared error of the predicted x_0 at each timestep, for the variance
+            "analytic"; see `likelihood.estimate_reverse_variances`.
+        timestep_lists: chains by name and number of steps, {"optimal": {"25": [...]}}, for `set_timesteps(25, "optimal")`.
 
     `config` holds keys and values that diffusers' classes understand, and the others under "_ddpm_hf". A schedule that some of
     these classes do not know is saved as `trained_betas` too. `from_config` of any scheduler accepts the config, and the config
@@ -115,6 +119,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         timestep_spacing=TIMESTEP_SPACINGS,
         steps_offset="[0, 99999]",
         levels="[2, 16777216]",
+        x_start_mse="[0, 1]",
     )
     @register_to_config
     def __init__(
@@ -136,6 +141,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         rescale_betas_zero_snr: bool = False,
         levels: int = 256,
         rescale_timesteps: bool = False,
+        x_start_mse: np.ndarray | list[float] | None = None,
+        timestep_lists: dict | None = None,
     ):
         if variance_type not in VARIANCE_TYPES:
             if variance_type is not None:  # configs of other schedulers have None
@@ -158,7 +165,13 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
         # the rescaled betas are saved for classes that do not rescale; rescaling them again changes nothing
-        self._make_config_stock(betas, beta_schedule, trained_betas, variance_type, levels, rescale_timesteps)
+        own_keys = {
+            "levels": levels,
+            "rescale_timesteps": rescale_timesteps or None,
+            "x_start_mse": None if x_start_mse is None else list(x_start_mse),
+            "timestep_lists": timestep_lists,
+        }
+        self._make_config_stock(betas, beta_schedule, trained_betas, variance_type, own_keys)
         schedule = "trained_betas"
         if trained_betas is None:
             schedule = (
@@ -166,6 +179,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
                 f"beta_end={beta_end}"
             )
         check_betas(betas, schedule)
+        check_chain_keys(num_train_timesteps, variance_type, prediction_type, x_start_mse, timestep_lists)
         if steps_offset >= num_train_timesteps:
             raise ValueError(f"steps_offset={steps_offset} must be less than num_train_timesteps={num_train_timesteps}")
 
@@ -173,6 +187,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         self.variance_type = variance_type
         self.prediction_type = prediction_type
         self.timestep_spacing = timestep_spacing
+        self.x_start_mse = None if variance_type != "analytic" else np.array(x_start_mse, dtype=np.float64)
+        self.timestep_lists = timestep_lists or {}
         self.betas = torch.from_numpy(betas)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
@@ -186,8 +202,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
     # configuration
 
-    def _make_config_stock(self, betas, beta_schedule, trained_betas, variance_type, levels, rescale_timesteps):
-        extra: dict = {"levels": levels, **({"rescale_timesteps": True} if rescale_timesteps else {})}
+    def _make_config_stock(self, betas, beta_schedule, trained_betas, variance_type, own_keys):
+        extra = {key: value for key, value in own_keys.items() if value is not None}
         stock = {"num_train_timesteps": len(betas), "variance_type": variance_type}
         for key, replacements in STOCK_VALUES.items():
             value = stock.get(key, self.config[key])
@@ -197,10 +213,10 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             stock["trained_betas"] = betas.tolist()
             if trained_betas is None:
                 extra["trained_betas"] = None  # to be computed from the schedule's name
-        config = {**self.config, **stock, "_ddpm_hf": extra}
-        del config["levels"], config["rescale_timesteps"]
+        config = {key: value for key, value in {**self.config, **stock}.items() if key not in own_keys}
+        config["_ddpm_hf"] = extra
         if "_use_default_values" in config:
-            explicit = {"levels", "rescale_timesteps", *PROCESS_KEYS, *extra}
+            explicit = {*own_keys, *PROCESS_KEYS, *extra}
             config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in explicit]
         self._internal_dict = FrozenDict(config)
 
@@ -246,25 +262,29 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         betas, alphas_cumprod = self.betas.numpy(), self.alphas_cumprod.numpy()
         variance_type = variance_type or self.variance_type
         with np.errstate(divide="ignore", invalid="ignore"):  # beta = 1: zero terminal SNR
-            return ChainTables(list(timesteps), betas, alphas_cumprod, variance_type, self.prediction_type)
+            mse = self.x_start_mse if variance_type == "analytic" else None
+            return ChainTables(list(timesteps), betas, alphas_cumprod, variance_type, self.prediction_type, mse)
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | str | None = None,
     ) -> None:
         """Set the chain: `num_inference_steps` timesteps by `timestep_spacing`, or exactly `timesteps`.
 
         Args:
             num_inference_steps: 1 to num_train_timesteps.
             device: the device of `self.timesteps`. On the CPU, a loop over it never waits for an accelerator.
-            timesteps: strictly descending original timesteps.
+            timesteps: strictly descending original timesteps; or, with num_inference_steps, a name in `timestep_lists`.
 
         Raises:
-            ValueError: both arguments or neither are given; timesteps that are not strictly descending in [0, T).
+            ValueError: both arguments or neither are given; timesteps that are not strictly descending in [0, T); an unknown
+                name, or one without a list of so many steps.
         """
         T = self.config.num_train_timesteps
+        if isinstance(timesteps, str):
+            num_inference_steps, timesteps = None, self._named_timesteps(timesteps, num_inference_steps)
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give either num_inference_steps or timesteps")
         if timesteps is None and not (isinstance(num_inference_steps, Integral) and 1 <= num_inference_steps <= T):
@@ -283,6 +303,18 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         self.timesteps = torch.tensor(chain[::-1], device=device)
         if chain != self._chain.timesteps:
             self._chain = self._all_steps if len(chain) == T else self._make_chain(chain)
+
+    def _named_timesteps(self, name, n):
+        """The descending timesteps of a list in `timestep_lists`."""
+        lists = self.timestep_lists.get(name)
+        if lists is None:
+            known = ", ".join(self.timestep_lists) or "none: `optimize_chain` computes them"
+            raise ValueError(f"timesteps={shown(name)} is no list of this scheduler; it has {known}")
+        if str(n) not in lists:
+            raise ValueError(
+                f"num_inference_steps={n!r}: the lists of timesteps={name!r} have {', '.join(lists)} steps"
+            )
+        return lists[str(n)][::-1]
 
     def _spaced(self, n):
         """n ascending timesteps by `timestep_spacing` (Lin et al. 2024, table 2; IDDPM section 4)."""
@@ -618,7 +650,11 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         last = isinstance(position, int) and position == 0
         if eta is None and values is not None and not last:
             std = torch.exp(0.5 * self._learned_log_variance(values, position)) * (std > 0)  # no noise at the last step
-        noise = None if last or eta == 0 else _scaled_noise(std, x_t, generator, variance_noise)
+        noise = (
+            None
+            if last or (eta == 0 and self.x_start_mse is None)
+            else _scaled_noise(std, x_t, generator, variance_noise)
+        )
         if eta is None and is_posterior_mean(self.prediction_type):
             prev_sample = output.clone() if noise is None else noise + output
         else:
@@ -681,3 +717,22 @@ def _scaled_noise(std, x, generator, noise):
     if noise is None:
         noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return noise.to(x.dtype) * std
+
+
+def check_chain_keys(T, variance_type, prediction_type, x_start_mse, timestep_lists):
+    """Raise ValueError for errors of x_0 or lists of timesteps that do not fit T timesteps."""
+    if variance_type == "analytic" and x_start_mse is None:
+        raise ValueError("variance_type='analytic' needs x_start_mse; estimate_reverse_variances computes both")
+    if variance_type == "analytic" and is_posterior_mean(prediction_type):
+        raise ValueError("variance_type='analytic' is for networks whose output gives x_0, not for 'previous'")
+    if x_start_mse is not None and len(x_start_mse) != T:
+        raise ValueError(f"x_start_mse has {len(x_start_mse)} entries; give one for each of {T} timesteps")
+    for name, lists in (timestep_lists or {}).items():
+        if not isinstance(lists, dict):
+            raise ValueError(f"timestep_lists={shown(timestep_lists)} must have lists of timesteps by number of steps")
+        for count, chain in lists.items():
+            valid = isinstance(chain, (list, tuple)) and all(type(t) is int and 0 <= t < T for t in chain)
+            if not valid or str(len(chain)) != count or any(a >= b for a, b in zip(chain, chain[1:])):
+                raise ValueError(
+                    f"timestep_lists: {name}, {shown(count)} must be so many ascending timesteps below {T}"
+                )

@@ -58,6 +58,7 @@ class ChainTables(_Tables):
         timesteps: the subsequence, ascending.
         betas, alphas_cumprod: (T,) float64, of all timesteps.
         variance_type, prediction_type: as in `VariationalDDPMScheduler`.
+        x_start_mse: (T,) float64, for the variance "analytic".
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ChainTables(_Tables):
         alphas_cumprod: np.ndarray,
         variance_type: str,
         prediction_type: str,
+        x_start_mse: np.ndarray | None = None,
     ):
         super().__init__({})
         T, tables = len(betas), self.tables
@@ -99,9 +101,16 @@ class ChainTables(_Tables):
 
         # p(x_{t-1} | x_t), eq. 1, where its variance is fixed (section 3.2)
         large = np.append(clipped[0], beta[1:])
-        model_variance = {"fixed_small": variance, "fixed_small_log": clipped}.get(variance_type, large)
+        self.x_start_mse = None if x_start_mse is None else x_start_mse[timesteps]
+        if (
+            self.x_start_mse is not None
+        ):  # the mean misses by of_x_start times the error of x_0 (Bao et al. 2022, theorem 1)
+            clipped = model_variance = variance + mean_of_x_start**2 * self.x_start_mse
+        else:
+            model_variance = {"fixed_small": variance, "fixed_small_log": clipped}.get(variance_type, large)
+        is_clipped = variance_type.startswith("fixed_small") or variance_type == "analytic"
         tables["model_variance"] = model_variance
-        tables["model_log_variance"] = np.log(clipped if variance_type.startswith("fixed_small") else large)
+        tables["model_log_variance"] = np.log(clipped if is_clipped else large)
         std = np.append(0.0, np.sqrt(model_variance[1:]))  # the last step adds no noise
         tables["ancestral"] = _columns(mean_of_x_start, mean_of_x_t, std)
         tables["log_betas"] = np.log(beta)
@@ -119,10 +128,18 @@ class ChainTables(_Tables):
         tables["reverse"] = self._ddim(np.append(alpha_bar[1:], 0.0), np.zeros_like(beta))[:, :2]
 
     def ddim(self, eta: float) -> "_Tables":
-        """Tables with the entry "ddim": DDIM eq. 12, with eta times the posterior's standard deviation as sigma (eq. 16)."""
+        """Tables with the entry "ddim": DDIM eq. 12, with eta times the posterior's standard deviation as sigma (eq. 16).
+
+        With the variance "analytic" the noise is that of Analytic-DDIM (Bao et al. 2022, theorem 1), also for eta = 0.
+        """
         sigma = eta * np.sqrt(self.tables["posterior_variance"])
         alpha_bar_prev = np.append(1.0, self.tables["sqrt_alphas_cumprod"][:-1] ** 2)
-        return _Tables({"ddim": self._ddim(alpha_bar_prev, sigma)})
+        weights = self._ddim(alpha_bar_prev, sigma)
+        if self.x_start_mse is not None:
+            weights[1:, 2] = np.sqrt(sigma**2 + weights[:, 0] ** 2 * self.x_start_mse)[
+                1:
+            ]  # the last step adds no noise
+        return _Tables({"ddim": weights})
 
     def _ddim(self, alpha_bar_to, sigma):
         """The weights of x_0, x_t and the noise in DDIM eq. 12, with epsilon = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""

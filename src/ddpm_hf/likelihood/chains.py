@@ -1,0 +1,393 @@
+"""The chain with the lowest bound for a trained network: optimal variances and optimal lists of timesteps.
+
+Both follow from one table, how well the network predicts x_0 at each timestep (Bao et al. 2022, "Analytic-DPM"; Watson et al.
+2021). Each network evaluation at t serves all steps from t.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ddpm_hf.arguments import shown
+from ddpm_hf.likelihood.bound import BoundEvaluator
+from ddpm_hf.schedulers.conditioning_times import conditioning_times
+from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.gaussian import discretized_gaussian_log_likelihood
+from ddpm_hf.schedulers.optimal import StepCosts, Transitions, best_chains, clipped_x_start_mse, transitions
+from ddpm_hf.schedulers.precision import to_float64
+
+GROUPS = 10  # of images; leaving each out in turn gives standard errors
+LOG_VARIANCE_STEP = 0.25  # the decoder is tabulated at these log variances: linear interpolation is 0.004 nats off
+MOST_DECODED = 2**16  # pixels whose decoder is tabulated in a network call
+LOG_RATIOS = np.concatenate(([0.0], np.geomspace(1e-3, 30.0, 63)))  # of the upper and lower ends of a learned range
+
+
+class Estimate(NamedTuple):
+    """Numbers and their standard errors over the images."""
+
+    value: np.ndarray
+    standard_error: np.ndarray
+
+
+@dataclasses.dataclass
+class DenoisingErrors:
+    """How well a network predicts x_0 at some timesteps: means over groups of images (G, n, ...) float64.
+
+    Attributes:
+        scheduler: of the process; all its T timesteps count, whatever its chain.
+        timesteps: n ascending timesteps.
+        squared_error: (G, n), of x_0 on the scale [-1, 1].
+        decoder: (G, n, S), negative log-likelihood of the decoder in nats per dimension, for `log_variances`; with
+            variance_type "learned_range" these are the lower ends of the range. NaN where noise hides the image.
+        log_variances: (S,).
+        squared_pixels: (G,), mean of x_0 squared.
+        share, decay, decayed_error: with "learned_range", the means of w (G, n), of exp(-w R) (G, n, 64), and of the squared
+            error times exp(-w R) (G, n, 64), for w the network's place in the range and R = `LOG_RATIOS`. Else None.
+        evaluations: network evaluations.
+    """
+
+    scheduler: VariationalDDPMScheduler
+    timesteps: np.ndarray
+    squared_error: np.ndarray
+    decoder: np.ndarray
+    log_variances: np.ndarray
+    squared_pixels: np.ndarray
+    share: np.ndarray | None
+    decay: np.ndarray | None
+    decayed_error: np.ndarray | None
+    evaluations: int
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        """(T,) float64."""
+        return self.scheduler.alphas_cumprod.numpy()
+
+    def x_start_mse(self) -> Estimate:
+        """The mean squared error of x_0 at each of the T timesteps, clipped by `clipped_x_start_mse`."""
+        return self._jackknife(lambda mean: clipped_x_start_mse(self._error(mean), self.alphas_cumprod))
+
+    def step_costs(self, variance_type: str) -> StepCosts:
+        """The bound's terms for every pair of timesteps. variance_type: "analytic", or that of the network's scheduler."""
+        return self._costs(self._checked(variance_type), _mean)
+
+    def bits_per_dim(self, chain: list[int], variance_type: str) -> Estimate:
+        """The bound of a chain, ascending timesteps, in bits per dimension."""
+        kind = self._checked(variance_type)
+        return self._jackknife(lambda mean: np.array(self._cost_of_chain(kind, chain, mean)))
+
+    # `mean` averages over groups: over all of them, or over all but one
+
+    def _jackknife(self, statistic):
+        groups = len(self.squared_error)
+        value = statistic(_mean)
+        if groups < 2:
+            return Estimate(value, np.full_like(value, math.nan))
+        parts = np.stack([statistic(lambda table, i=i: np.delete(table, i, axis=0).mean(0)) for i in range(groups)])
+        return Estimate(value, np.sqrt((groups - 1) / groups * ((parts - parts.mean(0)) ** 2).sum(0)))
+
+    def _checked(self, variance_type):
+        own = self.scheduler.variance_type
+        if variance_type == "analytic" and own != "learned":
+            return "analytic"
+        if variance_type == "learned" or (variance_type == "learned_range") != (own == "learned_range"):
+            raise ValueError(
+                f"variance_type={shown(variance_type)} is not for a network of variance_type={own!r}; choose 'analytic' or "
+                f"{own!r}"
+            )
+        return variance_type.removesuffix("_log")
+
+    def _over_time(self, table):
+        """A table (n, ...) at all T timesteps (T, ...), linear in the log signal-to-noise ratio."""
+        abar = self.alphas_cumprod
+        places = -np.log(abar / (1 - abar))
+        rows = table.reshape(len(table), -1)
+        columns = [np.interp(places, places[self.timesteps], column) for column in rows.T]
+        return np.stack(columns, axis=-1).reshape(len(abar), *table.shape[1:])
+
+    def _error(self, mean):
+        return np.exp(self._over_time(np.log(np.maximum(mean(self.squared_error), 1e-30))))
+
+    def _decoder(self, mean):
+        return self._over_time(mean(self.decoder))
+
+    def _costs(self, kind, mean):
+        abar = self.alphas_cumprod
+        T, q = len(abar), transitions(abar[:, None], abar[None, :])
+        error = self._error(mean)
+        kl = self._kl(kind, q, error[None, :], self._moments(mean), np.arange(T)[None, :])
+        table = self._decoder(mean)
+        alone = np.array([self._decode(kind, table[t], np.log(1 - abar[t]), error[t]) for t in range(T)])
+        with np.errstate(divide="ignore"):
+            first = np.stack([self._decode(kind, table[t], np.log(q.variance[t]), error[t]) for t in range(T)])
+        nats = first, alone, kl, self._prior(mean)
+        return StepCosts(*(term / math.log(2) for term in nats))
+
+    def _cost_of_chain(self, kind, chain, mean):
+        abar = self.alphas_cumprod[chain]
+        error, table = self._error(mean)[chain], self._decoder(mean)[chain[0]]
+        q = transitions(abar[:-1], abar[1:])
+        kl = self._kl(kind, q, error[1:], self._moments(mean), np.array(chain[1:], dtype=int))
+        log_variance = np.log(q.variance[0] if len(chain) > 1 else 1 - abar[0])
+        nats = self._decode(kind, table, log_variance, error[0]) + kl.sum() + self._prior(mean)[chain[-1]]
+        return float(nats) / math.log(2)
+
+    def _moments(self, mean):
+        if self.share is None:
+            return None
+        return tuple(self._over_time(mean(table)) for table in (self.share, self.decay, self.decayed_error))
+
+    def _kl(self, kind, q: Transitions, error, moments, t):
+        """KL divergences in nats per dimension, of steps from timesteps t."""
+        excess = q.of_x_start**2 / q.variance  # of the squared distance of the means, in posterior variances, per error
+        if kind == "analytic":
+            return 0.5 * np.log1p(excess * error)
+        if kind == "fixed_small":
+            return 0.5 * excess * error
+        log_ratio = np.log(q.beta / q.variance)
+        if kind == "fixed_large":
+            return 0.5 * (log_ratio + np.exp(-log_ratio) * (1 + excess * error) - 1)
+        share, decay, decayed_error = moments
+        t = np.broadcast_to(t, log_ratio.shape)
+        decay, decayed_error = (_interpolated(table, t, log_ratio) for table in (decay, decayed_error))
+        return 0.5 * (share[t] * log_ratio + decay + excess * decayed_error - 1)
+
+    def _decode(self, kind, table, log_variance, error):
+        """The decoder's nats per dimension at a chain's first timestep; log_variance: that of the second step's posterior."""
+        if kind == "analytic":
+            log_variance = np.full_like(log_variance, math.log(max(error, 1e-30)))
+        return np.interp(log_variance, self.log_variances, table)
+
+    def _prior(self, mean):
+        abar = self.alphas_cumprod
+        return 0.5 * (abar * (mean(self.squared_pixels) - 1) - np.log1p(-abar))
+
+
+def _mean(table):
+    return table.mean(0)
+
+
+def _interpolated(table, t, log_ratio):
+    """Entries of a table (T, R) at rows t, linear in the logarithm of R's spacing."""
+    place = np.interp(log_ratio, LOG_RATIOS, np.arange(len(LOG_RATIOS)))
+    valid = np.isfinite(place)
+    lower = np.clip(np.where(valid, place, 0).astype(int), 0, len(LOG_RATIOS) - 2)
+    part = place - lower
+    return table[t, lower] * (1 - part) + table[t, lower + 1] * part
+
+
+@torch.no_grad()
+def measure_denoising_errors(
+    unet: Callable,
+    scheduler: VariationalDDPMScheduler,
+    x_start: torch.Tensor,
+    *,
+    num_evaluations: int = 100,
+    class_labels: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    clip_sample: bool = True,
+    batch_size: int | None = None,
+    levels: int | None = None,
+    progress_bar: bool = False,
+) -> DenoisingErrors:
+    """Measures how well a network predicts x_0, at timesteps evenly spaced in the log signal-to-noise ratio.
+
+    Args:
+        num_evaluations: network evaluations per image, each at another timestep; at most T.
+        unet, scheduler, x_start, class_labels, generator, clip_sample, batch_size, levels, progress_bar: as in `bits_per_dim`.
+
+    Raises:
+        ValueError: as `bits_per_dim`; fewer than 2 evaluations; zero terminal SNR; a prediction_type without x_0 ("previous").
+    """
+    scheduler = copy.copy(scheduler)
+    if hasattr(scheduler, "chain"):  # else the evaluator refuses it
+        scheduler.set_timesteps(scheduler.config.num_train_timesteps)
+    settings = {"class_labels": class_labels, "clip_sample": clip_sample, "levels": levels, "batch_size": batch_size}
+    evaluate = BoundEvaluator(unet, scheduler, x_start, **settings)
+    timesteps = _spread_timesteps(scheduler, num_evaluations)
+    count, size = len(x_start), batch_size or len(x_start)
+    groups = min(GROUPS, count)
+    group_of = torch.arange(count) * groups // count
+    noise_levels = (1 - scheduler.alphas_cumprod).sqrt()
+    lowest = 2 * math.log(0.1 / (evaluate.levels - 1))
+    log_variances = np.arange(lowest, LOG_VARIANCE_STEP, LOG_VARIANCE_STEP)
+    # Each image has one noise at all timesteps. Errors of the table are then alike at neighboring timesteps; if they were
+    # independent, the search would choose timesteps for their errors.
+    noise = evaluate.noise(x_start.shape, generator)
+    tables: list[list[torch.Tensor]] = []
+    with evaluate, tqdm(total=count * len(timesteps), desc="denoising errors", disable=not progress_bar or None) as bar:
+        for t in timesteps:
+            rows = []
+            for index in torch.arange(count).split(size):
+                x_0 = x_start[index.to(x_start.device)]
+                decodes = log_variances if noise_levels[t] < 0.9 else log_variances[:0]
+                rows.append(_moments_of(evaluate, index, x_0, int(t), noise[index], decodes))
+                bar.update(len(index))
+            tables.append([torch.cat(parts) for parts in zip(*rows)])
+    squared_error, decoder, share, decay, decayed_error = (
+        _by_group(column, group_of, groups) for column in zip(*tables)
+    )
+    learned = scheduler.variance_type == "learned_range"
+    squared_pixels = to_float64(x_start).square().flatten(1).mean(1).cpu()
+    return DenoisingErrors(
+        scheduler=scheduler,
+        timesteps=timesteps,
+        squared_error=squared_error[..., 0],
+        decoder=decoder,
+        log_variances=log_variances,
+        squared_pixels=np.stack([squared_pixels[group_of == g].mean().numpy() for g in range(groups)]),
+        share=share[..., 0] if learned else None,
+        decay=decay if learned else None,
+        decayed_error=decayed_error if learned else None,
+        evaluations=count * len(timesteps),
+    )
+
+
+def _spread_timesteps(scheduler, count):
+    if not (isinstance(count, Integral) and count >= 2):
+        raise ValueError(f"num_evaluations={shown(count)} must be an integer, 2 or more")
+    if scheduler.prediction_type == "previous":
+        raise ValueError("prediction_type='previous' gives x_{t-1}, not x_0; its chain cannot be shortened")
+    abar = scheduler.alphas_cumprod.numpy()
+    if abar[-1] <= 0:
+        raise ValueError("the last timestep has zero signal-to-noise ratio (rescale_betas_zero_snr), which is not supported")
+    T = len(abar)
+    if count >= T:
+        return np.arange(T)
+    noise = np.log((1 - abar) / abar)
+    even = np.interp(np.linspace(noise[0], noise[-1], count), noise, np.arange(T)).round().astype(int)
+    # where timesteps are sparse in noise, as at its ends, there are fewer than `count`: the rest is spread evenly in t
+    missing = np.setdiff1d(np.linspace(0, T - 1, count).round().astype(int), even)
+    return np.union1d(even, missing[: count - len(np.unique(even))])
+
+
+def _moments_of(evaluate, index, x_0, t, noise, log_variances):
+    """Per image: squared error (rows, 1), decoder (rows, S), share (rows, 1), decay and decayed error (rows, R)."""
+    scheduler, channels = evaluate.scheduler, x_0.shape[1]
+    x_t = scheduler.q_sample(x_0, t, noise)
+    labels = None if evaluate.class_labels is None else evaluate.class_labels[index.to(x_0.device)]
+    c_noise = conditioning_times(scheduler, t)
+    output = evaluate.unet(x_t.to(evaluate.dtype), c_noise, class_labels=labels, return_dict=False)[0]
+    predicted = scheduler.p_mean_variance(output, x_t, t, evaluate.clip_sample).pred_original_sample
+    if not output.isfinite().all():
+        raise ValueError(f"the network's output at t={t} is not finite")
+    error = to_float64(predicted - x_0).square().flatten(1)
+    share = None
+    if scheduler.variance_type == "learned_range":
+        share = to_float64(output[:, channels:]).flatten(1) / 2 + 0.5
+    high = math.log1p(-scheduler.alphas_cumprod[t].item())
+    decoded = []
+    # every n-th pixel, another one at each timestep, is enough
+    stride = max(1, error.numel() // MOST_DECODED)
+    x_some, mean, w = (None if v is None else v.flatten(1)[:, t % stride :: stride] for v in (x_0, predicted, share))
+    for low in log_variances:
+        log_scale = torch.tensor(low / 2, device=x_0.device) if w is None else (low + w * (high - low)) / 2
+        nats = -discretized_gaussian_log_likelihood(x_some, mean, log_scale, evaluate.levels)
+        decoded.append(to_float64(nats).mean(1))
+    decoder = torch.stack(decoded, dim=1) if decoded else error.new_full((len(x_0), 1), math.inf)
+    if share is None:
+        return [part.cpu() for part in (error.mean(1, keepdim=True), decoder, error[:, :0], error[:, :0], error[:, :0])]
+    decays = [torch.exp(-share * ratio) for ratio in LOG_RATIOS]
+    decay = torch.stack([d.mean(1) for d in decays], dim=1)
+    decayed = torch.stack([(error * d).mean(1) for d in decays], dim=1)
+    return [part.cpu() for part in (error.mean(1, keepdim=True), decoder, share.mean(1, keepdim=True), decay, decayed)]
+
+
+def _by_group(columns, group_of, groups):
+    """Means over groups of images (G, n, S) of n tables (B, S); tables of one infinite column are widened."""
+    widest = max(column.shape[1] for column in columns)
+    columns = [column.expand(-1, widest) if column.shape[1] == 1 else column for column in columns]
+    table = torch.stack(columns, dim=1)
+    return np.stack([table[group_of == g].mean(0).numpy() for g in range(groups)])
+
+
+class ReverseVariances(NamedTuple):
+    """The variances of p(x_{t-1} | x_t) with the lowest bound, for the steps of a chain, ascending in t, float64 (K,)."""
+
+    timesteps: list[int]
+    variance: np.ndarray  # of the first step: that of the decoder
+    standard_error: np.ndarray
+    x_start_mse: np.ndarray  # (T,), of the scheduler's config
+
+
+def estimate_reverse_variances(
+    unet: Callable, scheduler: VariationalDDPMScheduler, x_start: torch.Tensor, *, num_evaluations: int = 100, **options
+) -> ReverseVariances:
+    """Estimates the variances that minimize the bound of the scheduler's chain (Bao et al. 2022, theorem 1 and 2).
+
+    The mean of p misses that of the posterior by a multiple c of the error of x_0, so the best variance is that of the
+    posterior plus c^2 times the mean squared error of x_0, which is measured. For a perfect network this is Bao et al.'s.
+
+    `VariationalDDPMScheduler.from_config(scheduler.config, variance_type="analytic", x_start_mse=result.x_start_mse)` uses
+    them, in any chain.
+
+    Args:
+        num_evaluations, options: as `measure_denoising_errors`.
+
+    Raises:
+        ValueError: as `measure_denoising_errors`.
+    """
+    errors = measure_denoising_errors(unet, scheduler, x_start, num_evaluations=num_evaluations, **options)
+    mse, chain = errors.x_start_mse(), scheduler.chain
+    abar = errors.alphas_cumprod[chain]
+    q = transitions(np.append(1.0, abar[:-1]), abar)
+    factor = q.of_x_start**2
+    return ReverseVariances(
+        chain, q.variance + factor * mse.value[chain], factor * mse.standard_error[chain], mse.value
+    )
+
+
+class OptimalTimesteps(NamedTuple):
+    """The chain of a number of steps with the lowest bound."""
+
+    timesteps: list[int]  # descending, for `set_timesteps(timesteps=...)`
+    bits_per_dim: float
+    standard_error: float
+
+
+def optimal_timesteps(
+    unet: Callable,
+    scheduler: VariationalDDPMScheduler,
+    x_start: torch.Tensor,
+    *,
+    steps: int,
+    variance_type: str | None = None,
+    num_evaluations: int = 100,
+    **options,
+) -> OptimalTimesteps:
+    """Finds the list of timesteps with the lowest variational bound (Watson et al. 2021).
+
+    Args:
+        steps: their number, 1 to T.
+        variance_type: "analytic", or a type for which the network was trained; None for that of the scheduler.
+        num_evaluations, options: as `measure_denoising_errors`.
+
+    Raises:
+        ValueError: as `measure_denoising_errors`; steps out of range; a variance type that the network does not have.
+    """
+    (choice,) = optimal_chains(
+        measure_denoising_errors(unet, scheduler, x_start, num_evaluations=num_evaluations, **options),
+        [steps],
+        variance_type or scheduler.variance_type,
+    )
+    return choice
+
+
+def optimal_chains(errors: DenoisingErrors, steps: Iterable[int], variance_type: str) -> list[OptimalTimesteps]:
+    """`optimal_timesteps` for several numbers of steps, from one table."""
+    steps, T = list(steps), len(errors.alphas_cumprod)
+    for count in steps:
+        if not (isinstance(count, Integral) and 1 <= count <= T):
+            raise ValueError(f"steps={shown(count)} must be an integer, 1 to {T}, the steps of the process")
+    _, chains = best_chains(errors.step_costs(variance_type), max(steps))
+    results = []
+    for count in steps:
+        bits = errors.bits_per_dim(chains[count - 1], variance_type)
+        results.append(OptimalTimesteps(chains[count - 1][::-1], float(bits.value), float(bits.standard_error)))
+    return results
