@@ -1,4 +1,4 @@
-"""The command line: ddpm-hf train | train-classifier | sample | evaluate | convert | push.
+"""The command line: ddpm-hf train | train-classifier | sample | evaluate | optimize-chain | convert | push.
 
 Arguments are parsed and checked before anything slow is imported, so that mistakes are reported at once.
 """
@@ -16,6 +16,7 @@ COMMANDS = {
     "train-classifier": "train a classifier of noisy images, for classifier guidance",
     "sample": "draw a sheet of samples from a saved pipeline",
     "evaluate": "measure bits/dim of a data set under a saved pipeline",
+    "optimize-chain": "compute the best variances and lists of timesteps for a trained network",
     "convert": "open a checkpoint of another code base as a saved pipeline, or write one",
     "push": "publish a saved pipeline on the Hub",
 }
@@ -71,6 +72,8 @@ def run(command: str, argv: list[str], program: str) -> None:
         from ddpm_hf.cli.sample import main as run_command
     elif command == "evaluate":
         from ddpm_hf.cli.evaluate import main as run_command
+    elif command == "optimize-chain":
+        from ddpm_hf.cli.optimize_chain import main as run_command
     elif command == "convert":
         from ddpm_hf.cli.convert import main as run_command
     else:

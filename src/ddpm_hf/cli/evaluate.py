@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from ddpm_hf.cli.parser import (
@@ -35,6 +36,12 @@ OF_SAMPLES = (
     "scheduler",
 )
 OF_BITS = ("histogram", "first", "estimate", "ode", "dequantization", "tolerance", "probes")
+IMAGES = {
+    "metavar": "IMAGES",
+    "help": "a number: a fixed random subset of --data (all images); with --metrics also a folder, .npz or .parquet file: the "
+    "generated images",
+}
+IMAGES_SPLIT = "test, or what the run held out of its only split; with --metrics, that of the training"
 READING = ("image_column", "label_column", "max_broken", "max_image_pixels")  # options that `read_tensor` takes
 
 
@@ -72,40 +79,7 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     )
     add("--histogram", metavar="SPLIT", help="compare with a per-pixel histogram of this split")
     add("-h", "--help", action="help", help="show this and stop")
-    add = parser.group("images")
-    add(
-        "--data",
-        metavar="DATA",
-        help="digits, mnist, a folder, a .parquet, .arrow or .tar file, or a Hub id (that of the training)",
-    )
-    add(
-        "--split",
-        metavar="SPLIT",
-        help="split of --data (test, or what the run held out of its only split; with --metrics, that of the training)",
-    )
-    add(
-        "--held_out",
-        type=number(float, 0, 1),
-        metavar="SHARE",
-        help="only the images that training with this --held_out set aside (as the run did)",
-    )
-    add(
-        "--images",
-        metavar="IMAGES",
-        help="a number: a fixed random subset of --data (all images); with --metrics also a folder, .npz or .parquet file: the "
-        "generated images",
-    )
-    add("--image_column", metavar="NAME", help="column of the images (that of the training, or the only one)")
-    add("--label_column", metavar="NAME", help="column of class labels (that of the training, or the only one)")
-    add("--levels", type=number(int, 2, 65536), metavar="N", help="grey levels of the data (those of the pipeline)")
-    add(
-        "--max_broken",
-        type=number(float, 0, 1),
-        metavar="SHARE",
-        default=0.0,
-        help="share of images that may be unreadable (%(default)s)",
-    )
-    add("--max_image_pixels", type=number(int, 1), metavar="N", help="larger images are unreadable (Pillow's limit)")
+    add_image_options(parser.group("images"), IMAGES)
     add = parser.group("quality of samples")
     add(
         "--metrics",
@@ -165,6 +139,47 @@ def make_parser(program: str = "ddpm-hf evaluate") -> Parser:
     )
     add("--device", metavar="NAME", help="device, as torch names it (an accelerator if there is one)")
     return parser
+
+
+def add_image_options(add: Callable, images: dict, split: str = IMAGES_SPLIT) -> None:
+    """Add the options of the images of a data set, for `open_data` and `evaluation.images.read_tensor`.
+
+    Args:
+        add: `Parser.group`'s.
+        images: arguments of the option --images.
+        split: what --split is by default.
+    """
+    add(
+        "--data",
+        metavar="DATA",
+        help="digits, mnist, a folder, a .parquet, .arrow or .tar file, or a Hub id (that of the training)",
+    )
+    add(
+        "--split",
+        metavar="SPLIT",
+        help=f"split of --data ({split})",
+    )
+    add(
+        "--held_out",
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        help="only the images that training with this --held_out set aside (as the run did)",
+    )
+    add(
+        "--images",
+        **images,
+    )
+    add("--image_column", metavar="NAME", help="column of the images (that of the training, or the only one)")
+    add("--label_column", metavar="NAME", help="column of class labels (that of the training, or the only one)")
+    add("--levels", type=number(int, 2, 65536), metavar="N", help="grey levels of the data (those of the pipeline)")
+    add(
+        "--max_broken",
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        default=0.0,
+        help="share of images that may be unreadable (%(default)s)",
+    )
+    add("--max_image_pixels", type=number(int, 1), metavar="N", help="larger images are unreadable (Pillow's limit)")
 
 
 def main(argv: list[str], program: str) -> None:

@@ -256,7 +256,9 @@ def _spread_timesteps(scheduler, count):
         raise ValueError("prediction_type='previous' gives x_{t-1}, not x_0; its chain cannot be shortened")
     abar = scheduler.alphas_cumprod.numpy()
     if abar[-1] <= 0:
-        raise ValueError("the last timestep has zero signal-to-noise ratio (rescale_betas_zero_snr), which is not supported")
+        raise ValueError(
+            "the last timestep has zero signal-to-noise ratio (rescale_betas_zero_snr), which is not supported"
+        )
     T = len(abar)
     if count >= T:
         return np.arange(T)
