@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ddpm_hf.arguments import sides
+from ddpm_hf.arguments import listed, sides
 from ddpm_hf.files.atomic import final_name, write_text
 from ddpm_hf.files.guarded import COUNT, NULL, NUMBER, WORD, Kind, check_values, naming, read_json, read_text
 from ddpm_hf.files.pipeline_folder import component_classes, pipeline_class, read_config
@@ -152,6 +152,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
     quality = evaluation and evaluation.get("sample_quality")
     evaluation = evaluation if evaluation and "total" in evaluation else None  # bits/dim
     size, variance = network.config.sample_size, scheduler["variance_type"] or ""
+    timestep_lists = {name: listed(lists) for name, lists in (own_settings.get("timestep_lists") or {}).items()}
     reasons = {
         "a network that makes images larger": low,
         "a network of continuous time": process,
@@ -170,6 +171,8 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "nichol2021improved": variance in LEARNED_VARIANCES or scheduler["beta_schedule"] == "cosine",
         "dhariwal2021diffusion": classifier is not None,
         "ho2021classifier": network.null_class is not None,
+        "bao2022analytic": variance == "analytic",
+        "watson2021learning": timestep_lists,
     }
     # of the Hub's tasks only the first two exist; the third is used for images of a class
     task = "image-to-image" if low else "unconditional-image-generation"
@@ -189,6 +192,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "beta_schedule": scheduler["beta_schedule"],
         "prediction_type": scheduler["prediction_type"] or "epsilon",
         "variance_type": variance,
+        "timestep_lists": timestep_lists,
         "levels": scheduler["levels"],
         "classes": network.num_classes,
         "class_names": listed_names(network.class_names),
@@ -244,7 +248,18 @@ SIDES = Kind(
 
 
 # the keys of a scheduler's config that the card shows
+LISTS = Kind(
+    "lists of timesteps by name and number of steps",
+    lambda value: (
+        isinstance(value, dict)
+        and all(
+            WORD.fits(name) and isinstance(lists, dict) and lists and all(map(str.isdecimal, lists))
+            for name, lists in value.items()
+        )
+    ),
+)
 SCHEDULER = {
+    "timestep_lists": LISTS | NULL,
     **dict.fromkeys(("num_train_timesteps", "levels"), COUNT | NULL),
     **dict.fromkeys(("_class_name", "beta_schedule", "prediction_type", "variance_type"), WORD | NULL),
     **dict.fromkeys(("beta_min", "beta_max", "sigma_min", "sigma_max"), NUMBER | NULL),

@@ -208,8 +208,15 @@ def measure_denoising_errors(
     scheduler = copy.copy(scheduler)
     if hasattr(scheduler, "chain"):  # else the evaluator refuses it
         scheduler.set_timesteps(scheduler.config.num_train_timesteps)
-    settings = {"class_labels": class_labels, "clip_sample": clip_sample, "levels": levels, "batch_size": batch_size}
-    evaluate = BoundEvaluator(unet, scheduler, x_start, **settings)
+    evaluate = BoundEvaluator(
+        unet,
+        scheduler,
+        x_start,
+        class_labels=class_labels,
+        clip_sample=clip_sample,
+        levels=levels,
+        batch_size=batch_size,
+    )
     timesteps = _spread_timesteps(scheduler, num_evaluations)
     count, size = len(x_start), batch_size or len(x_start)
     groups = min(GROUPS, count)
