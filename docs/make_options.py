@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ddpm_hf import DDPMUNet, NoisyClassifier, VariationalDDPMScheduler, VESDEScheduler, VPSDEScheduler
-from ddpm_hf.cli import convert, evaluate, push, sample
+from ddpm_hf.cli import convert, evaluate, optimize_chain, push, sample
 from ddpm_hf.training.config import ClassifierConfig, TrainConfig, keys_of
 
 PAGE = Path(__file__).with_name("options.md")
@@ -27,6 +27,7 @@ other commands, print the same.
 COMMANDS = {
     "sample": sample.make_parser,
     "evaluate": evaluate.make_parser,
+    "optimize-chain": optimize_chain.make_parser,
     "convert": convert.make_parser,
     "push": push.make_parser,
 }

@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
-from ddpm_hf.cli import convert, evaluate, main, push, sample
+from ddpm_hf.cli import convert, evaluate, main, optimize_chain, push, sample
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PARSERS = {
     "sample": sample.make_parser,
     "evaluate": evaluate.make_parser,
+    "optimize-chain": optimize_chain.make_parser,
     "convert": convert.make_parser,
     "push": push.make_parser,
 }

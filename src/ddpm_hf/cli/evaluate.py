@@ -31,6 +31,7 @@ OF_SAMPLES = (
     "extractor",
     "class_labels",
     "eta",
+    "timesteps",
     "guidance_scale",
     "classifier_scale",
     "scheduler",

@@ -228,7 +228,9 @@ def draw(parser: Parser, arguments: argparse.Namespace, pipeline, folder: Path |
         print(f"the samples are in {out}")
     words = [f"{record['steps']} steps of {record['schedulers'][0]['_class_name']}"]
     words += [
-        f"{key}={record[key]}" for key in ("eta", "guidance_scale", "classifier_scale", "class_labels") if key in record
+        f"{key}={record[key]}"
+        for key in ("eta", "timesteps", "guidance_scale", "classifier_scale", "class_labels")
+        if key in record
     ]
     files = SampleFolder(out, record)
     images = open_images(out, "samples", names=[files.path(seed).name for seed in seeds])

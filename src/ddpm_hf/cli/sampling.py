@@ -10,17 +10,22 @@ from ddpm_hf.cli.parser import Parser, number
 OPTIONS = {
     "num_inference_steps": "--steps",
     "class_labels": "--class_labels",
-    **{name: f"--{name}" for name in ("eta", "guidance_scale", "classifier_scale", "noise_level")},
+    **{name: f"--{name}" for name in ("eta", "timesteps", "guidance_scale", "classifier_scale", "noise_level")},
 }
 
 
 def add_sampler_options(add: Callable[..., argparse.Action]) -> None:
-    """Add the options of the sampler, but for --steps: eta, guidance, scheduler."""
+    """Add the options of the sampler, but for --steps: eta, timesteps, guidance, scheduler."""
     add(
         "--eta",
         type=number(float, 0, 1),
         metavar="ETA",
         help="DDIM: 0 is deterministic, 1 is as noisy as DDPM (ancestral sampling)",
+    )
+    add(
+        "--timesteps",
+        metavar="NAME",
+        help="list of timesteps that `optimize-chain` saved, by its name: optimal (evenly spaced ones)",
     )
     add("--guidance_scale", type=number(float, 0), metavar="SCALE", help="classifier-free guidance; 1 is none (none)")
     add(
@@ -67,6 +72,7 @@ def sampler_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return dict(
         num_inference_steps=arguments.steps,
         eta=arguments.eta,
+        timesteps=arguments.timesteps,
         guidance_scale=arguments.guidance_scale,
         classifier_scale=arguments.classifier_scale,
     )

@@ -397,7 +397,9 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         check_eta(options.eta, self.scheduler)
         scheduler = prepared_scheduler(self.scheduler, options)
         self._num_timesteps = len(scheduler.timesteps)
-        if options.latents is None:
+        if options.latents is None and not isinstance(
+            options.timesteps, str
+        ):  # named lists count the cost of their start
             warn_of_late_start(scheduler)
         labels = self._label_tensor(options.class_labels, batch_size)
         guidance = classifier_free_arguments(self, labels, options.guidance_scale, batch_size)
