@@ -3,9 +3,9 @@
     python benchmarks/chains.py digits|mnist [--device cuda] [--samples 1000]
 
 The network is that of benchmarks/sample_quality.py. Variances and optimal lists follow from 256 images of the training split
-(100 network calls each); bits/dim are the bound of the test split's images with these chains. Distances are of the judge's
-features (see benchmarks/sample_quality.py), of samples with seeds from 0 on, against the training split; DPM-Solver++, UniPC of
-diffusers and DDIM have no bound. Errors are standard errors. Writes benchmarks/results/chains_<data>.json, .md and .png.
+(100 network calls each); bits/dim are the bound of images of the test split with these chains. Distances are of the judge's
+features (see benchmarks/sample_quality.py), of samples with seeds from 0 on, against the training split. DDIM, and DPM-Solver++
+and UniPC of diffusers, have no bound. Errors are standard errors. Writes benchmarks/results/chains_<data>.json, .md and .png.
 """
 
 import argparse

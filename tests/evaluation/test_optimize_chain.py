@@ -42,6 +42,10 @@ def test_what_the_command_writes(pipeline, tmp_path):
     assert pipe.scheduler.variance_type == "analytic" and pipe.scheduler.timestep_lists["optimal"].keys() == {"3", "8"}
     shape = pipe(2, num_inference_steps=3, timesteps="optimal", output_type="pt").images.shape
     assert shape == (2, 1, 8, 8) == pipe(2, num_inference_steps=5, eta=0.0, output_type="pt").images.shape
+    words = ["--data", "digits", "--images", 4, "--steps", 3, "--timesteps", "optimal", "--out", tmp_path / "report"]
+    assert "3 terms from t=" in command("evaluate", tmp_path / "fast", *words).stdout
+    words = ["--count", 2, "--steps", 3, "--timesteps", "best", "--out", tmp_path / "samples.png"]
+    assert "it has optimal" in command("sample", tmp_path / "fast", *words, check=False).stderr
     # stock samples with a fixed variance; the card says so
     assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "fast"), DDPMPipeline)
     card = " ".join(write_model_card(tmp_path / "fast").read_text().split())

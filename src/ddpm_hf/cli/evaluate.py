@@ -31,7 +31,6 @@ OF_SAMPLES = (
     "extractor",
     "class_labels",
     "eta",
-    "timesteps",
     "guidance_scale",
     "classifier_scale",
     "scheduler",
@@ -294,8 +293,8 @@ def open_chain(parser: Parser, arguments: argparse.Namespace, scheduler) -> None
         parser.error(f"--first {arguments.first} is of a chain; {name} has none")
     if not continuous:
         check_scheduler(scheduler)
-        with naming_options(arguments, {"num_inference_steps": "--steps"}):
-            set_chain(scheduler, arguments.steps, arguments.first)
+        with naming_options(arguments, {"num_inference_steps": "--steps", "timesteps": "--timesteps"}):
+            set_chain(scheduler, arguments.steps, arguments.first, arguments.timesteps)
     if arguments.ode and arguments.first and arguments.dequantization == "uniform":
         raise ValueError(f"--first {arguments.first} is of --dequantization decoder; leave it out")
 

@@ -119,14 +119,17 @@ def measure_ode(
     return LikelihoodReport(result, values, "by the probability-flow ODE", lines)
 
 
-def set_chain(scheduler, steps: int | None = None, first: int = 0) -> None:
+def set_chain(scheduler, steps: int | None = None, first: int = 0, timesteps: str | None = None) -> None:
     """Set the chain to `steps` timesteps (None means all) and remove those below `first`.
 
+    Args:
+        timesteps: the name of a list of the scheduler with so many steps.
+
     Raises:
-        ValueError: no timestep is terms_axes.
+        ValueError: no timestep is left; the scheduler has no such list.
     """
-    if steps is not None:
-        scheduler.set_timesteps(steps)
+    if steps is not None or timesteps is not None:
+        scheduler.set_timesteps(steps, timesteps=timesteps)
     if first > 0:
         timesteps = [t for t in reversed(scheduler.chain) if t >= first]
         if not timesteps:
