@@ -80,7 +80,7 @@ def examples_of(parser):
         (["--traiin"], "ddpm-hf: unknown command '--traiin'; did you mean 'train'?"),
         (
             ["xyz"],
-            "ddpm-hf: unknown command 'xyz'; commands: train, train-classifier, sample, evaluate, optimize-chain, convert, push",
+            "unknown command 'xyz'; commands: train, train-classifier, sample, evaluate, optimize-chain, convert, push",
         ),
         (["train", "--confg", "digits"], "ddpm-hf train: unknown key 'confg'; did you mean 'config'?"),
         (

@@ -131,10 +131,10 @@ def set_chain(scheduler, steps: int | None = None, first: int = 0, timesteps: st
     if steps is not None or timesteps is not None:
         scheduler.set_timesteps(steps, timesteps=timesteps)
     if first > 0:
-        timesteps = [t for t in reversed(scheduler.chain) if t >= first]
-        if not timesteps:
+        kept = [t for t in reversed(scheduler.chain) if t >= first]
+        if not kept:
             raise ValueError(f"--first {first} leaves no timestep of a chain that ends at {scheduler.chain[-1]}")
-        scheduler.set_timesteps(timesteps=timesteps)
+        scheduler.set_timesteps(timesteps=kept)
 
 
 def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, levels: int) -> torch.Tensor:
