@@ -82,7 +82,7 @@ def main():
         for steps, choice in zip(STEPS, choices):
             for spacing in SPACINGS:
                 chain = choice.timesteps if spacing == "optimal" else spaced_timesteps(T, steps, spacing)[::-1]
-                if len(chain) < steps:
+                if len(chain) < steps or (steps == T and spacing != "uniform"):  # all timesteps are one list
                     continue
                 options = {"x_start_mse": mse} if variance_type == "analytic" else {}
                 lists = {"benchmark": {str(steps): chain[::-1]}}
@@ -91,7 +91,7 @@ def main():
                 )
                 scheduler.set_timesteps(timesteps=chain)
                 row = {"variance": variance_type, "list": spacing, "steps": steps, **bound(pipeline, scheduler, test)}
-                if steps <= 100 or spacing == "uniform":
+                if steps <= 100 or variance_type == "fixed_small":
                     pipeline.scheduler = scheduler
                     draw = Generator(pipeline, num_inference_steps=steps, timesteps="benchmark")
                     row |= distance(features, draw, arguments.samples)
