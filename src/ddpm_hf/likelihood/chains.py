@@ -25,6 +25,7 @@ from ddpm_hf.schedulers.precision import to_float64
 
 GROUPS = 10  # of images; leaving each out in turn gives standard errors
 LOG_VARIANCE_STEP = 0.25  # the decoder is tabulated at these log variances: linear interpolation is 0.004 nats off
+HIDDEN = 1e6  # nats: a chain does not begin there
 MOST_DECODED = 2**16  # pixels whose decoder is tabulated in a network call
 LOG_RATIOS = np.concatenate(([0.0], np.geomspace(1e-3, 30.0, 63)))  # of the upper and lower ends of a learned range
 
@@ -45,7 +46,7 @@ class DenoisingErrors:
         timesteps: n ascending timesteps.
         squared_error: (G, n), of x_0 on the scale [-1, 1].
         decoder: (G, n, S), negative log-likelihood of the decoder in nats per dimension, for `log_variances`; with
-            variance_type "learned_range" these are the lower ends of the range. NaN where noise hides the image.
+            variance_type "learned_range" these are the lower ends of the range. `HIDDEN` where there is more noise than image.
         log_variances: (S,).
         squared_pixels: (G,), mean of x_0 squared.
         share, decay, decayed_error: with "learned_range", the means of w (G, n), of exp(-w R) (G, n, 64), and of the squared
@@ -299,7 +300,7 @@ def _moments_of(evaluate, index, x_0, t, noise, log_variances):
         log_scale = torch.tensor(low / 2, device=x_0.device) if w is None else (low + w * (high - low)) / 2
         nats = -discretized_gaussian_log_likelihood(x_some, mean, log_scale, evaluate.levels)
         decoded.append(to_float64(nats).mean(1))
-    decoder = torch.stack(decoded, dim=1) if decoded else error.new_full((len(x_0), 1), math.inf)
+    decoder = torch.stack(decoded, dim=1) if decoded else error.new_full((len(x_0), 1), HIDDEN)
     if share is None:
         return [part.cpu() for part in (error.mean(1, keepdim=True), decoder, error[:, :0], error[:, :0], error[:, :0])]
     decays = [torch.exp(-share * ratio) for ratio in LOG_RATIOS]
@@ -309,7 +310,7 @@ def _moments_of(evaluate, index, x_0, t, noise, log_variances):
 
 
 def _by_group(columns, group_of, groups):
-    """Means over groups of images (G, n, S) of n tables (B, S); tables of one infinite column are widened."""
+    """Means over groups of images (G, n, S) of n tables (B, S); those of a single column are widened."""
     widest = max(column.shape[1] for column in columns)
     columns = [column.expand(-1, widest) if column.shape[1] == 1 else column for column in columns]
     table = torch.stack(columns, dim=1)
