@@ -114,3 +114,15 @@ def test_learned_range_has_its_own_variance_beside_the_analytic_one(tmp_path):
     assert best.variance_type == "learned_range" and best.x_start_mse is None
     best.set_timesteps(6, timesteps="optimal")
     assert best.chain == report.optimal["learned_range"][1].timesteps[::-1]
+
+
+def test_a_pipeline_whose_learned_variance_is_replaced(tmp_path):
+    levels = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    unet = DDPMUNet(8, 1, 2, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **levels)
+    scheduler = VariationalDDPMScheduler(20, variance_type="learned_range")
+    report = compare_chains(measure_denoising_errors(unet, scheduler, torch.ones(2, 1, 8, 8), num_evaluations=20), [3])
+    pipe = DDPMImagePipeline(unet, report.scheduler("analytic"))
+    assert pipe(1, num_inference_steps=3, timesteps="optimal", output_type="pt").images.shape == (1, 1, 8, 8)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    card = " ".join(write_model_card(tmp_path / "pipeline").read_text().split())
+    assert "Plain diffusers cannot sample a network whose learned variance was replaced" in card

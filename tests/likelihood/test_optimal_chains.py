@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from ddpm_hf import DDPMImagePipeline, DDPMUNet, VariationalDDPMScheduler, bits_per_dim
+from ddpm_hf.evaluation.chain_report import compare_chains
 from ddpm_hf.likelihood.chains import (
     estimate_reverse_variances,
     measure_denoising_errors,
@@ -205,9 +207,12 @@ class TestScheduler:
             ({"variance_type": "analytic"}, "needs x_start_mse"),
             ({"variance_type": "analytic", "x_start_mse": [0.1] * 3}, "x_start_mse has 3 entries"),
             ({"variance_type": "analytic", "x_start_mse": [2.0] * 1000}, "x_start_mse=.* must be"),
-            ({"timestep_lists": {"a": {"2": [1, 1000]}}}, "so many ascending timesteps below 1000"),
-            ({"timestep_lists": {"a": {"3": [1, 2]}}}, "so many ascending timesteps"),
-            ({"timestep_lists": {"a": [1, 2]}}, "must have lists of timesteps by number of steps"),
+            ({"timestep_lists": {"a": {"2": [1, 1000]}}}, "must have that number of ascending timesteps below 1000"),
+            ({"timestep_lists": {"a": {"3": [1, 2]}}}, "that number of ascending timesteps"),
+            ({"timestep_lists": {"a": [1, 2]}}, "must have names, and for each lists by number of steps"),
+            ({"timestep_lists": {"a": {}}}, "must have names, and for each lists by number of steps"),
+            ({"timestep_lists": {"a": {"0": []}}}, "that number of ascending timesteps"),
+            ({"timestep_lists": {"a\nb": {"1": [1000]}}}, r"^timestep_lists: 'a\\nb', '1' must"),
         ],
     )
     def test_bad_configs(self, options, text):
@@ -238,6 +243,64 @@ class TestScheduler:
         assert seen == [11, 4, 0]
         with pytest.raises(ValueError, match="have 3 steps"):
             pipe(num_inference_steps=5, timesteps="optimal")
+        pipe.scheduler = DDIMScheduler.from_config(scheduler.config)
+        with pytest.raises(ValueError, match="timesteps='optimal': DDIMScheduler has no lists of timesteps"):
+            pipe(num_inference_steps=3, timesteps="optimal")
+
+    def test_it_replaces_a_learned_variance(self, x_start):
+        scheduler, network = self.analytic()
+        learned = ExactNetwork(scheduler, share=0.3)
+        bounds = [bits_per_dim(unet, scheduler, x_start[:3], generator=seeded()).total for unet in (network, learned)]
+        assert torch.equal(*bounds)
+        x = x_start[:1]
+        steps = [scheduler.step(unet(x, 5)[0], 5, x, generator=seeded()).prev_sample for unet in (network, learned)]
+        assert torch.equal(*steps)
+
+    def test_an_error_of_zero_has_a_finite_bound(self):
+        scheduler, _ = make(variance_type="analytic", x_start_mse=[0.0] * 12)
+        x = torch.zeros(1, 1, 4, 4)
+        bound = bits_per_dim(lambda x_t, t, **kw: (x_t / (1 - scheduler.alphas_cumprod[t]).sqrt(),), scheduler, x)
+        assert bound.mean < 1
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic"])
+@pytest.mark.parametrize("chain", [[0, 1, 400], [200, 201, 900], [600, 999], [999]])
+def test_coarse_levels_late_starts_and_poor_networks(variance_type, chain):
+    """A network that always predicts 0.3 for black and white pixels has a bound without noise."""
+    own = "fixed_small" if variance_type == "analytic" else variance_type
+    scheduler = VariationalDDPMScheduler(1000, levels=2, prediction_type="sample", variance_type=own)
+    x = torch.ones(4, 1, 2, 2, dtype=torch.float64)
+    x[:, :, 0] = -1
+
+    def network(x_t, t, **kwargs):
+        return (torch.full_like(x_t, 0.3),)
+
+    errors = measure_denoising_errors(network, scheduler, x, num_evaluations=1000)
+    estimate = errors.bits_per_dim(chain, variance_type).value
+    costs = errors.step_costs(variance_type)
+    opening = costs.first[tuple(chain[:2])] if len(chain) > 1 else costs.alone[chain[0]]
+    total = opening + sum(costs.kl[pair] for pair in itertools.pairwise(chain)) + costs.prior[chain[-1]]
+    if variance_type == "analytic":
+        mse = errors.x_start_mse().value
+        scheduler = VariationalDDPMScheduler.from_config(scheduler.config, variance_type="analytic", x_start_mse=mse)
+    scheduler.set_timesteps(timesteps=chain[::-1])
+    bound = bits_per_dim(network, scheduler, x, batch_size=3).mean
+    assert estimate == pytest.approx(bound, rel=0.01) and total == pytest.approx(estimate, rel=1e-9)
+
+
+def test_a_process_of_one_noisy_step():
+    scheduler = VariationalDDPMScheduler(trained_betas=[0.9], prediction_type="sample")
+    result = optimal_timesteps(lambda x, t, **kw: (0 * x,), scheduler, torch.ones(1, 1, 2, 2), steps=1)
+    assert result.timesteps == [0] and math.isfinite(result.bits_per_dim) and math.isnan(result.standard_error)
+
+
+def test_a_directly_learned_variance_is_only_replaced(x_start):
+    scheduler, network = make(variance_type="learned", share=0.3)
+    errors = measured(scheduler, network, x_start[:10])
+    with pytest.raises(ValueError, match="variance_type='learned' .*; choose 'analytic'"):
+        optimal_chains(errors, [3], "learned")
+    assert len(optimal_chains(errors, [3], "analytic")[0].timesteps) == 3
+    assert list(compare_chains(errors, [3]).optimal) == ["analytic"]
 
 
 def test_bad_input(x_start):
@@ -256,5 +319,9 @@ def test_bad_input(x_start):
         optimal_timesteps(network, make(rescale_betas_zero_snr=True)[0], x_start, steps=3)
     with pytest.raises(ValueError, match="previous"):
         optimal_timesteps(network, make(prediction_type="previous")[0], x_start, steps=3)
+    with pytest.raises(ValueError, match="num_train_timesteps=20000 is too many: .* up to 10000"):
+        optimal_timesteps(
+            network, VariationalDDPMScheduler(20000, beta_schedule="cosine"), torch.ones(1, 1, 2, 2), steps=3
+        )
     with pytest.raises(ValueError, match="has no bound"):
         optimal_timesteps(network, object(), x_start, steps=3)

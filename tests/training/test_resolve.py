@@ -254,6 +254,18 @@ def test_a_stock_pipeline(tmp_path):
         torch.testing.assert_close(DiffusionTask(config).scheduler.betas.float(), scheduler.betas, rtol=1e-3, atol=0)
 
 
+def test_an_optimized_chain(tmp_path, saved):
+    """Variances and lists that were computed after training do not outlive more training."""
+    chain = dict(variance_type="analytic", x_start_mse=[0.1] * 20, timestep_lists={"optimal": {"1": [3]}})
+    folder = saved(scheduler=VariationalDDPMScheduler(20, **chain))
+    words = ["--init_from", folder, "--output_dir", tmp_path / "run", "--sample_steps", 10]
+    scheduler = DiffusionTask(resolved(*words)).scheduler
+    assert (scheduler.variance_type, scheduler.timestep_lists) == ("fixed_small", {})
+    assert not scheduler.config["_ddpm_hf"].keys() & chain.keys()
+    words += ["--scheduler.variance_type", "fixed_large"]
+    assert DiffusionTask(resolved(*words)).scheduler.variance_type == "fixed_large"
+
+
 def test_a_pipeline_of_continuous_time(tmp_path, saved):
     folder = saved(scheduler=VPSDEScheduler(beta_max=15.0))
     arguments = ["--init_from", folder, "--output_dir", tmp_path / "run", "--scheduler.predictor", "ddim"]

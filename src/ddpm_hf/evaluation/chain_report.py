@@ -74,11 +74,7 @@ def compare_chains(errors: DenoisingErrors, steps: list[int]) -> ChainReport:
         ValueError: a number of steps is out of range.
     """
     T, own = len(errors.alphas_cumprod), errors.scheduler.variance_type
-    kinds = (
-        ("learned_range",)
-        if own == "learned_range"
-        else [name for name in FIXED_VARIANCES if not name.endswith("_log")]
-    )
+    kinds = ["fixed_small", "fixed_large"] if own in FIXED_VARIANCES else [own] if own == "learned_range" else []
     rows, optimal = [], {}
     for variance_type in (*kinds, "analytic"):
         optimal[variance_type] = optimal_chains(errors, steps, variance_type)

@@ -152,12 +152,14 @@ def _values_of_pipeline(folder, classes, low, repo_id):
     quality = evaluation and evaluation.get("sample_quality")
     evaluation = evaluation if evaluation and "total" in evaluation else None  # bits/dim
     size, variance = network.config.sample_size, scheduler["variance_type"] or ""
+    channels, outputs = network.config.in_channels, network.config.out_channels
     timestep_lists = {name: listed(lists) for name, lists in (own_settings.get("timestep_lists") or {}).items()}
     reasons = {
         "a network that makes images larger": low,
         "a network of continuous time": process,
         "a network that predicts the previous image": stock_prediction == "previous",
         'with the variance "learned"': variance == "learned",  # "learned_range" it can
+        "a network whose learned variance was replaced": variance == "analytic" and outputs == 2 * channels,
         "a class-conditional network": network.class_embedding is not None,
         "a network of no fixed size": size is None,
         "a network with settings that only ddpm-hf has": network.has_own_settings,

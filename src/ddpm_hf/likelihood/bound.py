@@ -335,6 +335,8 @@ def check_images(x_start: torch.Tensor, levels: int) -> None:
 def _check_channels(unet, scheduler, channels):
     config = getattr(unet, "config", None)
     outputs = channels * (2 if scheduler.learns_variance else 1)
+    if scheduler.variance_type == "analytic" and getattr(config, "out_channels", None) == 2 * channels:
+        outputs *= 2  # it replaces a learned variance
     for name, needed in (("in_channels", channels), ("out_channels", outputs)):
         actual = getattr(config, name, needed)
         if actual != needed:

@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 from ddpm_hf.arguments import shown
 from ddpm_hf.likelihood.bound import BoundEvaluator
 from ddpm_hf.schedulers.conditioning_times import conditioning_times
-from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.ddpm import VARIANCE_TYPES, VariationalDDPMScheduler
 from ddpm_hf.schedulers.gaussian import discretized_gaussian_log_likelihood
 from ddpm_hf.schedulers.optimal import StepCosts, Transitions, best_chains, clipped_x_start_mse, transitions
 from ddpm_hf.schedulers.precision import to_float64
 
 GROUPS = 10  # of images; leaving each out in turn gives standard errors
 LOG_VARIANCE_STEP = 0.25  # the decoder is tabulated at these log variances: linear interpolation is 0.004 nats off
-HIDDEN = 1e6  # nats: a chain does not begin there
+MOST_SEARCHED = 10_000  # timesteps: 0.8 GB for each table of their pairs
 MOST_DECODED = 2**16  # pixels whose decoder is tabulated in a network call
 LOG_RATIOS = np.concatenate(([0.0], np.geomspace(1e-3, 30.0, 63)))  # of the upper and lower ends of a learned range
 
@@ -46,7 +46,7 @@ class DenoisingErrors:
         timesteps: n ascending timesteps.
         squared_error: (G, n), of x_0 on the scale [-1, 1].
         decoder: (G, n, S), negative log-likelihood of the decoder in nats per dimension, for `log_variances`; with
-            variance_type "learned_range" these are the lower ends of the range. `HIDDEN` where there is more noise than image.
+            variance_type "learned_range" these are the lower ends of the range.
         log_variances: (S,).
         squared_pixels: (G,), mean of x_0 squared.
         share, decay, decayed_error: with "learned_range", the means of w (G, n), of exp(-w R) (G, n, 64), and of the squared
@@ -95,9 +95,11 @@ class DenoisingErrors:
 
     def _checked(self, variance_type):
         own = self.scheduler.variance_type
-        if variance_type == "analytic" and own != "learned":
+        if variance_type == "analytic":
             return "analytic"
-        if variance_type == "learned" or (variance_type == "learned_range") != (own == "learned_range"):
+        if own == "learned":
+            raise ValueError("variance_type='learned' is known for the steps of the training alone; choose 'analytic'")
+        if variance_type not in VARIANCE_TYPES or (variance_type == "learned_range") != (own == "learned_range"):
             raise ValueError(
                 f"variance_type={shown(variance_type)} is not for a network of variance_type={own!r}; choose 'analytic' or "
                 f"{own!r}"
@@ -122,11 +124,10 @@ class DenoisingErrors:
         abar = self.alphas_cumprod
         T, q = len(abar), transitions(abar[:, None], abar[None, :])
         error = self._error(mean)
-        kl = self._kl(kind, q, error[None, :], self._moments(mean), np.arange(T)[None, :])
+        kl = self._kl(kind, q, error, self._moments(mean), np.arange(T))
         table = self._decoder(mean)
-        alone = np.array([self._decode(kind, table[t], np.log(1 - abar[t]), error[t]) for t in range(T)])
-        with np.errstate(divide="ignore"):
-            first = np.stack([self._decode(kind, table[t], np.log(q.variance[t]), error[t]) for t in range(T)])
+        alone = np.array([self._decode(kind, table[t], np.log(1 - abar[t]), error[t], abar[t]) for t in range(T)])
+        first = np.stack([self._decode(kind, table[t], np.log(q.variance[t]), error[t], abar[t]) for t in range(T)])
         nats = first, alone, kl, self._prior(mean)
         return StepCosts(*(term / math.log(2) for term in nats))
 
@@ -136,7 +137,7 @@ class DenoisingErrors:
         q = transitions(abar[:-1], abar[1:])
         kl = self._kl(kind, q, error[1:], self._moments(mean), np.array(chain[1:], dtype=int))
         log_variance = np.log(q.variance[0] if len(chain) > 1 else 1 - abar[0])
-        nats = self._decode(kind, table, log_variance, error[0]) + kl.sum() + self._prior(mean)[chain[-1]]
+        nats = self._decode(kind, table, log_variance, error[0], abar[0]) + kl.sum() + self._prior(mean)[chain[-1]]
         return float(nats) / math.log(2)
 
     def _moments(self, mean):
@@ -147,8 +148,9 @@ class DenoisingErrors:
     def _kl(self, kind, q: Transitions, error, moments, t):
         """KL divergences in nats per dimension, of steps from timesteps t."""
         excess = q.of_x_start**2 / q.variance  # of the squared distance of the means, in posterior variances, per error
-        if kind == "analytic":
-            return 0.5 * np.log1p(excess * error)
+        if kind == "analytic":  # its variance has the clipped error
+            clipped = clipped_x_start_mse(error, self.alphas_cumprod[t])
+            return 0.5 * (np.log1p(excess * clipped) + excess * (error - clipped) / (1 + excess * clipped))
         if kind == "fixed_small":
             return 0.5 * excess * error
         log_ratio = np.log(q.beta / q.variance)
@@ -159,10 +161,10 @@ class DenoisingErrors:
         decay, decayed_error = (_interpolated(table, t, log_ratio) for table in (decay, decayed_error))
         return 0.5 * (share[t] * log_ratio + decay + excess * decayed_error - 1)
 
-    def _decode(self, kind, table, log_variance, error):
+    def _decode(self, kind, table, log_variance, error, abar):
         """The decoder's nats per dimension at a chain's first timestep; log_variance: that of the second step's posterior."""
         if kind == "analytic":
-            log_variance = np.full_like(log_variance, math.log(max(error, 1e-30)))
+            log_variance = np.full_like(log_variance, np.log(clipped_x_start_mse(error, abar)))
         return np.interp(log_variance, self.log_variances, table)
 
     def _prior(self, mean):
@@ -222,8 +224,10 @@ def measure_denoising_errors(
     count, size = len(x_start), batch_size or len(x_start)
     groups = min(GROUPS, count)
     group_of = torch.arange(count) * groups // count
-    noise_levels = (1 - scheduler.alphas_cumprod).sqrt()
-    lowest = 2 * math.log(0.1 / (evaluate.levels - 1))
+    # a smaller variance is no posterior's, and is far below the width of a bin
+    abar = scheduler.alphas_cumprod.numpy()
+    smallest = np.append(transitions(abar[:-1], abar[1:]).variance, 1 - abar[-1]).min()
+    lowest = min(math.log(smallest), 2 * math.log(0.1 / (evaluate.levels - 1)))
     log_variances = np.arange(lowest, LOG_VARIANCE_STEP, LOG_VARIANCE_STEP)
     # Each image has one noise at all timesteps. Errors of the table are then alike at neighboring timesteps; if they were
     # independent, the search would choose timesteps for their errors.
@@ -234,8 +238,7 @@ def measure_denoising_errors(
             rows = []
             for index in torch.arange(count).split(size):
                 x_0 = x_start[index.to(x_start.device)]
-                decodes = log_variances if noise_levels[t] < 0.9 else log_variances[:0]
-                rows.append(_moments_of(evaluate, index, x_0, int(t), noise[index], decodes))
+                rows.append(_moments_of(evaluate, index, x_0, int(t), noise[index], log_variances))
                 bar.update(len(index))
             tables.append([torch.cat(parts) for parts in zip(*rows)])
     squared_error, decoder, share, decay, decayed_error = (
@@ -268,6 +271,10 @@ def _spread_timesteps(scheduler, count):
             "the last timestep has zero signal-to-noise ratio (rescale_betas_zero_snr), which is not supported"
         )
     T = len(abar)
+    if T > MOST_SEARCHED:
+        raise ValueError(
+            f"num_train_timesteps={T} is too many: tables of pairs of timesteps are for up to {MOST_SEARCHED}"
+        )
     if count >= T:
         return np.arange(T)
     noise = np.log((1 - abar) / abar)
@@ -294,13 +301,13 @@ def _moments_of(evaluate, index, x_0, t, noise, log_variances):
     high = math.log1p(-scheduler.alphas_cumprod[t].item())
     decoded = []
     # every n-th pixel, another one at each timestep, is enough
-    stride = max(1, error.numel() // MOST_DECODED)
+    stride = min(max(1, error.numel() // MOST_DECODED), error.shape[1])
     x_some, mean, w = (None if v is None else v.flatten(1)[:, t % stride :: stride] for v in (x_0, predicted, share))
     for low in log_variances:
-        log_scale = torch.tensor(low / 2, device=x_0.device) if w is None else (low + w * (high - low)) / 2
+        log_scale = torch.tensor(low / 2) if w is None else (low + w * (high - low)) / 2
         nats = -discretized_gaussian_log_likelihood(x_some, mean, log_scale, evaluate.levels)
         decoded.append(to_float64(nats).mean(1))
-    decoder = torch.stack(decoded, dim=1) if decoded else error.new_full((len(x_0), 1), HIDDEN)
+    decoder = torch.stack(decoded, dim=1)
     if share is None:
         return [part.cpu() for part in (error.mean(1, keepdim=True), decoder, error[:, :0], error[:, :0], error[:, :0])]
     decays = [torch.exp(-share * ratio) for ratio in LOG_RATIOS]
@@ -310,9 +317,7 @@ def _moments_of(evaluate, index, x_0, t, noise, log_variances):
 
 
 def _by_group(columns, group_of, groups):
-    """Means over groups of images (G, n, S) of n tables (B, S); those of a single column are widened."""
-    widest = max(column.shape[1] for column in columns)
-    columns = [column.expand(-1, widest) if column.shape[1] == 1 else column for column in columns]
+    """Means over groups of images (G, n, S) of n tables (B, S)."""
     table = torch.stack(columns, dim=1)
     return np.stack([table[group_of == g].mean(0).numpy() for g in range(groups)])
 

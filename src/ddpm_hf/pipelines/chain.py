@@ -34,7 +34,9 @@ def prepared_scheduler(scheduler, options: SamplingOptions):
     choices = {name: getattr(options, name) for name in ("num_inference_steps", "timesteps", "sigmas")}
     choices = {name: value for name, value in choices.items() if value is not None}
     name, cls = next(iter(choices), "num_inference_steps"), type(scheduler).__name__
-    named = isinstance(options.timesteps, str) and getattr(scheduler, "timestep_lists", None) is not None
+    named = isinstance(options.timesteps, str)
+    if named and not hasattr(scheduler, "timestep_lists"):
+        raise ValueError(f"timesteps={shown(options.timesteps)}: {cls} has no lists of timesteps; leave it out")
     if named and "sigmas" not in choices:
         scheduler.set_timesteps(options.num_inference_steps, timesteps=options.timesteps)
     elif len(choices) > 1:

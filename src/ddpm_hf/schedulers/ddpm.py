@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOut
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from ddpm_hf.arguments import check_argument, checked_arguments, shown
+from ddpm_hf.arguments import check_argument, checked_arguments, listed, shown
 from ddpm_hf.files.pipeline_folder import GuardedConfig
 from ddpm_hf.files.saved_config import SavedConfig, package_only, sorted_json
 from ddpm_hf.schedulers.betas import BETA_SCHEDULES, MOST_TIMESTEPS, OWN_SCHEDULES, check_betas, space_timesteps
@@ -187,7 +187,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         self.variance_type = variance_type
         self.prediction_type = prediction_type
         self.timestep_spacing = timestep_spacing
-        self.x_start_mse = None if variance_type != "analytic" else np.array(x_start_mse, dtype=np.float64)
+        self.x_start_mse = None if variance_type != "analytic" else np.array(x_start_mse, dtype=np.float64).clip(1e-30)
         self.timestep_lists = timestep_lists or {}
         self.betas = torch.from_numpy(betas)
         self.alphas = 1.0 - self.betas
@@ -308,11 +308,11 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         """The descending timesteps of a list in `timestep_lists`."""
         lists = self.timestep_lists.get(name)
         if lists is None:
-            known = ", ".join(self.timestep_lists) or "none: `optimize_chain` computes them"
+            known = listed(self.timestep_lists) or "none: `ddpm-hf optimize-chain` computes them"
             raise ValueError(f"timesteps={shown(name)} is no list of this scheduler; it has {known}")
         if str(n) not in lists:
             raise ValueError(
-                f"num_inference_steps={n!r}: the lists of timesteps={name!r} have {', '.join(lists)} steps"
+                f"num_inference_steps={n!r}: the lists of timesteps={shown(name)} have {listed(lists)} steps"
             )
         return lists[str(n)][::-1]
 
@@ -496,6 +496,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             return output, None
         channels = x_t.shape[1]
         needed = channels * (2 if self.learns_variance else 1)
+        if self.variance_type == "analytic":  # it replaces a learned variance
+            output = output[:, :channels]
         if output.shape[1] != needed:
             raise ValueError(
                 f"model_output has {output.shape[1]} channels for images of {channels}; variance_type="
@@ -728,11 +730,13 @@ def check_chain_keys(T, variance_type, prediction_type, x_start_mse, timestep_li
     if x_start_mse is not None and len(x_start_mse) != T:
         raise ValueError(f"x_start_mse has {len(x_start_mse)} entries; give one for each of {T} timesteps")
     for name, lists in (timestep_lists or {}).items():
-        if not isinstance(lists, dict):
-            raise ValueError(f"timestep_lists={shown(timestep_lists)} must have lists of timesteps by number of steps")
+        if not (isinstance(name, str) and isinstance(lists, dict) and lists):
+            raise ValueError(
+                f"timestep_lists={shown(timestep_lists)} must have names, and for each lists by number of steps"
+            )
         for count, chain in lists.items():
-            valid = isinstance(chain, (list, tuple)) and all(type(t) is int and 0 <= t < T for t in chain)
+            valid = isinstance(chain, (list, tuple)) and chain and all(type(t) is int and 0 <= t < T for t in chain)
             if not valid or str(len(chain)) != count or any(a >= b for a, b in zip(chain, chain[1:])):
                 raise ValueError(
-                    f"timestep_lists: {name}, {shown(count)} must be so many ascending timesteps below {T}"
+                    f"timestep_lists: {shown(name)}, {shown(count)} must have that number of ascending timesteps below {T}"
                 )

@@ -104,7 +104,7 @@ class ChainTables(_Tables):
         self.x_start_mse = None if x_start_mse is None else x_start_mse[timesteps]
         if (
             self.x_start_mse is not None
-        ):  # the mean misses by of_x_start times the error of x_0 (Bao et al. 2022, theorem 1)
+        ):  # the error of the mean is a multiple of that of x_0 (Bao et al. 2022, theorem 1)
             clipped = model_variance = variance + mean_of_x_start**2 * self.x_start_mse
         else:
             model_variance = {"fixed_small": variance, "fixed_small_log": clipped}.get(variance_type, large)
@@ -136,9 +136,8 @@ class ChainTables(_Tables):
         alpha_bar_prev = np.append(1.0, self.tables["sqrt_alphas_cumprod"][:-1] ** 2)
         weights = self._ddim(alpha_bar_prev, sigma)
         if self.x_start_mse is not None:
-            weights[1:, 2] = np.sqrt(sigma**2 + weights[:, 0] ** 2 * self.x_start_mse)[
-                1:
-            ]  # the last step adds no noise
+            variance = sigma**2 + weights[:, 0] ** 2 * self.x_start_mse
+            weights[1:, 2] = np.sqrt(variance[1:])  # the last step adds no noise
         return _Tables({"ddim": weights})
 
     def _ddim(self, alpha_bar_to, sigma):

@@ -43,7 +43,9 @@ def _process(saved):
     if process is None:
         raise ValueError(f"its {shown(name)} is not the scheduler of a process that can be trained")
     scheduler = cls.from_config(saved)
-    values = {**scheduler.config, **scheduler.config.get("_ddpm_hf", {})}
+    if getattr(scheduler, "variance_type", None) == "analytic":  # it is computed after training
+        scheduler = cls.from_config(saved, variance_type="fixed_small")
+    values = {**scheduler.config, **scheduler.config.get("_ddpm_hf", {}), "x_start_mse": None, "timestep_lists": None}
     parameters = inspect.signature(type(scheduler)).parameters
     return process, scheduler, {key: value for key, value in values.items() if key in parameters and value is not None}
 
