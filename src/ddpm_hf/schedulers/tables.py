@@ -102,9 +102,8 @@ class ChainTables(_Tables):
         # p(x_{t-1} | x_t), eq. 1, where its variance is fixed (section 3.2)
         large = np.append(clipped[0], beta[1:])
         self.x_start_mse = None if x_start_mse is None else x_start_mse[timesteps]
-        if (
-            self.x_start_mse is not None
-        ):  # the error of the mean is a multiple of that of x_0 (Bao et al. 2022, theorem 1)
+        if self.x_start_mse is not None:
+            # the error of the mean is a multiple of that of x_0 (Bao et al. 2022, theorem 1)
             clipped = model_variance = variance + mean_of_x_start**2 * self.x_start_mse
         else:
             model_variance = {"fixed_small": variance, "fixed_small_log": clipped}.get(variance_type, large)
