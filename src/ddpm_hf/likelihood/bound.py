@@ -272,15 +272,8 @@ class BoundEvaluator:
             x_t, noise: (rows, C, H, W).
         """
         scheduler, x_start = self.scheduler, self.x_start[index]
-        labels = None if self.class_labels is None else self.class_labels[index]
         t = t if isinstance(t, int) else t.to(x_t.device)
-        c_noise = conditioning_times(scheduler, t)
-        output = self.unet(x_t.to(self.dtype), c_noise, class_labels=labels, return_dict=False)[0]
-        if output.shape[0] != len(x_t) or output.shape[2:] != x_t.shape[2:]:
-            raise ValueError(
-                f"the network made {tuple(output.shape)} of {tuple(x_t.shape)}; the output must have the input's batch size, "
-                "height and width"
-            )
+        output = self.network_output(index, t, x_t)
         p = scheduler.p_mean_variance(output, x_t, t, self.clip_sample)
         if isinstance(t, int) and t == self.first:
             term = scheduler.decoder_bits_per_dim(p, x_start, self.levels)
@@ -294,6 +287,22 @@ class BoundEvaluator:
         if term.device.type == "cpu" or len(self.pending) == 50:  # the check waits for an accelerator
             self.check_terms()
         return torch.stack((term, *(error.square().flatten(1).mean(1) for error in errors)))
+
+    def network_output(self, index: torch.Tensor, t: int | torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+        """The network's output (rows, channels, H, W) at x_t of the images `index` (rows,); t as in a call, beside x_t.
+
+        Raises:
+            ValueError: an output of another batch size, height or width.
+        """
+        labels = None if self.class_labels is None else self.class_labels[index]
+        c_noise = conditioning_times(self.scheduler, t)
+        output = self.unet(x_t.to(self.dtype), c_noise, class_labels=labels, return_dict=False)[0]
+        if output.shape[0] != len(x_t) or output.shape[2:] != x_t.shape[2:]:
+            raise ValueError(
+                f"the network made {tuple(output.shape)} of {tuple(x_t.shape)}; the output must have the input's batch size, "
+                "height and width"
+            )
+        return output
 
     def check_terms(self) -> None:
         """Raise ValueError if a term since the last check is not finite."""

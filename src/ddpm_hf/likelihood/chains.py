@@ -6,6 +6,7 @@ Both follow from one table, how well the network predicts x_0 at each timestep (
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral
@@ -17,7 +18,6 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.arguments import shown
 from ddpm_hf.likelihood.bound import BoundEvaluator
-from ddpm_hf.schedulers.conditioning_times import conditioning_times
 from ddpm_hf.schedulers.ddpm import VARIANCE_TYPES, VariationalDDPMScheduler
 from ddpm_hf.schedulers.gaussian import discretized_gaussian_log_likelihood
 from ddpm_hf.schedulers.optimal import StepCosts, Transitions, best_chains, clipped_x_start_mse, transitions
@@ -72,26 +72,40 @@ class DenoisingErrors:
 
     def x_start_mse(self) -> Estimate:
         """The mean squared error of x_0 at each of the T timesteps, clipped by `clipped_x_start_mse`."""
-        return self._jackknife(lambda mean: clipped_x_start_mse(self._error(mean), self.alphas_cumprod))
+        return self._jackknife(lambda tables: clipped_x_start_mse(tables.squared_error, self.alphas_cumprod))
 
     def step_costs(self, variance_type: str) -> StepCosts:
         """The bound's terms for every pair of timesteps. variance_type: "analytic", or that of the network's scheduler."""
-        return self._costs(self._checked(variance_type), _mean)
+        return self._costs(self._checked(variance_type), self._tables[0])
 
     def bits_per_dim(self, chain: list[int], variance_type: str) -> Estimate:
         """The bound of a chain, ascending timesteps, in bits per dimension."""
         kind = self._checked(variance_type)
-        return self._jackknife(lambda mean: np.array(self._cost_of_chain(kind, chain, mean)))
+        return self._jackknife(lambda tables: np.array(self._cost_of_chain(kind, chain, tables)))
 
-    # `mean` averages over groups: over all of them, or over all but one
+    @functools.cached_property
+    def _tables(self):
+        """The means over all groups, and those without each of them if there are several, at all T timesteps."""
+        groups = np.arange(len(self.squared_error))
+        without_one = [groups != left_out for left_out in groups] if len(groups) > 1 else []
+        return [self._tables_of(chosen) for chosen in (groups, *without_one)]
+
+    def _tables_of(self, chosen):
+        def over_time(table):
+            return self._over_time(table[chosen].mean(0))
+
+        log_error = np.log(np.maximum(self.squared_error[chosen].mean(0), 1e-30))
+        moments = None if self.share is None else tuple(map(over_time, (self.share, self.decay, self.decayed_error)))
+        abar = self.alphas_cumprod
+        prior = 0.5 * (abar * (self.squared_pixels[chosen].mean(0) - 1) - np.log1p(-abar))
+        return _Tables(np.exp(self._over_time(log_error)), over_time(self.decoder), moments, prior)
 
     def _jackknife(self, statistic):
-        groups = len(self.squared_error)
-        value = statistic(_mean)
-        if groups < 2:
+        value, *parts = map(statistic, self._tables)
+        groups = len(parts)
+        if not parts:
             return Estimate(value, np.full_like(value, math.nan))
-        parts = np.stack([statistic(lambda table, i=i: np.delete(table, i, axis=0).mean(0)) for i in range(groups)])
-        return Estimate(value, np.sqrt((groups - 1) / groups * ((parts - parts.mean(0)) ** 2).sum(0)))
+        return Estimate(value, np.sqrt((groups - 1) / groups * ((parts - np.mean(parts, axis=0)) ** 2).sum(0)))
 
     def _checked(self, variance_type):
         own = self.scheduler.variance_type
@@ -114,36 +128,24 @@ class DenoisingErrors:
         columns = [np.interp(places, places[self.timesteps], column) for column in rows.T]
         return np.stack(columns, axis=-1).reshape(len(abar), *table.shape[1:])
 
-    def _error(self, mean):
-        return np.exp(self._over_time(np.log(np.maximum(mean(self.squared_error), 1e-30))))
-
-    def _decoder(self, mean):
-        return self._over_time(mean(self.decoder))
-
-    def _costs(self, kind, mean):
-        abar = self.alphas_cumprod
+    def _costs(self, kind, tables):
+        abar, error = self.alphas_cumprod, tables.squared_error
         T, q = len(abar), transitions(abar[:, None], abar[None, :])
-        error = self._error(mean)
-        kl = self._kl(kind, q, error, self._moments(mean), np.arange(T))
-        table = self._decoder(mean)
-        alone = np.array([self._decode(kind, table[t], np.log(1 - abar[t]), error[t], abar[t]) for t in range(T)])
-        first = np.stack([self._decode(kind, table[t], np.log(q.variance[t]), error[t], abar[t]) for t in range(T)])
-        nats = first, alone, kl, self._prior(mean)
+        kl = self._kl(kind, q, error, tables.moments, np.arange(T))
+        alone, first = (
+            np.stack([self._decode(kind, tables.decoder[t], log_variance[t], error[t], abar[t]) for t in range(T)])
+            for log_variance in (np.log(1 - abar), np.log(q.variance))
+        )
+        nats = first, alone, kl, tables.prior
         return StepCosts(*(term / math.log(2) for term in nats))
 
-    def _cost_of_chain(self, kind, chain, mean):
-        abar = self.alphas_cumprod[chain]
-        error, table = self._error(mean)[chain], self._decoder(mean)[chain[0]]
+    def _cost_of_chain(self, kind, chain, tables):
+        abar, error = self.alphas_cumprod[chain], tables.squared_error[chain]
         q = transitions(abar[:-1], abar[1:])
-        kl = self._kl(kind, q, error[1:], self._moments(mean), np.array(chain[1:], dtype=int))
+        kl = self._kl(kind, q, error[1:], tables.moments, np.array(chain[1:], dtype=int))
         log_variance = np.log(q.variance[0] if len(chain) > 1 else 1 - abar[0])
-        nats = self._decode(kind, table, log_variance, error[0], abar[0]) + kl.sum() + self._prior(mean)[chain[-1]]
-        return float(nats) / math.log(2)
-
-    def _moments(self, mean):
-        if self.share is None:
-            return None
-        return tuple(self._over_time(mean(table)) for table in (self.share, self.decay, self.decayed_error))
+        decoder = self._decode(kind, tables.decoder[chain[0]], log_variance, error[0], abar[0])
+        return float(decoder + kl.sum() + tables.prior[chain[-1]]) / math.log(2)
 
     def _kl(self, kind, q: Transitions, error, moments, t):
         """KL divergences in nats per dimension, of steps from timesteps t."""
@@ -167,13 +169,14 @@ class DenoisingErrors:
             log_variance = np.full_like(log_variance, np.log(clipped_x_start_mse(error, abar)))
         return np.interp(log_variance, self.log_variances, table)
 
-    def _prior(self, mean):
-        abar = self.alphas_cumprod
-        return 0.5 * (abar * (mean(self.squared_pixels) - 1) - np.log1p(-abar))
 
+class _Tables(NamedTuple):
+    """Means over groups at all T timesteps: (T,), (T, S), three of the learned range or None, and L_T in nats (T,)."""
 
-def _mean(table):
-    return table.mean(0)
+    squared_error: np.ndarray
+    decoder: np.ndarray
+    moments: tuple[np.ndarray, ...] | None
+    prior: np.ndarray
 
 
 def _interpolated(table, t, log_ratio):
@@ -288,9 +291,7 @@ def _moments_of(evaluate, index, x_0, t, noise, log_variances):
     """Per image: squared error (rows, 1), decoder (rows, S), share (rows, 1), decay and decayed error (rows, R)."""
     scheduler, channels = evaluate.scheduler, x_0.shape[1]
     x_t = scheduler.q_sample(x_0, t, noise)
-    labels = None if evaluate.class_labels is None else evaluate.class_labels[index.to(x_0.device)]
-    c_noise = conditioning_times(scheduler, t)
-    output = evaluate.unet(x_t.to(evaluate.dtype), c_noise, class_labels=labels, return_dict=False)[0]
+    output = evaluate.network_output(index.to(x_0.device), t, x_t)
     predicted = scheduler.p_mean_variance(output, x_t, t, evaluate.clip_sample).pred_original_sample
     if not output.isfinite().all():
         raise ValueError(f"the network's output at t={t} is not finite")

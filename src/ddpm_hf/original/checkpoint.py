@@ -20,7 +20,8 @@ from ddpm_hf.original.published import MD5, PUBLISHED
 
 CODE_BASES: tuple[types.ModuleType, ...] = (openai, ho, score_sde)
 
-# tensors that a checkpoint holds and its network does not use
+# tensors that a checkpoint holds and its network does not use: the table of noise levels of score_sde_pytorch, and a parameter
+# of ddim's "bayesian" networks
 UNUSED = ("sigmas", "logvar")
 
 

@@ -18,6 +18,7 @@ from ddpm_hf.original.pairs import (
     TRANSPOSED_TO_2D,
     Pair,
     count_numbered,
+    module_pairs,
     parameter_pairs,
 )
 
@@ -36,7 +37,6 @@ ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 # TensorFlow's names of the modules whose weights are matrices (in, out); other weights of several dimensions are HWIO
 MATRICES = ("temb_proj", "nin_shortcut", "q", "k", "v", "proj_out", "dense0", "dense1")
-UNUSED = ("logvar",)  # a parameter that ddim's "bayesian" networks hold and do not use
 
 
 def is_recognized(names: Collection[str]) -> bool:
@@ -103,9 +103,9 @@ def pairs(config: Mapping, options: Mapping, names: Collection[str]) -> Iterator
     for level in range(levels):
         yield from _level(f"down_blocks.{level}", f"down.{level}", blocks)
         yield from parameter_pairs(f"down_blocks.{level}.downsamplers.0.conv", f"down.{level}.downsample.conv")
-    yield from _block("mid_block.resnets.0", "mid.block_1")
+    yield from module_pairs("mid_block.resnets.0", "mid.block_1", RESIDUAL_BLOCK)
     yield from _attention("mid_block.attentions.0", "mid.attn_1")
-    yield from _block("mid_block.resnets.1", "mid.block_2")
+    yield from module_pairs("mid_block.resnets.1", "mid.block_2", RESIDUAL_BLOCK)
     for level in range(levels):  # theirs count as on the way down, and are stored in this order
         ours = f"up_blocks.{levels - 1 - level}"
         yield from _level(ours, f"up.{level}", blocks + 1)
@@ -116,20 +116,14 @@ def pairs(config: Mapping, options: Mapping, names: Collection[str]) -> Iterator
 
 def _level(ours, theirs, blocks):
     for j in range(blocks):
-        yield from _block(f"{ours}.resnets.{j}", f"{theirs}.block.{j}")
+        yield from module_pairs(f"{ours}.resnets.{j}", f"{theirs}.block.{j}", RESIDUAL_BLOCK)
     for j in range(blocks):
         yield from _attention(f"{ours}.attentions.{j}", f"{theirs}.attn.{j}")
 
 
-def _block(ours, theirs):
-    for our_name, their_name in RESIDUAL_BLOCK.items():
-        yield from parameter_pairs(f"{ours}.{our_name}", f"{theirs}.{their_name}")
-
-
 def _attention(ours, theirs):
     yield from parameter_pairs(f"{ours}.group_norm", f"{theirs}.norm")
-    for our_name, their_name in ATTENTION.items():
-        yield from parameter_pairs(f"{ours}.{our_name}", f"{theirs}.{their_name}", POINTWISE_2D)
+    yield from module_pairs(ours, theirs, ATTENTION, POINTWISE_2D)
 
 
 def tensorflow_pairs(config: Mapping, options: Mapping, names: Collection[str]) -> Iterator[Pair]:

@@ -18,7 +18,8 @@ from ddpm_hf.original.pairs import (
     TRANSPOSED,
     Pair,
     count_numbered,
-    fused_qkv,
+    fused_qkv_pairs,
+    module_pairs,
     parameter_pairs,
 )
 
@@ -117,15 +118,15 @@ def pairs(config: Mapping, options: Mapping, names: Collection[str]) -> Iterator
         ours = f"down_blocks.{level}"
         for j in range(blocks):
             place += 1
-            yield from _block(f"{ours}.resnets.{j}", f"input_blocks.{place}.0")
+            yield from module_pairs(f"{ours}.resnets.{j}", f"input_blocks.{place}.0", RESIDUAL_BLOCK)
             yield from _attention(f"{ours}.attentions.{j}", f"input_blocks.{place}.1", config, options, channels[level])
         if level + 1 < levels:
             place += 1
-            yield from _block(f"{ours}.downsamplers.0", f"input_blocks.{place}.0")
+            yield from module_pairs(f"{ours}.downsamplers.0", f"input_blocks.{place}.0", RESIDUAL_BLOCK)
             yield from parameter_pairs(f"{ours}.downsamplers.0.conv", f"input_blocks.{place}.0.op")
-    yield from _block("mid_block.resnets.0", "middle_block.0")
+    yield from module_pairs("mid_block.resnets.0", "middle_block.0", RESIDUAL_BLOCK)
     yield from _attention("mid_block.attentions.0", "middle_block.1", config, options, channels[-1])
-    yield from _block("mid_block.resnets.1", "middle_block.2")
+    yield from module_pairs("mid_block.resnets.1", "middle_block.2", RESIDUAL_BLOCK)
     if "pool" in config:
         yield from _classifier_head(config["pool"])
         return
@@ -133,19 +134,14 @@ def pairs(config: Mapping, options: Mapping, names: Collection[str]) -> Iterator
         ours, c = f"up_blocks.{level}", channels[levels - 1 - level]
         for j in range(blocks + 1):
             theirs = f"output_blocks.{level * (blocks + 1) + j}"
-            yield from _block(f"{ours}.resnets.{j}", f"{theirs}.0")
+            yield from module_pairs(f"{ours}.resnets.{j}", f"{theirs}.0", RESIDUAL_BLOCK)
             yield from _attention(f"{ours}.attentions.{j}", f"{theirs}.1", config, options, c, going_up=True)
         if level + 1 < levels:
             theirs = f"{theirs}.{2 if f'{ours}.attentions.{blocks}.to_q.weight' in names else 1}"
-            yield from _block(f"{ours}.upsamplers.0", theirs)
+            yield from module_pairs(f"{ours}.upsamplers.0", theirs, RESIDUAL_BLOCK)
             yield from parameter_pairs(f"{ours}.upsamplers.0.conv", f"{theirs}.conv")
     yield from parameter_pairs("conv_norm_out", "out.0")
     yield from parameter_pairs("conv_out", "out.2")
-
-
-def _block(ours, theirs):
-    for our_name, their_name in RESIDUAL_BLOCK.items():
-        yield from parameter_pairs(f"{ours}.{our_name}", f"{theirs}.{their_name}")
 
 
 def _attention(ours, theirs, config, options, channels, going_up=False):
@@ -154,9 +150,7 @@ def _attention(ours, theirs, config, options, channels, going_up=False):
         heads = config.get("up_attention_heads") or heads
     heads = 1 if options.get("use_new_attention_order") else heads
     yield from parameter_pairs(f"{ours}.group_norm", f"{theirs}.norm")
-    for kind in ("weight", "bias"):
-        projections = tuple(f"{ours}.to_{letter}.{kind}" for letter in "qkv")
-        yield Pair(f"{theirs}.qkv.{kind}", projections, fused_qkv(heads, kind == "weight"))
+    yield from fused_qkv_pairs(ours, f"{theirs}.qkv", heads)
     yield from parameter_pairs(f"{ours}.to_out.0", f"{theirs}.proj_out", POINTWISE_1D)
 
 
@@ -166,9 +160,7 @@ def _classifier_head(pool):
         yield from parameter_pairs("head.to_out", "out.3", POINTWISE_2D)
         return
     yield Pair("out.2.positional_embedding", ("head.positional_embedding",), TRANSPOSED)
-    for kind in ("weight", "bias"):  # always in the new order
-        projections = tuple(f"head.to_{letter}.{kind}" for letter in "qkv")
-        yield Pair(f"out.2.qkv_proj.{kind}", projections, fused_qkv(1, kind == "weight"))
+    yield from fused_qkv_pairs("head", "out.2.qkv_proj", heads=1)  # always in the new order
     yield from parameter_pairs("head.to_out", "out.2.c_proj", POINTWISE_1D)
 
 

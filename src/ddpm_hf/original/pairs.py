@@ -75,6 +75,25 @@ def parameter_pairs(
     yield Pair(f"{theirs}.{names.get('bias', 'bias')}", (f"{ours}.bias",))
 
 
+def module_pairs(
+    ours: str,
+    theirs: str,
+    modules: Mapping[str, str],
+    layout: Layout = SAME,
+    names: Mapping[str, str] | None = None,
+) -> Iterator[Pair]:
+    """`parameter_pairs` of the modules within a module of each. `modules`: our name -> theirs."""
+    for our_name, their_name in modules.items():
+        yield from parameter_pairs(f"{ours}.{our_name}", f"{theirs}.{their_name}", layout, names)
+
+
+def fused_qkv_pairs(ours: str, theirs: str, heads: int) -> Iterator[Pair]:
+    """Pairs our to_q, to_k and to_v in a module with their one layer, by `fused_qkv`."""
+    for kind in ("weight", "bias"):
+        projections = tuple(f"{ours}.to_{letter}.{kind}" for letter in "qkv")
+        yield Pair(f"{theirs}.{kind}", projections, fused_qkv(heads, kind == "weight"))
+
+
 def to_ours(
     pairs: Iterable[Pair], tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]
 ) -> dict[str, torch.Tensor]:

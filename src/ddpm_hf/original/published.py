@@ -17,16 +17,18 @@ class Published(NamedTuple):
     network: dict
 
 
-def _openai(size, channels, multipliers, blocks, attention, classes=None, **options):
-    """Attention is at these sides in pixels; the image is `size` pixels wide."""
-    sides = [size // 2**level for level in range(len(multipliers))]
-    network = {
+def _published(code, size, channels, multipliers, blocks, attention, options, **network):
+    """A checkpoint for images `size` pixels wide; attention is at these sides in pixels."""
+    network |= {
         "block_out_channels": [int(channels * multiplier) for multiplier in multipliers],
         "layers_per_block": blocks,
-        "attention": [side in attention for side in sides],
-        "classes": classes,
+        "attention": [size // 2**level in attention for level in range(len(multipliers))],
     }
-    return Published("openai", {"image_size": size, **options}, network)
+    return Published(code, {"image_size": size, **options}, network)
+
+
+def _openai(size, channels, multipliers, blocks, attention, classes=None, **options):
+    return _published("openai", size, channels, multipliers, blocks, attention, options, classes=classes)
 
 
 ADM = {
@@ -70,13 +72,7 @@ def _classifier(size, **options):
 
 
 def _ho(size, channels, multipliers, var_type, dropout=0.0):
-    sides = [size // 2**level for level in range(len(multipliers))]
-    network = {
-        "block_out_channels": [channels * multiplier for multiplier in multipliers],
-        "layers_per_block": 2,
-        "attention": [side == 16 for side in sides],
-    }
-    return Published("ho", {"image_size": size, "var_type": var_type, "dropout": dropout}, network)
+    return _published("ho", size, channels, multipliers, 2, (16,), {"var_type": var_type, "dropout": dropout})
 
 
 HO_256 = _ho(256, 128, (1, 1, 2, 2, 4, 4), "fixedsmall")
@@ -84,13 +80,8 @@ HO_CIFAR_10 = _ho(32, 128, (1, 2, 2, 2), "fixedlarge", dropout=0.1)
 
 
 def _song(size, channels, multipliers, blocks, sde, continuous, **options):
-    sides = [size // 2**level for level in range(len(multipliers))]
-    network = {
-        "block_out_channels": [channels * multiplier for multiplier in multipliers],
-        "layers_per_block": blocks,
-        "attention": [side == 16 for side in sides],
-    }
-    return Published("score_sde", {"image_size": size, "sde": sde, "continuous": continuous, **options}, network)
+    options = {"sde": sde, "continuous": continuous, **options}
+    return _published("score_sde", size, channels, multipliers, blocks, (16,), options)
 
 
 def _song_cifar_10(blocks, sde, continuous, **options):

@@ -11,7 +11,7 @@ import torch
 
 from ddpm_hf.original.description import Description, UnsupportedNetwork
 from ddpm_hf.original.options import SONG, Options
-from ddpm_hf.original.pairs import TRANSPOSED, TRANSPOSED_TO_2D, Pair, parameter_pairs
+from ddpm_hf.original.pairs import TRANSPOSED, TRANSPOSED_TO_2D, Pair, module_pairs, parameter_pairs
 
 SQRT_2 = 2**0.5
 
@@ -291,16 +291,14 @@ def pairs(config: Mapping, options: Mapping, names: Collection[str]) -> Iterator
     for place, (ours, kind) in enumerate(_order(config), start=int(fourier)):
         theirs = f"all_modules.{place}"
         if kind == "block":
-            for our_name, their_name in RESIDUAL_BLOCK.items():
-                yield from parameter_pairs(f"{ours}.{our_name}", f"{theirs}.{their_name}")
+            yield from module_pairs(ours, theirs, RESIDUAL_BLOCK)
             if is_biggan(config):
                 yield from parameter_pairs(f"{ours}.conv_shortcut", f"{theirs}.Conv_2")
             else:
                 yield from parameter_pairs(f"{ours}.conv_shortcut", f"{theirs}.NIN_0", TRANSPOSED_TO_2D, NIN)
         elif kind == "attention":
             yield from parameter_pairs(f"{ours}.group_norm", f"{theirs}.GroupNorm_0")
-            for our_name, their_name in ATTENTION.items():
-                yield from parameter_pairs(f"{ours}.{our_name}", f"{theirs}.{their_name}", TRANSPOSED, NIN)
+            yield from module_pairs(ours, theirs, ATTENTION, TRANSPOSED, NIN)
         else:
             yield from parameter_pairs(ours, f"{theirs}.{kind}" if kind else theirs)
 
