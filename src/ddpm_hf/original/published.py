@@ -19,10 +19,11 @@ class Published(NamedTuple):
 
 def _published(code, size, channels, multipliers, blocks, attention, options, **network):
     """A checkpoint for images `size` pixels wide; attention is at these sides in pixels."""
-    network |= {
+    network = {
         "block_out_channels": [int(channels * multiplier) for multiplier in multipliers],
         "layers_per_block": blocks,
         "attention": [size // 2**level in attention for level in range(len(multipliers))],
+        **network,
     }
     return Published(code, {"image_size": size, **options}, network)
 
