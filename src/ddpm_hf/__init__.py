@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from ddpm_hf.training.timesteps import (
         ContinuousTimes as ContinuousTimes,
         LossSecondMomentTimesteps as LossSecondMomentTimesteps,
+        LowDiscrepancyTimesteps as LowDiscrepancyTimesteps,
         UniformTimesteps as UniformTimesteps,
     )
 
@@ -72,7 +73,12 @@ MODULES = {
     "schedulers.sde": ["ChainSDE", "SubVPSDE", "VESDE", "VPSDE"],
     "schedulers.sde_samplers": ["SubVPSDEScheduler", "VESDEScheduler", "VPSDEScheduler"],
     "training.losses": ["DiffusionObjective", "ScoreObjective"],
-    "training.timesteps": ["ContinuousTimes", "LossSecondMomentTimesteps", "UniformTimesteps"],
+    "training.timesteps": [
+        "ContinuousTimes",
+        "LossSecondMomentTimesteps",
+        "LowDiscrepancyTimesteps",
+        "UniformTimesteps",
+    ],
 }
 PACKAGES = {module.partition(".")[0] for module in MODULES} | {"data", "evaluation", "files", "hub"}
 __all__ = sorted(name for names in MODULES.values() for name in names)

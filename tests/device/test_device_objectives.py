@@ -7,7 +7,12 @@ from ddpm_hf import DiffusionObjective, ScoreObjective, VariationalDDPMScheduler
 from ddpm_hf.schedulers.ddpm import PREDICTION_TYPES
 from ddpm_hf.schedulers.sde import VESDE, VPSDE, ChainSDE, SubVPSDE
 from ddpm_hf.training.losses import SCORE_WEIGHTINGS, WEIGHTINGS, drop_labels
-from ddpm_hf.training.timesteps import ContinuousTimes, LossSecondMomentTimesteps, UniformTimesteps
+from ddpm_hf.training.timesteps import (
+    ContinuousTimes,
+    LossSecondMomentTimesteps,
+    LowDiscrepancyTimesteps,
+    UniformTimesteps,
+)
 from support.compare import assert_close
 
 T = 20
@@ -63,10 +68,13 @@ def test_losses_of_continuous_time(device, unet, batch, sde, weighting):
     assert objective(there, x_start.to(device)).isfinite().all()
 
 
-def test_uniform_timesteps(device):
-    t, weights = UniformTimesteps(scheduler_of()).sample(5, device)
+@pytest.mark.parametrize("kind", [UniformTimesteps, LowDiscrepancyTimesteps])
+@pytest.mark.parametrize("source", ["default", "cpu", "device"])
+def test_timesteps_of_weight_one(device, kind, source):
+    generator = None if source == "default" else torch.Generator("cpu" if source == "cpu" else device).manual_seed(0)
+    t, weights = kind(scheduler_of()).sample(5, device, generator)
     assert t.device.type == weights.device.type == device.type and t.dtype == torch.int64
-    assert weights.tolist() == [1.0] * 5
+    assert weights.tolist() == [1.0] * 5 and t.min() >= 0 and t.max() < T
 
 
 def test_importance_of_timesteps_is_learned_as_on_the_cpu(device):
@@ -95,10 +103,10 @@ def test_importance_of_timesteps_is_learned_as_on_the_cpu(device):
         sampler.sample(4, "cpu")
 
 
-@pytest.mark.parametrize("importance", [False, True])
-def test_continuous_times_with_and_without_a_device(device, importance, generator):
+@pytest.mark.parametrize("arguments", [{}, {"importance": True}, {"low_discrepancy": True}], ids=str)
+def test_continuous_times_with_and_without_a_device(device, arguments, generator):
     """Of a call with a device nothing stays for the next one without."""
-    times, fresh = (ContinuousTimes(VPSDE(), importance) for _ in range(2))
+    times, fresh = (ContinuousTimes(VPSDE(), **arguments) for _ in range(2))
     t, weights = times.sample(2000, device, torch.Generator(device).manual_seed(0))
     assert t.device.type == weights.device.type == device.type
     assert ((t > 0) & (t <= 1)).all()

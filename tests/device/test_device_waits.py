@@ -14,7 +14,7 @@ from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler,
 from ddpm_hf.evaluation import animate
 from ddpm_hf.schedulers.sde import VPSDE, ChainSDE
 from ddpm_hf.training.losses import DiffusionObjective, ScoreObjective
-from ddpm_hf.training.timesteps import ContinuousTimes, LossSecondMomentTimesteps
+from ddpm_hf.training.timesteps import ContinuousTimes, LossSecondMomentTimesteps, LowDiscrepancyTimesteps
 from support.networks import small_classifier
 from support.scripts import script
 
@@ -106,6 +106,7 @@ def test_what_samplers_of_timesteps_and_losses_wait_for(device, unet):
     x_start, losses = torch.zeros(4, 1, 8, 8, device=device), torch.ones(4, device=device)
     learned = LossSecondMomentTimesteps(scheduler, history_per_timestep=1)
     times = [ContinuousTimes(VPSDE(), importance) for importance in (False, True)]
+    times += [ContinuousTimes(VPSDE(), low_discrepancy=True), LowDiscrepancyTimesteps(scheduler)]
     objectives = [ScoreObjective(sde) for sde in (VPSDE(), ChainSDE(scheduler.alphas_cumprod))]
     rescaled = DiffusionObjective(VariationalDDPMScheduler(10, rescale_timesteps=True))
 

@@ -43,9 +43,11 @@ NCSNPP = [
     "--unet.up_block_types", "[AttnSkipUpBlock2D, SkipUpBlock2D]",
 ]  # fmt: skip
 EVALUATED = ["--eval_every", "6", "--eval_images", "4"]
+EVENLY_SPREAD = ["--timesteps", "low_discrepancy"]
 BY_IMPORTANCE = ["--process", "subvp", "--weighting", "likelihood", "--timesteps", "importance"]
 RUNS = {
     "vp": (EVALUATED, VPSDEScheduler),
+    "vp-evenly-spread": (EVENLY_SPREAD, VPSDEScheduler),
     "subvp": (BY_IMPORTANCE, SubVPSDEScheduler),
     "ve": ([*VE, *NCSNPP], VESDEScheduler),
 }
@@ -196,7 +198,10 @@ def test_presets_of_the_paper(preset, process, decay, tmp_path):
         (["--process", "vpp"], "process='vpp' is not known; did you mean 'vp'?"),
         (["--loss", "vlb"], "loss='vlb' is for discrete timesteps; with process=vp take simple"),
         (["--weighting", "p2"], "weighting='p2' is for discrete timesteps; with process=vp take null, likelihood"),
-        (["--timesteps", "loss_second_moment"], "is for discrete timesteps; with process=vp take uniform, importance"),
+        (
+            ["--timesteps", "loss_second_moment"],
+            "is for discrete timesteps; with process=vp take uniform, low_discrepancy, importance",
+        ),
         (["--low_resolution", "4"], "low_resolution is for process=ddpm, not for vp"),
         (["--process", "ve"], "VESDE needs a network with time_embedding_type='fourier', this one has 'positional'"),
         ([*VE, "--scheduler.centered", "false"], "images are trained in [-1, 1]; leave it out, and double sigma_min"),

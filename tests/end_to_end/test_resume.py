@@ -104,6 +104,7 @@ STOPS = ["metrics.jsonl", "checkpoints/0000008", "checkpoints/.0000012", "checkp
     "processes, extra, stops",
     [
         (1, "--gradient_accumulation_steps 2", STOPS[2:3]),
+        (1, "--timesteps low_discrepancy", STOPS[1:2]),
         pytest.param(1, "--num_workers 2", STOPS, marks=pytest.mark.slow),
         pytest.param(1, "--mixed_precision bf16", STOPS, marks=pytest.mark.slow),
         pytest.param(1, "--mixed_precision fp16", STOPS, marks=pytest.mark.slow),
@@ -145,7 +146,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, processes, extra, stops):
     assert (
         ("fp16" in extra) == (one["scaler"] is not None) == (max(row.get("steps_skipped", 0) for row in one["log"]) > 0)
     )
-    assert one["timesteps"]["count"].min() >= 10  # it had learned where to look
+    if "low_discrepancy" not in extra:
+        assert one["timesteps"]["count"].min() >= 10  # it had learned where to look
     assert (len({(at["epoch"], at["batch"]) for at in one["position"]}) > 1) == (
         processes > 1 and "--streaming" in extra
     )

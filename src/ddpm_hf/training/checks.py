@@ -217,7 +217,7 @@ def _check_continuous(config):
     for key, allowed in (
         ("loss", ("simple",)),
         ("weighting", (None, "likelihood")),
-        ("timesteps", ("uniform", "importance")),
+        ("timesteps", ("uniform", "low_discrepancy", "importance")),
     ):
         if getattr(config, key) not in allowed:
             choices = ", ".join("null" if choice is None else choice for choice in allowed)

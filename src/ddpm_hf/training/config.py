@@ -192,7 +192,10 @@ class TrainConfig(RunConfig):
     )
     dequantize: bool = _training(False, "add uniform noise one grey level wide, for bits/dim by the ODE")
     label_dropout: float = _training(0.0, "share of labels replaced by 'no class', for guidance_scale")
-    timesteps: str = _training("uniform", "uniform, loss_second_moment; in continuous time uniform, importance")
+    timesteps: str = _training(
+        "uniform",
+        "uniform, low_discrepancy; in discrete time loss_second_moment, in continuous time importance",
+    )
     ema_decay: float = _training(0.9999, "decay of the averaged weights, which are saved and sampled")
     sample_every: int = _output(
         1000, "steps between sheets of EMA samples, without a preset also one at the end; 0: none"

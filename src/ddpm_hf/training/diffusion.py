@@ -60,7 +60,10 @@ class DiffusionTask(Task):
             sde = self.scheduler.sde
             check_network(self.network, sde, config.channels)
             with torch.device("cpu"):
-                self.timesteps = ContinuousTimes(sde, config.timesteps == "importance")
+                sampling = config.timesteps
+                self.timesteps = ContinuousTimes(
+                    sde, sampling == "importance", low_discrepancy=sampling == "low_discrepancy"
+                )
             self.objective = ScoreObjective(sde, config.weighting or "variance")
         elif config.timesteps in TIMESTEPS:
             self.timesteps = TIMESTEPS[config.timesteps](self.scheduler)

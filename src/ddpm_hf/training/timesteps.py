@@ -1,4 +1,4 @@
-"""Samplers of the timesteps that a network is trained at: uniform, by importance, and in continuous time."""
+"""Samplers of the timesteps that a network is trained at: uniform, evenly spread, by importance, and in continuous time."""
 
 import math
 
@@ -8,6 +8,19 @@ from ddpm_hf.arguments import checked_arguments
 from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
 from ddpm_hf.schedulers.precision import finest_dtype
 from ddpm_hf.schedulers.sde import SDE
+
+
+def low_discrepancy_points(
+    batch_size: int, device: torch.device, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Draw points (batch_size,) in [0, 1), at equal distances on a circle: (u + i / batch_size) mod 1 with one uniform u.
+
+    Each is uniform by itself (VDM: Kingma et al. 2021, appendix I.1). The dtype is the finest of the device, which must be
+    that of the generator.
+    """
+    dtype = finest_dtype(device)
+    shift = torch.rand((), generator=generator, device=device, dtype=dtype)
+    return (shift + torch.arange(batch_size, device=device, dtype=dtype) / batch_size) % 1
 
 
 class UniformTimesteps:
@@ -31,6 +44,44 @@ class UniformTimesteps:
 
     def load_state_dict(self, state: dict) -> None:
         """There is no state to restore."""
+
+
+class LowDiscrepancyTimesteps:
+    """Draws timesteps that are spread evenly over the chain within a batch (VDM: Kingma et al. 2021, appendix I.1).
+
+    Each timestep of a batch is uniform by itself, so the mean loss stays unbiased, and varies less than that of independent
+    timesteps. A batch of a multiple of the chain's length has every timestep equally often. In a run of several processes each
+    process spreads its own batch.
+
+    Args:
+        scheduler: timesteps are drawn from the chain that it has now.
+    """
+
+    def __init__(self, scheduler: VariationalDDPMScheduler):
+        self.chain = torch.tensor(scheduler.chain)
+
+    def sample(
+        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw 0-based timesteps, int64 (batch_size,), and return them with the weights of their losses, ones in float32.
+
+        They are drawn on the device of the generator, if there is one.
+        """
+        device = torch.device(device or "cpu")
+        u = low_discrepancy_points(batch_size, device if generator is None else generator.device, generator)
+        self.chain = self.chain.to(u.device)
+        t = self.chain[(u * len(self.chain)).long()]  # below the length, as u is below 1
+        return t.to(device), torch.ones(batch_size, device=device)
+
+    def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Ignore the losses."""
+
+    def state_dict(self) -> dict:
+        """Return an empty state."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Ignore the empty state."""
 
 
 class LossSecondMomentTimesteps:
@@ -142,10 +193,16 @@ class ContinuousTimes:
     Args:
         sde: the process.
         importance: whether to draw by importance.
+        low_discrepancy: whether to spread the uniform times of a batch evenly, as `LowDiscrepancyTimesteps`.
+
+    Raises:
+        ValueError: both importance and low_discrepancy.
     """
 
-    def __init__(self, sde: SDE, importance: bool = False):
-        self.t_min, self.importance = sde.t_min, importance
+    def __init__(self, sde: SDE, importance: bool = False, *, low_discrepancy: bool = False):
+        if importance and low_discrepancy:
+            raise ValueError("importance=True and low_discrepancy=True exclude each other; give one")
+        self.t_min, self.importance, self.low_discrepancy = sde.t_min, importance, low_discrepancy
         # cells of constant density, fine near 0, where it falls as 1 / t, and near 1, where betas may grow
         logarithmic = torch.linspace(math.log(sde.t_min), 0.0, 2001, dtype=torch.float64).exp()
         even = torch.linspace(sde.t_min, 1.0, 5001, dtype=torch.float64)
@@ -164,7 +221,10 @@ class ContinuousTimes:
         The generator, if given, must be on `device`.
         """
         device = torch.device(device or "cpu")
-        u = torch.rand(batch_size, generator=generator, device=device, dtype=finest_dtype(device))
+        if self.low_discrepancy:
+            u = low_discrepancy_points(batch_size, device, generator)
+        else:
+            u = torch.rand(batch_size, generator=generator, device=device, dtype=finest_dtype(device))
         if not self.importance:
             return self.t_min + (1 - self.t_min) * u, torch.ones(batch_size, device=device)
         if device not in self.cells_on:
@@ -184,4 +244,8 @@ class ContinuousTimes:
         """Ignore the empty state."""
 
 
-TIMESTEPS = {"uniform": UniformTimesteps, "loss_second_moment": LossSecondMomentTimesteps}
+TIMESTEPS = {
+    "uniform": UniformTimesteps,
+    "low_discrepancy": LowDiscrepancyTimesteps,
+    "loss_second_moment": LossSecondMomentTimesteps,
+}
