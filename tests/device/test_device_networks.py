@@ -43,6 +43,7 @@ NETWORKS = {
         input_pyramid="residual",
         sigma_table=(0.01, 50.0, 100),
     ),
+    "features": dict(fourier_features=(7, 8), center_input_sample=True),
     "learned": dict(time_embedding_type="learned", num_train_timesteps=100, downsample_padding=0, dropout=0.1),
     "timestep_classes": dict(class_embed_type="timestep"),
 }

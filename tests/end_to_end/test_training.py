@@ -312,6 +312,26 @@ def test_a_folder_of_colour_images_with_flips_and_accumulation(tmp_path):
     assert pipeline(num_inference_steps=2).images[0].size == (16, 8)
 
 
+def test_fourier_features(tmp_path):
+    output = ["--unet.fourier_features", "3,4", "--output_dir", tmp_path / "run"]
+    script("train.py", *SMALL.split(), *NETWORK, *output)
+    folder = tmp_path / "run/pipeline"
+    saved = json.loads((folder / "unet/config.json").read_text())
+    assert saved["_ddpm_hf"]["fourier_features"] == [3, 4]
+    pipeline = DDPMImagePipeline.from_pretrained(folder)
+    assert pipeline.unet.arguments["fourier_features"] == [3, 4] and pipeline.unet.conv_in.in_channels == 5
+    fine_tuned = ["--init_from", folder, "--data", "digits", "--steps", 2, "--batch_size", 8, "--eval_every", 0]
+    script("train.py", *fine_tuned, "--sample_every", 0, "--output_dir", tmp_path / "tuned")
+    assert DDPMImagePipeline.from_pretrained(tmp_path / "tuned/pipeline").unet.conv_in.in_channels == 5
+    for values, message in (
+        ("3,3", "fourier_features=[3, 3] must be 1 to 8 different exponents"),
+        ("17,3", "fourier_features=[17, 3]"),
+    ):
+        refused = ["--unet.fourier_features", values, "--output_dir", tmp_path / "none"]
+        run = script("train.py", *SMALL.split(), *NETWORK, *refused, check=False)
+        assert run.returncode == 1 and message in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
 @pytest.mark.parametrize("extra", [[], ["--streaming", "true", "--shuffle_buffer", "9"]])
 def test_a_folder_of_every_kind_of_image(tmp_path, extra, caplog):
     """Sub-folders are labels; a file that is no image is left out, the others are of one colour on the background."""

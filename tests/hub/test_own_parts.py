@@ -21,7 +21,13 @@ from ddpm_hf.schedulers import conditioning_times
 from support.elsewhere import ROUNDING, open_elsewhere, run_elsewhere
 from support.networks import small_unet
 
-OWN_NETWORK = dict(attention_head_dim=None, num_attention_heads=2, up_attention="last", block_scale_factor=2**0.5)
+OWN_NETWORK = dict(
+    attention_head_dim=None,
+    num_attention_heads=2,
+    up_attention="last",
+    block_scale_factor=2**0.5,
+    fourier_features=(0, 1),
+)
 
 
 def rescaled(**config):

@@ -50,6 +50,8 @@ SETTINGS = {
     "pyramid": {"input_pyramid": "residual", "in_channels": 5},
     "pyramid-scaled": RESNET | {"input_pyramid": "residual", "block_scale_factor": 1.7},
     "sigmas": SIGMAS | PAPER,
+    "features": {"fourier_features": (4, 0, 3), "in_channels": 2},
+    "features-centered-pyramid": {"fourier_features": (1,), "center_input_sample": True, "input_pyramid": "residual"},
     "groups": {"norm_num_groups": None, "block_out_channels": (32, 160)},
     "ddpmpp": DDPMPP,
     "ncsnpp": NCSNPP_CIFAR10,
@@ -186,7 +188,10 @@ class Reference:
 
     def __call__(self, x, t):
         s, n, scale, emb = self.s, len(self.channels), self.s["block_scale_factor"], self.embedding(t)
-        pyramid, h = x, self.conv("conv_in", x, padding=1)
+        x = 2 * x - 1 if s["center_input_sample"] else x
+        exponents = s["fourier_features"] or ()
+        waves = [wave(math.pi * 2**n * x) for wave in (torch.sin, torch.cos) for n in exponents]
+        pyramid, h = x, self.conv("conv_in", torch.cat((x, *waves), 1), padding=1)
         skips = [h]
         for i, name in enumerate(s["down_block_types"]):
             level = f"down_blocks.{i}"
@@ -390,6 +395,13 @@ WRONG = [
     ({"sigma_table": (0.01, 50, 1)}, ("sigma_table=(0.01, 50, 1)", "integer in [2, 100000]")),
     ({"sigma_table": (0, 50, 10)}, ("sigma_table=(0, 50, 10)", "(0, 1000000]")),
     (SIGMAS | {"time_embedding_type": "fourier"}, ("sigma_table=(0.01, 50.0, 1000)", "'positional'", "'fourier'")),
+    ({"fourier_features": ()}, ("fourier_features=()", "1 to 8 different exponents")),
+    ({"fourier_features": (7, 8, 7)}, ("fourier_features=(7, 8, 7)", "1 to 8 different exponents")),
+    ({"fourier_features": tuple(range(9))}, ("fourier_features=(0, 1,", "1 to 8 different exponents")),
+    ({"fourier_features": (7, 17)}, ("fourier_features=(7, 17)", "[0, 16]")),
+    ({"fourier_features": (-1,)}, ("fourier_features=(-1,)", "[0, 16]")),
+    ({"fourier_features": (0.5,)}, ("fourier_features=(0.5,)", "integers")),
+    ({"fourier_features": 7}, ("fourier_features=7", "integers")),
     (
         {"norm_num_groups": None, "block_out_channels": (6, 32)},
         ("block_out_channels=(6, 32)", "38 channels", "9 groups"),
@@ -425,7 +437,7 @@ def test_the_bound_of_the_number_of_parameters(name):
 # training
 
 
-@pytest.mark.parametrize("name", ["heads-up", "ddpmpp", "ncsnpp", "ncsnpp-positional"])
+@pytest.mark.parametrize("name", ["heads-up", "ddpmpp", "ncsnpp", "ncsnpp-positional", "features"])
 def test_gradients_with_checkpointing_and_compiled(name):
     net = network(SETTINGS[name]).train()
     x, t = inputs(net)

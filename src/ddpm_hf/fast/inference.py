@@ -227,7 +227,7 @@ class InferenceUNet(nn.Module):
         return super().train(False)
 
     def _denoise(self, sample, projections):
-        x = self.net.denoise(sample.to(self.compute_dtype, memory_format=self.layout), projections)
+        x = self.net.denoise(sample.contiguous(memory_format=self.layout), projections, self.compute_dtype)
         return x.to(sample.dtype, memory_format=torch.contiguous_format)
 
 

@@ -11,6 +11,21 @@ from ddpm_hf.torch_internals import is_functorch_active
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 
 
+def append_fourier_features(x: torch.Tensor, exponents: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Appends the finest bits of images: sines, then cosines, of 2^n pi x for each exponent n.
+
+    VDM: Kingma et al. 2021, appendix C. The waves are computed in float32 at least, because the angles have no precision in
+    bfloat16, and without rounding of 2^n x.
+
+    Args:
+        x: images (B, C, H, W).
+        dtype: of the result, (B, C (1 + 2 exponents), H, W).
+    """
+    fine = x.to(torch.promote_types(x.dtype, torch.float32))
+    angles = torch.cat([fine * 2.0**n % 2 for n in exponents], dim=1) * math.pi
+    return torch.cat((fine, angles.sin(), angles.cos()), dim=1).to(dtype)
+
+
 class SinusoidalEmbedding(nn.Module):
     """t -> sines and cosines at geometrically spaced frequencies (Vaswani et al. 2017; the paper, appendix B)."""
 

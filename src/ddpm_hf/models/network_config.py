@@ -59,6 +59,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "fir_resampling": False,
     "input_pyramid": None,
     "sigma_table": None,
+    "fourier_features": None,
 }
 
 
@@ -90,6 +91,7 @@ NETWORK_RANGES: dict[str, str | tuple | None] = CHOICES | {
     **dict.fromkeys(("num_attention_heads", "up_attention_heads", "sinusoid_dim"), CHANNELS),
     "block_scale_factor": "[0.001, 1000]",
     "sigma_table": "(0, 1000000]",
+    "fourier_features": "[0, 16]",
 }
 
 
@@ -135,6 +137,7 @@ def check_config(config: dict, network: str) -> None:
     _check_number_of_parameters(config)
     _check_time_embedding(config)
     _check_sigma_table(config)
+    _check_fourier_features(config)
     _check_ncsnpp_levels(config)
     _check_groups(config)
     _check_heads(config)
@@ -148,7 +151,8 @@ def parameters_upper_bound(config: dict) -> int:
     # a level's blocks on both ways, those that resample, and the middle's; an input beside its skip connection is the widest
     blocks = sum((2 * layers + 3) * c * (20 * widest + 13 * c + 2 * embedding) for c in (*channels, channels[-1]))
     tables = (config["num_class_embeds"] or 0) * embedding + (config["num_train_timesteps"] or 0) * features
-    convolutions = 9 * channels[0] * (2 * config["in_channels"] + config["out_channels"])  # twice: the input pyramid's
+    planes = config["in_channels"] * (2 + 2 * len(config["fourier_features"] or ()))  # twice: the input pyramid's
+    convolutions = 9 * channels[0] * (planes + config["out_channels"])
     return blocks + tables + convolutions + 6 * embedding * (features + embedding)
 
 
@@ -214,6 +218,14 @@ def _check_sigma_table(config):
     if config["time_embedding_type"] != "positional":
         raise ValueError(
             f"sigma_table={shown(table)} needs time_embedding_type='positional', got {config['time_embedding_type']!r}"
+        )
+
+
+def _check_fourier_features(config):
+    exponents = config["fourier_features"]
+    if exponents is not None and not 1 <= len(set(exponents)) == len(exponents) <= 8:
+        raise ValueError(
+            f"fourier_features={shown(exponents)} must be 1 to 8 different exponents, as (7, 8), or None for no features"
         )
 
 

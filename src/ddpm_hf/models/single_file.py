@@ -95,6 +95,8 @@ class SingleFileModel:
             )
         if path.suffix not in FORMATS[format].suffixes:
             raise ValueError(f"{path} must end in {' or '.join(FORMATS[format].suffixes)} for {format}")
+        if exponents := self.arguments.get("fourier_features"):
+            raise ValueError(f"{format} has no network with fourier_features={shown(exponents)}; there it is None")
         known = {**check_argument("original", self.own_settings().get("original", {}), dict)}
         sigmas = check_argument("original.sigmas", known.pop("sigmas", None), list[float] | None)
         checked = Options(known | options)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ddpm_hf.arguments import checked_arguments
 from ddpm_hf.files.saved_config import SavedConfig, package_only
-from ddpm_hf.models.blocks import ACTIVATIONS, EmbeddingMLP, ResidualBlock, SelfAttention
+from ddpm_hf.models.blocks import ACTIVATIONS, EmbeddingMLP, ResidualBlock, SelfAttention, append_fourier_features
 from ddpm_hf.models.factory import BlockFactory
 from ddpm_hf.models.metadata import NetworkMetadata, own_settings_of
 from ddpm_hf.models.ncsnpp import SkipUpLevel
@@ -53,7 +53,9 @@ class Encoder(NetworkMetadata, SavedConfig, CheckedModel):
         self.class_embedding = factory.class_embedding(time_dim)
 
         # down
-        self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
+        self.fourier_features = tuple(config["fourier_features"] or ())
+        planes = config["in_channels"] * (1 + 2 * len(self.fourier_features))
+        self.conv_in = nn.Conv2d(planes, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         skip_channels, c_in, image_channels = [channels[0]], channels[0], config["in_channels"]
         for i, (block_type, c) in enumerate(zip(block_types_down(config), channels)):
@@ -105,10 +107,19 @@ class Encoder(NetworkMetadata, SavedConfig, CheckedModel):
             emb = emb + self.class_embedding(classes).to(emb.dtype)
         return self.act(emb)  # once here, not in each residual block
 
-    def encode(self, sample: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(B, in_channels, H, W) and `embed`'s output -> the output of the middle, and the skip connections, finest first."""
+    def encode(
+        self, sample: torch.Tensor, emb: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(B, in_channels, H, W) and `embed`'s output -> the output of the middle, and the skip connections, finest first.
+
+        dtype: of the weights, where the sample has a finer one.
+        """
         x = 2 * sample - 1 if self.config.get("center_input_sample") else sample
-        image, x = x, self.conv_in(x)
+        image = x.to(dtype or x.dtype)
+        if self.fourier_features:
+            x = self.conv_in(append_fourier_features(x, self.fourier_features, image.dtype))
+        else:
+            x = self.conv_in(image)
         skips = [x]
         for block in self.down_blocks:
             x, image = block(x, emb, skips, image)
@@ -164,7 +175,11 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
     `attention_head_dim=None` means one head over all channels, as in the paper. The weights of a new network are drawn as
     in the paper's code, see `reset_parameters`.
 
-    Arguments that `UNet2DModel` does not have, for the authors' checkpoints:
+    An argument that `UNet2DModel` does not have:
+        fourier_features: exponents n; the first convolution also gets sin(2^n pi x) and cos(2^n pi x) of each input channel x
+            (VDM: Kingma et al. 2021), which show the position of x within a grey level: (7, 8) for 256 levels, (3, 4) for
+            17. x in half precision lacks these bits: use autocast or `InferenceUNet` rather than weights in half precision.
+    More of them, for the authors' checkpoints:
         num_attention_heads: number of heads of every attention, in place of `attention_head_dim` (IDDPM, ADM).
         up_attention_heads: another number on the way up (`num_heads_upsample` of IDDPM and ADM).
         sinusoid_dim: number of sines and cosines of the time; None for block_out_channels[0], which ADM for 512 pixels does
@@ -234,6 +249,7 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         fir_resampling: bool = False,
         input_pyramid: str | None = None,
         sigma_table: tuple[float, float, int] | None = None,
+        fourier_features: tuple[int, ...] | None = None,
     ):
         super().__init__()
         self.sample_size, self.sigma_table = sample_size, sigma_table
@@ -355,9 +371,9 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         x = self.divide_by_noise_level(self.denoise(sample, emb), t)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
-    def denoise(self, sample: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """The network after its embedding: (B, in_channels, H, W) and `embed`'s output -> (B, out_channels, H, W)."""
-        x, skips = self.encode(sample, emb)
+    def denoise(self, sample: torch.Tensor, emb: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The network after its embedding: arguments as `encode` -> (B, out_channels, H, W)."""
+        x, skips = self.encode(sample, emb, dtype)
         image = None
         for block in self.up_blocks:
             x, image = block(x, emb, skips, image)
