@@ -75,7 +75,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     Args in addition to those of `DDPMScheduler`:
         beta_schedule: also "quad", "warmup10", "warmup50", "const", "jsd" (the paper's code), "cosine" (IDDPM eq. 17) and
             "linear_scaled_by_T", which multiplies beta_start and beta_end by 1000 / T as IDDPM's linear schedule does. Other
-            schedules do not depend on `num_train_timesteps` in this way. `schedulers.betas` describes each.
+            schedules do not depend on `num_train_timesteps` in this way. `schedulers.betas` describes each. "learned" needs
+            `trained_betas`, which were trained with the network.
         variance_type: "fixed_small" (the posterior variance, 0 at the first step), "fixed_large" (beta, and at the first step
             the posterior variance of the second), "learned" (the second half of the output channels is the log variance) or
             "learned_range" (it interpolates between the logarithms of the two fixed variances, IDDPM eq. 15).
@@ -111,7 +112,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         num_train_timesteps="[1, 100000]",
         beta_start="[1e-15, 1)",
         beta_end="[1e-15, 1]",
-        beta_schedule=tuple(BETA_SCHEDULES),
+        beta_schedule=(*BETA_SCHEDULES, "learned"),
         prediction_type=PREDICTION_TYPES,
         dynamic_thresholding_ratio="(0, 1]",
         clip_sample_range="(0, 1000000]",
@@ -158,6 +159,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
                 )
             betas = np.array(trained_betas, dtype=np.float64)
             num_train_timesteps = len(betas)
+        elif beta_schedule == "learned":
+            raise ValueError("beta_schedule='learned' has no formula; give trained_betas, which training has learned")
         else:
             betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
         if rescale_betas_zero_snr and num_train_timesteps < 2:
@@ -187,7 +190,9 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         self.variance_type = variance_type
         self.prediction_type = prediction_type
         self.timestep_spacing = timestep_spacing
-        self.x_start_mse = None if variance_type != "analytic" else np.array(x_start_mse, dtype=np.float64).clip(1e-30)
+        self.x_start_mse = None
+        if variance_type == "analytic":
+            self.x_start_mse = torch.tensor(x_start_mse, dtype=torch.float64).clamp(min=1e-30)
         self.timestep_lists = timestep_lists or {}
         self.betas = torch.from_numpy(betas)
         self.alphas = 1.0 - self.betas
@@ -246,6 +251,18 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         config |= {"beta_schedule": REFUSED, "trained_betas": None, "_ddpm_hf": schedule | config["_ddpm_hf"]}
         return sorted_json(config)
 
+    @package_only
+    def use_betas(self, betas: torch.Tensor, alphas_cumprod: torch.Tensor) -> None:
+        """Replace the betas by those of a schedule that is being learned, and the chain by all T timesteps.
+
+        q, p and the bound are then differentiable in them. `config` stays as it is.
+
+        Args:
+            betas, alphas_cumprod: (T,) float64 (float32 on Apple's GPUs), beside the images.
+        """
+        self.betas, self.alphas, self.alphas_cumprod = betas, 1.0 - betas, alphas_cumprod
+        self._all_steps = self._chain = self._make_chain(range(len(betas)))
+
     @property
     def learns_variance(self) -> bool:
         """Whether the second half of the network's output channels determines the variance."""
@@ -259,11 +276,10 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         return list(self._chain.timesteps)
 
     def _make_chain(self, timesteps, variance_type=None):
-        betas, alphas_cumprod = self.betas.numpy(), self.alphas_cumprod.numpy()
         variance_type = variance_type or self.variance_type
-        with np.errstate(divide="ignore", invalid="ignore"):  # beta = 1: zero terminal SNR
-            mse = self.x_start_mse if variance_type == "analytic" else None
-            return ChainTables(list(timesteps), betas, alphas_cumprod, variance_type, self.prediction_type, mse)
+        mse = self.x_start_mse if variance_type == "analytic" else None
+        options = variance_type, self.prediction_type, mse
+        return ChainTables(list(timesteps), self.betas, self.alphas_cumprod, *options)
 
     def set_timesteps(
         self,
@@ -540,7 +556,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         chain = self._chain
         if variance_type != self.variance_type:
             chain = self._make_chain(chain.timesteps, variance_type)
-        return torch.tensor(chain.tables["model_variance"][position])
+        return chain.tables["model_variance"][position].clone()
 
     # the bound
 
@@ -601,7 +617,8 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
     @package_only
     def prior_bits_per_dim(self, x_start: torch.Tensor) -> torch.Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, 1)) of eq. 5 at the chain's last step, (B,) bits/dim. x_start: (B, C, H, W)."""
-        q = self.q_mean_variance(x_start, self._chain.timesteps[-1])
+        last = torch.full((len(x_start),), self._chain.timesteps[-1], device=x_start.device)
+        q = self.q_mean_variance(x_start, last)
         zero = torch.zeros_like(q.mean)
         return nats_to_bits_per_dim(gaussian_kl(q.mean, q.log_variance, zero, zero))
 

@@ -19,18 +19,26 @@ class Average(EMAModel):
 
 
 @contextlib.contextmanager
+def averaged(module: torch.nn.Module, average: Average) -> Iterator[None]:
+    """Within the block the parameters of the module are the averaged ones."""
+    parameters = list(module.parameters())
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)
+
+
+@contextlib.contextmanager
 def evaluating(network: torch.nn.Module, average: Average | None = None) -> Iterator[None]:
     """Within the block the network is in evaluation mode, with the averaged weights if there is an `average`.
 
     It is not compiled there: sheets and evaluations have shapes that are seldom seen twice.
     """
-    parameters = list(network.parameters())
-    if average:
-        average.store(parameters)
-        average.copy_to(parameters)
-    try:
-        with evaluation_mode(network), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        if average:
-            average.restore(parameters)
+    with (
+        averaged(network, average) if average else contextlib.nullcontext(),
+        evaluation_mode(network),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield

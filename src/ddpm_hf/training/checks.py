@@ -16,6 +16,7 @@ from ddpm_hf.training.config import (
     as_yaml,
     image_size,
     keys_of,
+    learns_betas,
     nearest,
     null_for_none,
     sections_of,
@@ -44,7 +45,7 @@ RANGES: dict[str, str | tuple[str, ...]] = {
     "minutes": "(0, 1000000]",
     "crop": ("center", "none"),
     "channels": "[1, 4]",
-    "learning_rate": "(0, 1e38]",
+    **dict.fromkeys(("learning_rate", "noise_schedule_learning_rate"), "(0, 1e38]"),
     "weight_decay": "[0, 1000]",
     "max_grad_norm": "(0, inf]",
     "mixed_precision": ("no", "bf16", "fp16"),
@@ -191,6 +192,8 @@ def _check_training(config):
     _check_sample_metrics(config)
     if (config.resolved or not config.init_from) and config.process != "ddpm":
         _check_continuous(config)
+    if config.resolved or not config.init_from:
+        _check_learned_betas(config)
     if config.push_to_hub is not None and not HUB_ID.fullmatch(config.push_to_hub):
         raise ConfigError(f"push_to_hub={shown(config.push_to_hub)} must be user/name, as on the Hub")
     if config.resolved and config.label_dropout and config.label_column is None:
@@ -241,6 +244,36 @@ def _check_continuous(config):
     if not config.scheduler.get("centered", True):
         raise ConfigError(
             "scheduler.centered=false: images are trained in [-1, 1]; leave it out, and double sigma_min and sigma_max"
+        )
+
+
+def _check_learned_betas(config):
+    scheduler, is_continuous = config.scheduler, config.loss == "vlb_continuous"
+    if not learns_betas(config):
+        if is_continuous:
+            raise ConfigError(
+                "loss=vlb_continuous is for learned betas; give --scheduler.beta_schedule learned, or --loss vlb"
+            )
+        return
+    if config.loss not in ("vlb", "vlb_continuous"):
+        raise ConfigError(
+            f"scheduler.beta_schedule=learned needs the bound as its loss; loss={shown(config.loss)} is lowest where the noise "
+            "is easiest to predict; give --loss vlb, or vlb_continuous"
+        )
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise ConfigError(
+            "scheduler.rescale_betas_zero_snr=true: the last of learned betas is learned, too, and the bound cannot be had "
+            "without any signal there; leave it out"
+        )
+    if is_continuous and config.timesteps not in ("uniform", "low_discrepancy"):
+        raise ConfigError(
+            f"timesteps={shown(config.timesteps)} is for discrete timesteps; the learned schedule itself spreads the times of "
+            "loss=vlb_continuous; give uniform, or low_discrepancy"
+        )
+    if is_continuous and config.unet.get("time_embedding_type") == "learned":
+        raise ConfigError(
+            "unet.time_embedding_type=learned knows whole timesteps; loss=vlb_continuous has times between them; give "
+            "positional"
         )
 
 

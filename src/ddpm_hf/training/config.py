@@ -185,8 +185,9 @@ class TrainConfig(RunConfig):
     process: str = _network("ddpm", "diffusion process: ddpm; in continuous time (Score-SDE) vp, subvp, ve")
     low_resolution: int | list[int] | None = _network(None, "size of the images that a super-resolution model enlarges")
     conditioning_noise: float = _network(0.0, "highest noise level added to those images in training, below 1")
-    loss: str = _training("simple", "simple, vlb, hybrid")
+    loss: str = _training("simple", "simple, vlb, hybrid; with learned betas vlb, vlb_continuous")
     vlb_weight: float = _training(0.001, "weight of the bound in the hybrid loss")
+    noise_schedule_learning_rate: float = _training(1e-2, "learning rate of --scheduler.beta_schedule learned")
     weighting: str | None = _training(
         None, "weights of the loss by t: min_snr, truncated_snr, p2; in continuous time likelihood"
     )
@@ -261,6 +262,12 @@ def keys_of(config: RunConfig | type[RunConfig]) -> list[dataclasses.Field]:
 def values_of(config: RunConfig) -> dict[str, Any]:
     """The keys and their values; lists and dictionaries are copies."""
     return {field.name: copy.deepcopy(getattr(config, field.name)) for field in keys_of(config)}
+
+
+def learns_betas(config: RunConfig) -> bool:
+    """Whether the run learns its betas; those of a pipeline that it starts from are kept as they are."""
+    is_learned = config.scheduler.get("beta_schedule") == "learned"
+    return isinstance(config, TrainConfig) and is_learned and "trained_betas" not in config.scheduler
 
 
 def sections_of(config: RunConfig | type[RunConfig]) -> tuple[str, str]:

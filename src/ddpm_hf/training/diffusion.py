@@ -1,5 +1,7 @@
 """Training of a diffusion model (Ho, Jain, Abbeel 2020, Algorithm 1), in discrete or continuous time."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,24 +12,26 @@ from ddpm_hf.extras import require_extra
 from ddpm_hf.likelihood.ode import dequantized
 from ddpm_hf.likelihood.solver import check_network
 from ddpm_hf.models.unet import DDPMUNet
-from ddpm_hf.training.averages import Average, evaluating
+from ddpm_hf.training.averages import Average, averaged, evaluating
 from ddpm_hf.training.config import ConfigError, TrainConfig, image_size, nearest
 from ddpm_hf.training.errors import PIPELINE_ERRORS, as_config_error
 from ddpm_hf.training.from_pipeline import check_class_names
 from ddpm_hf.training.inputs import check_pixels, held_out_images, some_training_images
-from ddpm_hf.training.losses import DiffusionObjective, ScoreObjective, drop_labels
+from ddpm_hf.training.losses import ContinuousBoundObjective, DiffusionObjective, ScoreObjective, drop_labels
 from ddpm_hf.training.low_resolution import conditioned, in_channels, make_pipeline, pipeline_class
 from ddpm_hf.training.measurements import held_out_bits_per_dim, held_out_loss
 from ddpm_hf.training.messages import warn_on_write_error
 from ddpm_hf.training.optimizer import check_schedule
-from ddpm_hf.training.processes import make_scheduler
+from ddpm_hf.training.processes import make_noise_schedule, make_scheduler
 from ddpm_hf.training.publisher import Publisher
 from ddpm_hf.training.sample_metrics import SampleMetrics
 from ddpm_hf.training.saving import save_pipeline
 from ddpm_hf.training.sheets import Sheets
 from ddpm_hf.training.task import BatchLoss, Task
-from ddpm_hf.training.timesteps import TIMESTEPS, ContinuousTimes
+from ddpm_hf.training.timesteps import TIMESTEPS, ContinuousTimes, FractionalTimesteps
 from ddpm_hf.training.trackers import check_trackers
+
+LOG_SNR_COLUMNS = tuple(f"log_snr_at_{percent}" for percent in (0, 25, 50, 75, 100))  # of the way from t = 0 to T - 1
 
 
 class DiffusionTask(Task):
@@ -37,7 +41,7 @@ class DiffusionTask(Task):
         self.config = config
         check_schedule(config)
         with torch.device("cpu"):  # a config is checked with its network, but not its process, on the meta device
-            self.scheduler = make_scheduler(config)
+            self.scheduler, self.noise_schedule = make_scheduler(config), make_noise_schedule(config)
             _check_sample_steps(config, self.scheduler)
         check_pixels(config)
         check_trackers(config.trackers)
@@ -65,9 +69,15 @@ class DiffusionTask(Task):
                     sde, sampling == "importance", low_discrepancy=sampling == "low_discrepancy"
                 )
             self.objective = ScoreObjective(sde, config.weighting or "variance")
+        elif config.loss == "vlb_continuous":
+            self.timesteps = FractionalTimesteps(self.scheduler, config.timesteps == "low_discrepancy")
+            self.objective = ContinuousBoundObjective(self.scheduler, self.noise_schedule)
         elif config.timesteps in TIMESTEPS:
             self.timesteps = TIMESTEPS[config.timesteps](self.scheduler)
-            self.objective = DiffusionObjective(self.scheduler, config.loss, config.vlb_weight, config.weighting)
+            with torch.device("cpu"):  # betas that are learned change in the loss alone
+                process = self.scheduler if self.noise_schedule is None else make_scheduler(config)
+            options = config.loss, config.vlb_weight, config.weighting, self.noise_schedule
+            self.objective = DiffusionObjective(process, *options)
         else:
             raise ConfigError(f"timesteps={shown(config.timesteps)} is not known{nearest(config.timesteps, TIMESTEPS)}")
 
@@ -94,11 +104,16 @@ class DiffusionTask(Task):
         self.accelerator, self.log, self.interrupts = accelerator, log, interrupts
         # the weights are the same in all processes by now
         self.average = Average(self.network.parameters(), decay=self.config.ema_decay, foreach=True)
+        shared = {"ema": self.average, "timesteps": self.timesteps}
+        if self.noise_schedule is not None:
+            parameters = self.noise_schedule.parameters()
+            self.average_of_schedule = Average(parameters, decay=self.config.ema_decay, foreach=True)
+            shared |= {"noise_schedule": self.noise_schedule, "noise_schedule_ema": self.average_of_schedule}
         options = dict(accelerator=accelerator, log=log, interrupts=interrupts, average=self.average)
         self.sheets = Sheets(self.config, self.network, self.scheduler, dataset, **options)
         if self.sample_metrics:
             self.sample_metrics.open_reference(self.data)
-        return {"ema": self.average, "timesteps": self.timesteps}
+        return shared
 
     def loss(self, network, batch):
         config, levels = self.config, self.scheduler.levels
@@ -115,28 +130,53 @@ class DiffusionTask(Task):
 
     def after_step(self):
         self.average.step(self.network.parameters())
-        return {"ema_decay": self.average.cur_decay_value}
+        values = {"ema_decay": self.average.cur_decay_value}
+        if self.noise_schedule is not None:
+            self.average_of_schedule.step(self.noise_schedule.parameters())
+            log_snr = -self.noise_schedule(torch.linspace(0, 1, len(LOG_SNR_COLUMNS), device=self.accelerator.device))
+            values |= dict(zip(LOG_SNR_COLUMNS, log_snr.detach()))
+        return values
+
+    @contextlib.contextmanager
+    def _averaged_betas(self) -> Iterator[None]:
+        """Within the block a learned noise schedule is the averaged one; the process has its betas from now on."""
+        if self.noise_schedule is None:
+            yield
+            return
+        with averaged(self.noise_schedule, self.average_of_schedule):
+            betas, alphas_cumprod = (table.detach().cpu().double() for table in self.noise_schedule.betas())
+            self.scheduler.use_betas(betas, alphas_cumprod)
+            self.scheduler.register_to_config(trained_betas=betas.tolist())
+            yield
 
     def measure(self, step):
-        config, rows, best = self.config, [], None
-        is_last = step == config.steps
+        config, is_last = self.config, step == self.config.steps
         # a preset's sheet may take longer than a short run of it
-        if config.sample_every and (step % config.sample_every == 0 or (is_last and config.preset is None)):
-            rows.append(self.sheets.draw(step))
-        if config.eval_every and (step % config.eval_every == 0 or is_last):
-            self.log.begin_work(step, f"measuring {len(self.held_out[0])} held-out images")
-            with evaluating(self.network, self.average):
-                row = held_out_bits_per_dim(config, self.interrupts, self.network, self.scheduler, *self.held_out)
-                images = self.held_out, self.trained_on
-                row |= held_out_loss(config, self.interrupts, self.network, self.objective, *images)
-                if self.sample_metrics:
-                    self.log.begin_work(step, f"drawing {config.eval_samples:,} samples for fd")
-                    row |= self.sample_metrics.measure(self.interrupts)
-            rows.append(row)
-            best = row[config.best_by]
+        draws = config.sample_every and (step % config.sample_every == 0 or (is_last and config.preset is None))
+        measures = config.eval_every and (step % config.eval_every == 0 or is_last)
+        rows, best = [], None
+        if draws or measures:
+            with self._averaged_betas():
+                if draws:
+                    rows.append(self.sheets.draw(step))
+                if measures:
+                    rows.append(self._measure_held_out(step))
+                    best = rows[-1][config.best_by]
         for row in rows:  # none of them where a signal came meanwhile: then they are measured again
             self.log.note(step, **row)
         return best
+
+    def _measure_held_out(self, step):
+        config = self.config
+        self.log.begin_work(step, f"measuring {len(self.held_out[0])} held-out images")
+        with evaluating(self.network, self.average):
+            row = held_out_bits_per_dim(config, self.interrupts, self.network, self.scheduler, *self.held_out)
+            images = self.held_out, self.trained_on
+            row |= held_out_loss(config, self.interrupts, self.network, self.objective, *images)
+            if self.sample_metrics:
+                self.log.begin_work(step, f"drawing {config.eval_samples:,} samples for fd")
+                row |= self.sample_metrics.measure(self.interrupts)
+        return row
 
     def time_sample_metrics(self, accelerator):
         if not self.config.eval_metrics:
@@ -153,7 +193,7 @@ class DiffusionTask(Task):
     def save(self, step):
         facts = dict(class_names=self.data.class_names, split_size=self.data.split_size)
         facts["held_out_images"] = self.held_out and len(self.held_out[0])
-        with evaluating(self.network, self.average):
+        with evaluating(self.network, self.average), self._averaged_betas():
             pipeline = make_pipeline(self.config, self.network, self.scheduler)
             save_pipeline(pipeline, self._folder, config=self.config, step=step, **facts)
 

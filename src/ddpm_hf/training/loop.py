@@ -10,7 +10,7 @@ from ddpm_hf.training.checkpoints import Checkpoints
 from ddpm_hf.training.classifier import ClassifierTask
 from ddpm_hf.training.command_line import config_of
 from ddpm_hf.training.config import ClassifierConfig, RunConfig, TrainConfig
-from ddpm_hf.training.devices import channels_last, compile_network, is_compiled, leave, open_accelerator
+from ddpm_hf.training.devices import compile_network, is_compiled, leave, open_accelerator
 from ddpm_hf.training.diffusion import DiffusionTask
 from ddpm_hf.training.finite_steps import FiniteSteps
 from ddpm_hf.training.header import print_header
@@ -18,7 +18,7 @@ from ddpm_hf.training.inputs import count_images, open_data, open_images, record
 from ddpm_hf.training.interrupts import Interrupted, Interrupts, Stopped, name_of
 from ddpm_hf.training.log import Log
 from ddpm_hf.training.messages import print_above_progress_bar
-from ddpm_hf.training.optimizer import make_optimizer, set_learning_rate
+from ddpm_hf.training.optimizer import prepare, set_learning_rates
 from ddpm_hf.training.output import OutputFolder
 from ddpm_hf.training.plan import with_plan
 from ddpm_hf.training.resolve import resolve, show_settings_of_run
@@ -75,10 +75,7 @@ class Run:
         dataset = open_data(config, data, accelerator.process_index, accelerator.num_processes)
         record_data(task.network, config, data.class_names)
         self.loader = open_loader(dataset, config, accelerator)
-        optimizer, self.lr_schedule = make_optimizer(config, task.network.parameters())
-        if channels_last(config, device):
-            task.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.network, self.optimizer = accelerator.prepare(task.network, optimizer)
+        self.network, self.optimizer, self.lr_schedule = prepare(task, accelerator)
 
         self.log = Log(config, folder, accelerator, task.t_end, task.LOG_COLUMNS)
         self.interrupts = Interrupts(accelerator)
@@ -96,7 +93,7 @@ class Run:
         self.checkpoints = Checkpoints(config, accelerator, per_process=per_process, facts=data.facts(config), **shared)
         if checkpoint:
             checkpoint = self.checkpoints.load(checkpoint)
-            set_learning_rate(config, self.optimizer, self.lr_schedule)
+            set_learning_rates(config, self.optimizer, self.lr_schedule)
         is_complete = self.position.step == config.steps and self.checkpoints.measured
         self.log.begin(self.position.step, checkpoint, is_complete)
         if is_complete and accelerator.is_main_process:

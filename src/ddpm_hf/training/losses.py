@@ -1,17 +1,21 @@
 """Training losses of diffusion models, one number for each image."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ddpm_hf.arguments import checked_arguments
 from ddpm_hf.schedulers.conditioning_times import conditioning_times
-from ddpm_hf.schedulers.ddpm import VariationalDDPMScheduler
+from ddpm_hf.schedulers.ddpm import FIXED_VARIANCES, VariationalDDPMScheduler
+from ddpm_hf.schedulers.gaussian import discretized_gaussian_log_likelihood, gaussian_kl, nats_to_bits_per_dim
 from ddpm_hf.schedulers.precision import finest_dtype, in_working_precision
 from ddpm_hf.schedulers.prediction import BOUNDED_PREDICTIONS, epsilon_weights, x_start_weights
 from ddpm_hf.schedulers.sde import SDE
 from ddpm_hf.schedulers.tables import posterior_mean_weights
+from ddpm_hf.training.noise_schedule import LearnedNoiseSchedule
 from ddpm_hf.training.timesteps import ContinuousTimes
 
 LOSSES = ("simple", "vlb", "hybrid")
@@ -40,13 +44,16 @@ class DiffusionObjective:
             eq. 16).
         vlb_weight: the weight of vlb in "hybrid". The code of IDDPM calls 0.001 (at N = 1000) rescaled_mse, 1 / N mse, and
             "vlb" rescaled_kl.
+        noise_schedule: a schedule that is learned with the network, for "vlb": each call replaces the scheduler's betas by its
+            betas, and L_T is added to the loss, whose mean over t is then the whole bound. The loss is differentiable in its
+            parameters: x_t is a function of them, too (reparameterization).
         weighting: the weighting of the mean squared error by t: None; "min_snr" (Hang et al. 2023, gamma 5) or "p2" (Choi et
             al. 2022) for any prediction type; "truncated_snr" (Salimans & Ho 2022) for "sample" and "v_prediction".
 
     Raises:
         ValueError: an unknown loss or weighting; "hybrid" without a learned variance; a weighting with "vlb", which has its
-            own; "truncated_snr" with another prediction type. It gives x_0 its full weight at pure noise, where the squared
-            error of x_0 is up to 4e8 times that of epsilon (cosine schedule).
+            own; a noise_schedule with another loss; "truncated_snr" with another prediction type. It gives x_0 its full
+            weight at pure noise, where the squared error of x_0 is up to 4e8 times that of epsilon (cosine schedule).
     """
 
     @checked_arguments(loss=LOSSES, vlb_weight="[0, 1000000]", weighting=(None, *WEIGHTINGS))
@@ -56,7 +63,13 @@ class DiffusionObjective:
         loss: str = "simple",
         vlb_weight: float = 0.001,
         weighting: str | None = None,
+        noise_schedule: LearnedNoiseSchedule | None = None,
     ):
+        if noise_schedule is not None and loss != "vlb":
+            raise ValueError(
+                f"loss={loss!r} cannot train a noise schedule: it is no bound, and the lowest where the noise is easiest to "
+                "predict; choose loss='vlb'"
+            )
         if loss == "hybrid" and not scheduler.learns_variance:
             raise ValueError(
                 f"loss='hybrid' trains a learned variance, but variance_type={scheduler.variance_type!r} is fixed; choose "
@@ -74,6 +87,7 @@ class DiffusionObjective:
             )
         self.scheduler, self.loss, self.vlb_weight, self.weighting = scheduler, loss, vlb_weight, weighting
         self.weights = None if weighting is None else torch.from_numpy(_mse_weights(scheduler, weighting)).float()
+        self.noise_schedule = noise_schedule
         self.end = len(scheduler.alphas_cumprod)  # T
 
     @property
@@ -102,6 +116,8 @@ class DiffusionObjective:
             Losses (B,), in float32 or float64. The predicted x_0 is never clipped.
         """
         scheduler, steps = self.scheduler, len(self.scheduler.chain)
+        if self.noise_schedule is not None:
+            scheduler.use_betas(*self.noise_schedule.betas())
         if t is None:
             t = scheduler.draw_timesteps(len(x_start), x_start.device)
         t = t.to(x_start.device)
@@ -111,7 +127,8 @@ class DiffusionObjective:
         c_noise = conditioning_times(scheduler, t)
         output = unet(x_t, c_noise, class_labels=class_labels, return_dict=False)[0]
         if self.loss == "vlb":
-            return steps * scheduler.vlb_term(output, x_start, x_t, t, clip_sample=False)
+            term = steps * scheduler.vlb_term(output, x_start, x_t, t, clip_sample=False)
+            return term if self.noise_schedule is None else term + scheduler.prior_bits_per_dim(x_start)
         prediction = output[:, : x_start.shape[1]]
         target = scheduler.prediction_target(x_start, x_t, noise, t)
         mse = ((target - prediction.to(target.dtype)) ** 2).flatten(1).mean(1)
@@ -123,6 +140,92 @@ class DiffusionObjective:
         frozen = torch.cat((prediction.detach(), output[:, x_start.shape[1] :]), dim=1)
         vlb = steps * scheduler.vlb_term(frozen, x_start, x_t, t, clip_sample=False)
         return mse + self.vlb_weight * vlb
+
+
+class ContinuousBoundObjective:
+    """The variational bound in continuous time (VDM, Kingma et al. 2021, eq. 11 to 18), with a learned noise schedule.
+
+    The bound depends on the end points of the schedule alone, which get its gradient. The shape between them is trained to
+    lower the variance of the loss (VDM appendix H): E[loss^2] has the gradient E[2 loss d(loss)], which one backward pass
+    gives, because the gradient of each image is multiplied on its way to the shape.
+
+    L_0 is the discretized Gaussian (eq. 13 of Ho, Jain, Abbeel 2020) around x_t / scale at gamma_min, without the network.
+
+    Args:
+        scheduler: prediction type, grey levels and number of timesteps; its betas are not used.
+        noise_schedule: the schedule to learn, beside the images.
+
+    Raises:
+        ValueError: a learned or "previous" prediction of p(x_{t-1} | x_t), which continuous time does not have.
+    """
+
+    def __init__(self, scheduler: VariationalDDPMScheduler, noise_schedule: LearnedNoiseSchedule):
+        for key, value, allowed in (
+            ("variance_type", scheduler.variance_type, FIXED_VARIANCES),
+            ("prediction_type", scheduler.prediction_type, ("epsilon", "sample", "v_prediction")),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{key}={value!r} has no meaning in continuous time; choose one of {', '.join(allowed)}"
+                )
+        self.scheduler, self.noise_schedule = scheduler, noise_schedule
+        self.end = noise_schedule.num_train_timesteps  # T
+
+    @property
+    def times(self) -> torch.Tensor:
+        """Evenly spread times in [0, T - 1], float64 (T,)."""
+        return (torch.arange(self.end, dtype=torch.float64) + 0.5) / self.end * (self.end - 1)
+
+    def __call__(
+        self,
+        unet: Callable,
+        x_start: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute the loss of each image at its time.
+
+        Args:
+            unet, x_start, class_labels, noise: as in `DiffusionObjective`.
+            t: (B,) in [0, T - 1], on any device: timesteps, and numbers between them, which the network is given. None to draw
+                them uniformly.
+
+        Returns:
+            Losses (B,) in bits/dim, in float32 or float64; their mean over t is the bound.
+        """
+        last, device = self.end - 1, x_start.device
+        t = torch.rand(len(x_start), device=device) * last if t is None else t
+        t = t.to(device, finest_dtype(device))
+        noise = torch.randn_like(x_start) if noise is None else noise
+        gamma_min, span = self.noise_schedule.end_points()
+        rise, slope = self.noise_schedule.shape(t / last)
+        factor = torch.ones_like(rise)  # set when the loss is known, before the backward pass
+        if rise.requires_grad:
+            for value in (rise, slope):
+                value.register_hook(lambda gradient: gradient * factor)
+        gamma = gamma_min + span * rise
+        scale, std = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+        x_t = _columns(scale, x_start) * x_start + _columns(std, x_start) * noise
+        # the network sees a noise level, whatever time the schedule gives it: the time moves with gamma, by the present curve
+        time = t + (gamma - gamma.detach()) * (last / (span * slope).detach())
+        c_noise = conditioning_times(self.scheduler, time.to(x_start.dtype))
+        output = in_working_precision(unet(x_t, c_noise, class_labels=class_labels, return_dict=False)[0])
+        of_x_t, of_output = epsilon_weights(self.scheduler.prediction_type, scale, std)
+        error = _columns(of_x_t, x_t) * x_t + _columns(of_output, x_t) * output - noise
+        weight = (0.5 / math.log(2)) * span * slope
+        diffusion = weight.to(error) * error.square().flatten(1).mean(1)
+        factor.copy_(2 * diffusion.detach())
+        return diffusion + self._ends(x_start, noise, gamma_min, gamma_min + span)
+
+    def _ends(self, x_start, noise, gamma_min, gamma_max):
+        """L_T + L_0, (B,) bits/dim."""
+        zero, log_scale = x_start.new_zeros(()), (gamma_min / 2).to(x_start)
+        mean, log_variance = torch.sigmoid(-gamma_max).sqrt().to(x_start) * x_start, F.logsigmoid(gamma_max).to(x_start)
+        prior = gaussian_kl(mean, log_variance, zero, zero)
+        noisy = x_start + log_scale.exp() * noise
+        decoder = -discretized_gaussian_log_likelihood(x_start, noisy, log_scale, self.scheduler.levels)
+        return nats_to_bits_per_dim(prior + decoder)
 
 
 class ScoreObjective:
@@ -187,6 +290,11 @@ def drop_labels(class_labels: torch.Tensor, null_class: int, probability: float)
     """Replace class labels (B,) by `null_class` with a probability, for classifier-free guidance (Ho & Salimans 2021)."""
     dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
     return class_labels.masked_fill(dropped, null_class)
+
+
+def _columns(values, x):
+    """Values (B,) in a shape that multiplies images x."""
+    return values.to(x).view(-1, 1, 1, 1)
 
 
 def _mse_weights(scheduler, weighting):

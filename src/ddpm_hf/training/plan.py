@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ddpm_hf.training.config import RunConfig, image_size, keys_of
-from ddpm_hf.training.devices import channels_last, compile_network, is_compiled
+from ddpm_hf.training.devices import compile_network, is_compiled
 from ddpm_hf.training.finite_steps import FiniteSteps
 from ddpm_hf.training.inputs import count_held_out
 from ddpm_hf.training.messages import print_above_progress_bar
-from ddpm_hf.training.optimizer import make_optimizer
+from ddpm_hf.training.optimizer import prepare
 from ddpm_hf.training.resume import PLANNED, with_plan_of_run
 from ddpm_hf.training.task import Task, train_on_batch
 
@@ -135,10 +135,7 @@ def measure_rate(config: RunConfig, accelerator: Accelerator, make_task: Callabl
     The slowest process counts. Their state is discarded: the run builds a new network from its own seed.
     """
     task = make_task(config)
-    if channels_last(config, accelerator.device):
-        task.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer, _ = make_optimizer(config, task.network.parameters())
-    network, optimizer = accelerator.prepare(task.network, optimizer)
+    network, optimizer, _ = prepare(task, accelerator)
     if is_compiled(config):
         compile_network(task.network, config, accelerator.device)
     batch = _random_batch(config, accelerator.device)

@@ -9,6 +9,7 @@ from ddpm_hf.evaluation.sheets import save_figure
 LOSS, LOSS_BY_T = "training loss", "loss by quarter of t, not weighted"
 ACCURACY, ACCURACY_BY_T = "accuracy", "accuracy by quarter of t"
 BITS, HELD_OUT = "bits/dim of held-out images", "loss of averaged weights"
+LOG_SNR = "log SNR of the learned schedule"
 DISTANCE = "Fréchet distance of samples"
 FEW_POINTS = 20  # up to which each is marked
 NEAREST, COLORS = "distance to the nearest image", "mean (line) and spread (dotted) of channels"
@@ -34,6 +35,7 @@ def plot_curves(rows: list[dict], channels: Sequence[str], path: Path) -> None:
         ACCURACY_BY_T: "accuracy_t_quarter_1",
         BITS: "bits_per_dim",
         HELD_OUT: "loss_held_out",
+        LOG_SNR: "log_snr_at_0",
         DISTANCE: "fd",
         NEAREST: "nearest_rms_samples",
         COLORS: f"samples_mean_{channels[0]}",
@@ -89,6 +91,8 @@ def _curves(channels):
     yield BITS, "bits_per_dim", "bits_per_dim_standard_error", dict(label="mean and its standard error", capsize=2)
     yield HELD_OUT, "loss_train", None, dict(label="training images", marker="o")
     yield HELD_OUT, "loss_held_out", "loss_gap_standard_error", dict(label="held-out images", marker="o", capsize=2)
+    for percent in (0, 25, 50, 75, 100):
+        yield LOG_SNR, f"log_snr_at_{percent}", None, dict(label=f"{percent} % of the way to T")
     yield DISTANCE, "fd", "fd_standard_error", dict(label="to training images, standard error", capsize=2)
     yield NEAREST, "nearest_rms_samples", None, dict(label="from samples", marker="o")
     yield NEAREST, "nearest_rms_data", None, dict(label="from training images to others", marker="o")

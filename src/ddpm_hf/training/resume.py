@@ -180,7 +180,7 @@ def _compare_with(config, path):
     _compare_minutes(config, run, before, now)
     may_change = MAY_CHANGE
     if config.lr_schedule.startswith("constant"):
-        may_change = may_change | {"steps", "learning_rate"}
+        may_change = may_change | {"steps", "learning_rate", "noise_schedule_learning_rate"}
     if not config.resolved:  # they are the pipeline's, which has not been opened yet
         may_change = may_change | {*config.FROM_PIPELINE}
     may_change -= {"num_workers"} if config.streaming else set()  # they divide the stream

@@ -39,9 +39,9 @@ class SampleMetrics:
     """
 
     def __init__(self, config: TrainConfig, network, scheduler, accelerator):
-        self.config, self.network, self.accelerator = config, network, accelerator
+        self.config, self.network, self.scheduler, self.accelerator = config, network, scheduler, accelerator
         self.processes = Processes(accelerator.process_index, accelerator.num_processes)
-        pipeline = make_pipeline(config, network, type(scheduler).from_config(scheduler.config))
+        pipeline = make_pipeline(config, network, self._copy_of_scheduler())
         pipeline.set_progress_bar_config(leave=False, disable=None if self.processes.is_main else True)
         self.steps = config.sample_steps or default_steps(scheduler)
         self.generator = Generator(pipeline, num_inference_steps=self.steps)
@@ -49,6 +49,10 @@ class SampleMetrics:
         self.seeds = range(first, first + config.eval_samples)[self.processes.share(config.eval_samples)]
         with self._guarded(), accelerator.local_main_process_first():  # which may download it
             self.extractor = open_extractor(config.eval_extractor, accelerator.device)
+
+    def _copy_of_scheduler(self):
+        """The process with its present betas; sampling does not change the training's chain."""
+        return type(self.scheduler).from_config(self.scheduler.config)
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -110,6 +114,7 @@ class SampleMetrics:
     def _features(self):
         """The features (N, D) of this process's samples."""
         size = self.config.batch_size
+        self.generator.pipeline.scheduler = self._copy_of_scheduler()
         batches = (self.seeds[start : start + size] for start in range(0, len(self.seeds), size))
         return torch.cat([torch.empty(0, self.reference.moments.dimensions), *map(self._features_of_batch, batches)])
 

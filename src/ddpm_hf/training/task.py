@@ -12,6 +12,7 @@ from ddpm_hf.training.finite_steps import FiniteSteps
 from ddpm_hf.training.inputs import TrainingImages
 from ddpm_hf.training.interrupts import Interrupts
 from ddpm_hf.training.log import Log
+from ddpm_hf.training.noise_schedule import LearnedNoiseSchedule
 
 
 @dataclasses.dataclass
@@ -32,6 +33,8 @@ class Task(abc.ABC):
     """Names of the values that are logged per image beside the loss."""
     config: RunConfig
     network: torch.nn.Module
+    noise_schedule: LearnedNoiseSchedule | None = None
+    """Learned betas, trained beside the network."""
     t_end: float
     """An upper bound of t."""
 
@@ -126,8 +129,13 @@ def train_on_batch(
         loss = task.loss(network, batch)
         accelerator.backward((loss.weights * loss.losses).mean())
         if accelerator.sync_gradients:
+            own = [] if task.noise_schedule is None else [*task.noise_schedule.parameters()]
+            for parameter in own:  # before their scale is removed; those of the network are averaged already
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
             norm = accelerator.clip_grad_norm_(network.parameters(), task.config.max_grad_norm)
-            finite.check(norm, optimizer.optimizer, scaled=accelerator.scaler is not None)
+            # not clipped with the network's: rare large gradients, as those of the decoder, must count in full
+            norms = torch.stack([norm, *(parameter.grad.norm().to(norm) for parameter in own)])
+            finite.check(norms.sum(), optimizer.optimizer, scaled=accelerator.scaler is not None)
         optimizer.step()
         optimizer.zero_grad()
     return loss, norm

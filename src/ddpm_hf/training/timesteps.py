@@ -23,17 +23,15 @@ def low_discrepancy_points(
     return (shift + torch.arange(batch_size, device=device, dtype=dtype) / batch_size) % 1
 
 
-class UniformTimesteps:
-    """Draws timesteps uniformly from the scheduler's chain (Algorithm 1)."""
+def _uniform_points(batch_size, device, generator, low_discrepancy):
+    """Points (batch_size,) in [0, 1), independent or `low_discrepancy_points`."""
+    if low_discrepancy:
+        return low_discrepancy_points(batch_size, device, generator)
+    return torch.rand(batch_size, generator=generator, device=device, dtype=finest_dtype(device))
 
-    def __init__(self, scheduler: VariationalDDPMScheduler):
-        self.scheduler = scheduler
 
-    def sample(
-        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw 0-based timesteps, int64 (batch_size,), and return them with the weights of their losses, ones in float32."""
-        return self.scheduler.draw_timesteps(batch_size, device, generator), torch.ones(batch_size, device=device)
+class _Stateless:
+    """What samplers have in common that do not learn from losses."""
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Ignore the losses."""
@@ -46,7 +44,20 @@ class UniformTimesteps:
         """There is no state to restore."""
 
 
-class LowDiscrepancyTimesteps:
+class UniformTimesteps(_Stateless):
+    """Draws timesteps uniformly from the scheduler's chain (Algorithm 1)."""
+
+    def __init__(self, scheduler: VariationalDDPMScheduler):
+        self.scheduler = scheduler
+
+    def sample(
+        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw 0-based timesteps, int64 (batch_size,), and return them with the weights of their losses, ones in float32."""
+        return self.scheduler.draw_timesteps(batch_size, device, generator), torch.ones(batch_size, device=device)
+
+
+class LowDiscrepancyTimesteps(_Stateless):
     """Draws timesteps that are spread evenly over the chain within a batch (VDM: Kingma et al. 2021, appendix I.1).
 
     Each timestep of a batch is uniform by itself, so the mean loss stays unbiased, and varies less than that of independent
@@ -72,16 +83,6 @@ class LowDiscrepancyTimesteps:
         self.chain = self.chain.to(u.device)
         t = self.chain[(u * len(self.chain)).long()]  # below the length, as u is below 1
         return t.to(device), torch.ones(batch_size, device=device)
-
-    def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Ignore the losses."""
-
-    def state_dict(self) -> dict:
-        """Return an empty state."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Ignore the empty state."""
 
 
 class LossSecondMomentTimesteps:
@@ -184,7 +185,7 @@ class LossSecondMomentTimesteps:
             setattr(self, name, state[name].clone().to(present.device, present.dtype))
 
 
-class ContinuousTimes:
+class ContinuousTimes(_Stateless):
     """Draws times in [t_min, 1] of a process, uniformly or by importance, with a density proportional to g^2 / std^2.
 
     Importance sampling is for the "likelihood" weighting, which is large near t = 0 (ScoreFlow, section 4.1). The weights
@@ -221,10 +222,7 @@ class ContinuousTimes:
         The generator, if given, must be on `device`.
         """
         device = torch.device(device or "cpu")
-        if self.low_discrepancy:
-            u = low_discrepancy_points(batch_size, device, generator)
-        else:
-            u = torch.rand(batch_size, generator=generator, device=device, dtype=finest_dtype(device))
+        u = _uniform_points(batch_size, device, generator, self.low_discrepancy)
         if not self.importance:
             return self.t_min + (1 - self.t_min) * u, torch.ones(batch_size, device=device)
         if device not in self.cells_on:
@@ -233,15 +231,25 @@ class ContinuousTimes:
         cell = torch.multinomial(density * width, batch_size, replacement=True, generator=generator)
         return first[cell] + u * width[cell], (1 / (density[cell] * (1 - self.t_min))).float()
 
-    def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Ignore the losses."""
 
-    def state_dict(self) -> dict:
-        """Return an empty state."""
-        return {}
+class FractionalTimesteps(_Stateless):
+    """Draws timesteps and numbers between them, uniformly in [0, T - 1], for `ContinuousBoundObjective`.
 
-    def load_state_dict(self, state: dict) -> None:
-        """Ignore the empty state."""
+    Args:
+        scheduler: T is its number of timesteps.
+        low_discrepancy: whether to spread those of a batch evenly, as `LowDiscrepancyTimesteps`.
+    """
+
+    def __init__(self, scheduler: VariationalDDPMScheduler, low_discrepancy: bool = False):
+        self.last, self.low_discrepancy = scheduler.config.num_train_timesteps - 1, low_discrepancy
+
+    def sample(
+        self, batch_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw times (batch_size,) in the finest dtype of the device; return them with weights, ones in float32."""
+        device = torch.device(device or "cpu")
+        u = _uniform_points(batch_size, device, generator, self.low_discrepancy)
+        return self.last * u, torch.ones(batch_size, device=device)
 
 
 TIMESTEPS = {

@@ -1,0 +1,73 @@
+"""A noise schedule that is trained with the network (VDM: Kingma et al. 2021, "Variational Diffusion Models")."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ddpm_hf.arguments import checked_arguments
+from ddpm_hf.schedulers.betas import linear_betas
+from ddpm_hf.schedulers.precision import finest_dtype
+
+SMALLEST_SLOPE = 0.01  # of a piece, as a share of the mean slope: two timesteps never have the same noise
+
+
+class LearnedNoiseSchedule(nn.Module):
+    """Noise levels by a monotone curve gamma = -log SNR, with learned end points and a learned shape between them.
+
+    abar = sigmoid(-gamma) (VDM eq. 3). The curve rises from gamma_min at position 0, the first timestep, to gamma_max at
+    position 1, the last timestep, in straight pieces of equal width. It begins as one straight line between the end points
+    of the paper's linear schedule.
+
+    Args:
+        num_train_timesteps: T, at least 2.
+        beta_start, beta_end: of the linear schedule, for the end points.
+        pieces: number of straight pieces.
+
+    Raises:
+        ValueError: a value out of range; T below 2.
+    """
+
+    @checked_arguments(
+        num_train_timesteps="[2, 100000]", beta_start="[1e-15, 1)", beta_end="[1e-15, 1)", pieces="[1, 1000]"
+    )
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        pieces: int = 32,
+    ):
+        super().__init__()
+        self.num_train_timesteps = num_train_timesteps
+        log_abar = np.log1p(-linear_betas(num_train_timesteps, beta_start, beta_end)).cumsum()[[0, -1]]
+        log_snr = log_abar - np.log(-np.expm1(log_abar))
+        self.ends = nn.Parameter(torch.tensor(-log_snr, dtype=torch.float32))  # gamma_min, gamma_max
+        self.rises = nn.Parameter(torch.zeros(pieces))  # logits of the pieces' shares of the whole rise
+
+    def end_points(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """gamma_min, and gamma_max - gamma_min > 0: scalars in the finest dtype of the device."""
+        first, last = self.ends.to(finest_dtype(self.ends.device))
+        return first, F.softplus(last - first)
+
+    def shape(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The share of the rise that lies before a position in [0, 1], and its slope by position; shaped like `position`."""
+        logits = self.rises.to(finest_dtype(self.rises.device))
+        pieces = len(logits)
+        rise = (1 - SMALLEST_SLOPE) * logits.softmax(0) + SMALLEST_SLOPE / pieces
+        before = rise.cumsum(0) - rise
+        place = position.to(rise) * pieces
+        piece = place.long().clamp(max=pieces - 1)
+        return before[piece] + (place - piece) * rise[piece], pieces * rise[piece]
+
+    def forward(self, position: torch.Tensor) -> torch.Tensor:
+        """Gamma at positions in [0, 1], any shape, in the finest dtype of the device."""
+        gamma_min, span = self.end_points()
+        return gamma_min + span * self.shape(position)[0]
+
+    def betas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """betas and alphas_cumprod of all timesteps, each (T,), differentiable in the parameters."""
+        T = self.num_train_timesteps
+        log_abar = F.logsigmoid(-self(torch.arange(T, device=self.ends.device) / (T - 1)))
+        log_alpha = torch.cat((log_abar[:1], log_abar.diff()))
+        return -torch.expm1(log_alpha), log_abar.exp()
