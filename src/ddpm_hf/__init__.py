@@ -47,9 +47,15 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
         VESDEScheduler as VESDEScheduler,
         VPSDEScheduler as VPSDEScheduler,
     )
-    from ddpm_hf.training.losses import DiffusionObjective as DiffusionObjective, ScoreObjective as ScoreObjective
+    from ddpm_hf.training.losses import (
+        ContinuousBoundObjective as ContinuousBoundObjective,
+        DiffusionObjective as DiffusionObjective,
+        ScoreObjective as ScoreObjective,
+    )
+    from ddpm_hf.training.noise_schedule import LearnedNoiseSchedule as LearnedNoiseSchedule
     from ddpm_hf.training.timesteps import (
         ContinuousTimes as ContinuousTimes,
+        FractionalTimesteps as FractionalTimesteps,
         LossSecondMomentTimesteps as LossSecondMomentTimesteps,
         LowDiscrepancyTimesteps as LowDiscrepancyTimesteps,
         UniformTimesteps as UniformTimesteps,
@@ -72,9 +78,11 @@ MODULES = {
     "schedulers.gaussian": ["Gaussian", "discretized_gaussian_log_likelihood"],
     "schedulers.sde": ["ChainSDE", "SubVPSDE", "VESDE", "VPSDE"],
     "schedulers.sde_samplers": ["SubVPSDEScheduler", "VESDEScheduler", "VPSDEScheduler"],
-    "training.losses": ["DiffusionObjective", "ScoreObjective"],
+    "training.losses": ["ContinuousBoundObjective", "DiffusionObjective", "ScoreObjective"],
+    "training.noise_schedule": ["LearnedNoiseSchedule"],
     "training.timesteps": [
         "ContinuousTimes",
+        "FractionalTimesteps",
         "LossSecondMomentTimesteps",
         "LowDiscrepancyTimesteps",
         "UniformTimesteps",

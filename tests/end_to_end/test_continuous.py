@@ -146,7 +146,7 @@ def test_an_ode_that_does_not_end_leaves_the_run_alone(capsys):
         def forward(self, x, t, class_labels=None, return_dict=False):
             return (x * float("nan"),)
 
-    measured = held_out_bits_per_dim(config, signals, Lost(), VPSDEScheduler(levels=17), x_start, None)
+    measured = held_out_bits_per_dim(config, signals, Lost(), VPSDEScheduler(levels=17), None, x_start, None)
     assert math.isnan(measured["bits_per_dim"])
     assert "held-out bits/dim is left out: the ODE has a state that is not finite" in capsys.readouterr().err
 

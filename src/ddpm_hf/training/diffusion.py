@@ -170,7 +170,8 @@ class DiffusionTask(Task):
         config = self.config
         self.log.begin_work(step, f"measuring {len(self.held_out[0])} held-out images")
         with evaluating(self.network, self.average):
-            row = held_out_bits_per_dim(config, self.interrupts, self.network, self.scheduler, *self.held_out)
+            process = self.scheduler, self.objective
+            row = held_out_bits_per_dim(config, self.interrupts, self.network, *process, *self.held_out)
             images = self.held_out, self.trained_on
             row |= held_out_loss(config, self.interrupts, self.network, self.objective, *images)
             if self.sample_metrics:

@@ -7,6 +7,8 @@ import torch
 from ddpm_hf.likelihood.bound import bits_per_dim, standard_error
 from ddpm_hf.likelihood.estimate import estimate_bits_per_dim, with_sampling_error
 from ddpm_hf.likelihood.ode import OdeStopped, ode_bits_per_dim
+from ddpm_hf.schedulers.precision import finest_dtype
+from ddpm_hf.training.losses import ContinuousBoundObjective
 from ddpm_hf.training.messages import print_above_progress_bar
 
 ROUNDS = 8  # timesteps for each image of `held_out_loss`
@@ -15,11 +17,12 @@ ROUNDS = 8  # timesteps for each image of `held_out_loss`
 ODE_TOLERANCE = 1e-3  # of held-out bits/dim in continuous time
 
 
-def held_out_bits_per_dim(config, interrupts, unet, scheduler, x_start, labels) -> dict[str, float]:
+def held_out_bits_per_dim(config, interrupts, unet, scheduler, objective, x_start, labels) -> dict[str, float]:
     """The mean bits/dim of held-out images, with two standard errors: of the estimate, and over images.
 
-    It takes `eval_evaluations` network calls per image, or evaluates all terms of a shorter chain; in continuous time it
-    solves the ODE. Each process computes a share of the images. NaN if it cannot be computed.
+    It takes `eval_evaluations` network calls per image, or evaluates all terms of a shorter chain. A process in continuous
+    time is measured by its ODE, the objective "vlb_continuous" by its own bound. Each process computes a share of the images.
+    NaN if it cannot be computed.
 
     Raises:
         Interrupted: in all processes, if a signal came meanwhile.
@@ -39,6 +42,9 @@ def held_out_bits_per_dim(config, interrupts, unet, scheduler, x_start, labels) 
         )
         if process.is_continuous:
             result, error = _by_ode(config, unet, process, part, options), math.nan  # one probe has no error
+        elif isinstance(objective, ContinuousBoundObjective):
+            losses = _in_continuous_time(config, unet, objective, part, **options)
+            result, error = losses.mean(0), (losses.var(0).mean() / losses.numel()).sqrt().item()
         elif config.eval_evaluations < len(process.chain):
             estimate = estimate_bits_per_dim(unet, process, part, num_evaluations=config.eval_evaluations, **options)
             result, error = estimate.total, estimate.sampling_error
@@ -64,6 +70,21 @@ def _by_ode(config, unet, process, x_start, options):
     except OdeStopped as error:
         print_above_progress_bar(f"{config.program}: held-out bits/dim is left out: {error}")
         return torch.full((len(x_start),), math.nan)
+
+
+@torch.no_grad()
+def _in_continuous_time(config, unet, objective, x_start, *, class_labels, generator, batch_size):
+    """The bound at `eval_evaluations` times for each image, spread evenly over the process: (times, B) bits/dim."""
+    rows, rounds, device = [], config.eval_evaluations, x_start.device
+    for i in range(rounds):
+        row = []
+        for index in torch.arange(len(x_start), device=device).split(batch_size):
+            u = torch.rand(len(index), generator=generator, device=device, dtype=finest_dtype(device))
+            labels = None if class_labels is None else class_labels[index]
+            noise = torch.randn(x_start[index].shape, generator=generator, device=device)
+            row.append(objective(unet, x_start[index], labels, (i + u) / rounds * (objective.end - 1), noise))
+        rows.append(torch.cat(row))
+    return torch.stack(rows)
 
 
 def held_out_loss(config, interrupts, unet, objective, held_out, trained_on) -> dict[str, float]:

@@ -41,8 +41,10 @@ class LearnedNoiseSchedule(nn.Module):
         super().__init__()
         self.num_train_timesteps = num_train_timesteps
         log_abar = np.log1p(-linear_betas(num_train_timesteps, beta_start, beta_end)).cumsum()[[0, -1]]
-        log_snr = log_abar - np.log(-np.expm1(log_abar))
-        self.ends = nn.Parameter(torch.tensor(-log_snr, dtype=torch.float32))  # gamma_min, gamma_max
+        gamma_min, gamma_max = np.log(-np.expm1(log_abar)) - log_abar
+        span = gamma_max - gamma_min
+        # gamma_min, and gamma_max but for a softplus, which keeps it above
+        self.ends = nn.Parameter(torch.tensor([gamma_min, gamma_max + np.log(-np.expm1(-span))], dtype=torch.float32))
         self.rises = nn.Parameter(torch.zeros(pieces))  # logits of the pieces' shares of the whole rise
 
     def end_points(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +69,8 @@ class LearnedNoiseSchedule(nn.Module):
 
     def betas(self) -> tuple[torch.Tensor, torch.Tensor]:
         """betas and alphas_cumprod of all timesteps, each (T,), differentiable in the parameters."""
-        T = self.num_train_timesteps
-        log_abar = F.logsigmoid(-self(torch.arange(T, device=self.ends.device) / (T - 1)))
+        device = self.ends.device
+        position = torch.linspace(0, 1, self.num_train_timesteps, dtype=finest_dtype(device), device=device)
+        log_abar = F.logsigmoid(-self(position))
         log_alpha = torch.cat((log_abar[:1], log_abar.diff()))
         return -torch.expm1(log_alpha), log_abar.exp()
