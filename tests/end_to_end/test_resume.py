@@ -91,6 +91,7 @@ def results(folder, step=24):
         "ema": run["ema"]["shadow_params"],
         "scaler": torch.load(scaler, weights_only=True) if scaler.exists() else None,
         "timesteps": run["timesteps"],
+        "noise schedule": [run.get("noise_schedule"), run.get("noise_schedule_ema", {}).get("shadow_params")],
         "learning rate": run["lr_schedule"]["_last_lr"],
         "position": [process_state["at"] for process_state in run["own"]],
     }
@@ -100,11 +101,20 @@ def results(folder, step=24):
 STOPS = ["metrics.jsonl", "checkpoints/0000008", "checkpoints/.0000012", "checkpoints/0000016"]
 
 
+LEARNED_IN_CONTINUOUS_TIME = (
+    "--scheduler.beta_schedule learned --loss vlb_continuous --timesteps low_discrepancy --scheduler.num_train_timesteps 40 "
+    "--gradient_accumulation_steps 2 --eval_every 8 --eval_images 4 --eval_evaluations 8"
+)
+
+
 @pytest.mark.parametrize(
     "processes, extra, stops",
     [
         (1, "--gradient_accumulation_steps 2", STOPS[2:3]),
-        (1, "--timesteps low_discrepancy", STOPS[1:2]),
+        (1, "--scheduler.beta_schedule learned --eval_every 8 --eval_images 4", STOPS[2:3]),
+        pytest.param(1, LEARNED_IN_CONTINUOUS_TIME, STOPS, marks=pytest.mark.slow),
+        pytest.param(2, LEARNED_IN_CONTINUOUS_TIME + " --batch_size 32", STOPS, marks=pytest.mark.slow),
+        pytest.param(1, "--timesteps low_discrepancy", STOPS[1:2], marks=pytest.mark.slow),
         pytest.param(1, "--num_workers 2", STOPS, marks=pytest.mark.slow),
         pytest.param(1, "--mixed_precision bf16", STOPS, marks=pytest.mark.slow),
         pytest.param(1, "--mixed_precision fp16", STOPS, marks=pytest.mark.slow),

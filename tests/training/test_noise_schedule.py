@@ -38,7 +38,11 @@ def batch(t, dtype=F64, seed=0):
     shape = (len(t), 1, 3, 2)
     x_start = torch.randint(LEVELS, shape, generator=generator) * (2 / (LEVELS - 1)) - 1
     noise = torch.randn(shape, generator=generator, dtype=F64)
-    return dict(x_start=x_start.to(dtype), noise=noise.to(dtype), t=torch.tensor(t, dtype=torch.int64 if isinstance(t[0], int) else F64))
+    return dict(
+        x_start=x_start.to(dtype),
+        noise=noise.to(dtype),
+        t=torch.tensor(t, dtype=torch.int64 if isinstance(t[0], int) else F64),
+    )
 
 
 def a_network(x_t, c_noise, class_labels=None, return_dict=False):
