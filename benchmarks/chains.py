@@ -50,6 +50,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--images", type=int, default=128, help="images of the test split")
+    parser.add_argument("--longest", type=int, default=1000, help="steps of the longest chains that are sampled")
     parser.add_argument("--pipeline", help="folder of the network, in place of runs/quality/<data>")
     arguments = parser.parse_args()
     data, device = arguments.data, arguments.device
@@ -91,7 +92,7 @@ def main():
                 )
                 scheduler.set_timesteps(timesteps=chain)
                 row = {"variance": variance_type, "list": spacing, "steps": steps, **bound(pipeline, scheduler, test)}
-                if steps <= 100 or variance_type == "fixed_small":
+                if steps <= 100 or (variance_type == "fixed_small" and steps <= arguments.longest):
                     pipeline.scheduler = scheduler
                     draw = Generator(pipeline, num_inference_steps=steps, timesteps="benchmark")
                     row |= distance(features, draw, arguments.samples)
