@@ -3,10 +3,10 @@ steps with the same loss, the variational bound.
 
     python benchmarks/noise_schedules.py digits|mnist [--seeds 0 1] [--only learned]
 
-Networks and steps are those of benchmarks/objectives.py, in runs/noise_schedules/<data>/<name>-<seed>. Bits/dim are of images of
-the test split: with all 1,000 timesteps, and in continuous time for networks that were trained so; then with the analytic
-variance of `optimize-chain`, measured on 128 training images: all timesteps, and the best 100 and 25. Errors are standard errors
-over images. Writes noise_schedules_<data>.json and .md, and the schedules as noise_schedules_<data>.png.
+Networks and steps are those of benchmarks/objectives.py, in runs/noise_schedules/<data>/<name>-<seed>. Bits/dim are of images
+of the test split: with all 1,000 timesteps, and in continuous time for networks that were trained so; then with the analytic
+variance of `optimize-chain`, measured on 128 training images: all timesteps, and the best 100 and 25. Errors are standard
+errors over images. Writes noise_schedules_<data>.json and .md, and the schedules as noise_schedules_<data>.png.
 """
 
 import argparse

@@ -125,6 +125,7 @@ REFUSED = [
     (dict(learned("vlb_continuous", variance_type="learned_range")), r"variance_type='learned_range' has no meaning"),
     (dict(learned("vlb_continuous", prediction_type="previous")), r"prediction_type='previous' has no meaning"),
     (dict(learned(num_train_timesteps=1)), r"num_train_timesteps=1 must be an integer in \[2, 100000\]"),
+    (dict(learned("vlb_continuous"), weighting="min_snr"), r"weighting='min_snr' is for the squared error"),
     (dict(loss="vlb_continuous"), r"loss=vlb_continuous is for learned betas"),
     (dict(learned(), noise_schedule_learning_rate=0), r"noise_schedule_learning_rate=0 must be a number in \(0"),
     (dict(learned("vlb", variance_type="analytic")), r"variance_type='analytic' needs x_start_mse"),

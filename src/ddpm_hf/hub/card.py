@@ -173,6 +173,7 @@ def _values_of_pipeline(folder, classes, low, repo_id):
         "nichol2021improved": variance in LEARNED_VARIANCES or scheduler["beta_schedule"] == "cosine",
         "dhariwal2021diffusion": classifier is not None,
         "ho2021classifier": network.null_class is not None,
+        "kingma2021variational": scheduler["beta_schedule"] == "learned" or network.arguments["fourier_features"],
         "bao2022analytic": variance == "analytic",
         "watson2021learning": timestep_lists,
     }

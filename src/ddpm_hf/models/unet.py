@@ -178,7 +178,7 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
     An argument that `UNet2DModel` does not have:
         fourier_features: exponents n; the first convolution also gets sin(2^n pi x) and cos(2^n pi x) of each input channel x
             (VDM: Kingma et al. 2021), which show the position of x within a grey level: (7, 8) for 256 levels, (3, 4) for
-            17. x in half precision lacks these bits: use autocast or `InferenceUNet` rather than weights in half precision.
+            17. x in half precision lacks these bits: use autocast rather than weights in half precision.
     More of them, for the authors' checkpoints:
         num_attention_heads: number of heads of every attention, in place of `attention_head_dim` (IDDPM, ADM).
         up_attention_heads: another number on the way up (`num_heads_upsample` of IDDPM and ADM).

@@ -265,6 +265,10 @@ def _check_learned_betas(config):
             "scheduler.rescale_betas_zero_snr=true: the last of learned betas is learned, too, and the bound cannot be had "
             "without any signal there; leave it out"
         )
+    if is_continuous and config.weighting is not None:
+        raise ConfigError(
+            f"weighting={shown(config.weighting)} is for the squared error; the bound has weights of its own"
+        )
     if is_continuous and config.timesteps not in ("uniform", "low_discrepancy"):
         raise ConfigError(
             f"timesteps={shown(config.timesteps)} is for discrete timesteps; the learned schedule itself spreads the times of "

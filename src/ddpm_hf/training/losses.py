@@ -146,7 +146,7 @@ class ContinuousBoundObjective:
     """The variational bound in continuous time (VDM, Kingma et al. 2021, eq. 11 to 18), with a learned noise schedule.
 
     The bound depends on the end points of the schedule alone, which get its gradient. The shape between them is trained to
-    lower the variance of the loss (VDM appendix H): E[loss^2] has the gradient E[2 loss d(loss)], which one backward pass
+    lower the variance of the loss (VDM appendix I.2): E[loss^2] has the gradient E[2 loss d(loss)], which one backward pass
     gives, because the gradient of each image is multiplied on its way to the shape.
 
     L_0 is the discretized Gaussian (eq. 13 of Ho, Jain, Abbeel 2020) around x_t / scale at gamma_min, without the network.
