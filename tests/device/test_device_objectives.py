@@ -3,7 +3,13 @@ import copy
 import pytest
 import torch
 
-from ddpm_hf import DiffusionObjective, ScoreObjective, VariationalDDPMScheduler
+from ddpm_hf import (
+    ContinuousBoundObjective,
+    DiffusionObjective,
+    LearnedNoiseSchedule,
+    ScoreObjective,
+    VariationalDDPMScheduler,
+)
 from ddpm_hf.schedulers.ddpm import PREDICTION_TYPES
 from ddpm_hf.schedulers.sde import VESDE, VPSDE, ChainSDE, SubVPSDE
 from ddpm_hf.training.losses import SCORE_WEIGHTINGS, WEIGHTINGS, drop_labels
@@ -66,6 +72,24 @@ def test_losses_of_continuous_time(device, unet, batch, sde, weighting):
     expected = objective(network, x_start, t=t, noise=noise)
     assert_close(objective(there, x_start.to(device), t=t, noise=noise.to(device)), expected, 1e-3)
     assert objective(there, x_start.to(device)).isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["vlb", "vlb_continuous"])
+def test_learned_betas(device, unet, batch, loss):
+    network, (x_start, t, noise) = unet(), batch
+    results = []
+    for place in ("cpu", device):
+        there, schedule = copy.deepcopy(network).to(place), LearnedNoiseSchedule(T).to(place)
+        scheduler = scheduler_of(beta_schedule="learned", trained_betas=LearnedNoiseSchedule(T).betas()[0].tolist())
+        if loss == "vlb":
+            objective = DiffusionObjective(scheduler, "vlb", noise_schedule=schedule)
+        else:
+            objective = ContinuousBoundObjective(scheduler, schedule)
+        losses = objective(there, x_start.to(place), t=t.to(place), noise=noise.to(place))
+        losses.mean().backward()
+        results.append({"losses": losses, **{name: value.grad for name, value in schedule.named_parameters()}})
+        assert objective(there, x_start.to(place)).isfinite().all()  # with draws of its own
+    assert_close(results[1], results[0], 1e-3)
 
 
 @pytest.mark.parametrize("kind", [UniformTimesteps, LowDiscrepancyTimesteps])

@@ -70,9 +70,10 @@ def test_training(device, run, tmp_path, precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("program", ["train.py", "train_classifier.py"])
-def test_a_resumed_run_is_the_whole_one(device, fresh_accelerate, tmp_path, program, precision):
+@pytest.mark.parametrize("kind", ["train.py", "train.py, learned betas", "train_classifier.py"])
+def test_a_resumed_run_is_the_whole_one(device, fresh_accelerate, tmp_path, kind, precision):
     """The device's own random numbers too: dropout, noise, flips and timesteps go on where they were."""
+    program, _, learns_betas = kind.partition(", ")
     network = [*SHEETS, *NETWORK, "--unet.dropout", "0.1"] if program == "train.py" else CLASSIFIER
     arguments = [
         *SMALL,
@@ -84,6 +85,8 @@ def test_a_resumed_run_is_the_whole_one(device, fresh_accelerate, tmp_path, prog
         "--output_dir",
         tmp_path / "run",
     ]
+    if learns_betas:
+        arguments += ["--loss", "vlb_continuous", "--scheduler.beta_schedule", "learned"]
     saved = tmp_path / "run" / ("pipeline/unet" if program == "train.py" else "classifier")
     results = []
     for _ in range(2):

@@ -13,8 +13,14 @@ import torch
 from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, VPSDEScheduler, bits_per_dim
 from ddpm_hf.evaluation import animate
 from ddpm_hf.schedulers.sde import VPSDE, ChainSDE
-from ddpm_hf.training.losses import DiffusionObjective, ScoreObjective
-from ddpm_hf.training.timesteps import ContinuousTimes, LossSecondMomentTimesteps, LowDiscrepancyTimesteps
+from ddpm_hf.training.losses import ContinuousBoundObjective, DiffusionObjective, ScoreObjective
+from ddpm_hf.training.noise_schedule import LearnedNoiseSchedule
+from ddpm_hf.training.timesteps import (
+    ContinuousTimes,
+    FractionalTimesteps,
+    LossSecondMomentTimesteps,
+    LowDiscrepancyTimesteps,
+)
 from support.networks import small_classifier
 from support.scripts import script
 
@@ -110,6 +116,13 @@ def test_what_samplers_of_timesteps_and_losses_wait_for(device, unet):
     objectives = [ScoreObjective(sde) for sde in (VPSDE(), ChainSDE(scheduler.alphas_cumprod))]
     rescaled = DiffusionObjective(VariationalDDPMScheduler(10, rescale_timesteps=True))
 
+    schedule = LearnedNoiseSchedule(10).to(device)
+    bound = DiffusionObjective(VariationalDDPMScheduler(10), "vlb", noise_schedule=schedule)
+    bounds = [(bound, LowDiscrepancyTimesteps(scheduler))]
+    bounds.append((ContinuousBoundObjective(scheduler, schedule), FractionalTimesteps(scheduler, low_discrepancy=True)))
+    if torch.device(device).type == "mps":  # the decoder's float64 is the CPU's
+        bounds.clear()
+
     def step():
         t, _ = learned.sample(4, device)
         learned.update(t, losses)
@@ -118,6 +131,9 @@ def test_what_samplers_of_timesteps_and_losses_wait_for(device, unet):
             t, _ = sampler.sample(4, device)
         for objective in objectives:
             objective(network, x_start, t=t.clamp(min=0.1))
+        for objective, sampler in bounds:
+            t, _ = sampler.sample(4, device)
+            objective(network, x_start, t=t).mean().backward()
 
     step()  # tables are moved once
     assert not waits(step), waits(step)
