@@ -1,5 +1,5 @@
 """Compare noise schedules: bits/dim of one network with linear, cosine and learned betas, trained on the same data for equal
-steps with the same loss, the variational bound.
+steps by the variational bound of a chain (vlb, with importance sampling of timesteps) or in continuous time.
 
     python benchmarks/noise_schedules.py digits|mnist [--seeds 0 1] [--only learned]
 

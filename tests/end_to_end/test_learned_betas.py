@@ -115,8 +115,8 @@ def test_its_learning_rate_is_its_own(tmp_path):
 
 
 REFUSED = [
-    (dict(learned("simple")), r"scheduler.beta_schedule=learned needs the bound as its loss; loss='simple'"),
-    (dict(learned("hybrid", variance_type="learned_range")), r"needs the bound as its loss; loss='hybrid'"),
+    (dict(learned("simple")), r"scheduler.beta_schedule=learned needs a bound as the loss: loss='simple'"),
+    (dict(learned("hybrid", variance_type="learned_range")), r"needs a bound as the loss: loss='hybrid'"),
     (dict(learned(rescale_betas_zero_snr=True)), r"scheduler.rescale_betas_zero_snr=true"),
     (
         dict(learned("vlb_continuous"), timesteps="loss_second_moment"),

@@ -24,7 +24,7 @@ def schedule_of(T=1000, seed=0, spread=1.0, pieces=8):
     schedule = LearnedNoiseSchedule(T, pieces=pieces).double()
     with torch.no_grad():
         schedule.ends.copy_(torch.tensor([-5.0, 4.0]))
-        schedule.rises.copy_(spread * torch.randn(pieces, generator=generator, dtype=F64))
+        schedule.rise_logits.copy_(spread * torch.randn(pieces, generator=generator, dtype=F64))
     return schedule
 
 
@@ -108,7 +108,7 @@ def test_the_slope_is_that_of_the_curve():
     schedule = schedule_of()
     position = torch.rand(100, dtype=F64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     (slope,) = torch.autograd.grad(schedule(position).sum(), position)
-    torch.testing.assert_close(schedule.end_points()[1] * schedule.shape(position)[1], slope)
+    torch.testing.assert_close(schedule.end_points()[1] * schedule.rise_and_slope(position)[1], slope)
 
 
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
@@ -163,7 +163,7 @@ def bound_in_continuous_time(schedule, network, x_start, t, noise):
     """The terms as VDM has them, from gamma alone: the diffusion loss of each image, and prior and decoder."""
     position = t / (schedule.num_train_timesteps - 1)
     gamma_min, gamma_max = (schedule(torch.tensor(end, dtype=F64)) for end in (0.0, 1.0))
-    gamma, slope = schedule(position), schedule.end_points()[1] * schedule.shape(position)[1]
+    gamma, slope = schedule(position), schedule.end_points()[1] * schedule.rise_and_slope(position)[1]
     scale, std = (torch.sigmoid(sign * gamma).sqrt().view(-1, 1, 1, 1) for sign in (-1, 1))
     error = network.epsilon(scale * x_start + std * noise, gamma) - noise
     diffusion = 0.5 * slope * error.square().flatten(1).mean(1) / LN2
@@ -211,7 +211,7 @@ class Exact:
 def diffusion_losses(schedule, count, generator, size=4):
     """Diffusion losses in nats per dimension at evenly spread times, and of which dimension."""
     objective = ContinuousBoundObjective(scheduler_of(schedule), schedule)
-    objective._ends = lambda *arguments: 0.0
+    objective._prior_and_decoder = lambda *arguments: 0.0
     t = (torch.arange(count, dtype=F64) + torch.rand((), generator=generator, dtype=F64)) / count
     x_start = STD * torch.randn(count, 1, size, size, generator=generator, dtype=F64)
     noise = torch.randn(x_start.shape, generator=generator, dtype=F64)
@@ -255,7 +255,7 @@ def test_the_shape_learns_the_lowest_variance_and_the_bound_stays():
     dimensions, half = 16, integral_of_error(schedule) / 2
     lowest = (1 + 2 / dimensions) * half**2
     before = mean_square()
-    optimizer = torch.optim.Adam([schedule.rises], lr=0.03, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([schedule.rise_logits], lr=0.03, betas=(0.9, 0.99))
     for _ in range(400):
         optimizer.zero_grad()
         diffusion_losses(schedule, 256, generator).mean().backward()
@@ -286,3 +286,55 @@ def test_what_cannot_be_learned_is_refused():
         LearnedNoiseSchedule(1)
     with pytest.raises(ValueError, match="beta_schedule='learned' has no formula; give trained_betas"):
         VariationalDDPMScheduler(beta_schedule="learned")
+
+
+def test_the_scheduler_of_the_caller_stays_as_it_is():
+    schedule = schedule_of(30)
+    scheduler = scheduler_of(schedule)
+    betas = scheduler.betas.clone()
+    objective = DiffusionObjective(scheduler, "vlb", noise_schedule=schedule)
+    with torch.no_grad():
+        schedule.ends += 0.5
+    objective(mean_only, **batch([0, 3])).mean().backward()
+    assert torch.equal(scheduler.betas, betas) and not scheduler.alphas_cumprod.requires_grad
+    scheduler.step(torch.zeros(1, 1, 2, 2), 3, torch.zeros(1, 1, 2, 2))
+
+
+def test_the_bound_of_a_shorter_chain():
+    schedule = schedule_of(30)
+    scheduler, fixed = scheduler_of(schedule), scheduler_of(schedule)
+    for process in (scheduler, fixed):
+        process.set_timesteps(5)
+    arguments = batch([0, 6, 12, 24])
+    objective = DiffusionObjective(scheduler, "vlb", noise_schedule=schedule)
+    expected = DiffusionObjective(fixed, "vlb")(mean_only, **arguments) + fixed.prior_bits_per_dim(arguments["x_start"])
+    for _ in range(2):
+        torch.testing.assert_close(objective(mean_only, **arguments), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_one_timestep_with_learned_betas():
+    """t as an int, whose coefficients are single numbers, is differentiable too."""
+    schedule = schedule_of(30)
+    scheduler, arguments = scheduler_of(schedule), batch([4, 4])
+    scheduler.use_betas(*schedule.betas())
+    gradients = []
+    for t in (4, arguments["t"]):
+        x_t = scheduler.q_sample(arguments["x_start"], t, arguments["noise"])
+        term = scheduler.vlb_term(mean_only(x_t, t)[0], arguments["x_start"], x_t, t, clip_sample=False)
+        gradients.append(torch.autograd.grad(term.sum(), list(schedule.parameters()), retain_graph=True))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_process_with_other_timesteps_or_an_analytic_variance_is_refused():
+    schedule, other = LearnedNoiseSchedule(10), LearnedNoiseSchedule(20)
+    for make in (
+        lambda: DiffusionObjective(scheduler_of(other), "vlb", noise_schedule=schedule),
+        lambda: ContinuousBoundObjective(scheduler_of(other), schedule),
+    ):
+        with pytest.raises(ValueError, match="noise_schedule has num_train_timesteps=10, the scheduler 20"):
+            make()
+    analytic = scheduler_of(schedule, variance_type="analytic", x_start_mse=[0.1] * 10)
+    with pytest.raises(ValueError, match="variance_type='analytic' is of betas that do not change"):
+        DiffusionObjective(analytic, "vlb", noise_schedule=schedule)
+    with pytest.raises(ValueError, match="variance_type='analytic' has no meaning in continuous time"):
+        ContinuousBoundObjective(analytic, schedule)

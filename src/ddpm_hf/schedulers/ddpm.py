@@ -253,15 +253,18 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
     @package_only
     def use_betas(self, betas: torch.Tensor, alphas_cumprod: torch.Tensor) -> None:
-        """Replace the betas by those of a schedule that is being learned, and the chain by all T timesteps.
+        """Replace the betas, as while they are learned; the chain keeps its timesteps.
 
-        q, p and the bound are then differentiable in them. `config` stays as it is.
+        q, p and the bound are then differentiable in them. `config`, and with it what is saved or copied by `from_config`,
+        keeps the betas that it has.
 
         Args:
             betas, alphas_cumprod: (T,) float64 (float32 on Apple's GPUs), beside the images.
         """
+        timesteps = self._chain.timesteps
         self.betas, self.alphas, self.alphas_cumprod = betas, 1.0 - betas, alphas_cumprod
-        self._all_steps = self._chain = self._make_chain(range(len(betas)))
+        self._all_steps = self._make_chain(range(len(betas)))
+        self._chain = self._all_steps if len(timesteps) == len(betas) else self._make_chain(timesteps)
 
     @property
     def learns_variance(self) -> bool:

@@ -173,7 +173,7 @@ def weighted_sum(
 ) -> torch.Tensor:
     """Return a * x + b * y for weights (a, b) of `columns_at`, added in place to `onto` if that is given."""
     a, b = weights
-    if a.dim() == 0:
+    if a.dim() == 0 and not a.requires_grad:
         total = x * a if onto is None else onto.add_(x, alpha=a)  # type: ignore[arg-type]
         return total.add_(y, alpha=b)  # type: ignore[arg-type]
     total = x * a if onto is None else onto.addcmul_(x, a)

@@ -257,13 +257,13 @@ def _check_learned_betas(config):
         return
     if config.loss not in ("vlb", "vlb_continuous"):
         raise ConfigError(
-            f"scheduler.beta_schedule=learned needs the bound as its loss; loss={shown(config.loss)} is lowest where the noise "
+            f"scheduler.beta_schedule=learned needs a bound as the loss: loss={shown(config.loss)} is lowest where the noise "
             "is easiest to predict; give --loss vlb, or vlb_continuous"
         )
     if scheduler.get("rescale_betas_zero_snr"):
         raise ConfigError(
-            "scheduler.rescale_betas_zero_snr=true: the last of learned betas is learned, too, and the bound cannot be had "
-            "without any signal there; leave it out"
+            "scheduler.rescale_betas_zero_snr=true: the last noise level is learned, too, and the bound is infinite without "
+            "any signal there; leave it out"
         )
     if is_continuous and config.weighting is not None:
         raise ConfigError(

@@ -74,10 +74,8 @@ class DiffusionTask(Task):
             self.objective = ContinuousBoundObjective(self.scheduler, self.noise_schedule)
         elif config.timesteps in TIMESTEPS:
             self.timesteps = TIMESTEPS[config.timesteps](self.scheduler)
-            with torch.device("cpu"):  # betas that are learned change in the loss alone
-                process = self.scheduler if self.noise_schedule is None else make_scheduler(config)
             options = config.loss, config.vlb_weight, config.weighting, self.noise_schedule
-            self.objective = DiffusionObjective(process, *options)
+            self.objective = DiffusionObjective(self.scheduler, *options)
         else:
             raise ConfigError(f"timesteps={shown(config.timesteps)} is not known{nearest(config.timesteps, TIMESTEPS)}")
 
@@ -133,8 +131,9 @@ class DiffusionTask(Task):
         values = {"ema_decay": self.average.cur_decay_value}
         if self.noise_schedule is not None:
             self.average_of_schedule.step(self.noise_schedule.parameters())
-            log_snr = -self.noise_schedule(torch.linspace(0, 1, len(LOG_SNR_COLUMNS), device=self.accelerator.device))
-            values |= dict(zip(LOG_SNR_COLUMNS, log_snr.detach()))
+            with torch.no_grad():
+                positions = torch.linspace(0, 1, len(LOG_SNR_COLUMNS), device=self.accelerator.device)
+                values |= dict(zip(LOG_SNR_COLUMNS, -self.noise_schedule(positions)))
         return values
 
     @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Training losses of diffusion models, one number for each image."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from ddpm_hf.schedulers.prediction import BOUNDED_PREDICTIONS, epsilon_weights, 
 from ddpm_hf.schedulers.sde import SDE
 from ddpm_hf.schedulers.tables import posterior_mean_weights
 from ddpm_hf.training.noise_schedule import LearnedNoiseSchedule
-from ddpm_hf.training.timesteps import ContinuousTimes
+from ddpm_hf.training.timesteps import ContinuousTimes, FractionalTimesteps
 
 LOSSES = ("simple", "vlb", "hybrid")
 
@@ -44,16 +45,17 @@ class DiffusionObjective:
             eq. 16).
         vlb_weight: the weight of vlb in "hybrid". The code of IDDPM calls 0.001 (at N = 1000) rescaled_mse, 1 / N mse, and
             "vlb" rescaled_kl.
-        noise_schedule: a schedule that is learned with the network, for "vlb": each call replaces the scheduler's betas by its
-            betas, and L_T is added to the loss, whose mean over t is then the whole bound. The loss is differentiable in its
-            parameters: x_t is a function of them, too (reparameterization).
+        noise_schedule: a schedule that is learned with the network, for "vlb". The objective then has a copy of the scheduler,
+            with the betas of the schedule at each call. L_T is added to the loss, whose mean over t is the whole bound. The
+            loss is differentiable in the schedule's parameters; x_t is a function of them, too (reparameterization).
         weighting: the weighting of the mean squared error by t: None; "min_snr" (Hang et al. 2023, gamma 5) or "p2" (Choi et
             al. 2022) for any prediction type; "truncated_snr" (Salimans & Ho 2022) for "sample" and "v_prediction".
 
     Raises:
         ValueError: an unknown loss or weighting; "hybrid" without a learned variance; a weighting with "vlb", which has its
-            own; a noise_schedule with another loss; "truncated_snr" with another prediction type. It gives x_0 its full
-            weight at pure noise, where the squared error of x_0 is up to 4e8 times that of epsilon (cosine schedule).
+            own; a noise_schedule with another loss, another number of timesteps or an analytic variance; "truncated_snr" with
+            another prediction type. It gives x_0 its full weight at pure noise, where the squared error of x_0 is up to 4e8
+            times that of epsilon (cosine schedule).
     """
 
     @checked_arguments(loss=LOSSES, vlb_weight="[0, 1000000]", weighting=(None, *WEIGHTINGS))
@@ -65,11 +67,14 @@ class DiffusionObjective:
         weighting: str | None = None,
         noise_schedule: LearnedNoiseSchedule | None = None,
     ):
-        if noise_schedule is not None and loss != "vlb":
-            raise ValueError(
-                f"loss={loss!r} cannot train a noise schedule: it is no bound, and the lowest where the noise is easiest to "
-                "predict; choose loss='vlb'"
-            )
+        if noise_schedule is not None:
+            if loss != "vlb":
+                raise ValueError(
+                    f"loss={loss!r} cannot train a noise schedule: it is not a bound, and lowest where the noise is easiest to "
+                    "predict; choose loss='vlb'"
+                )
+            _check_noise_schedule(scheduler, noise_schedule)
+            scheduler = copy.deepcopy(scheduler)  # its betas change at each call
         if loss == "hybrid" and not scheduler.learns_variance:
             raise ValueError(
                 f"loss='hybrid' trains a learned variance, but variance_type={scheduler.variance_type!r} is fixed; choose "
@@ -145,18 +150,23 @@ class DiffusionObjective:
 class ContinuousBoundObjective:
     """The variational bound in continuous time (VDM, Kingma et al. 2021, eq. 11 to 18), with a learned noise schedule.
 
-    The bound depends on the end points of the schedule alone, which get its gradient. The shape between them is trained to
-    lower the variance of the loss (VDM appendix I.2): E[loss^2] has the gradient E[2 loss d(loss)], which one backward pass
-    gives, because the gradient of each image is multiplied on its way to the shape.
+    The bound depends only on the end points of the schedule, which are trained by its gradient. The curve between them is
+    trained to lower the variance of the loss (VDM appendix I.2): E[loss^2] has the gradient E[2 loss d(loss)]. One backward
+    pass gives both, because a hook multiplies the gradient of each image by 2 loss before it reaches the curve.
 
-    L_0 is the discretized Gaussian (eq. 13 of Ho, Jain, Abbeel 2020) around x_t / scale at gamma_min, without the network.
+    The network is given the time, not gamma as in VDM, so that its integer times are the timesteps of a chain. The gradient is
+    that of a network that knows gamma: the time moves with gamma along the present curve.
+
+    L_0 is the discretized Gaussian (eq. 13 of Ho, Jain, Abbeel 2020) around x_t / scale at gamma_min, without the network. The
+    decoder of VDM, a softmax over the grey levels, costs a little less: at most 0.11 bits/dim with 256 levels.
 
     Args:
         scheduler: prediction type, grey levels and number of timesteps; its betas are not used.
         noise_schedule: the schedule to learn, beside the images.
 
     Raises:
-        ValueError: a learned or "previous" prediction of p(x_{t-1} | x_t), which continuous time does not have.
+        ValueError: a learned or analytic variance, or "previous" prediction, which continuous time does not have; another
+            number of timesteps.
     """
 
     def __init__(self, scheduler: VariationalDDPMScheduler, noise_schedule: LearnedNoiseSchedule):
@@ -168,6 +178,7 @@ class ContinuousBoundObjective:
                 raise ValueError(
                     f"{key}={value!r} has no meaning in continuous time; choose one of {', '.join(allowed)}"
                 )
+        _check_noise_schedule(scheduler, noise_schedule)
         self.scheduler, self.noise_schedule = scheduler, noise_schedule
         self.end = noise_schedule.num_train_timesteps  # T
 
@@ -195,19 +206,19 @@ class ContinuousBoundObjective:
             Losses (B,) in bits/dim, in float32 or float64; their mean over t is the bound.
         """
         last, device = self.end - 1, x_start.device
-        t = torch.rand(len(x_start), device=device) * last if t is None else t
+        if t is None:
+            t, _ = FractionalTimesteps(self.scheduler).sample(len(x_start), device)
         t = t.to(device, finest_dtype(device))
         noise = torch.randn_like(x_start) if noise is None else noise
         gamma_min, span = self.noise_schedule.end_points()
-        rise, slope = self.noise_schedule.shape(t / last)
-        factor = torch.ones_like(rise)  # set when the loss is known, before the backward pass
+        rise, slope = self.noise_schedule.rise_and_slope(t / last)
+        factor: torch.Tensor  # known before the backward pass
         if rise.requires_grad:
             for value in (rise, slope):
                 value.register_hook(lambda gradient: gradient * factor)
         gamma = gamma_min + span * rise
         scale, std = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
         x_t = _columns(scale, x_start) * x_start + _columns(std, x_start) * noise
-        # the network sees a noise level, whatever time the schedule gives it: the time moves with gamma, by the present curve
         time = t + (gamma - gamma.detach()) * (last / (span * slope).detach())
         c_noise = conditioning_times(self.scheduler, time.to(x_start.dtype))
         output = in_working_precision(unet(x_t, c_noise, class_labels=class_labels, return_dict=False)[0])
@@ -215,10 +226,10 @@ class ContinuousBoundObjective:
         error = _columns(of_x_t, x_t) * x_t + _columns(of_output, x_t) * output - noise
         weight = (0.5 / math.log(2)) * span * slope
         diffusion = weight.to(error) * error.square().flatten(1).mean(1)
-        factor.copy_(2 * diffusion.detach())
-        return diffusion + self._ends(x_start, noise, gamma_min, gamma_min + span)
+        factor = 2 * diffusion.detach().to(rise)
+        return diffusion + self._prior_and_decoder(x_start, noise, gamma_min, gamma_min + span)
 
-    def _ends(self, x_start, noise, gamma_min, gamma_max):
+    def _prior_and_decoder(self, x_start, noise, gamma_min, gamma_max):
         """L_T + L_0, (B,) bits/dim."""
         zero, log_scale = x_start.new_zeros(()), (gamma_min / 2).to(x_start)
         mean, log_variance = torch.sigmoid(-gamma_max).sqrt().to(x_start) * x_start, F.logsigmoid(gamma_max).to(x_start)
@@ -290,6 +301,21 @@ def drop_labels(class_labels: torch.Tensor, null_class: int, probability: float)
     """Replace class labels (B,) by `null_class` with a probability, for classifier-free guidance (Ho & Salimans 2021)."""
     dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
     return class_labels.masked_fill(dropped, null_class)
+
+
+def _check_noise_schedule(scheduler, noise_schedule):
+    """Raise ValueError for a process that cannot have the betas of a noise schedule."""
+    T = scheduler.config.num_train_timesteps
+    if noise_schedule.num_train_timesteps != T:
+        raise ValueError(
+            f"noise_schedule has num_train_timesteps={noise_schedule.num_train_timesteps}, the scheduler {T}; give both the "
+            "same"
+        )
+    if scheduler.variance_type == "analytic":
+        raise ValueError(
+            "variance_type='analytic' is of betas that do not change; learn them with another variance_type, and measure the "
+            "analytic one afterwards"
+        )
 
 
 def _columns(values, x):

@@ -43,32 +43,35 @@ class LearnedNoiseSchedule(nn.Module):
         log_abar = np.log1p(-linear_betas(num_train_timesteps, beta_start, beta_end)).cumsum()[[0, -1]]
         gamma_min, gamma_max = np.log(-np.expm1(log_abar)) - log_abar
         span = gamma_max - gamma_min
-        # gamma_min, and gamma_max but for a softplus, which keeps it above
+        # (a, b): gamma_min = a, gamma_max = a + softplus(b - a)
         self.ends = nn.Parameter(torch.tensor([gamma_min, gamma_max + np.log(-np.expm1(-span))], dtype=torch.float32))
-        self.rises = nn.Parameter(torch.zeros(pieces))  # logits of the pieces' shares of the whole rise
+        self.rise_logits = nn.Parameter(torch.zeros(pieces))  # of the pieces' shares of the whole rise
 
     def end_points(self) -> tuple[torch.Tensor, torch.Tensor]:
         """gamma_min, and gamma_max - gamma_min > 0: scalars in the finest dtype of the device."""
         first, last = self.ends.to(finest_dtype(self.ends.device))
         return first, F.softplus(last - first)
 
-    def shape(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rise_and_slope(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The share of the rise that lies before a position in [0, 1], and its slope by position; shaped like `position`."""
-        logits = self.rises.to(finest_dtype(self.rises.device))
+        logits = self.rise_logits.to(finest_dtype(self.rise_logits.device))
         pieces = len(logits)
         rise = (1 - SMALLEST_SLOPE) * logits.softmax(0) + SMALLEST_SLOPE / pieces
         before = rise.cumsum(0) - rise
-        place = position.to(rise) * pieces
-        piece = place.long().clamp(max=pieces - 1)
-        return before[piece] + (place - piece) * rise[piece], pieces * rise[piece]
+        position_in_pieces = position.to(rise) * pieces
+        piece = position_in_pieces.long().clamp(max=pieces - 1)
+        return before[piece] + (position_in_pieces - piece) * rise[piece], pieces * rise[piece]
 
     def forward(self, position: torch.Tensor) -> torch.Tensor:
         """Gamma at positions in [0, 1], any shape, in the finest dtype of the device."""
         gamma_min, span = self.end_points()
-        return gamma_min + span * self.shape(position)[0]
+        return gamma_min + span * self.rise_and_slope(position)[0]
 
     def betas(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """betas and alphas_cumprod of all timesteps, each (T,), differentiable in the parameters."""
+        """betas and alphas_cumprod of all timesteps, differentiable in the parameters.
+
+        Each is (T,), in the finest dtype of the device of the parameters (float64; float32 on Apple's GPUs).
+        """
         device = self.ends.device
         position = torch.linspace(0, 1, self.num_train_timesteps, dtype=finest_dtype(device), device=device)
         log_abar = F.logsigmoid(-self(position))

@@ -129,12 +129,14 @@ def train_on_batch(
         loss = task.loss(network, batch)
         accelerator.backward((loss.weights * loss.losses).mean())
         if accelerator.sync_gradients:
-            own = [] if task.noise_schedule is None else [*task.noise_schedule.parameters()]
-            for parameter in own:  # before their scale is removed; those of the network are averaged already
+            schedule_parameters = [] if task.noise_schedule is None else [*task.noise_schedule.parameters()]
+            for (
+                parameter
+            ) in schedule_parameters:  # before their scale is removed; those of the network are averaged already
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
             norm = accelerator.clip_grad_norm_(network.parameters(), task.config.max_grad_norm)
             # not clipped with the network's: rare large gradients, as those of the decoder, must count in full
-            norms = torch.stack([norm, *(parameter.grad.norm().to(norm) for parameter in own)])
+            norms = torch.stack([norm, *(parameter.grad.norm().to(norm) for parameter in schedule_parameters)])
             finite.check(norms.sum(), optimizer.optimizer, scaled=accelerator.scaler is not None)
         optimizer.step()
         optimizer.zero_grad()

@@ -31,7 +31,7 @@ def _uniform_points(batch_size, device, generator, low_discrepancy):
 
 
 class _Stateless:
-    """What samplers have in common that do not learn from losses."""
+    """The base of samplers that ignore the losses."""
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Ignore the losses."""
