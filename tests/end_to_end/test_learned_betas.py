@@ -10,6 +10,7 @@ from PIL import Image
 from ddpm_hf import DDPMImagePipeline, LearnedNoiseSchedule, VariationalDDPMScheduler, bits_per_dim
 from ddpm_hf.training import train
 from ddpm_hf.training.config import ConfigError
+from ddpm_hf.training.interrupts import Stopped
 
 SMALL = dict(
     steps=12,
@@ -120,12 +121,17 @@ REFUSED = [
     (dict(learned(rescale_betas_zero_snr=True)), r"scheduler.rescale_betas_zero_snr=true"),
     (
         dict(learned("vlb_continuous"), timesteps="loss_second_moment"),
-        r"timesteps='loss_second_moment' is for discrete",
+        r"timesteps='loss_second_moment' is not for loss=vlb_continuous",
     ),
     (dict(learned("vlb_continuous", variance_type="learned_range")), r"variance_type='learned_range' has no meaning"),
     (dict(learned("vlb_continuous", prediction_type="previous")), r"prediction_type='previous' has no meaning"),
     (dict(learned(num_train_timesteps=1)), r"num_train_timesteps=1 must be an integer in \[2, 100000\]"),
     (dict(learned("vlb_continuous"), weighting="min_snr"), r"weighting='min_snr' is for the squared error"),
+    (dict(learned(trained_betas=[0.1, 0.2])), r"scheduler.trained_betas are fixed"),
+    (
+        dict(learned(beta_end=0.9999999, num_train_timesteps=1000)),
+        r"the first noise schedule, with beta_start=0.0001 and",
+    ),
     (dict(loss="vlb_continuous"), r"loss=vlb_continuous is for learned betas"),
     (dict(learned(), noise_schedule_learning_rate=0), r"noise_schedule_learning_rate=0 must be a number in \(0"),
     (dict(learned("vlb", variance_type="analytic")), r"variance_type='analytic' needs x_start_mse"),
@@ -150,3 +156,28 @@ def test_a_pipeline_with_other_betas_is_refused(tmp_path):
             **{**SMALL, **learned(), "data": "digits", "init_from": str(folder / "pipeline")},
             output_dir=str(tmp_path / "run"),
         )
+
+
+@pytest.mark.parametrize("rate", [30.0, 1e3, 1e38])
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_schedule_that_collapses_stops_the_run_in_one_line(tmp_path, rate, measured):
+    """Nothing is saved that cannot be opened."""
+    keys = {**SMALL, **learned(), "output_dir": str(tmp_path / "run"), "noise_schedule_learning_rate": rate}
+    keys |= {} if measured else dict(eval_every=0, sample_every=0)
+    with pytest.raises(Stopped, match="lower noise_schedule_learning_rate|no finite gradient") as error:
+        train("digits", **keys, max_steps_skipped=3)
+    assert "\n" not in str(error.value) and not (tmp_path / "run/pipeline").exists()
+
+
+def test_keys_beside_a_learned_pipeline(run, tmp_path):
+    keys = {**SMALL, "init_from": str(run / "pipeline"), "data": "digits", "steps": 1, "eval_every": 0}
+    train(**keys, scheduler={"num_train_timesteps": T}, output_dir=str(tmp_path / "same"))
+    for scheduler, message in (
+        ({"num_train_timesteps": 80}, "scheduler.num_train_timesteps=80, but the network"),
+        ({"beta_start": 0.01}, "scheduler.beta_start=0.01, but the network"),
+        ({"beta_schedule": "cosine"}, "scheduler.beta_schedule='cosine', but the network"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(**keys, scheduler=scheduler, output_dir=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="loss=vlb_continuous learns the betas, which a run from init_from keeps"):
+        train(**keys, loss="vlb_continuous", output_dir=str(tmp_path / "other"))

@@ -861,3 +861,14 @@ def test_tables_of_many_etas_are_not_kept():
     epsilon = (x - alphas_cumprod[500] ** 0.5 * x_start) / (1 - alphas_cumprod[500]) ** 0.5
     expected = alphas_cumprod[499] ** 0.5 * x_start + (1 - alphas_cumprod[499]) ** 0.5 * epsilon
     torch.testing.assert_close(scheduler.step(x, 500, x, eta=0.0).prev_sample, expected)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "analytic"])
+def test_tables_stay_on_the_cpu_whatever_the_default_device(variance_type):
+    mse = [0.1] * 100 if variance_type == "analytic" else None
+    with torch.device("meta"):
+        scheduler = VariationalDDPMScheduler(100, variance_type=variance_type, x_start_mse=mse)
+        scheduler.set_timesteps(10, device="cpu")
+    x, t = torch.zeros(2, 1, 2, 2), torch.tensor([10, 20])
+    assert scheduler.step(x, 10, x, generator=torch.Generator()).prev_sample.device.type == "cpu"
+    assert scheduler.vlb_term(x, x, x, t).isfinite().all() and scheduler.add_noise(x, x, t).device.type == "cpu"

@@ -338,3 +338,17 @@ def test_a_process_with_other_timesteps_or_an_analytic_variance_is_refused():
         DiffusionObjective(analytic, "vlb", noise_schedule=schedule)
     with pytest.raises(ValueError, match="variance_type='analytic' has no meaning in continuous time"):
         ContinuousBoundObjective(analytic, schedule)
+
+
+@pytest.mark.parametrize("t", [[-0.1, 1.0], [9.5, 1.0], [math.nan, 1.0]])
+def test_times_out_of_range_are_refused(t):
+    schedule = LearnedNoiseSchedule(10)
+    objective = ContinuousBoundObjective(scheduler_of(schedule), schedule)
+    with pytest.raises(ValueError, match=r"must be in \[0, 9\]"):
+        objective(mean_only, **batch(t))
+
+
+def test_betas_of_another_shape_are_refused():
+    scheduler, other = scheduler_of(LearnedNoiseSchedule(10)), LearnedNoiseSchedule(20)
+    with pytest.raises(ValueError, match=r"have the shapes \(20,\) and \(20,\); give \(10,\)"):
+        scheduler.use_betas(*other.betas())

@@ -76,7 +76,7 @@ def summary_lines(config: TrainConfig, folder: Path) -> list[str]:
     if sheets:
         lines.append(f"samples      {sheets[-1]}")
     quoted = shlex.quote(str(folder))
-    if config.loss == "vlb_continuous":  # which does not train the variances of a chain
+    if config.loss == "vlb_continuous" and not config.low_resolution:  # which does not train the variances of a chain
         options = ["--data", config.data, *(["--split", config.split] if config.split != "train" else [])]
         options += ["--out", f"{folder}-chain"]
         lines.append(f"best chain   {shlex.join(['ddpm-hf', 'optimize-chain', str(folder), *options])}")

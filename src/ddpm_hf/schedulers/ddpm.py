@@ -192,7 +192,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
         self.timestep_spacing = timestep_spacing
         self.x_start_mse = None
         if variance_type == "analytic":
-            self.x_start_mse = torch.tensor(x_start_mse, dtype=torch.float64).clamp(min=1e-30)
+            self.x_start_mse = torch.tensor(x_start_mse, dtype=torch.float64, device="cpu").clamp(min=1e-30)
         self.timestep_lists = timestep_lists or {}
         self.betas = torch.from_numpy(betas)
         self.alphas = 1.0 - self.betas
@@ -260,7 +260,15 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
 
         Args:
             betas, alphas_cumprod: (T,) float64 (float32 on Apple's GPUs), beside the images.
+
+        Raises:
+            ValueError: another shape than (T,). Values are not checked: that would wait for a device.
         """
+        shape = (self.config.num_train_timesteps,)
+        if tuple(betas.shape) != shape or tuple(alphas_cumprod.shape) != shape:
+            raise ValueError(
+                f"betas and alphas_cumprod have the shapes {tuple(betas.shape)} and {tuple(alphas_cumprod.shape)}; give {shape}"
+            )
         timesteps = self._chain.timesteps
         self.betas, self.alphas, self.alphas_cumprod = betas, 1.0 - betas, alphas_cumprod
         self._all_steps = self._make_chain(range(len(betas)))

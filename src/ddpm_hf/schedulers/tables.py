@@ -83,10 +83,9 @@ class ChainTables(_Tables):
         one_minus = 1 - alpha_bar
 
         # q(x_t | x_0), eq. 4
-        tables["timesteps"] = torch.tensor(timesteps)
-        tables["positions"] = torch.full((T,), len(timesteps)).index_put_(
-            (tables["timesteps"],), torch.arange(len(timesteps))
-        )
+        tables["timesteps"] = torch.tensor(timesteps, device="cpu")
+        tables["positions"] = torch.full((T,), len(timesteps), device="cpu")
+        tables["positions"][timesteps] = torch.arange(len(timesteps), device="cpu")
         tables["sqrt_alphas_cumprod"] = alpha_bar.sqrt()
         tables["sqrt_one_minus_alphas_cumprod"] = one_minus.sqrt()
         tables["one_minus_alphas_cumprod"] = one_minus

@@ -249,7 +249,13 @@ def _check_continuous(config):
 
 def _check_learned_betas(config):
     scheduler, is_continuous = config.scheduler, config.loss == "vlb_continuous"
+    if scheduler.get("beta_schedule") == "learned" and "trained_betas" in scheduler and not config.init_from:
+        raise ConfigError(
+            "scheduler.trained_betas are fixed, scheduler.beta_schedule=learned learns them; leave one of the two out"
+        )
     if not learns_betas(config):
+        if is_continuous and config.init_from:
+            raise ConfigError("loss=vlb_continuous learns the betas, which a run from init_from keeps; give --loss vlb")
         if is_continuous:
             raise ConfigError(
                 "loss=vlb_continuous is for learned betas; give --scheduler.beta_schedule learned, or --loss vlb"
@@ -271,8 +277,8 @@ def _check_learned_betas(config):
         )
     if is_continuous and config.timesteps not in ("uniform", "low_discrepancy"):
         raise ConfigError(
-            f"timesteps={shown(config.timesteps)} is for discrete timesteps; the learned schedule itself spreads the times of "
-            "loss=vlb_continuous; give uniform, or low_discrepancy"
+            f"timesteps={shown(config.timesteps)} is not for loss=vlb_continuous, whose learned schedule itself spreads the "
+            "times; give uniform, or low_discrepancy"
         )
     if is_continuous and config.unet.get("time_embedding_type") == "learned":
         raise ConfigError(

@@ -12,11 +12,13 @@ from ddpm_hf.extras import require_extra
 from ddpm_hf.likelihood.ode import dequantized
 from ddpm_hf.likelihood.solver import check_network
 from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.schedulers.betas import check_betas
 from ddpm_hf.training.averages import Average, averaged, evaluating
 from ddpm_hf.training.config import ConfigError, TrainConfig, image_size, nearest
 from ddpm_hf.training.errors import PIPELINE_ERRORS, as_config_error
 from ddpm_hf.training.from_pipeline import check_class_names
 from ddpm_hf.training.inputs import check_pixels, held_out_images, some_training_images
+from ddpm_hf.training.interrupts import Stopped
 from ddpm_hf.training.losses import ContinuousBoundObjective, DiffusionObjective, ScoreObjective, drop_labels
 from ddpm_hf.training.low_resolution import conditioned, in_channels, make_pipeline, pipeline_class
 from ddpm_hf.training.measurements import held_out_bits_per_dim, held_out_loss
@@ -31,6 +33,7 @@ from ddpm_hf.training.task import BatchLoss, Task
 from ddpm_hf.training.timesteps import TIMESTEPS, ContinuousTimes, FractionalTimesteps
 from ddpm_hf.training.trackers import check_trackers
 
+SMALLEST_RANGE = 1.0  # of the log SNR; that of the linear schedule is 19
 LOG_SNR_COLUMNS = tuple(f"log_snr_at_{percent}" for percent in (0, 25, 50, 75, 100))  # of the way from t = 0 to T - 1
 
 
@@ -138,12 +141,17 @@ class DiffusionTask(Task):
 
     @contextlib.contextmanager
     def _averaged_betas(self) -> Iterator[None]:
-        """Within the block a learned noise schedule is the averaged one; the process has its betas from now on."""
+        """Within the block a learned noise schedule is the averaged one; the process has its betas from now on.
+
+        Raises:
+            Stopped: the schedule has collapsed.
+        """
         if self.noise_schedule is None:
             yield
             return
         with averaged(self.noise_schedule, self.average_of_schedule):
             betas, alphas_cumprod = (table.detach().cpu().double() for table in self.noise_schedule.betas())
+            _check_learned(betas, alphas_cumprod)
             self.scheduler.use_betas(betas, alphas_cumprod)
             self.scheduler.register_to_config(trained_betas=betas.tolist())
             yield
@@ -215,6 +223,21 @@ def with_null_class(config: TrainConfig) -> dict:
     """The keys of a network whose last label means "no class", where label dropout needs one."""
     classes = config.unet.get("num_class_embeds")
     return dict(num_class_embeds=classes + 1, _ddpm_hf={"null_class": classes}) if config.label_dropout else {}
+
+
+def _check_learned(betas, alphas_cumprod):
+    """Raise Stopped for learned betas that no process can have, or whose noise levels are all alike."""
+    first, last = torch.logit(alphas_cumprod)[[0, -1]].tolist()
+    try:
+        check_betas(betas.numpy(), "the learned noise schedule")
+        if first - last < SMALLEST_RANGE:
+            raise ValueError(
+                f"the learned noise schedule has collapsed: its log SNR falls from {first:.4g} to {last:.4g}"
+            )
+    except ValueError as error:
+        raise Stopped(
+            f"{error}; start again with a lower noise_schedule_learning_rate and another output_dir"
+        ) from None
 
 
 def _check_sample_steps(config, scheduler):

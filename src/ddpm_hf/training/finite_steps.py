@@ -45,7 +45,7 @@ class FiniteSteps:
         """
         if self.in_a_row < self.limit:
             return
-        timesteps = ", ".join(map(str, t[~losses.isfinite()].tolist()[:8])) or "none here"
+        timesteps = ", ".join(f"{time:g}" for time in t[~losses.isfinite()].tolist()[:8]) or "none here"
         raise Stopped(
             f"{int(self.in_a_row)} steps in a row had no finite gradient and were skipped; the last: step {position.step}, "
             f"epoch {position.epoch}, batch {position.batch - 1}, gradient norm {float(norm)}, losses that are not finite at "

@@ -173,7 +173,9 @@ def _sampling_keys(config, subject, scheduler, keys):
     parameters = inspect.signature(type(scheduler)).parameters
     applied |= {key: explicit.pop(key) for key in explicit.keys() - parameters.keys()}  # refused later
     betas = {key: explicit.pop(key) for key in BETAS & explicit.keys()} if hasattr(scheduler, "betas") else {}
-    if betas and betas.get("beta_schedule") != "learned":  # learned betas begin with a new network
+    if keys.get("beta_schedule") == "learned":  # which no formula gives
+        betas = {key: value for key, value in betas.items() if value != keys.get(key, parameters[key].default)}
+    elif betas.get("beta_schedule") != "learned" and betas:
         schedule = {key: value for key, value in keys.items() if key != "trained_betas"}
         explicit_betas = type(scheduler)(**{**schedule, **betas}).betas
         if len(explicit_betas) == len(scheduler.betas) and torch.allclose(explicit_betas, scheduler.betas, rtol=1e-4):

@@ -158,7 +158,7 @@ class ContinuousBoundObjective:
     that of a network that knows gamma: the time moves with gamma along the present curve.
 
     L_0 is the discretized Gaussian (eq. 13 of Ho, Jain, Abbeel 2020) around x_t / scale at gamma_min, without the network. The
-    decoder of VDM, a softmax over the grey levels, costs a little less: at most 0.11 bits/dim with 256 levels.
+    decoder of VDM, a softmax over the grey levels, costs less: by at most 0.11 bits/dim if all levels are equally frequent.
 
     Args:
         scheduler: prediction type, grey levels and number of timesteps; its betas are not used.
@@ -204,11 +204,16 @@ class ContinuousBoundObjective:
 
         Returns:
             Losses (B,) in bits/dim, in float32 or float64; their mean over t is the bound.
+
+        Raises:
+            ValueError: t out of range, on the CPU.
         """
         last, device = self.end - 1, x_start.device
         if t is None:
             t, _ = FractionalTimesteps(self.scheduler).sample(len(x_start), device)
         t = t.to(device, finest_dtype(device))
+        if device.type == "cpu" and not ((t >= 0) & (t <= last)).all():
+            raise ValueError(f"t={t.tolist()} must be in [0, {last}], the timesteps and numbers between them")
         noise = torch.randn_like(x_start) if noise is None else noise
         gamma_min, span = self.noise_schedule.end_points()
         rise, slope = self.noise_schedule.rise_and_slope(t / last)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpm_hf.arguments import checked_arguments
-from ddpm_hf.schedulers.betas import linear_betas
+from ddpm_hf.schedulers.betas import check_betas, linear_betas
 from ddpm_hf.schedulers.precision import finest_dtype
 
 SMALLEST_SLOPE = 0.01  # of a piece, as a share of the mean slope: two timesteps never have the same noise
@@ -25,11 +25,11 @@ class LearnedNoiseSchedule(nn.Module):
         pieces: number of straight pieces.
 
     Raises:
-        ValueError: a value out of range; T below 2.
+        ValueError: a value out of range; T below 2; betas of the linear schedule that are too small or too large.
     """
 
     @checked_arguments(
-        num_train_timesteps="[2, 100000]", beta_start="[1e-15, 1)", beta_end="[1e-15, 1)", pieces="[1, 1000]"
+        num_train_timesteps="[2, 100000]", beta_start="[1e-12, 1)", beta_end="[1e-12, 1)", pieces="[1, 1000]"
     )
     def __init__(
         self,
@@ -40,7 +40,9 @@ class LearnedNoiseSchedule(nn.Module):
     ):
         super().__init__()
         self.num_train_timesteps = num_train_timesteps
-        log_abar = np.log1p(-linear_betas(num_train_timesteps, beta_start, beta_end)).cumsum()[[0, -1]]
+        betas = linear_betas(num_train_timesteps, beta_start, beta_end)
+        check_betas(betas, f"the first noise schedule, with beta_start={beta_start} and beta_end={beta_end},")
+        log_abar = np.log1p(-betas).cumsum()[[0, -1]]
         gamma_min, gamma_max = np.log(-np.expm1(log_abar)) - log_abar
         span = gamma_max - gamma_min
         # (a, b): gamma_min = a, gamma_max = a + softplus(b - a)
