@@ -92,7 +92,7 @@ def main():
                 )
                 scheduler.set_timesteps(timesteps=chain)
                 row = {"variance": variance_type, "list": spacing, "steps": steps, **bound(pipeline, scheduler, test)}
-                if steps <= 100 or (variance_type == "fixed_small" and steps <= arguments.longest):
+                if steps <= arguments.longest and (steps <= 100 or variance_type == "fixed_small"):
                     pipeline.scheduler = scheduler
                     draw = Generator(pipeline, num_inference_steps=steps, timesteps="benchmark")
                     row |= distance(features, draw, arguments.samples)
@@ -100,7 +100,7 @@ def main():
     for sampler, (name, settings, options) in SAMPLERS.items():
         if sampler == "ancestral":
             continue
-        for steps in STEPS[:-1]:
+        for steps in (steps for steps in STEPS[:-1] if steps <= arguments.longest):
             pipeline.scheduler = own
             if name is not None:
                 use_scheduler(pipeline, name, settings)

@@ -68,7 +68,8 @@ def plot_curves(rows: list[dict], channels: Sequence[str], path: Path) -> None:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             # above the panel: within it points would be hidden, and to look for the best place takes seconds
-            place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.2)
+            ncols = 3 if name == LOG_SNR else 2
+            place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=ncols, borderaxespad=0.2)
             panel.legend(fontsize="small", frameon=False, **place)
     try:
         save_figure(figure, path)
@@ -92,7 +93,7 @@ def _curves(channels):
     yield HELD_OUT, "loss_train", None, dict(label="training images", marker="o")
     yield HELD_OUT, "loss_held_out", "loss_gap_standard_error", dict(label="held-out images", marker="o", capsize=2)
     for percent in (0, 25, 50, 75, 100):
-        yield LOG_SNR, f"log_snr_at_{percent}", None, dict(label=f"{percent} % of the way to T")
+        yield LOG_SNR, f"log_snr_at_{percent}", None, dict(label=f"t at {percent} %")
     yield DISTANCE, "fd", "fd_standard_error", dict(label="to training images, standard error", capsize=2)
     yield NEAREST, "nearest_rms_samples", None, dict(label="from samples", marker="o")
     yield NEAREST, "nearest_rms_data", None, dict(label="from training images to others", marker="o")
