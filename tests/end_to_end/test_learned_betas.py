@@ -8,8 +8,11 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from ddpm_hf import DDPMImagePipeline, LearnedNoiseSchedule, VariationalDDPMScheduler, bits_per_dim
+from ddpm_hf.cli.train import summary_lines
 from ddpm_hf.training import train
+from ddpm_hf.training.command_line import config_of
 from ddpm_hf.training.config import ConfigError
+from ddpm_hf.training.inputs import held_out_images
 from ddpm_hf.training.interrupts import Stopped
 
 SMALL = dict(
@@ -85,9 +88,6 @@ def test_held_out_images_are_measured_with_the_betas_that_are_saved(run):
     if run.parent.name.startswith("vlb_continuous"):
         return
     pipeline = DDPMImagePipeline.from_pretrained(run / "pipeline")
-    from ddpm_hf.training.command_line import config_of
-    from ddpm_hf.training.inputs import held_out_images
-
     x_start, _ = held_out_images(config_of(config=str(run / "config.yaml")), None)
     result = bits_per_dim(pipeline.unet, pipeline.scheduler, x_start, generator=torch.Generator().manual_seed(0))
     assert rows[-1]["bits_per_dim"] == pytest.approx(result.mean, abs=6 * rows[-1]["bits_per_dim_sampling_error"] + 0.1)
@@ -181,3 +181,14 @@ def test_keys_beside_a_learned_pipeline(run, tmp_path):
             train(**keys, scheduler=scheduler, output_dir=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="loss=vlb_continuous learns the betas, which a run from init_from keeps"):
         train(**keys, loss="vlb_continuous", output_dir=str(tmp_path / "other"))
+
+
+def test_the_commands_at_the_end(run):
+    config = config_of(config=str(run / "config.yaml"))
+    lines = dict(line.split(maxsplit=1) for line in summary_lines(config, run / "pipeline"))
+    if config.loss == "vlb":
+        assert "best" not in lines and lines["evaluate"] == f"ddpm-hf evaluate {run}/pipeline"
+    else:
+        optimize = f"ddpm-hf optimize-chain {run}/pipeline --data digits --out {run}/pipeline-chain"
+        assert lines["best"].split(maxsplit=1)[1] == optimize
+        assert lines["evaluate"] == f"ddpm-hf evaluate {run}/pipeline-chain"

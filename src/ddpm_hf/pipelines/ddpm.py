@@ -157,7 +157,7 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
         guidance_scale: float | torch.Tensor | None = None,
         classifier_scale: float | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | str | None = None,
         sigmas: list[float] | None = None,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample", "latents"),
@@ -184,7 +184,8 @@ class DDPMImagePipeline(NamedClasses, SavedPipeline, PackagedImagePipeline, Diff
                 every other scheduler Algorithm 2. Each step adds a float32 forward and backward pass of the classifier.
             latents: x_T, (B, C, H, W), standard normal; drawn if None. Images have their size.
             timesteps: descending timesteps in place of num_inference_steps, if the scheduler's `set_timesteps` takes them
-                (this package's, DDPM, DPM-Solver, Euler, Heun and others).
+                (this package's, DDPM, DPM-Solver, Euler, Heun and others). Or, beside it, the name of a list in
+                `timestep_lists` of this package's scheduler.
             sigmas: descending noise levels, if the scheduler's `set_timesteps` takes them.
             callback_on_step_end: called as `callback(pipe, step_index, timestep, tensors)` after each step. `tensors` is a
                 dict; "sample" or "latents" in the dict it returns replaces the sample. `pipe._interrupt = True` stops.
