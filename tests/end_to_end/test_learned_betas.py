@@ -175,6 +175,7 @@ def test_keys_beside_a_learned_pipeline(run, tmp_path):
     for scheduler, message in (
         ({"num_train_timesteps": 80}, "scheduler.num_train_timesteps=80, but the network"),
         ({"beta_start": 0.01}, "scheduler.beta_start=0.01, but the network"),
+        ({"beta_schedule": "learned"}, "a run from init_from keeps the betas of its pipeline; leave it out"),
         ({"beta_schedule": "cosine"}, "scheduler.beta_schedule='cosine', but the network"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -187,8 +188,9 @@ def test_the_commands_at_the_end(run):
     config = config_of(config=str(run / "config.yaml"))
     lines = dict(line.split(maxsplit=1) for line in summary_lines(config, run / "pipeline"))
     if config.loss == "vlb":
-        assert "best" not in lines and lines["evaluate"] == f"ddpm-hf evaluate {run}/pipeline"
+        assert "variances" not in lines and lines["evaluate"] == f"ddpm-hf evaluate {run}/pipeline"
     else:
         optimize = f"ddpm-hf optimize-chain {run}/pipeline --data digits --out {run}/pipeline-chain"
-        assert lines["best"].split(maxsplit=1)[1] == optimize
+        assert lines["variances"] == optimize
+        assert lines["sample"] == f"ddpm-hf sample {run}/pipeline-chain"
         assert lines["evaluate"] == f"ddpm-hf evaluate {run}/pipeline-chain"

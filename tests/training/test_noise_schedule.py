@@ -108,7 +108,7 @@ def test_the_slope_is_that_of_the_curve():
     schedule = schedule_of()
     position = torch.rand(100, dtype=F64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     (slope,) = torch.autograd.grad(schedule(position).sum(), position)
-    torch.testing.assert_close(schedule.end_points()[1] * schedule.rise_and_slope(position)[1], slope)
+    torch.testing.assert_close(schedule.start_and_span()[1] * schedule.rise_and_slope(position)[1], slope)
 
 
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
@@ -163,7 +163,7 @@ def bound_in_continuous_time(schedule, network, x_start, t, noise):
     """The terms as VDM has them, from gamma alone: the diffusion loss of each image, and prior and decoder."""
     position = t / (schedule.num_train_timesteps - 1)
     gamma_min, gamma_max = (schedule(torch.tensor(end, dtype=F64)) for end in (0.0, 1.0))
-    gamma, slope = schedule(position), schedule.end_points()[1] * schedule.rise_and_slope(position)[1]
+    gamma, slope = schedule(position), schedule.start_and_span()[1] * schedule.rise_and_slope(position)[1]
     scale, std = (torch.sigmoid(sign * gamma).sqrt().view(-1, 1, 1, 1) for sign in (-1, 1))
     error = network.epsilon(scale * x_start + std * noise, gamma) - noise
     diffusion = 0.5 * slope * error.square().flatten(1).mean(1) / LN2
@@ -334,7 +334,7 @@ def test_a_process_with_other_timesteps_or_an_analytic_variance_is_refused():
         with pytest.raises(ValueError, match="noise_schedule has num_train_timesteps=10, the scheduler 20"):
             make()
     analytic = scheduler_of(schedule, variance_type="analytic", x_start_mse=[0.1] * 10)
-    with pytest.raises(ValueError, match="variance_type='analytic' is of betas that do not change"):
+    with pytest.raises(ValueError, match="variance_type='analytic' needs fixed betas"):
         DiffusionObjective(analytic, "vlb", noise_schedule=schedule)
     with pytest.raises(ValueError, match="variance_type='analytic' has no meaning in continuous time"):
         ContinuousBoundObjective(analytic, schedule)

@@ -75,15 +75,15 @@ def summary_lines(config: TrainConfig, folder: Path) -> list[str]:
     sheets = sorted(path for path in run.glob("samples/*.png") if re.fullmatch(r"\d+", path.stem))
     if sheets:
         lines.append(f"samples      {sheets[-1]}")
-    quoted, evaluated = shlex.quote(str(folder)), str(folder)
+    quoted, sampled = shlex.quote(str(folder)), str(folder)
     if config.loss == "vlb_continuous" and not config.low_resolution:  # which does not train the variances of a chain
-        evaluated = f"{folder}-chain"
+        sampled = f"{folder}-chain"
         options = ["--data", config.data, *(["--split", config.split] if config.split != "train" else [])]
-        options += ["--out", evaluated]
-        lines.append(f"best chain   {shlex.join(['ddpm-hf', 'optimize-chain', str(folder), *options])}")
-    lines.append(f"sample       ddpm-hf sample {quoted}")
+        options += ["--out", sampled]
+        lines.append(f"variances    {shlex.join(['ddpm-hf', 'optimize-chain', str(folder), *options])}")
+    lines.append(f"sample       {shlex.join(['ddpm-hf', 'sample', sampled])}")
     if not config.low_resolution:  # there is no likelihood of an upsampler
-        lines.append(f"evaluate     {shlex.join(['ddpm-hf', 'evaluate', evaluated, *_evaluate_options(config)])}")
+        lines.append(f"evaluate     {shlex.join(['ddpm-hf', 'evaluate', sampled, *_evaluate_options(config)])}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.absolute().name).strip("-.") or "model"
     return [*lines, f"publish      ddpm-hf push {quoted} --repo_id USER/{name}"]
 

@@ -153,7 +153,9 @@ def _values_of_pipeline(folder, classes, low, repo_id):
     evaluation = evaluation if evaluation and "total" in evaluation else None  # bits/dim
     size, variance = network.config.sample_size, scheduler["variance_type"] or ""
     channels, outputs = network.config.in_channels, network.config.out_channels
-    timestep_lists = {name: listed(lists) for name, lists in (own_settings.get("timestep_lists") or {}).items()}
+    timestep_lists = {
+        name: listed(sorted(lists, key=int)) for name, lists in (own_settings.get("timestep_lists") or {}).items()
+    }
     reasons = {
         "a network that makes images larger": low,
         "a network of continuous time": process,

@@ -339,7 +339,7 @@ class VariationalDDPMScheduler(SavedConfig, GuardedConfig, DDPMScheduler):
             raise ValueError(f"timesteps={shown(name)} is no list of this scheduler; it has {known}")
         if str(n) not in lists:
             raise ValueError(
-                f"num_inference_steps={n!r}: the lists of timesteps={shown(name)} have {listed(lists)} steps"
+                f"num_inference_steps={n!r}: the lists of timesteps={shown(name)} have {listed(sorted(lists, key=int))} steps"
             )
         return lists[str(n)][::-1]
 

@@ -249,6 +249,14 @@ def _check_continuous(config):
 
 def _check_learned_betas(config):
     scheduler, is_continuous = config.scheduler, config.loss == "vlb_continuous"
+    if (
+        config.init_from
+        and scheduler.get("beta_schedule") == "learned"
+        and "scheduler.beta_schedule" in config.explicit
+    ):
+        raise ConfigError(
+            "scheduler.beta_schedule=learned: a run from init_from keeps the betas of its pipeline; leave it out"
+        )
     if scheduler.get("beta_schedule") == "learned" and "trained_betas" in scheduler and not config.init_from:
         raise ConfigError(
             "scheduler.trained_betas are fixed, scheduler.beta_schedule=learned learns them; leave one of the two out"
@@ -268,8 +276,8 @@ def _check_learned_betas(config):
         )
     if scheduler.get("rescale_betas_zero_snr"):
         raise ConfigError(
-            "scheduler.rescale_betas_zero_snr=true: the last noise level is learned, too, and the bound is infinite without "
-            "any signal there; leave it out"
+            "scheduler.rescale_betas_zero_snr=true: a learned schedule ends at a learned, finite signal-to-noise ratio; leave "
+            "it out"
         )
     if is_continuous and config.weighting is not None:
         raise ConfigError(

@@ -45,9 +45,9 @@ class DiffusionObjective:
             eq. 16).
         vlb_weight: the weight of vlb in "hybrid". The code of IDDPM calls 0.001 (at N = 1000) rescaled_mse, 1 / N mse, and
             "vlb" rescaled_kl.
-        noise_schedule: a schedule that is learned with the network, for "vlb". The objective then has a copy of the scheduler,
-            with the betas of the schedule at each call. L_T is added to the loss, whose mean over t is the whole bound. The
-            loss is differentiable in the schedule's parameters; x_t is a function of them, too (reparameterization).
+        noise_schedule: a schedule to learn together with the network, only for "vlb". The objective then copies the scheduler
+            and sets the copy's betas at each call. It adds L_T to the loss, so the mean over t is the whole bound. The loss is
+            differentiable in the schedule's parameters, also through x_t (reparameterization).
         weighting: the weighting of the mean squared error by t: None; "min_snr" (Hang et al. 2023, gamma 5) or "p2" (Choi et
             al. 2022) for any prediction type; "truncated_snr" (Salimans & Ho 2022) for "sample" and "v_prediction".
 
@@ -70,8 +70,8 @@ class DiffusionObjective:
         if noise_schedule is not None:
             if loss != "vlb":
                 raise ValueError(
-                    f"loss={loss!r} cannot train a noise schedule: it is not a bound, and lowest where the noise is easiest to "
-                    "predict; choose loss='vlb'"
+                    f"loss={loss!r} cannot train a noise schedule: it is not a bound, and it is lowest where the noise is "
+                    "easiest to predict; choose loss='vlb'"
                 )
             _check_noise_schedule(scheduler, noise_schedule)
             scheduler = copy.deepcopy(scheduler)  # its betas change at each call
@@ -150,23 +150,24 @@ class DiffusionObjective:
 class ContinuousBoundObjective:
     """The variational bound in continuous time (VDM, Kingma et al. 2021, eq. 11 to 18), with a learned noise schedule.
 
-    The bound depends only on the end points of the schedule, which are trained by its gradient. The curve between them is
-    trained to lower the variance of the loss (VDM appendix I.2): E[loss^2] has the gradient E[2 loss d(loss)]. One backward
-    pass gives both, because a hook multiplies the gradient of each image by 2 loss before it reaches the curve.
+    Of the schedule, the bound depends on the end points alone, which are trained by its gradient. The curve between them does
+    not change the mean of L, the loss without L_0 and L_T, and is trained to lower its variance (VDM appendix I.2): E[L^2] has
+    the gradient E[2 L dL]. A hook multiplies the gradient of each image by 2 L where it enters the curve, so one backward pass
+    trains both.
 
-    The network is given the time, not gamma as in VDM, so that its integer times are the timesteps of a chain. The gradient is
-    that of a network that knows gamma: the time moves with gamma along the present curve.
+    The network is given the time, not gamma as in VDM, so that whole times are the timesteps of a chain. The gradient still is
+    that of a network that is given gamma: the time is treated as a function of gamma along the present curve.
 
     L_0 is the discretized Gaussian (eq. 13 of Ho, Jain, Abbeel 2020) around x_t / scale at gamma_min, without the network. The
-    decoder of VDM, a softmax over the grey levels, costs less: by at most 0.11 bits/dim if all levels are equally frequent.
+    decoder of VDM, a softmax over the grey levels, costs up to 0.11 bits/dim less if all levels are equally frequent.
 
     Args:
         scheduler: prediction type, grey levels and number of timesteps; its betas are not used.
-        noise_schedule: the schedule to learn, beside the images.
+        noise_schedule: the schedule to learn, on the device of the images.
 
     Raises:
-        ValueError: a learned or analytic variance, or "previous" prediction, which continuous time does not have; another
-            number of timesteps.
+        ValueError: a learned or analytic variance, or "previous" prediction, which continuous time does not have;
+            num_train_timesteps that differ.
     """
 
     def __init__(self, scheduler: VariationalDDPMScheduler, noise_schedule: LearnedNoiseSchedule):
@@ -199,14 +200,14 @@ class ContinuousBoundObjective:
 
         Args:
             unet, x_start, class_labels, noise: as in `DiffusionObjective`.
-            t: (B,) in [0, T - 1], on any device: timesteps, and numbers between them, which the network is given. None to draw
-                them uniformly.
+            t: (B,) in [0, T - 1], on any device: times, whole or fractional, which the network is given. None to draw them
+                uniformly.
 
         Returns:
             Losses (B,) in bits/dim, in float32 or float64; their mean over t is the bound.
 
         Raises:
-            ValueError: t out of range, on the CPU.
+            ValueError: t is out of [0, T - 1]; checked on the CPU only.
         """
         last, device = self.end - 1, x_start.device
         if t is None:
@@ -215,7 +216,7 @@ class ContinuousBoundObjective:
         if device.type == "cpu" and not ((t >= 0) & (t <= last)).all():
             raise ValueError(f"t={t.tolist()} must be in [0, {last}], the timesteps and numbers between them")
         noise = torch.randn_like(x_start) if noise is None else noise
-        gamma_min, span = self.noise_schedule.end_points()
+        gamma_min, span = self.noise_schedule.start_and_span()
         rise, slope = self.noise_schedule.rise_and_slope(t / last)
         factor: torch.Tensor  # known before the backward pass
         if rise.requires_grad:
@@ -224,6 +225,7 @@ class ContinuousBoundObjective:
         gamma = gamma_min + span * rise
         scale, std = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
         x_t = _columns(scale, x_start) * x_start + _columns(std, x_start) * noise
+        # t, with a gradient
         time = t + (gamma - gamma.detach()) * (last / (span * slope).detach())
         c_noise = conditioning_times(self.scheduler, time.to(x_start.dtype))
         output = in_working_precision(unet(x_t, c_noise, class_labels=class_labels, return_dict=False)[0])
@@ -318,8 +320,7 @@ def _check_noise_schedule(scheduler, noise_schedule):
         )
     if scheduler.variance_type == "analytic":
         raise ValueError(
-            "variance_type='analytic' is of betas that do not change; learn them with another variance_type, and measure the "
-            "analytic one afterwards"
+            "variance_type='analytic' needs fixed betas; learn the betas with another variance_type, then run optimize-chain"
         )
 
 

@@ -9,23 +9,23 @@ from ddpm_hf.arguments import checked_arguments
 from ddpm_hf.schedulers.betas import check_betas, linear_betas
 from ddpm_hf.schedulers.precision import finest_dtype
 
-SMALLEST_SLOPE = 0.01  # of a piece, as a share of the mean slope: two timesteps never have the same noise
+SMALLEST_SLOPE = 0.01  # of a piece, as a share of the mean slope, so that no two timesteps have the same noise
 
 
 class LearnedNoiseSchedule(nn.Module):
-    """Noise levels by a monotone curve gamma = -log SNR, with learned end points and a learned shape between them.
+    """A learned noise schedule: a rising curve gamma = -log SNR with learned end points and a learned shape.
 
     abar = sigmoid(-gamma) (VDM eq. 3). The curve rises from gamma_min at position 0, the first timestep, to gamma_max at
     position 1, the last timestep, in straight pieces of equal width. It begins as one straight line between the end points
-    of the paper's linear schedule.
+    of the linear schedule of Ho, Jain, Abbeel 2020.
 
     Args:
-        num_train_timesteps: T, at least 2.
-        beta_start, beta_end: of the linear schedule, for the end points.
-        pieces: number of straight pieces.
+        num_train_timesteps: T, 2 to 100,000.
+        beta_start, beta_end: first and last beta of the linear schedule that gives the first end points, in [1e-12, 1).
+        pieces: number of straight pieces, 1 to 1,000.
 
     Raises:
-        ValueError: a value out of range; T below 2; betas of the linear schedule that are too small or too large.
+        ValueError: an argument out of range; a linear schedule that leaves no signal before the last timestep.
     """
 
     @checked_arguments(
@@ -47,15 +47,15 @@ class LearnedNoiseSchedule(nn.Module):
         span = gamma_max - gamma_min
         # (a, b): gamma_min = a, gamma_max = a + softplus(b - a)
         self.ends = nn.Parameter(torch.tensor([gamma_min, gamma_max + np.log(-np.expm1(-span))], dtype=torch.float32))
-        self.rise_logits = nn.Parameter(torch.zeros(pieces))  # of the pieces' shares of the whole rise
+        self.rise_logits = nn.Parameter(torch.zeros(pieces))  # softmax gives each piece's share of the whole rise
 
-    def end_points(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """gamma_min, and gamma_max - gamma_min > 0: scalars in the finest dtype of the device."""
+    def start_and_span(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return gamma_min, and the span gamma_max - gamma_min > 0: scalars in the finest dtype of the device."""
         first, last = self.ends.to(finest_dtype(self.ends.device))
         return first, F.softplus(last - first)
 
     def rise_and_slope(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The share of the rise that lies before a position in [0, 1], and its slope by position; shaped like `position`."""
+        """Return the share of the whole rise up to each position in [0, 1], and its slope there; shaped like `position`."""
         logits = self.rise_logits.to(finest_dtype(self.rise_logits.device))
         pieces = len(logits)
         rise = (1 - SMALLEST_SLOPE) * logits.softmax(0) + SMALLEST_SLOPE / pieces
@@ -66,11 +66,11 @@ class LearnedNoiseSchedule(nn.Module):
 
     def forward(self, position: torch.Tensor) -> torch.Tensor:
         """Gamma at positions in [0, 1], any shape, in the finest dtype of the device."""
-        gamma_min, span = self.end_points()
+        gamma_min, span = self.start_and_span()
         return gamma_min + span * self.rise_and_slope(position)[0]
 
     def betas(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """betas and alphas_cumprod of all timesteps, differentiable in the parameters.
+        """Return betas and alphas_cumprod of all timesteps, differentiable in the parameters.
 
         Each is (T,), in the finest dtype of the device of the parameters (float64; float32 on Apple's GPUs).
         """

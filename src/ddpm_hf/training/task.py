@@ -130,9 +130,8 @@ def train_on_batch(
         accelerator.backward((loss.weights * loss.losses).mean())
         if accelerator.sync_gradients:
             schedule_parameters = [] if task.noise_schedule is None else [*task.noise_schedule.parameters()]
-            for (
-                parameter
-            ) in schedule_parameters:  # before their scale is removed; those of the network are averaged already
+            # those of the network are averaged over the processes already; before a gradient scaler's factor is removed
+            for parameter in schedule_parameters:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
             norm = accelerator.clip_grad_norm_(network.parameters(), task.config.max_grad_norm)
             # not clipped with the network's: rare large gradients, as those of the decoder, must count in full

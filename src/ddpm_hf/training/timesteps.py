@@ -15,8 +15,8 @@ def low_discrepancy_points(
 ) -> torch.Tensor:
     """Draw points (batch_size,) in [0, 1), at equal distances on a circle: (u + i / batch_size) mod 1 with one uniform u.
 
-    Each is uniform by itself (VDM: Kingma et al. 2021, appendix I.1). The dtype is the finest of the device, which must be
-    that of the generator.
+    Each point alone is uniform (VDM: Kingma et al. 2021, appendix I.1). In the finest dtype of the device; the generator, if
+    given, must be on it.
     """
     dtype = finest_dtype(device)
     shift = torch.rand((), generator=generator, device=device, dtype=dtype)
@@ -61,11 +61,12 @@ class LowDiscrepancyTimesteps(_Stateless):
     """Draws timesteps that are spread evenly over the chain within a batch (VDM: Kingma et al. 2021, appendix I.1).
 
     Each timestep of a batch is uniform by itself, so the mean loss stays unbiased, and varies less than that of independent
-    timesteps. A batch of a multiple of the chain's length has every timestep equally often. In a run of several processes each
+    timesteps. If the batch size is a multiple of the chain's
+    length, every timestep occurs equally often. In a run of several processes each
     process spreads its own batch.
 
     Args:
-        scheduler: timesteps are drawn from the chain that it has now.
+        scheduler: timesteps are drawn from the chain that it has now; later calls of `set_timesteps` change nothing.
     """
 
     def __init__(self, scheduler: VariationalDDPMScheduler):
@@ -233,10 +234,10 @@ class ContinuousTimes(_Stateless):
 
 
 class FractionalTimesteps(_Stateless):
-    """Draws timesteps and numbers between them, uniformly in [0, T - 1], for `ContinuousBoundObjective`.
+    """Draws times uniformly in [0, T - 1], timesteps and numbers between them, for `ContinuousBoundObjective`.
 
     Args:
-        scheduler: T is its number of timesteps.
+        scheduler: gives T, its num_train_timesteps.
         low_discrepancy: whether to spread those of a batch evenly, as `LowDiscrepancyTimesteps`.
     """
 
