@@ -2,6 +2,7 @@
 steps by the variational bound of a chain (vlb, with importance sampling of timesteps) or in continuous time.
 
     python benchmarks/noise_schedules.py digits|mnist [--seeds 0 1] [--only learned]
+    python benchmarks/noise_schedules.py digits|mnist --cost    # seconds of a training step, with fixed and learned betas
 
 Networks and steps are those of benchmarks/objectives.py, in runs/noise_schedules/<data>/<name>-<seed>. Bits/dim are of images
 of the test split: with all 1,000 timesteps, and in continuous time for networks that were trained so; then with the analytic
@@ -13,15 +14,25 @@ import argparse
 
 import torch
 from digits import pixels
-from measure import RESULTS, record
+from measure import RESULTS, in_turns, medians, ratio, record
 from objectives import ROOT, SMALL, train_if_needed
 
-from ddpm_hf import DDPMImagePipeline, VariationalDDPMScheduler, bits_per_dim, estimate_bits_per_dim
+from ddpm_hf import (
+    ContinuousBoundObjective,
+    DDPMImagePipeline,
+    DiffusionObjective,
+    LearnedNoiseSchedule,
+    VariationalDDPMScheduler,
+    bits_per_dim,
+    estimate_bits_per_dim,
+)
 from ddpm_hf.data.pixels import pixels_to_tensor
 from ddpm_hf.data.sources import LEVELS
 from ddpm_hf.evaluation.likelihood_report import histogram_bits_per_dim
 from ddpm_hf.evaluation.sheets import save_figure
 from ddpm_hf.likelihood.chains import measure_denoising_errors, optimal_chains
+from ddpm_hf.training.command_line import load_config
+from ddpm_hf.training.diffusion import DiffusionTask
 from ddpm_hf.training.saving import last_measurement
 
 BOUND = ["--loss", "vlb", "--scheduler.variance_type", "learned_range", "--timesteps", "loss_second_moment"]
@@ -49,7 +60,7 @@ def measure(folder, train, test):
         return dict(generator=torch.Generator().manual_seed(0), batch_size=256)
 
     full = estimate_bits_per_dim(unet, scheduler, test, num_evaluations=100, **options())
-    row = {"1,000 steps": full.mean, "+-": full.standard_error, "of it L_0": full.decoder.mean().item()}
+    row = {"1,000 steps": full.mean, "+-": full.standard_error, "L_0 in this": full.decoder.mean().item()}
     errors = measure_denoising_errors(unet, scheduler, train[:128], **options())
     mse = errors.x_start_mse().value
     analytic = VariationalDDPMScheduler.from_config(scheduler.config, variance_type="analytic", x_start_mse=mse)
@@ -60,6 +71,30 @@ def measure(folder, train, test):
     abar = scheduler.alphas_cumprod
     log_snr = (abar / (1 - abar)).log()
     return row | {"log SNR, first": log_snr[0].item(), "log SNR, last": log_snr[-1].item()}, log_snr
+
+
+def measure_cost(data):
+    """Time the loss and its gradients for one batch."""
+    config, _ = load_config(["--config", data, *SMALL[data]])
+    shape = (config.batch_size, config.channels, config.image_size, config.image_size)
+    x_start = pixels_to_tensor(torch.randint(LEVELS[data], shape, dtype=torch.uint8), LEVELS[data])
+    network = DiffusionTask(config).network
+    schedule = LearnedNoiseSchedule()
+    scheduler = VariationalDDPMScheduler(beta_schedule="learned", trained_betas=schedule.betas()[0].tolist())
+    objectives = {
+        "fixed": DiffusionObjective(scheduler, "vlb"),
+        "learned": DiffusionObjective(scheduler, "vlb", noise_schedule=schedule),
+        "learned, continuous": ContinuousBoundObjective(scheduler, schedule),
+    }
+    calls = {
+        name: lambda objective=objective: objective(network, x_start).mean().backward()
+        for name, objective in objectives.items()
+    }
+    seconds = in_turns(calls)
+    row = {"data": data, **medians(seconds, "ms")}
+    for name in ("learned", "learned, continuous"):
+        row[f"{name}: time / time with fixed betas"] = ratio(seconds, name, "fixed")
+    record("noise_schedules_cost", "The loss of a batch and its gradients, with learned betas", row, keys=("data",))
 
 
 def plot(curves, path):
@@ -83,7 +118,10 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="*", choices=list(TRAININGS), default=list(TRAININGS))
     parser.add_argument("--images", type=int, default=128, help="images of the test split")
+    parser.add_argument("--cost", action="store_true", help="time a training step, and stop")
     arguments = parser.parse_args()
+    if arguments.cost:
+        return measure_cost(arguments.data)
     data, levels = arguments.data, LEVELS[arguments.data]
     train, test = (torch.from_numpy(pixels(split, data)[0])[:, None] for split in ("train", "test"))
     test = test[: arguments.images]
