@@ -112,28 +112,28 @@ class SDE:
 
     def drift(self, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
         """The drift f(t) x, (B, C, H, W)."""
-        return _broadcast(self.drift_coefficient(t), x_t) * x_t
+        return broadcast(self.drift_coefficient(t), x_t) * x_t
 
     def marginal(self, x_start: torch.Tensor, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (B, C, H, W) and standard deviation (shape of t) of x_t given x_0 (eq. 29)."""
-        return _broadcast(self.scale(t), x_start) * x_start, self.std(t)
+        return broadcast(self.scale(t), x_start) * x_start, self.std(t)
 
     def sample(self, x_start: torch.Tensor, t: torch.Tensor | float, noise: torch.Tensor) -> torch.Tensor:
         """x_t (B, C, H, W) from x_0 and standard normal noise."""
         mean, std = self.marginal(x_start, t)
-        return mean + _broadcast(std, x_start) * noise
+        return mean + broadcast(std, x_start) * noise
 
     def discretize(self, x_t: torch.Tensor, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
         """f (B, C, H, W) and G (shape of t) in x_{k+1} = x_k + f + G z."""
         F, G = self.discrete(t)
-        return _broadcast(F, x_t) * x_t, G
+        return broadcast(F, x_t) * x_t, G
 
     def reverse_drift(
         self, x_t: torch.Tensor, t: torch.Tensor | float, score: torch.Tensor, probability_flow: bool = False
     ) -> torch.Tensor:
         """The drift (B, C, H, W) of the reverse SDE (eq. 6), or of the ODE with the same marginals (eq. 13), for a score."""
         share = 0.5 if probability_flow else 1.0
-        return self.drift(x_t, t) - _broadcast(share * self.diffusion(t) ** 2, x_t) * score
+        return self.drift(x_t, t) - broadcast(share * self.diffusion(t) ** 2, x_t) * score
 
     def reverse_discretize(
         self, x_t: torch.Tensor, t: torch.Tensor | float, score: torch.Tensor, probability_flow: bool = False
@@ -141,7 +141,7 @@ class SDE:
         """f and G in x_k = x_{k+1} - f + G z (eq. 46); for the ODE, G is 0."""
         f, G = self.discretize(x_t, t)
         share = 0.5 if probability_flow else 1.0
-        return f - _broadcast(share * G**2, x_t) * score, torch.zeros_like(G) if probability_flow else G
+        return f - broadcast(share * G**2, x_t) * score, torch.zeros_like(G) if probability_flow else G
 
     def score(self, model_output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
         """The gradient of log p(x_t) with respect to x_t, (B, C, H, W).
@@ -149,7 +149,7 @@ class SDE:
         model_output: the network's output at (x_t, conditioning_times(t)).
         """
         of_x_t, of_output = self.score_weights(t)
-        return _broadcast(of_x_t, x_t) * x_t + _broadcast(of_output, x_t) * model_output
+        return broadcast(of_x_t, x_t) * x_t + broadcast(of_output, x_t) * model_output
 
     def score_weights(self, t: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights of x_t and of the network's output in the score; each has the shape of t."""
@@ -366,7 +366,7 @@ def _to_float64(t):
     return t.to(finest_dtype(t.device)) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
-def _broadcast(coefficient, x):
-    """A coefficient () or (B,) in a shape that multiplies images x."""
+def broadcast(coefficient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A coefficient () or (B,) in the dtype, on the device and in a shape that multiplies images x (B, C, H, W)."""
     coefficient = coefficient.to(x.device, x.dtype)
     return coefficient if coefficient.dim() == 0 else coefficient.view(-1, *[1] * (x.dim() - 1))

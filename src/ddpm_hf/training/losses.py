@@ -14,7 +14,7 @@ from ddpm_hf.schedulers.ddpm import FIXED_VARIANCES, VariationalDDPMScheduler
 from ddpm_hf.schedulers.gaussian import discretized_gaussian_log_likelihood, gaussian_kl, nats_to_bits_per_dim
 from ddpm_hf.schedulers.precision import finest_dtype, in_working_precision
 from ddpm_hf.schedulers.prediction import BOUNDED_PREDICTIONS, epsilon_weights, x_start_weights
-from ddpm_hf.schedulers.sde import SDE
+from ddpm_hf.schedulers.sde import SDE, broadcast
 from ddpm_hf.schedulers.tables import posterior_mean_weights
 from ddpm_hf.training.noise_schedule import LearnedNoiseSchedule
 from ddpm_hf.training.timesteps import ContinuousTimes, FractionalTimesteps
@@ -224,13 +224,13 @@ class ContinuousBoundObjective:
                 value.register_hook(lambda gradient: gradient * factor)
         gamma = gamma_min + span * rise
         scale, std = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
-        x_t = _columns(scale, x_start) * x_start + _columns(std, x_start) * noise
+        x_t = broadcast(scale, x_start) * x_start + broadcast(std, x_start) * noise
         # t, with a gradient
         time = t + (gamma - gamma.detach()) * (last / (span * slope).detach())
         c_noise = conditioning_times(self.scheduler, time.to(x_start.dtype))
         output = in_working_precision(unet(x_t, c_noise, class_labels=class_labels, return_dict=False)[0])
         of_x_t, of_output = epsilon_weights(self.scheduler.prediction_type, scale, std)
-        error = _columns(of_x_t, x_t) * x_t + _columns(of_output, x_t) * output - noise
+        error = broadcast(of_x_t, x_t) * x_t + broadcast(of_output, x_t) * output - noise
         weight = (0.5 / math.log(2)) * span * slope
         diffusion = weight.to(error) * error.square().flatten(1).mean(1)
         factor = 2 * diffusion.detach().to(rise)
@@ -299,7 +299,7 @@ class ScoreObjective:
         output = unet(x_t, sde.conditioning_times(t).to(x_start.dtype), class_labels=class_labels, return_dict=False)[0]
         output = in_working_precision(output[:, : x_start.shape[1]])
         weights = epsilon_weights(sde.prediction_type, sde.scale(t), sde.std(t))
-        of_x_t, of_output = (weight.to(output).view(-1, 1, 1, 1) for weight in weights)
+        of_x_t, of_output = (broadcast(weight, output) for weight in weights)
         loss = (of_x_t * x_t + of_output * output - noise).square().flatten(1).mean(1)
         return loss * (sde.diffusion(t) / sde.std(t)).square().to(loss) if self.weighting == "likelihood" else loss
 
@@ -322,11 +322,6 @@ def _check_noise_schedule(scheduler, noise_schedule):
         raise ValueError(
             "variance_type='analytic' needs fixed betas; learn the betas with another variance_type, then run optimize-chain"
         )
-
-
-def _columns(values, x):
-    """Values (B,) in a shape that multiplies images x."""
-    return values.to(x).view(-1, 1, 1, 1)
 
 
 def _mse_weights(scheduler, weighting):
