@@ -68,8 +68,7 @@ def measure(folder, train, test):
     for steps, choice in zip(STEPS, optimal_chains(errors, list(STEPS), variance_type="analytic")):
         analytic.set_timesteps(timesteps=choice.timesteps)
         row[f"analytic, best {steps}"] = bits_per_dim(unet, analytic, test, **options()).mean
-    abar = scheduler.alphas_cumprod
-    log_snr = (abar / (1 - abar)).log()
+    log_snr = torch.logit(scheduler.alphas_cumprod)
     return row | {"log SNR, first": log_snr[0].item(), "log SNR, last": log_snr[-1].item()}, log_snr
 
 

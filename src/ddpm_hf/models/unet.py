@@ -112,7 +112,7 @@ class Encoder(NetworkMetadata, SavedConfig, CheckedModel):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(B, in_channels, H, W) and `embed`'s output -> the output of the middle, and the skip connections, finest first.
 
-        dtype: of the weights, where the sample has a finer one.
+        dtype: that of the weights; None for that of the sample.
         """
         x = 2 * sample - 1 if self.config.get("center_input_sample") else sample
         image = x.to(dtype or x.dtype)
@@ -179,7 +179,7 @@ class DDPMUNet(Encoder, metaclass=_StandsForUNet2DModel):
         fourier_features: exponents n; the first convolution also gets sin(2^n pi x) and cos(2^n pi x) of each input channel x
             (VDM: Kingma et al. 2021), which show the position of x within a grey level: (7, 8) for 256 levels, (3, 4) for
             17. x in half precision lacks these bits: use autocast rather than weights in half precision.
-    More of them, for the authors' checkpoints:
+    Further arguments, for the authors' checkpoints:
         num_attention_heads: number of heads of every attention, in place of `attention_head_dim` (IDDPM, ADM).
         up_attention_heads: another number on the way up (`num_heads_upsample` of IDDPM and ADM).
         sinusoid_dim: number of sines and cosines of the time; None for block_out_channels[0], which ADM for 512 pixels does

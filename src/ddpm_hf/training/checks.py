@@ -190,9 +190,9 @@ def _check_training(config):
     if config.low_resolution and config.eval_every:
         raise ConfigError("eval_every measures networks that start from noise alone; leave it out with low_resolution")
     _check_sample_metrics(config)
-    if (config.resolved or not config.init_from) and config.process != "ddpm":
-        _check_continuous(config)
     if config.resolved or not config.init_from:
+        if config.process != "ddpm":
+            _check_continuous(config)
         _check_learned_betas(config)
     if config.push_to_hub is not None and not HUB_ID.fullmatch(config.push_to_hub):
         raise ConfigError(f"push_to_hub={shown(config.push_to_hub)} must be user/name, as on the Hub")
@@ -249,18 +249,15 @@ def _check_continuous(config):
 
 def _check_learned_betas(config):
     scheduler, is_continuous = config.scheduler, config.loss == "vlb_continuous"
-    if (
-        config.init_from
-        and scheduler.get("beta_schedule") == "learned"
-        and "scheduler.beta_schedule" in config.explicit
-    ):
-        raise ConfigError(
-            "scheduler.beta_schedule=learned: a run from init_from keeps the betas of its pipeline; leave it out"
-        )
-    if scheduler.get("beta_schedule") == "learned" and "trained_betas" in scheduler and not config.init_from:
-        raise ConfigError(
-            "scheduler.trained_betas are fixed, scheduler.beta_schedule=learned learns them; leave one of the two out"
-        )
+    if scheduler.get("beta_schedule") == "learned":
+        if config.init_from and "scheduler.beta_schedule" in config.explicit:
+            raise ConfigError(
+                "scheduler.beta_schedule=learned: a run from init_from keeps the betas of its pipeline; leave it out"
+            )
+        if "trained_betas" in scheduler and not config.init_from:
+            raise ConfigError(
+                "scheduler.trained_betas are fixed, scheduler.beta_schedule=learned learns them; leave one of the two out"
+            )
     if not learns_betas(config):
         if is_continuous and config.init_from:
             raise ConfigError("loss=vlb_continuous learns the betas, which a run from init_from keeps; give --loss vlb")

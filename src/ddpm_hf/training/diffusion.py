@@ -24,6 +24,7 @@ from ddpm_hf.training.low_resolution import conditioned, in_channels, make_pipel
 from ddpm_hf.training.measurements import held_out_bits_per_dim, held_out_loss
 from ddpm_hf.training.messages import warn_on_write_error
 from ddpm_hf.training.optimizer import check_schedule
+from ddpm_hf.training.plots import LOG_SNR_PLACES
 from ddpm_hf.training.processes import make_noise_schedule, make_scheduler
 from ddpm_hf.training.publisher import Publisher
 from ddpm_hf.training.sample_metrics import SampleMetrics
@@ -34,7 +35,6 @@ from ddpm_hf.training.timesteps import TIMESTEPS, ContinuousTimes, FractionalTim
 from ddpm_hf.training.trackers import check_trackers
 
 SMALLEST_RANGE = 1.0  # of the log SNR; that of the linear schedule is 19
-LOG_SNR_COLUMNS = tuple(f"log_snr_at_{percent}" for percent in (0, 25, 50, 75, 100))  # of the way from t = 0 to T - 1
 
 
 class DiffusionTask(Task):
@@ -135,8 +135,9 @@ class DiffusionTask(Task):
         if self.noise_schedule is not None:
             self.average_of_schedule.step(self.noise_schedule.parameters())
             with torch.no_grad():
-                positions = torch.linspace(0, 1, len(LOG_SNR_COLUMNS), device=self.accelerator.device)
-                values |= dict(zip(LOG_SNR_COLUMNS, -self.noise_schedule(positions)))
+                positions = torch.linspace(0, 1, len(LOG_SNR_PLACES), device=self.accelerator.device)
+                log_snr = -self.noise_schedule(positions)
+            values |= {f"log_snr_at_{percent}": value for percent, value in zip(LOG_SNR_PLACES, log_snr)}
         return values
 
     @contextlib.contextmanager

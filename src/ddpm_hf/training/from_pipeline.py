@@ -175,7 +175,7 @@ def _sampling_keys(config, subject, scheduler, keys):
     betas = {key: explicit.pop(key) for key in BETAS & explicit.keys()} if hasattr(scheduler, "betas") else {}
     if keys.get("beta_schedule") == "learned":  # which no formula gives
         betas = {key: value for key, value in betas.items() if value != keys.get(key, parameters[key].default)}
-    elif betas.get("beta_schedule") != "learned" and betas:
+    elif betas and betas.get("beta_schedule") != "learned":
         schedule = {key: value for key, value in keys.items() if key != "trained_betas"}
         explicit_betas = type(scheduler)(**{**schedule, **betas}).betas
         if len(explicit_betas) == len(scheduler.betas) and torch.allclose(explicit_betas, scheduler.betas, rtol=1e-4):

@@ -11,6 +11,7 @@ ACCURACY, ACCURACY_BY_T = "accuracy", "accuracy by quarter of t"
 BITS, HELD_OUT = "bits/dim of held-out images", "loss of averaged weights"
 LOG_SNR = "log SNR of the learned schedule"
 DISTANCE = "Fréchet distance of samples"
+LOG_SNR_PLACES = (0, 25, 50, 75, 100)  # evenly spaced, per cent of the way from t = 0 to T - 1
 FEW_POINTS = 20  # up to which each is marked
 NEAREST, COLORS = "distance to the nearest image", "mean (line) and spread (dotted) of channels"
 
@@ -92,7 +93,7 @@ def _curves(channels):
     yield BITS, "bits_per_dim", "bits_per_dim_standard_error", dict(label="mean and its standard error", capsize=2)
     yield HELD_OUT, "loss_train", None, dict(label="training images", marker="o")
     yield HELD_OUT, "loss_held_out", "loss_gap_standard_error", dict(label="held-out images", marker="o", capsize=2)
-    for percent in (0, 25, 50, 75, 100):
+    for percent in LOG_SNR_PLACES:
         yield LOG_SNR, f"log_snr_at_{percent}", None, dict(label=f"t at {percent} %")
     yield DISTANCE, "fd", "fd_standard_error", dict(label="to training images, standard error", capsize=2)
     yield NEAREST, "nearest_rms_samples", None, dict(label="from samples", marker="o")

@@ -61,9 +61,8 @@ class LowDiscrepancyTimesteps(_Stateless):
     """Draws timesteps that are spread evenly over the chain within a batch (VDM: Kingma et al. 2021, appendix I.1).
 
     Each timestep of a batch is uniform by itself, so the mean loss stays unbiased, and varies less than that of independent
-    timesteps. If the batch size is a multiple of the chain's
-    length, every timestep occurs equally often. In a run of several processes each
-    process spreads its own batch.
+    timesteps. If the batch size is a multiple of the chain's length, every timestep occurs equally often. In a run of several
+    processes each process spreads its own batch.
 
     Args:
         scheduler: timesteps are drawn from the chain that it has now; later calls of `set_timesteps` change nothing.
